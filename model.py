@@ -1,0 +1,738 @@
+"""A Llama-family decoder by hand: Llama 2/3, Mistral, Qwen2.5, Qwen3 from their own safetensors files.
+
+    model = load("demo/llama")                        # a Hugging Face directory
+    hidden = model(tokens)                            # (B, T) -> (B, T, H), after the final norm
+    logits = hidden @ model.head.T                    # (B, T, V)
+    replies = generate(model, [[1, 17, 5]], max_tokens=32, stop_ids={2})
+
+Shapes: B rows, T tokens, N predicted tokens, H hidden width, V vocabulary, Q query heads, G kv heads, D head width,
+F mlp width, R LoRA rank, P pairs.
+
+Every parameter carries the name it has in the checkpoint, so loading needs no rename map. `forward` returns hidden
+states, not logits: training needs the head on few of the rows, and kernels/ computes log-probs from them directly.
+
+Packed forks. A row may hold several *forks*: a prompt followed by alternative continuations, which share the prompt and
+do not see each other. With `fork` and `branch` (both (B, T)), token q sees token k iff                         (eq. 1)
+
+    fork[q] == fork[k]  and  k <= q  and  (branch[k] == 0 or branch[k] == branch[q])
+
+and, for a sliding window of w (Mistral), positions[q] - positions[k] < w.
+
+References: LLaMA (arXiv 2302.13971), RoPE (arXiv 2104.09864), GQA (arXiv 2305.13245), RMSNorm (arXiv 1910.07467),
+FlexAttention (arXiv 2412.05496), LoRA (arXiv 2106.09685).
+"""
+
+import json
+import math
+import os
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from functools import lru_cache, partial
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+ARCHITECTURES = {"llama": "LlamaForCausalLM", "mistral": "MistralForCausalLM", "qwen2": "Qwen2ForCausalLM",
+                 "qwen3": "Qwen3ForCausalLM"}
+DTYPE_NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16", torch.float64: "float64"}
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that cannot be used: the message is one line that says what, where, and what to do."""
+
+
+# ---------------------------------------------------------------------------------------------------- configuration
+
+@dataclass(frozen=True)
+class Config:
+    """The numbers that shape a model, under the names config.json uses."""
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    rms_norm_eps: float = 1e-6
+    rope_theta: float = 10000.0
+    rope_scaling: dict | None = None
+    max_position_embeddings: int = 2048
+    tie_word_embeddings: bool = False
+    qkv_bias: bool = False
+    o_bias: bool = False
+    mlp_bias: bool = False
+    qk_norm: bool = False
+    sliding_window: int | None = None
+    model_type: str = "llama"
+
+
+def read_json(path) -> dict:
+    """The object in a JSON file; CheckpointError when it is missing, not JSON, or not an object."""
+    path = Path(path)
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise CheckpointError(f"{path} is missing: a model directory in Hugging Face layout holds one") from None
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+        raise CheckpointError(f"{path} cannot be read as JSON ({error}): download or write it again") from None
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{path} holds a JSON {type(value).__name__}, an object was expected")
+    return value
+
+
+def read_config(directory) -> Config:
+    """Config from config.json in the spelling of transformers 4 or 5; refuses by name what this model does not do."""
+    path = Path(directory) / "config.json"
+    raw = read_json(path)
+    kind = raw.get("model_type")
+    if kind not in ARCHITECTURES:
+        raise CheckpointError(f"{path}: model_type {kind!r} is not supported, only {', '.join(sorted(ARCHITECTURES))}")
+    rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
+    refuse_unsupported(path, raw, rope)
+
+    def number(key, default=None, kind=int):
+        value = raw.get(key)
+        value = default if value is None else value
+        good = (int,) if kind is int else (int, float)
+        if isinstance(value, bool) or not isinstance(value, good) or not 0 < value < 1e12:
+            raise CheckpointError(f"{path}: {key} is {value!r}, a positive {kind.__name__} was expected")
+        return kind(value)
+
+    heads, width = number("num_attention_heads"), number("hidden_size")
+    theta = rope.get("rope_theta", raw.get("rope_theta"))
+    if theta is not None and (isinstance(theta, bool) or not isinstance(theta, (int, float)) or theta <= 0):
+        raise CheckpointError(f"{path}: rope_theta is {theta!r}, a positive number was expected")
+    bias = bool(raw.get("attention_bias", False))
+    window = raw.get("sliding_window") if kind == "mistral" else None
+    config = Config(
+        vocab_size=number("vocab_size"), hidden_size=width, intermediate_size=number("intermediate_size"),
+        num_hidden_layers=number("num_hidden_layers"), num_attention_heads=heads,
+        num_key_value_heads=number("num_key_value_heads", heads),
+        head_dim=number("head_dim", width // heads if width >= heads else 1),
+        rms_norm_eps=number("rms_norm_eps", 1e-6, float), rope_theta=float(theta or 10000.0),
+        rope_scaling=read_rope_scaling(path, rope), max_position_embeddings=number("max_position_embeddings", 2048),
+        tie_word_embeddings=bool(raw.get("tie_word_embeddings", False)), qkv_bias=bias or kind == "qwen2",
+        o_bias=bias and kind != "qwen2", mlp_bias=bool(raw.get("mlp_bias", False)), qk_norm=kind == "qwen3",
+        sliding_window=number("sliding_window") if window is not None else None, model_type=kind)
+    if config.num_attention_heads % config.num_key_value_heads or config.head_dim % 2:
+        raise CheckpointError(f"{path}: {heads} query heads over {config.num_key_value_heads} kv heads of width "
+                              f"{config.head_dim} do not divide evenly")
+    return config
+
+
+def refuse_unsupported(path, raw: dict, rope: dict) -> None:
+    if not isinstance(rope, dict):
+        raise CheckpointError(f"{path}: rope_scaling is {rope!r}, an object was expected")
+    for key in ("num_experts", "num_local_experts", "n_routed_experts"):
+        if raw.get(key):
+            raise CheckpointError(f"{path}: {key} = {raw[key]}: mixture-of-experts models are not supported")
+    if raw.get("quantization_config"):
+        raise CheckpointError(f"{path}: quantization_config: use the unquantised checkpoint (fp32, bf16 or fp16)")
+    for where in (raw, rope):
+        if where.get("partial_rotary_factor", 1) not in (1, None):
+            raise CheckpointError(f"{path}: partial_rotary_factor = {where['partial_rotary_factor']} is not supported")
+    if raw.get("hidden_act", "silu") != "silu":
+        raise CheckpointError(f"{path}: hidden_act = {raw['hidden_act']!r} is not supported, only silu")
+    if raw.get("model_type") in ("qwen2", "qwen3") and raw.get("use_sliding_window"):
+        raise CheckpointError(f"{path}: use_sliding_window = true is not supported for {raw['model_type']}")
+
+
+def read_rope_scaling(path, rope: dict) -> dict | None:
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    if kind == "default":
+        return None
+    needed = {"linear": ("factor",), "llama3": ("factor", "low_freq_factor", "high_freq_factor",
+                                                "original_max_position_embeddings")}
+    if kind not in needed:
+        raise CheckpointError(f"{path}: rope_scaling of type {kind!r} is not supported, only llama3 and linear")
+    for key in needed[kind]:
+        if isinstance(rope.get(key), bool) or not isinstance(rope.get(key), (int, float)) or rope[key] <= 0:
+            raise CheckpointError(f"{path}: rope_scaling.{key} is {rope.get(key)!r}, a positive number was expected")
+    return {"rope_type": kind, **{key: rope[key] for key in needed[kind]}}
+
+
+def config_dict(config: Config) -> dict:
+    """config.json for a model made here, in the spelling every version of transformers reads."""
+    raw = asdict(config)
+    raw["attention_bias"] = config.o_bias
+    for key in ("qkv_bias", "o_bias", "qk_norm"):
+        del raw[key]
+    return {"architectures": [ARCHITECTURES[config.model_type]], "hidden_act": "silu", **raw}
+
+
+# ------------------------------------------------------------------------------------------------------------ layers
+
+class Linear(nn.Module):
+    """y = x W^T + b with W in any dtype: trainable weights stay fp32 while the activations are bf16."""
+
+    def __init__(self, in_features: int, out_features: int, bias: bool = False):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(out_features, in_features))
+        self.bias = nn.Parameter(torch.empty(out_features)) if bias else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
+
+
+class RMSNorm(nn.Module):
+    """x / rms(x) * weight over the last axis; the mean square in at least fp32 (arXiv 1910.07467)."""
+
+    def __init__(self, width: int, eps: float):
+        super().__init__()
+        self.weight, self.eps = nn.Parameter(torch.empty(width)), eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        wide = x.to(torch.promote_types(x.dtype, torch.float32))
+        wide = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)
+        return self.weight.to(x.dtype) * wide.to(x.dtype)
+
+
+class Attention(nn.Module):
+    def __init__(self, c: Config):
+        super().__init__()
+        self.head_dim = c.head_dim
+        self.q_proj = Linear(c.hidden_size, c.num_attention_heads * c.head_dim, c.qkv_bias)
+        self.k_proj = Linear(c.hidden_size, c.num_key_value_heads * c.head_dim, c.qkv_bias)
+        self.v_proj = Linear(c.hidden_size, c.num_key_value_heads * c.head_dim, c.qkv_bias)
+        self.o_proj = Linear(c.num_attention_heads * c.head_dim, c.hidden_size, c.o_bias)
+        self.q_norm = RMSNorm(c.head_dim, c.rms_norm_eps) if c.qk_norm else None
+        self.k_norm = RMSNorm(c.head_dim, c.rms_norm_eps) if c.qk_norm else None
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, attend, cache=None) -> Tensor:
+        B, T, H = x.shape
+        q = self.q_proj(x).view(B, T, -1, self.head_dim)                         # (B, T, Q, D)
+        k = self.k_proj(x).view(B, T, -1, self.head_dim)                         # (B, T, G, D)
+        v = self.v_proj(x).view(B, T, -1, self.head_dim)
+        if self.q_norm is not None:
+            q, k = self.q_norm(q), self.k_norm(k)
+        q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+        if cache is not None:
+            k, v = cache.append_(k, v)                                           # (B, S, G, D), S = past + T
+        return self.o_proj(attend(q, k, v).reshape(B, T, -1))
+
+
+class MLP(nn.Module):
+    def __init__(self, c: Config):
+        super().__init__()
+        self.gate_proj = Linear(c.hidden_size, c.intermediate_size, c.mlp_bias)
+        self.up_proj = Linear(c.hidden_size, c.intermediate_size, c.mlp_bias)
+        self.down_proj = Linear(c.intermediate_size, c.hidden_size, c.mlp_bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class Block(nn.Module):
+    def __init__(self, c: Config):
+        super().__init__()
+        self.input_layernorm = RMSNorm(c.hidden_size, c.rms_norm_eps)
+        self.self_attn = Attention(c)
+        self.post_attention_layernorm = RMSNorm(c.hidden_size, c.rms_norm_eps)
+        self.mlp = MLP(c)
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, attend, cache=None) -> Tensor:
+        x = x + self.self_attn(self.input_layernorm(x), cos, sin, attend, cache)
+        return x + self.mlp(self.post_attention_layernorm(x))
+
+
+def rope_frequencies(config: Config, device=None) -> Tensor:
+    """Angle per position of each pair of channels, (D/2,) fp32: theta^(-2i/D), stretched as rope_scaling says.
+
+    llama3 leaves wavelengths short against the original context alone, divides the long ones by `factor`, and
+    interpolates between (transformers' `_compute_llama3_parameters`, from Meta's llama-models).
+    """
+    D, scaling = config.head_dim, config.rope_scaling
+    frequency = 1.0 / config.rope_theta ** (torch.arange(0, D, 2, dtype=torch.float32, device=device) / D)
+    if scaling is None:
+        return frequency
+    if scaling["rope_type"] == "linear":
+        return frequency / scaling["factor"]
+    factor, low, high = scaling["factor"], scaling["low_freq_factor"], scaling["high_freq_factor"]
+    turns = scaling["original_max_position_embeddings"] * frequency / (2 * math.pi)   # full turns over that context
+    keep = ((turns - low) / (high - low)).clamp(0, 1)
+    return (1 - keep) * frequency / factor + keep * frequency
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """RoPE in the half-split layout of Hugging Face checkpoints: channel i turns with channel i + D/2.
+
+    x (B, T, heads, D); cos, sin (B, T, 1, D).
+    """
+    first, second = x.chunk(2, dim=-1)
+    return x * cos + torch.cat((-second, first), dim=-1) * sin
+
+
+# --------------------------------------------------------------------------------------------------------- attention
+# Every function below takes q (B, T, Q, D), k and v (B, S, G, D) and returns (B, T, Q, D).
+
+def sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, causal: bool = False) -> Tensor:
+    """Scaled dot-product attention; G kv heads serve Q/G query heads each. mask (B or 1, 1, T, S), True = may see."""
+    q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)            # (B, heads, T, D)
+    grouped = q.shape[1] != k.shape[1]
+    return F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal, enable_gqa=grouped).transpose(1, 2)
+
+
+def visible(fork: Tensor, branch: Tensor, positions: Tensor, window: int | None = None) -> Tensor:
+    """Eq. 1 as a boolean mask (B, 1, T, T). A padding token sees itself alone, so that no row of it is empty."""
+    T = fork.shape[1]
+    order = torch.arange(T, device=fork.device)
+    seen = (fork[:, :, None] == fork[:, None, :]) & (order[:, None] >= order[None, :])
+    seen &= (branch[:, None, :] == 0) | (branch[:, None, :] == branch[:, :, None])
+    if window is not None:
+        seen &= positions[:, :, None] - positions[:, None, :] < window
+    seen &= (fork[:, :, None] >= 0) | (order[:, None] == order[None, :])
+    return seen[:, None]
+
+
+def attend_dense(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+    """The reference for packed forks: SDPA under the full mask. Pays for every pair the mask hides."""
+    return sdpa(q, k, v, mask)
+
+
+def attend_causal(q: Tensor, k: Tensor, v: Tensor, window: int | None = None) -> Tensor:
+    """Plain causal attention over T tokens, each seeing at most the last `window`."""
+    T = q.shape[1]
+    if window is None or T <= window:
+        return sdpa(q, k, v, causal=True)
+    ago = torch.arange(T, device=q.device)[:, None] - torch.arange(T, device=q.device)[None, :]
+    return sdpa(q, k, v, mask=((ago >= 0) & (ago < window))[None, None])
+
+
+def unfold_forks(fork: Tensor, branch: Tensor) -> tuple[list[Tensor], Tensor]:
+    """How to turn packed rows into one plain causal sequence per continuation, for attention alone.
+
+    Returns gathers, each (S, L) int64 of flat token indices (prompt + one continuation a line, right-padded; lines of
+    like length share a gather, so padding stays small), and restore (B*T,) int64: where each token's output lies in the
+    concatenation of the flattened gathers (a prompt's is read from its first continuation). Padding restores line 0.
+    """
+    flat_fork, flat_branch = fork.reshape(-1).tolist(), branch.reshape(-1).tolist()
+    prompts, continuations = {}, {}
+    for index, (f, b) in enumerate(zip(flat_fork, flat_branch)):
+        if f >= 0:
+            (prompts.setdefault(f, []) if b == 0 else continuations.setdefault((f, b), [])).append(index)
+    lines = [(prompts.get(f, []), own) for (f, _), own in continuations.items()]
+    branched = {f for f, _ in continuations}
+    lines += [(prompt, []) for f, prompt in prompts.items() if f not in branched]
+    lines.sort(key=lambda line: len(line[0]) + len(line[1]))
+    restore, gathers, offset, bucket, seen = [0] * len(flat_fork), [], 0, [], set()
+    for line, after in zip(lines, lines[1:] + [None]):
+        bucket.append(line)
+        length = len(line[0]) + len(line[1])
+        if after is not None and len(after[0]) + len(after[1]) <= 1.25 * len(bucket[0][0] + bucket[0][1]):
+            continue
+        rows = torch.zeros(len(bucket), length, dtype=torch.int64)
+        for i, (prompt, own) in enumerate(bucket):
+            indices = prompt + own
+            rows[i, :len(indices)] = torch.tensor(indices)
+            start = offset + i * length
+            first = 0 if not prompt or prompt[0] not in seen else len(prompt)
+            seen.update(prompt[:1])
+            for column in range(first, len(indices)):
+                restore[indices[column]] = start + column
+        gathers.append(rows.to(fork.device))
+        offset += rows.numel()
+        bucket = []
+    return gathers, torch.tensor(restore, device=fork.device)
+
+
+def attend_unfolded(q: Tensor, k: Tensor, v: Tensor, gathers: list[Tensor], restore: Tensor,
+                    window: int | None = None) -> Tensor:
+    """Packed forks on the CPU: gather each continuation behind its prompt, attend causally, put the rows back.
+
+    Only attention sees the prompt once per continuation; projections and MLP, nearly all the work, see it once.
+    """
+    B, T, Q, D = q.shape
+    q, k, v = q.reshape(B * T, -1), k.reshape(B * T, -1), v.reshape(B * T, -1)
+    outputs = []
+    for rows in gathers:
+        S, L = rows.shape
+        lines = [x.index_select(0, rows.view(-1)).view(S, L, -1, D) for x in (q, k, v)]
+        outputs.append(attend_causal(*lines, window=window).reshape(S * L, Q * D))
+    return torch.cat(outputs).index_select(0, restore).view(B, T, Q, D)
+
+
+@lru_cache(maxsize=None)
+def compiled_flex():
+    """FlexAttention and its mask builder, compiled at first use: import must stay cheap."""
+    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+    return torch.compile(flex_attention, dynamic=False), torch.compile(create_block_mask, dynamic=False)
+
+
+def flex_mask(fork: Tensor, branch: Tensor, positions: Tensor, window: int | None = None):
+    """Eq. 1 as a block-sparse FlexAttention mask: tiles that nobody may see are skipped, forward and backward."""
+    B, T = fork.shape
+
+    def sees(b, _, q, k):
+        seen = (fork[b, q] == fork[b, k]) & (k <= q) & ((branch[b, k] == 0) | (branch[b, k] == branch[b, q]))
+        return seen if window is None else seen & (positions[b, q] - positions[b, k] < window)
+    return compiled_flex()[1](sees, B, None, T, T, device=fork.device)
+
+
+def attend_flex(q: Tensor, k: Tensor, v: Tensor, mask) -> Tensor:
+    q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+    return compiled_flex()[0](q, k, v, block_mask=mask, enable_gqa=q.shape[1] != k.shape[1]).transpose(1, 2)
+
+
+def fork_attention(fork: Tensor, branch: Tensor, positions: Tensor, window: int | None):
+    """The attention function for packed forks that suits the device; compared with attend_dense by the tests."""
+    if fork.is_cuda:
+        return partial(attend_flex, mask=flex_mask(fork, branch, positions, window))
+    gathers, restore = unfold_forks(fork, branch)
+    return partial(attend_unfolded, gathers=gathers, restore=restore, window=window)
+
+
+# ------------------------------------------------------------------------------------------------------------- cache
+
+class LayerCache:
+    """Keys and values of one layer, (B, capacity, G, D), of which the first `length` columns are filled."""
+
+    def __init__(self, B: int, capacity: int, G: int, D: int, device, dtype):
+        self.k = torch.empty(B, capacity, G, D, device=device, dtype=dtype)
+        self.v = torch.empty_like(self.k)
+        self.length = 0
+
+    def append_(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        end = self.length + k.shape[1]
+        self.k[:, self.length:end], self.v[:, self.length:end] = k, v
+        self.length = end
+        return self.k[:, :end], self.v[:, :end]
+
+
+class Cache:
+    """KV cache of a left-padded batch. `start` (B,) is each row's number of padding columns."""
+
+    def __init__(self, config: Config, start: Tensor, capacity: int, dtype):
+        self.layers = [LayerCache(len(start), capacity, config.num_key_value_heads, config.head_dim,
+                                  start.device, dtype) for _ in range(config.num_hidden_layers)]
+        self.start, self.window = start, config.sliding_window
+
+    def attention(self, T: int):
+        """Attention of T new tokens over everything cached, the new ones included (which `append_` adds first)."""
+        past = self.layers[0].length
+        query = past + torch.arange(T, device=self.start.device)[:, None]
+        key = torch.arange(past + T, device=self.start.device)[None, :]
+        seen = (key <= query) & (key >= self.start[:, None, None])
+        if self.window is not None:
+            seen &= query - key < self.window
+        seen |= key == query                       # a padding query sees itself: an empty softmax row would be NaN
+        return partial(sdpa, mask=None if bool(seen.all()) else seen[:, None])
+
+    def keep_(self, rows: Tensor) -> None:
+        """Drop all rows but these, so that finished replies cost nothing."""
+        self.start = self.start[rows]
+        for layer in self.layers:
+            layer.k, layer.v = layer.k[rows], layer.v[rows]
+
+
+# ------------------------------------------------------------------------------------------------------------- model
+
+class Llama(nn.Module):
+    """Embedding, blocks, final norm. `head` is the output matrix (V, H), which is the embedding when tied."""
+
+    def __init__(self, config: Config):
+        super().__init__()
+        self.config = config
+        self.compute_dtype = None                  # None: that of the embedding; set when trainables are wider
+        self.model = nn.ModuleDict({
+            "embed_tokens": nn.Embedding(config.vocab_size, config.hidden_size),
+            "layers": nn.ModuleList(Block(config) for _ in range(config.num_hidden_layers)),
+            "norm": RMSNorm(config.hidden_size, config.rms_norm_eps)})
+        self.lm_head = None if config.tie_word_embeddings else Linear(config.hidden_size, config.vocab_size)
+
+    @property
+    def head(self) -> Tensor:
+        return self.model["embed_tokens"].weight if self.lm_head is None else self.lm_head.weight
+
+    def forward(self, tokens: Tensor, positions: Tensor | None = None, fork: Tensor | None = None,
+                branch: Tensor | None = None, cache: Cache | None = None) -> Tensor:
+        """Hidden states (B, T, H) of tokens (B, T) int64. Alone: causal. With fork and branch: eq. 1. With cache: T new
+        tokens after what it holds. positions (B, T) default to 0, 1, ..., T-1 in every row."""
+        B, T = tokens.shape
+        window = self.config.sliding_window
+        if positions is None:
+            positions = torch.arange(T, device=tokens.device).expand(B, T)
+        if cache is not None:
+            attend = cache.attention(T)
+        elif fork is not None:
+            attend = fork_attention(fork, branch, positions, window)
+        else:
+            attend = partial(attend_causal, window=window)
+        x = self.model["embed_tokens"](tokens)
+        x = x.to(self.compute_dtype or x.dtype)
+        angles = positions[..., None] * rope_frequencies(self.config, tokens.device)       # (B, T, D/2)
+        angles = torch.cat((angles, angles), dim=-1)[:, :, None]                           # (B, T, 1, D)
+        cos, sin = angles.cos().to(x.dtype), angles.sin().to(x.dtype)
+        for i, block in enumerate(self.model["layers"]):
+            x = block(x, cos, sin, attend, None if cache is None else cache.layers[i])
+        return self.model["norm"](x)
+
+
+# ----------------------------------------------------------------------------------------------------------- loading
+
+class Weights(Mapping):
+    """The tensors of a checkpoint by name, read lazily through memory maps.
+
+    Takes model.safetensors, or the files that model.safetensors.index.json names and no others. CheckpointError when
+    a file is missing, damaged, outside the directory, or does not hold what the index promises.
+    """
+
+    def __init__(self, directory):
+        self.directory = Path(directory)
+        single, index = self.directory / "model.safetensors", self.directory / "model.safetensors.index.json"
+        if not self.directory.is_dir():
+            raise CheckpointError(f"{directory} is not a directory: give a model directory in Hugging Face layout")
+        if index.is_file():
+            self.where = self.read_index(index)
+        elif single.is_file():
+            self.where = None
+        else:
+            raise CheckpointError(f"{directory} holds neither model.safetensors nor model.safetensors.index.json: "
+                                  f"download the weights, or convert .bin files to safetensors")
+        names = {single.name} if self.where is None else set(self.where.values())
+        self.files = {name: open_safetensors(self.directory / name) for name in sorted(names)}
+        if self.where is None:
+            self.where = {key: single.name for key in self.files[single.name].keys()}
+        held = {name: set(file.keys()) for name, file in self.files.items()}
+        for key, name in self.where.items():
+            if key not in held[name]:
+                raise CheckpointError(f"{index} promises {key} in {name}, which does not hold it: download it again")
+
+    def read_index(self, index: Path) -> dict:
+        where = read_json(index).get("weight_map")
+        if not isinstance(where, dict) or not where:
+            raise CheckpointError(f"{index} has no weight_map")
+        for name in where.values():
+            if not isinstance(name, str) or Path(name).name != name or not name.endswith(".safetensors"):
+                raise CheckpointError(f"{index} names {name!r}, which is not a safetensors file of its directory")
+        return where
+
+    def __getitem__(self, key: str) -> Tensor:
+        return self.files[self.where[key]].get_tensor(key)
+
+    def shape(self, key: str) -> tuple[int, ...]:
+        return tuple(self.files[self.where[key]].get_slice(key).get_shape())
+
+    def __iter__(self):
+        return iter(self.where)
+
+    def __len__(self):
+        return len(self.where)
+
+
+def open_safetensors(path: Path):
+    try:
+        return safe_open(path, framework="pt", device="cpu")
+    except FileNotFoundError:
+        raise CheckpointError(f"{path} is missing: download the checkpoint again") from None
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{path} is damaged or not a safetensors file ({error}): download it again") from None
+
+
+def open_weights(directory) -> Weights:
+    return Weights(directory)
+
+
+def check_tensors(weights: Weights, shapes: dict[str, tuple]) -> None:
+    """CheckpointError unless `weights` holds exactly these names with these shapes."""
+    missing = [key for key in shapes if key not in weights]
+    if missing:
+        raise CheckpointError(f"{weights.directory}: tensor {missing[0]} is missing ({len(missing)} in all): "
+                              f"the weights do not belong to this config.json")
+    surplus = [key for key in weights if key not in shapes]
+    if surplus:
+        raise CheckpointError(f"{weights.directory}: tensor {surplus[0]} is unknown to this architecture "
+                              f"({len(surplus)} in all): the weights do not belong to this config.json")
+    for key, shape in shapes.items():
+        if weights.shape(key) != tuple(shape):
+            raise CheckpointError(f"{weights.directory}: tensor {key} has shape {list(weights.shape(key))}, "
+                                  f"config.json asks for {list(shape)}")
+
+
+def checkpoint_names(model: Llama, weights: Weights) -> dict[str, str]:
+    """Parameter name -> tensor name. They are equal but for a tied head, which files hold under one or both names."""
+    names = {name: name for name, _ in model.named_parameters()}
+    embed, head = "model.embed_tokens.weight", "lm_head.weight"
+    if model.lm_head is None and head in weights:
+        if embed not in weights:
+            names[embed] = head
+        elif weights.shape(embed) == weights.shape(head) and not torch.equal(weights[embed], weights[head]):
+            raise CheckpointError(f"{weights.directory}: tie_word_embeddings is true, yet {embed} and {head} differ")
+    return names
+
+
+def load(path, device="cpu", dtype: torch.dtype = torch.float32, adapter=None) -> Llama:
+    """The model in a Hugging Face directory, on `device` in `dtype`, with a PEFT LoRA adapter's product added if given.
+
+    CheckpointError when anything is missing, surplus, damaged or of another shape.
+    """
+    config = read_config(path)
+    weights = open_weights(path)
+    with torch.device("meta"):
+        model = Llama(config)
+    names = checkpoint_names(model, weights)
+    shapes = {names[name]: parameter.shape for name, parameter in model.named_parameters()}
+    ignored = {key for key in weights if key.endswith("rotary_emb.inv_freq")}
+    if model.lm_head is None:
+        ignored |= {"model.embed_tokens.weight", "lm_head.weight"} - set(shapes)
+    weights.where = {key: file for key, file in weights.where.items() if key not in ignored}
+    check_tensors(weights, shapes)
+    updates = {} if adapter is None else read_adapter(adapter, set(names))
+    state = {}
+    for name, key in names.items():
+        tensor = weights[key]
+        if not tensor.is_floating_point():
+            raise CheckpointError(f"{weights.directory}: tensor {key} has dtype {tensor.dtype}: quantised checkpoints "
+                                  f"are not supported")
+        if name in updates:
+            tensor = add_product(tensor, updates.pop(name), f"{adapter}: {name}")
+        state[name] = tensor.to(device=device, dtype=dtype, copy=True)      # a copy: the map must not be written to
+    model.load_state_dict(state, strict=True, assign=True)
+    return model.requires_grad_(False).eval()
+
+
+def read_adapter(directory, parameters: set[str]) -> dict[str, tuple[Tensor, Tensor, float]]:
+    """{parameter name: (A (R, in), B (out, R), scale)} of a PEFT LoRA adapter; W' = W + scale B A (arXiv 2106.09685)."""
+    path = Path(directory) / "adapter_config.json"
+    raw = read_json(path)
+    if str(raw.get("peft_type")).upper() != "LORA":
+        raise CheckpointError(f"{path}: peft_type is {raw.get('peft_type')!r}, only LORA adapters are supported")
+    for key, fine in {"bias": "none", "use_dora": False, "fan_in_fan_out": False, "rank_pattern": {}, "alpha_pattern": {},
+                      "modules_to_save": None, "lora_bias": False, "trainable_token_indices": None}.items():
+        if raw.get(key, fine) not in (fine, None, []):
+            raise CheckpointError(f"{path}: {key} = {raw[key]!r} is not supported")
+    alpha = raw.get("lora_alpha", 8)
+    file = open_safetensors(Path(directory) / "adapter_model.safetensors")
+    updates = {}
+    for key in sorted(file.keys()):
+        name = key.removeprefix("base_model.model.").replace(".lora_B.weight", ".lora_A.weight")
+        name = name.removesuffix(".lora_A.weight") + ".weight"
+        twin = key.replace(".lora_A.", ".lora_B.")
+        if name not in parameters or twin not in file.keys() or ".lora_" not in key:
+            raise CheckpointError(f"{directory}: {key} fits no parameter of the model: another base model's adapter?")
+        if twin != key:
+            A, B = file.get_tensor(key), file.get_tensor(twin)
+            R = A.shape[0]
+            updates[name] = (A, B, alpha / (math.sqrt(R) if raw.get("use_rslora") else R))
+    return updates
+
+
+def add_product(weight: Tensor, update: tuple[Tensor, Tensor, float], where: str) -> Tensor:
+    """W + scale B A, in at least fp32."""
+    A, B, scale = update
+    if A.ndim != 2 or B.ndim != 2 or A.shape[0] != B.shape[1] or (B.shape[0], A.shape[1]) != tuple(weight.shape):
+        raise CheckpointError(f"{where}: adapter factors {list(B.shape)} x {list(A.shape)} do not fit the weight "
+                              f"{list(weight.shape)}: another base model's adapter?")
+    wide = torch.promote_types(weight.dtype, torch.float32)
+    return weight.to(wide) + scale * (B.to(wide) @ A.to(wide))
+
+
+def initialise_(model: Llama, seed: int = 0) -> Llama:
+    """Fresh weights: normal(0, 0.02), norms one, biases zero."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.ndim == 2:
+                parameter.normal_(0, 0.02, generator=generator)
+            else:
+                parameter.fill_(0.0 if name.endswith("bias") else 1.0)
+    return model
+
+
+def save(model: Llama, directory, dtype: torch.dtype = torch.float32, max_shard_bytes: int = 5_000_000_000) -> None:
+    """Write config.json and the weights as `dtype` in Hugging Face layout, sharded past `max_shard_bytes`."""
+    directory = Path(directory)
+    directory.mkdir(parents=True, exist_ok=True)
+    raw = {**config_dict(model.config), "torch_dtype": DTYPE_NAMES[dtype]}
+    (directory / "config.json").write_text(json.dumps(raw, indent=2) + "\n", encoding="utf-8")
+    shards, size = [{}], 0
+    for name, parameter in model.named_parameters():
+        tensor = parameter.detach().to("cpu", dtype).contiguous()
+        if shards[-1] and size + tensor.nbytes > max_shard_bytes:
+            shards.append({})
+            size = 0
+        shards[-1][name] = tensor
+        size += tensor.nbytes
+    write_shards(directory, shards)
+
+
+def write_shards(directory: Path, shards: list[dict[str, Tensor]]) -> None:
+    if len(shards) == 1:
+        return save_tensors(directory / "model.safetensors", shards[0])
+    names = [f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
+    for name, shard in zip(names, shards):
+        save_tensors(directory / name, shard)
+    index = {"metadata": {"total_size": sum(tensor.nbytes for shard in shards for tensor in shard.values())},
+             "weight_map": {key: name for name, shard in zip(names, shards) for key in shard}}
+    (directory / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+
+
+def save_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
+    """Write to a temporary name, then rename: a kill leaves the old file or the new one. Readers want format: pt."""
+    temporary = path.with_name(path.name + ".tmp")
+    save_file(tensors, temporary, metadata={"format": "pt"})
+    os.replace(temporary, path)
+
+
+# -------------------------------------------------------------------------------------------------------- generation
+
+@torch.no_grad()
+def generate(model: Llama, prompts: list[list[int]], max_tokens: int, stop_ids, temperature: float = 0.0,
+             top_p: float = 1.0, seed: int = 0, batch_size: int = 64, progress=None) -> list[list[int]]:
+    """Replies to prompts of token ids, without the stop id that ends them; at most max_tokens each.
+
+    Greedy at temperature 0, else sampled from the smallest set of tokens holding top_p of the probability. Prompts
+    of like length share a batch. `progress(n)` is called with the number of replies a batch finished.
+    """
+    assert all(prompts), "every prompt needs a token"
+    device = model.head.device
+    generator = torch.Generator(device=device).manual_seed(seed)
+    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+    replies = [[] for _ in prompts]
+    for first in range(0, len(order), batch_size):
+        batch = order[first:first + batch_size]
+        pick = partial(pick_token, temperature=temperature, top_p=top_p, generator=generator)
+        for i, reply in zip(batch, generate_batch(model, [prompts[i] for i in batch], max_tokens, stop_ids, pick)):
+            replies[i] = reply
+        if progress:
+            progress(len(batch))
+    return replies
+
+
+def generate_batch(model: Llama, prompts: list[list[int]], max_tokens: int, stop_ids, pick) -> list[list[int]]:
+    """One left-padded batch: a pass over the prompts, then one token a step for the replies not yet finished."""
+    device, width = model.head.device, max(map(len, prompts))
+    start = torch.tensor([width - len(prompt) for prompt in prompts], device=device)
+    tokens = torch.tensor([[0] * (width - len(prompt)) + prompt for prompt in prompts], device=device)
+    positions = (torch.arange(width, device=device) - start[:, None]).clamp(min=0)
+    dtype = model.compute_dtype or model.head.dtype
+    cache = Cache(model.config, start, width + max_tokens, dtype)
+    stops = torch.tensor(sorted(stop_ids), device=device)
+    replies, rows = [[] for _ in prompts], list(range(len(prompts)))             # rows: which prompt each line is
+    for step in range(max_tokens):
+        hidden = model(tokens, positions, cache=cache)[:, -1]
+        chosen = pick(hidden @ model.head.to(dtype).T)                           # (B,)
+        going = ~torch.isin(chosen, stops)
+        for row, token, goes in zip(rows, chosen.tolist(), going.tolist()):
+            if goes:
+                replies[row].append(token)
+        if not going.all():
+            kept = going.nonzero()[:, 0]
+            rows, chosen, positions = [rows[i] for i in kept.tolist()], chosen[kept], positions[kept]
+            cache.keep_(kept)
+        if not rows:
+            break
+        tokens, positions = chosen[:, None], positions[:, -1:] + 1
+    return replies
+
+
+def pick_token(logits: Tensor, temperature: float, top_p: float, generator) -> Tensor:
+    """Next token (B,) from logits (B, V)."""
+    if temperature == 0:
+        return logits.argmax(-1)
+    probs, tokens = (logits.float() / temperature).softmax(-1).sort(-1, descending=True)
+    probs = probs.masked_fill(probs.cumsum(-1) - probs >= top_p, 0.0)            # the first token is always kept
+    return tokens.gather(-1, torch.multinomial(probs, 1, generator=generator))[:, 0]
