@@ -1,0 +1,643 @@
+"""Cross-Lingual Optimization: move an English-centric Llama-style model into another language and keep its English.
+
+    python clo.py --lang sw
+
+English rows are translated, and every row gives two *forks*: the English question with the English response (chosen)
+and the translated one (rejected), and the translated question the other way round. With y_w the chosen, y_l the rejected
+response to x, log-probs summed over response tokens, and ref the model before training:
+
+    margin = [log pi(y_w|x) - log ref(y_w|x)] - [log pi(y_l|x) - log ref(y_l|x)]                             (eq. 1)
+    L_CL   = mean over pairs of both directions of  -log sigmoid(beta * margin)                              (eq. 2)
+    L_SFT  = -(sum of log pi(y_t|x_t)) / (number of tokens), target language only                            (eq. 3)
+    L_CLO  = lambda * L_SFT + (1 - lambda) * L_CL                                                            (eq. 4)
+
+Means are over an optimiser step: all micro-batches share the step's pair and token counts, so how a step is cut into
+micro-batches changes nothing. Only attention is trained: as LoRA by default, W' = W + (alpha / R) B A      (eq. 5)
+
+References: CLO (ACL 2025, arXiv 2505.14297), DPO (arXiv 2305.18290), LoRA (arXiv 2106.09685).
+"""
+
+import argparse
+import json
+import math
+import resource
+import signal
+import sys
+import time
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from tqdm import tqdm
+
+import data
+import eval as evaluation
+import kernels
+import model as llama
+import runs
+import translate
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp64": torch.float64}
+ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
+REFERENCE_WIDTH = 4096          # the learning rates below are for this hidden width and scale with its inverse (muP)
+LEARNING_RATES = {"lora": 1e-4, "attention": 3e-5, "full": 1.5e-5}
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One training stage: which languages' responses the NLL term covers, and whether there is a preference term."""
+    name: str
+    nll: tuple[str, ...]
+    preference: bool
+
+
+METHODS = {
+    "clo": (Stage("clo", ("tgt",), True),),
+    "sft": (Stage("sft", ("en", "tgt"), False),),
+    "sft-en": (Stage("sft-en", ("en",), False),),
+    "sft-tgt": (Stage("sft-tgt", ("tgt",), False),),
+    "dpo": (Stage("dpo", (), True),),
+    "sft+dpo": (Stage("sft", ("en", "tgt"), False), Stage("dpo", (), True)),
+}
+
+
+# ------------------------------------------------------------------------------------------------------------- LoRA
+
+class LoraLinear(llama.Linear):
+    """A frozen Linear plus a trainable product of rank R, eq. 5. B starts at zero: at first nothing changes."""
+
+    def __init__(self, base: llama.Linear, rank: int, alpha: float, generator: torch.Generator):
+        nn.Module.__init__(self)
+        self.weight, self.bias, self.scale = base.weight, base.bias, alpha / rank
+        out_features, in_features = base.weight.shape
+        bound = 1 / math.sqrt(in_features)                           # PEFT's start: kaiming_uniform with a = sqrt(5)
+        A = torch.empty(rank, in_features).uniform_(-bound, bound, generator=generator)
+        self.lora_A = nn.Parameter(A.to(base.weight.device))
+        self.lora_B = nn.Parameter(torch.zeros(out_features, rank, device=base.weight.device))
+
+    def forward(self, x: Tensor) -> Tensor:
+        product = F.linear(F.linear(x, self.lora_A.to(x.dtype)), self.lora_B.to(x.dtype))
+        return super().forward(x) + self.scale * product
+
+
+def add_lora(model: llama.Llama, rank: int = 16, alpha: float = 32, seed: int = 0) -> llama.Llama:
+    """Freeze the model and put a LoRA product beside every attention projection. The model is changed and returned."""
+    model.requires_grad_(False)
+    generator = torch.Generator().manual_seed(seed)
+    for block in model.model["layers"]:
+        for name in ATTENTION:
+            setattr(block.self_attn, name, LoraLinear(getattr(block.self_attn, name), rank, alpha, generator))
+    return model
+
+
+def merge_lora(model: llama.Llama) -> llama.Llama:
+    """Fold every LoRA product into its weight (in at least fp32) and drop the factors."""
+    for block in model.model["layers"]:
+        for name in ATTENTION:
+            layer = getattr(block.self_attn, name)
+            if isinstance(layer, LoraLinear):
+                plain = llama.Linear(1, 1)
+                update = (layer.lora_A.detach(), layer.lora_B.detach(), layer.scale)
+                merged = llama.add_product(layer.weight.detach(), update, name).to(layer.weight.dtype)
+                plain.weight, plain.bias = nn.Parameter(merged, requires_grad=False), layer.bias
+                setattr(block.self_attn, name, plain)
+    return model
+
+
+def make_trainable(model: llama.Llama, train: str, rank: int, alpha: float, seed: int) -> dict[str, nn.Parameter]:
+    """Choose what learns: 'lora' on attention, the 'attention' projections themselves, or the 'full' model.
+
+    Returns {name: parameter}; those are fp32 (fp64 stays), everything else is frozen in the model's dtype.
+    """
+    model.compute_dtype = model.head.dtype
+    if train == "lora":
+        add_lora(model, rank, alpha, seed)
+    for name, parameter in model.named_parameters():
+        projection = ".self_attn." in name and name.split(".")[-2] in ATTENTION
+        wanted = {"lora": ".lora_" in name, "attention": projection, "full": True}[train]
+        parameter.requires_grad_(wanted)
+        if wanted:
+            parameter.data = parameter.data.to(torch.promote_types(parameter.dtype, torch.float32))
+    return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
+# -------------------------------------------------------------------------------------------------------------- loss
+
+def margins(policy_chosen_logp: Tensor, policy_rejected_logp: Tensor, ref_chosen_logp: Tensor,
+            ref_rejected_logp: Tensor) -> Tensor:
+    """Eq. 1, (P,). All inputs (P,) are log-probs summed over the tokens of a continuation."""
+    return (policy_chosen_logp - ref_chosen_logp) - (policy_rejected_logp - ref_rejected_logp)
+
+
+def clo_loss(policy_chosen_logp: Tensor, policy_rejected_logp: Tensor, ref_chosen_logp: Tensor,
+             ref_rejected_logp: Tensor, tgt_logp: Tensor, tgt_tokens, pairs=None, beta: float = 0.1,
+             lam: float = 0.5) -> Tensor:
+    """Eq. 4, a scalar, from sums of log-probs.
+
+    The four (P,) tensors are the pairs of both directions. tgt_logp (any shape) holds the summed log-probs of the
+    responses under NLL and tgt_tokens the tokens they count. For a part of a step pass the whole step's tgt_tokens and
+    pairs: the parts' losses then add up to the step's.
+    """
+    pairs = policy_chosen_logp.numel() if pairs is None else pairs
+    margin = margins(policy_chosen_logp, policy_rejected_logp, ref_chosen_logp, ref_rejected_logp)
+    preference = -F.logsigmoid(beta * margin).sum() / max(pairs, 1)                                        # eq. 2
+    nll = -tgt_logp.sum() / max(tgt_tokens, 1)                                                             # eq. 3
+    return lam * nll + (1 - lam) * preference
+
+
+# ------------------------------------------------------------------------------------------------- steps of training
+
+@dataclass
+class Micro:
+    """One micro-batch: packed rows, and which of its S continuations form pairs and enter the NLL."""
+    batch: data.Batch
+    sequences: int                   # S
+    chosen: Tensor                   # (P,) index of the chosen continuation of each pair
+    rejected: Tensor                 # (P,)
+    pair_tgt: Tensor                 # (P,) bool: the prompt is in the target language
+    right: Tensor                    # (S',) index of each fork's right (chosen) continuation
+    right_tgt: Tensor                # (S',) bool
+    right_tokens: Tensor             # (S',) its length in tokens
+    nll: Tensor                      # index of the continuations under NLL
+    nll_tokens: int
+
+    def to(self, device) -> "Micro":
+        moved = {name: value.to(device, non_blocking=True) if isinstance(value, Tensor) else value
+                 for name, value in vars(self).items() if name != "batch"}
+        return Micro(batch=self.batch.to(device), **moved)
+
+
+def make_micro(batch: data.Batch, source: str, nll: tuple[str, ...]) -> Micro:
+    chosen, rejected, pair_tgt, right, right_tgt, lengths, covered, nll_tokens, first = [], [], [], [], [], [], [], 0, 0
+    for fork in batch.forks:
+        tgt = fork.language != source
+        right.append(first)
+        right_tgt.append(tgt)
+        lengths.append(len(fork.continuations[0]))
+        if ("tgt" if tgt else "en") in nll:
+            covered.append(first)
+            nll_tokens += lengths[-1]
+        for other in range(1, len(fork.continuations)):
+            chosen.append(first)
+            rejected.append(first + other)
+            pair_tgt.append(tgt)
+        first += len(fork.continuations)
+    integers = [torch.tensor(x, dtype=torch.int64) for x in (chosen, rejected, right, lengths, covered)]
+    return Micro(batch, first, integers[0], integers[1], torch.tensor(pair_tgt, dtype=torch.bool), integers[2],
+                 torch.tensor(right_tgt, dtype=torch.bool), integers[3], integers[4], nll_tokens)
+
+
+def stage_forks(group: list[data.Fork], stage: Stage, source: str) -> list[data.Fork]:
+    """What a stage reads of one sample's forks: the right continuation and, for a preference, the wrong ones that differ
+    from it. A fork that then serves neither term is left out."""
+    forks = []
+    for fork in group:
+        right, others = fork.continuations[0], fork.continuations[1:] if stage.preference else []
+        wrong = [ids for ids in others if ids != right]
+        if wrong or ("en" if fork.language == source else "tgt") in stage.nll:
+            forks.append(data.Fork(fork.prompt, [right, *wrong], fork.language, fork.row))
+    return forks
+
+
+def make_steps(groups: list[list[data.Fork]], stage: Stage, args, seed: int | None) -> list[list[Micro]]:
+    """Optimiser steps of args.batch_size samples, each a list of micro-batches. Packed once: reference and training see
+    the same rows (a GEMM row's bits depend on the row count). seed None keeps the order."""
+    order = list(range(len(groups)))
+    if seed is not None:
+        order = torch.randperm(len(groups), generator=torch.Generator().manual_seed(seed)).tolist()
+    steps = []
+    for first in range(0, len(order), args.batch_size):
+        forks = [fork for i in order[first:first + args.batch_size] for fork in stage_forks(groups[i], stage, args.source)]
+        if forks:
+            steps.append([make_micro(batch, args.source, stage.nll)
+                          for batch in data.micro_batches(forks, args.row_tokens, args.micro_rows)])
+    return steps
+
+
+def step_order(steps: int, epochs: int, seed: int) -> list[int]:
+    """Which packed step each optimiser step runs: every epoch its own permutation, a pure function of the seed."""
+    generator = torch.Generator().manual_seed(seed + 1)
+    return [i for _ in range(epochs) for i in torch.randperm(steps, generator=generator).tolist()]
+
+
+def continuation_logps(model: llama.Llama, micro: Micro) -> Tensor:
+    """Log-prob of each of the micro-batch's S continuations, summed over its tokens, (S,)."""
+    batch = micro.batch
+    hidden = model(batch.tokens, batch.positions, batch.fork, batch.branch)                              # (B, T, H)
+    predicted = hidden.reshape(-1, hidden.shape[-1]).index_select(0, batch.row_index)                    # (N, H)
+    token_logp = kernels.token_logp(predicted, model.head.to(predicted.dtype), batch.targets)
+    return token_logp.new_zeros(micro.sequences).index_add(0, batch.sequence, token_logp)
+
+
+@torch.no_grad()
+def reference_logps(model: llama.Llama, steps: list[list[Micro]], device, label: str) -> list[Tensor]:
+    """continuation_logps of every micro-batch in order, on the CPU; the code path of training, without its gradient."""
+    micros = [micro for step in steps for micro in step]
+    return [continuation_logps(model, micro.to(device)).cpu() for micro in tqdm(micros, desc=label, unit="batch")]
+
+
+# -------------------------------------------------------------------------------------------------------- validation
+
+@torch.no_grad()
+def score_heldout(model: llama.Llama, steps: list[list[Micro]], reference: list[Tensor], beta: float, device) -> dict:
+    """Held-out metrics, TRL's names split by direction: rewards, margins, accuracies, summed log-probs, and the NLL per
+    token of the right response in each language (watch nll_en: a preference loss alone lets it rise)."""
+    rewards, logps, pair_tgt, nll = [], [], [], {"en": [0.0, 0], "tgt": [0.0, 0]}
+    for micro, ref in zip([micro for step in steps for micro in step], reference):
+        policy = continuation_logps(model, micro.to(device)).cpu()
+        pair = torch.stack((micro.chosen, micro.rejected))
+        logps.append(policy[pair])
+        rewards.append(beta * (policy - ref)[pair])
+        pair_tgt.append(micro.pair_tgt)
+        for direction, mask in (("en", ~micro.right_tgt), ("tgt", micro.right_tgt)):
+            nll[direction][0] -= policy[micro.right[mask]].sum().item()
+            nll[direction][1] += micro.right_tokens[mask].sum().item()
+    rewards, logps, pair_tgt = torch.cat(rewards, 1), torch.cat(logps, 1), torch.cat(pair_tgt)
+    metrics = pair_metrics(rewards, logps, pair_tgt)
+    return metrics | {f"nll_{d}": total / tokens for d, (total, tokens) in nll.items() if tokens}
+
+
+def pair_metrics(rewards: Tensor, logps: Tensor, pair_tgt: Tensor) -> dict:
+    """Means over the pairs of each direction; rewards and logps are (2, P): chosen, rejected."""
+    metrics = {}
+    for direction, mask in (("en", ~pair_tgt), ("tgt", pair_tgt)):
+        if mask.any():
+            chosen, rejected = rewards[:, mask]
+            metrics |= {f"rewards/chosen_{direction}": chosen.mean().item(),
+                        f"rewards/rejected_{direction}": rejected.mean().item(),
+                        f"rewards/margins_{direction}": (chosen - rejected).mean().item(),
+                        f"rewards/accuracies_{direction}": (chosen > rejected).double().mean().item(),
+                        f"logps/chosen_{direction}": logps[0, mask].mean().item(),
+                        f"logps/rejected_{direction}": logps[1, mask].mean().item()}
+    return metrics
+
+
+# ---------------------------------------------------------------------------------------------------------- training
+
+def learning_rate(step: int, steps: int, warmup: float) -> float:
+    """Factor on the peak rate at 0-based `step`: linear up over warmup * steps, then linear down towards 0."""
+    rising = max(1, round(warmup * steps))
+    return (step + 1) / rising if step < rising else (steps - step) / max(1, steps - rising)
+
+
+def backward_step(model, step: list[Micro], reference: list[Tensor] | None, stage: Stage, args, device) -> dict:
+    """Accumulate the gradient of one optimiser step; its loss and pair statistics as tensors, nothing synced."""
+    lam = {(True, True): args.lam, (False, True): 1.0, (True, False): 0.0}[stage.preference, bool(stage.nll)]
+    pairs, tokens = sum(len(micro.chosen) for micro in step), sum(micro.nll_tokens for micro in step)
+    losses, rewards, logps, nll = [], [], [], []
+    for i, micro in enumerate(step):
+        micro = micro.to(device)
+        policy = continuation_logps(model, micro)
+        ref = policy.detach() if reference is None else reference[i].to(device)
+        loss = clo_loss(policy[micro.chosen], policy[micro.rejected], ref[micro.chosen], ref[micro.rejected],
+                        policy[micro.nll], tokens, pairs, args.beta, lam)
+        loss.backward()
+        pair = torch.stack((micro.chosen, micro.rejected))
+        losses.append(loss.detach())
+        rewards.append(args.beta * (policy.detach() - ref)[pair])
+        logps.append(policy.detach()[pair])
+        nll.append(-policy.detach()[micro.nll].sum() / max(tokens, 1))
+    return {"loss": sum(losses), "nll": sum(nll), "rewards": torch.cat(rewards, 1), "logps": torch.cat(logps, 1)}
+
+
+class Interrupt:
+    """SIGINT and SIGTERM ask for a stop after the running step, which is saved; then the exit code is 128 + signal."""
+
+    def __enter__(self):
+        self.signal, self.before = 0, {}
+        for number in (signal.SIGINT, signal.SIGTERM):
+            self.before[number] = signal.signal(number, self.ask)
+        return self
+
+    def ask(self, number, frame):
+        self.signal = number
+
+    def __exit__(self, *_):
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+
+
+def train(model: llama.Llama, parameters: dict, stage: Stage, steps: list[list[Micro]], reference: list[list[Tensor]] | None,
+          epochs: int, validate, args, device, directory: Path) -> None:
+    """Run a stage from its last checkpoint to its end; metrics go to directory/metrics.jsonl, one line a step."""
+    order = step_order(len(steps), epochs, args.seed)
+    rate = args.lr or LEARNING_RATES[args.train] * REFERENCE_WIDTH / model.config.hidden_size
+    optimizer = torch.optim.AdamW(parameters.values(), lr=rate, betas=(0.9, 0.999), weight_decay=args.weight_decay)
+    done = runs.load_checkpoint(directory / "checkpoint", parameters, optimizer)
+    runs.truncate_metrics(directory / "metrics.jsonl", done)
+    if done:
+        print(f"{stage.name}: resuming after step {done} of {len(order)}")
+    directory.mkdir(parents=True, exist_ok=True)
+    with open(directory / "metrics.jsonl", "a", encoding="utf-8") as log, Interrupt() as interrupt, \
+            tqdm(total=len(order), initial=done, desc=f"train {stage.name}", unit="step") as bar:
+        if not done:
+            write_metrics(log, {"step": 0} | validate())
+        for i in range(done, len(order)):
+            started = time.perf_counter()
+            for group in optimizer.param_groups:
+                group["lr"] = rate * learning_rate(i, len(order), args.warmup)
+            step = steps[order[i]]
+            result = backward_step(model, step, reference and reference[order[i]], stage, args, device)
+            if i == 0 and reference is not None and result["rewards"].abs().max() > 0:
+                check_first_rewards(result["rewards"])
+            norm = nn.utils.clip_grad_norm_(parameters.values(), args.clip)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            metrics = step_metrics(i + 1, result, norm, optimizer.param_groups[0]["lr"], step, time.perf_counter() - started)
+            if not math.isfinite(metrics["loss"]) or not math.isfinite(metrics["grad_norm"]):
+                raise data.DataError(f"{stage.name}: loss {metrics['loss']}, gradient norm {metrics['grad_norm']} at step "
+                                     f"{i + 1}: stopped, the last checkpoint is kept; try a lower --lr than {rate:.2g}")
+            due = i + 1 == len(order) or (i + 1) % (args.eval_every or len(steps)) == 0
+            write_metrics(log, metrics | (validate() if due else {}))
+            bar.set_postfix_str(f"loss {metrics['loss']:.3f}")
+            bar.update()
+            if interrupt.signal or i + 1 == len(order) or (i + 1) % args.save_every == 0:
+                log.flush()
+                runs.save_checkpoint(directory / "checkpoint", i + 1, parameters, optimizer)
+            if interrupt.signal:
+                bar.close()
+                print(f"stopped by signal {interrupt.signal} after step {i + 1}, saved; the same command goes on from there")
+                sys.exit(128 + interrupt.signal)
+
+
+def check_first_rewards(rewards: Tensor) -> None:
+    """Before the first update policy and reference are one model: any reward is an error in one of the two paths."""
+    worst = rewards.abs().max().item()
+    if not worst < 1e-2:
+        raise data.DataError(f"rewards before the first update reach {worst:.3g} and should be 0: the reference log-probs "
+                             f"do not belong to this model; start over with --fresh")
+    print(f"rewards before the first update: at most {worst:.1g} (rounding)")
+
+
+def step_metrics(step: int, result: dict, norm: Tensor, rate: float, micros: list[Micro], seconds: float) -> dict:
+    """One line of metrics.jsonl. The only place of a step that waits for the device."""
+    pair_tgt = torch.cat([micro.pair_tgt for micro in micros])
+    metrics = {"step": step, "loss": result["loss"].item(), "nll": result["nll"].item(), "grad_norm": norm.item(), "lr": rate}
+    metrics |= pair_metrics(result["rewards"].cpu(), result["logps"].cpu(), pair_tgt)
+    tokens = sum(int((micro.batch.fork >= 0).sum()) for micro in micros)
+    return metrics | {"tokens": tokens, "tokens_per_second": tokens / seconds, "seconds": seconds,
+                      "peak_memory_gb": peak_memory_gb()}
+
+
+def write_metrics(log, metrics: dict) -> None:
+    log.write(json.dumps(metrics) + "\n")
+
+
+def peak_memory_gb() -> float:
+    """Most memory this process ever held: on the GPU when there is one, else resident (GB = 1e9 bytes)."""
+    if torch.cuda.is_initialized():
+        return torch.cuda.max_memory_allocated() / 1e9
+    unit = 1 if sys.platform == "darwin" else 1024                    # ru_maxrss: bytes on macOS, KiB on Linux
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
+
+
+# ------------------------------------------------------------------------------------------------------------ stages
+
+def pick_device(name: str) -> torch.device:
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+        if torch.backends.mps.is_available():
+            print("device: an Apple GPU is there, but MPS has not passed the tests; using the CPU (--device mps tries it)")
+    try:
+        torch.empty(1, device=name)
+    except (RuntimeError, AssertionError) as error:
+        raise data.DataError(f"--device {name} cannot be used ({str(error).splitlines()[0]}): try --device auto") from None
+    return torch.device(name)
+
+
+def read_inputs(args, run: Path, device) -> tuple[list[dict], list[dict], list[dict]]:
+    """Training rows and held-out rows, both with both languages (translated where the target is missing), and the rows
+    to answer at the end. Held-out rows are the validation split of --eval-data, or set apart from --data."""
+    rows = read_counted(args.data, args)
+    evaluated = read_counted(args.eval_data, args) if args.eval_data else []
+    if evaluated:
+        evaluated = data.require_languages(evaluated, args.source, args.lang)
+    heldout = [row for row in evaluated if row.get("split") == "validation"][:args.holdout]
+    chosen = [row for row in evaluated if row.get("split", args.eval_split) == args.eval_split]
+    if evaluated and not chosen:
+        raise data.DataError(f"{args.eval_data} has no row of split {args.eval_split!r}: see --eval-split")
+    rows = usable_rows(rows, args)
+    order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(args.seed)).tolist()
+    apart = 0 if heldout else min(args.holdout, len(rows) // 5)
+    rows = [rows[i] for i in order[:apart + (args.samples or len(rows))]]
+    if args.samples and len(rows) < apart + args.samples:
+        print(f"{args.data} has {len(rows) - apart} rows to train on, fewer than --samples {args.samples}: all are used")
+    if any(args.lang not in row for row in rows):
+        rows = translate_missing(rows, args, run, device)
+    heldout, rows = heldout or rows[:apart], rows[apart:]
+    if not rows:
+        raise data.DataError(f"{args.data}: no row is left to train on")
+    return rows, heldout, chosen or heldout
+
+
+def read_counted(path: str, args) -> list[dict]:
+    counts = Counter()
+    rows = data.read_rows(path, args.source, args.turns, counts)
+    print(f"{path}: {data.describe(counts)}")
+    return rows
+
+
+def usable_rows(rows: list[dict], args) -> list[dict]:
+    """Rows with both languages if any has the target; else rows with the source, to be translated."""
+    both = [row for row in rows if args.source in row and args.lang in row]
+    if both:
+        if len(both) < len(rows):
+            print(f"{len(rows) - len(both)} rows without {args.source} or {args.lang} are left out")
+        return both
+    return data.require_languages(rows, args.source)
+
+
+def translate_missing(rows: list[dict], args, run: Path, device) -> list[dict]:
+    translator = translate.load(args.translator, device)
+    if args.lang not in translator.languages:
+        held = sorted({language for row in rows for language in data.languages(row)})
+        raise data.DataError(f"--lang {args.lang}: {args.data} holds {', '.join(held)} and the translator {args.translator} "
+                             f"knows {', '.join(translator.languages)}")
+    return translate.translate_rows(rows, translator, args.source, args.lang, run / f"translated-{args.lang}.jsonl",
+                                    beams=args.beams)
+
+
+def reference_of(model, steps, run: Path, args, device, history: str, label: str) -> list[Tensor]:
+    """Cached reference log-probs of these steps under the model as it is now. `history` names its training so far."""
+    micros = [micro for step in steps for micro in step]
+    content = [[fork.prompt, fork.continuations] for micro in micros for fork in micro.batch.forks]
+    shapes = [list(micro.batch.tokens.shape) for micro in micros]
+    key = runs.fingerprint(runs.model_fingerprint(args.model), history, content, shapes, args.train, args.dtype,
+                           device.type, torch.__version__, torch.get_num_threads())
+    return runs.cached_reference(run, key, [micro.sequences for micro in micros],
+                                 lambda: reference_logps(model, steps, device, label))
+
+
+def group_by_step(flat: list[Tensor], steps: list[list[Micro]]) -> list[list[Tensor]]:
+    values = iter(flat)
+    return [[next(values) for _ in step] for step in steps]
+
+
+def run_method(name: str, groups, heldout, args, run: Path, device, finish) -> dict:
+    """Load the base model, train it by one method (or not at all: 'base'), export it and score it. A finished method is
+    read back from its result.json. `finish(model)` scores the model's answers."""
+    directory = run / name
+    result = directory / "result.json"
+    if result.exists():
+        print(f"{name}: done before, read from {result}")
+        return json.loads(result.read_text(encoding="utf-8"))
+    model = llama.load(args.model, device, DTYPES[args.dtype])
+    started, seconds = time.perf_counter(), 0.0
+    pairs = make_steps(heldout, METHODS["clo"][0], args, None)
+    stages = METHODS.get(name, ())
+    parameters = make_trainable(model, args.train, args.lora_rank, args.lora_alpha, args.seed) if stages else {}
+    epochs = args.epochs if any(stage.preference for stage in stages) else args.baseline_epochs or args.epochs
+    for number, stage in enumerate(stages):
+        steps = make_steps(groups, stage, args, args.seed)
+        history = "" if number == 0 else runs.fingerprint(vars(args), name, number)
+        reference = None
+        if stage.preference:
+            flat = reference_of(model, steps, run, args, device, history, f"reference {name}")
+            reference = group_by_step(flat, steps)
+        heldout_reference = reference_of(model, pairs, run, args, device, history, "reference held-out")
+        train(model, parameters, stage, steps, reference, epochs,
+              lambda: score_heldout(model, pairs, heldout_reference, args.beta, device), args, device,
+              directory if len(stages) == 1 else directory / f"{number + 1}-{stage.name}")
+        seconds = time.perf_counter() - started
+    scores = finish(model)
+    reference = reference_of(llama.load(args.model, device, DTYPES[args.dtype]) if stages else model, pairs, run, args,
+                             device, "", "reference held-out")
+    scores["heldout"] = score_heldout(model, pairs, reference, args.beta, device)
+    scores["train_seconds"] = round(seconds, 2)
+    if stages:
+        export(model, args, directory)
+    runs.write_json(result, scores)
+    return scores
+
+
+def export(model: llama.Llama, args, directory: Path) -> None:
+    """The trained part in the layout other tools read: a PEFT adapter, or a whole Hugging Face directory."""
+    if args.train == "lora":
+        runs.fill_directory(directory / "adapter", lambda path: runs.save_adapter(
+            model, path, args.model, ATTENTION, args.lora_rank, args.lora_alpha))
+    else:
+        runs.fill_directory(directory / "model", lambda path: runs.save_model(model, path, args.model))
+
+
+def main(argv=None) -> None:
+    args = parse_args(argv)
+    began = time.perf_counter()
+    device = pick_device(args.device)
+    args.dtype = args.dtype if args.dtype != "auto" else "bf16" if device.type == "cuda" else "fp32"
+    tokenizer = data.load_tokenizer(args.model)
+    config = llama.read_config(args.model)
+    flags = {key: value for key, value in vars(args).items() if key not in ("fresh", "out")}
+    inputs = {"model": runs.model_fingerprint(args.model), "tokenizer": tokenizer.fingerprint,
+              "data": runs.input_fingerprint(args.data), "eval_data": args.eval_data and runs.input_fingerprint(args.eval_data)}
+    run = runs.open_run(args.out, flags, inputs, args.fresh)
+    print(f"device {device}, {args.dtype}; model {args.model}: {config.model_type}, {config.num_hidden_layers} layers, "
+          f"width {config.hidden_size}; run directory {run}")
+
+    print(f"\n1. Rows: {args.source} and {args.lang}")
+    rows, heldout_rows, eval_rows = read_inputs(args, run, device)
+
+    print("\n2. Forks")
+    row_tokens = min(args.row_tokens, config.max_position_embeddings)
+    groups, counts = data.make_forks(rows, tokenizer, args.source, args.lang, row_tokens, args.system_prompt)
+    heldout, _ = data.make_forks(heldout_rows, tokenizer, args.source, args.lang, row_tokens, args.system_prompt)
+    print(data.describe(counts))
+
+    names = ["base"] + [name for name in (args.baseline, args.method) if name != "none"]
+    classifier = evaluation.fit_languages(evaluation.texts_by_language(rows, (args.source, args.lang)))
+    report = {"lang": args.lang, "samples": len(rows), "seed": args.seed, "methods": {}}
+    answers = {}
+    for number, name in enumerate(dict.fromkeys(names)):
+        print(f"\n{number + 3}. {'Base model' if name == 'base' else 'Train ' + name}")
+
+        def finish(model):
+            return evaluation.answer_and_score(model, tokenizer, eval_rows, (args.source, args.lang), classifier,
+                                               args.max_new_tokens, args.system_prompt, run / name / "answers.jsonl")
+        report["methods"][name] = run_method(name, groups, heldout, args, run, device, finish)
+        answers[name] = [line for _, line in data.read_records(run / name / "answers.jsonl")]
+
+    text = evaluation.report_text(report, answers, args.source)
+    runs.write_json(run / "report.json", report)
+    runs.write_text(run / "report.md", text)
+    print("\n" + text)
+    print_ending(args, run, eval_rows, time.perf_counter() - began)
+
+
+def print_ending(args, run: Path, eval_rows: list[dict], seconds: float) -> None:
+    trained = run / args.method
+    print(f"Took {seconds:.0f} s, peak memory {peak_memory_gb():.2f} GB. Report: {run}/report.md, report.json; "
+          f"curves: {trained}/metrics.jsonl")
+    option = f"--adapter {trained}/adapter" if args.train == "lora" else f"--model {trained}/model"
+    question = eval_rows[0][args.lang]["prompt"].replace('"', "'").splitlines()[0]
+    print(f"Talk to it:\n  python eval.py ask {option} \"{question}\"")
+
+
+# ------------------------------------------------------------------------------------------------------ command line
+
+def parse_args(argv=None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="clo.py", formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        description="Teach an English-centric model another language by Cross-Lingual Optimization, beside a baseline.",
+        epilog="Example: python clo.py --lang sw --model Llama-3.2-1B --data alpaca.json --translator m2m100_1.2B. "
+               "The same command goes on where a killed run stopped.")
+    add = parser.add_argument_group("main").add_argument
+    add("--lang", required=True, help="target language code: one the data holds or the translator knows")
+    add("--model", default="demo/llama", help="base model, a directory in Hugging Face layout")
+    add("--data", default="demo/english.jsonl", help="training rows: parallel JSONL, Alpaca, OASST, ShareGPT, messages")
+    add("--eval-data", default=None, help="questions and answers in both languages; default: eval.jsonl beside --data "
+                                          "if there is one, else the held-out rows are answered")
+    add("--translator", default="demo/m2m100", help="M2M100 or NLLB directory, for rows without the target language")
+    add("--out", default=None, help="run directory; default: runs/LANG")
+    add("--fresh", action="store_true", help="delete the run directory and start over")
+    add = parser.add_argument_group("method").add_argument
+    add("--method", default="clo", choices=list(METHODS), help="what to train")
+    add("--baseline", default="sft", choices=[*METHODS, "none"], help="trained too, for the comparison")
+    add("--lambda", dest="lam", type=float, default=0.5, help="weight of the NLL of target responses, 0 to 1")
+    add("--beta", type=float, default=0.1, help="strength of the preference term (DPO)")
+    add("--train", default="lora", choices=list(LEARNING_RATES), help="LoRA on attention, attention itself, or everything")
+    add("--lora-rank", type=int, default=16, help="rank R")
+    add("--lora-alpha", type=float, default=32, help="scale: the product counts alpha / R")
+    add = parser.add_argument_group("data").add_argument
+    add("--source", default="en", help="language the model knows")
+    add("--samples", type=int, default=None, help="train on this many rows, drawn by --seed; default: all")
+    add("--holdout", type=int, default=100, help="rows for validation during training: from the validation split of "
+                                                "--eval-data if it has one, else set apart from --data (a fifth at most)")
+    add("--turns", default="first", choices=["first", "all"], help="of conversations: the first exchange, or each one")
+    add("--system-prompt", default=None, help="put before every question, in the checkpoint's chat template")
+    add("--beams", type=int, default=5, help="beam width of the translation")
+    add("--row-tokens", type=int, default=1024, help="tokens of a packed row; longer responses are cut")
+    add = parser.add_argument_group("optimisation").add_argument
+    add("--lr", type=float, default=None, help="peak learning rate; default by --train: "
+        + ", ".join(f"{mode} {rate:g}" for mode, rate in LEARNING_RATES.items()) + " times 4096 / hidden width")
+    add("--epochs", type=int, default=2, help="passes over the rows")
+    add("--baseline-epochs", type=int, default=None, help="passes for methods without a preference term; default: --epochs")
+    add("--batch-size", type=int, default=8, help="rows (samples) per optimiser step")
+    add("--micro-rows", type=int, default=1, help="packed rows per forward pass; memory, not the result, depends on it")
+    add("--warmup", type=float, default=0.1, help="part of the steps over which the rate rises; then it falls to 0")
+    add("--weight-decay", type=float, default=0.0, help="AdamW's decoupled decay of the trainable weights")
+    add("--clip", type=float, default=1.0, help="largest gradient norm")
+    add("--seed", type=int, default=0, help="of row choice, order and LoRA's start")
+    add = parser.add_argument_group("evaluation and files").add_argument
+    add("--eval-split", default="test", help="rows of --eval-data that are answered at the end")
+    add("--max-new-tokens", type=int, default=64, help="longest answer, in tokens")
+    add("--eval-every", type=int, default=0, help="steps between validations; 0: once an epoch")
+    add("--save-every", type=int, default=100, help="steps between checkpoints")
+    add = parser.add_argument_group("machine").add_argument
+    add("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
+    add("--dtype", default="auto", choices=["auto", *DTYPES], help="compute type; auto: bf16 on CUDA, else fp32")
+    args = parser.parse_args(argv)
+    if not 0 <= args.lam <= 1:
+        parser.error(f"--lambda {args.lam}: a number from 0 to 1 was expected")
+    for name in ("lora_rank", "epochs", "batch_size", "micro_rows", "row_tokens", "beams", "max_new_tokens", "save_every"):
+        if getattr(args, name) < 1:
+            parser.error(f"--{name.replace('_', '-')} {getattr(args, name)}: at least 1 was expected")
+    args.out = args.out or f"runs/{args.lang}"
+    beside = Path(args.data).with_name("eval.jsonl")
+    args.eval_data = args.eval_data or (str(beside) if beside.is_file() else None)
+    return args
+
+
+if __name__ == "__main__":
+    data.run(main)

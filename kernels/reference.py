@@ -1,0 +1,29 @@
+"""What the two ops compute, in plain PyTorch: the definition every faster version is tested against.
+
+N rows of hidden states (N, H) meet the head's weight (V, H); `targets` (N,) names the token that really came next.
+
+    logits   z = hidden @ weight.T                                       (N, V)
+    log-prob logp_t = z_t[y_t] - log sum_v exp(z_t[v])                   (N,)
+
+Plain, and greedy: it holds several (N, V) tensors at once. With N = 8,192 and V = 128,256 one of them is 4 GB in
+fp32. `chunks.py` computes the same numbers through a buffer of a chosen size.
+"""
+
+import torch
+import torch.nn.functional as F
+
+
+def token_logp(hidden, weight, targets):
+    """Log-prob of each target: hidden (N, H), weight (V, H), targets (N,) int64 -> (N,), at least fp32.
+
+    Differentiable in `hidden` and `weight`, with a different upstream gradient for each token.
+    """
+    logits = hidden @ weight.T  # (N, V)
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    return F.log_softmax(logits, dim=-1).gather(1, targets[:, None]).squeeze(1)
+
+
+def linear_cross_entropy(hidden, weight, targets, ignore_index=-100):
+    """Mean negative log-prob over the targets that differ from `ignore_index`: a scalar; nan when there are none."""
+    kept = targets != ignore_index
+    return -token_logp(hidden[kept], weight, targets[kept]).mean()
