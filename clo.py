@@ -75,8 +75,9 @@ class LoraLinear(llama.Linear):
         out_features, in_features = base.weight.shape
         bound = 1 / math.sqrt(in_features)                           # PEFT's start: kaiming_uniform with a = sqrt(5)
         A = torch.empty(rank, in_features).uniform_(-bound, bound, generator=generator)
-        self.lora_A = nn.Parameter(A.to(base.weight.device))
-        self.lora_B = nn.Parameter(torch.zeros(out_features, rank, device=base.weight.device))
+        wide = torch.promote_types(base.weight.dtype, torch.float32)
+        self.lora_A = nn.Parameter(A.to(base.weight.device, wide))
+        self.lora_B = nn.Parameter(torch.zeros(out_features, rank, device=base.weight.device, dtype=wide))
 
     def forward(self, x: Tensor) -> Tensor:
         product = F.linear(F.linear(x, self.lora_A.to(x.dtype)), self.lora_B.to(x.dtype))
@@ -327,7 +328,7 @@ def train(model: llama.Llama, parameters: dict, stage: Stage, steps: list[list[M
     rate = args.lr or LEARNING_RATES[args.train] * REFERENCE_WIDTH / model.config.hidden_size
     optimizer = torch.optim.AdamW(parameters.values(), lr=rate, betas=(0.9, 0.999), weight_decay=args.weight_decay)
     done = runs.load_checkpoint(directory / "checkpoint", parameters, optimizer)
-    runs.truncate_metrics(directory / "metrics.jsonl", done)
+    runs.truncate_metrics(directory / "metrics.jsonl", done if done else -1)
     if done:
         print(f"{stage.name}: resuming after step {done} of {len(order)}")
     directory.mkdir(parents=True, exist_ok=True)
@@ -408,29 +409,21 @@ def pick_device(name: str) -> torch.device:
     return torch.device(name)
 
 
-def read_inputs(args, run: Path, device) -> tuple[list[dict], list[dict], list[dict]]:
-    """Training rows and held-out rows, both with both languages (translated where the target is missing), and the rows
-    to answer at the end. Held-out rows are the validation split of --eval-data, or set apart from --data."""
-    rows = read_counted(args.data, args)
-    evaluated = read_counted(args.eval_data, args) if args.eval_data else []
-    if evaluated:
-        evaluated = data.require_languages(evaluated, args.source, args.lang)
+def read_inputs(args) -> tuple[list[dict], list[dict], list[dict], int]:
+    """Training rows (some perhaps without the target language yet), held-out rows, rows to answer at the end, and how many
+    of the training rows are to be set apart as held-out ones: none when --eval-data has a validation split."""
+    rows = usable_rows(read_counted(args.data, args), args)
+    evaluated = data.require_languages(read_counted(args.eval_data, args), args.source, args.lang) if args.eval_data else []
     heldout = [row for row in evaluated if row.get("split") == "validation"][:args.holdout]
-    chosen = [row for row in evaluated if row.get("split", args.eval_split) == args.eval_split]
-    if evaluated and not chosen:
+    answered = [row for row in evaluated if row.get("split", args.eval_split) == args.eval_split]
+    if evaluated and not answered:
         raise data.DataError(f"{args.eval_data} has no row of split {args.eval_split!r}: see --eval-split")
-    rows = usable_rows(rows, args)
-    order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(args.seed)).tolist()
     apart = 0 if heldout else min(args.holdout, len(rows) // 5)
+    order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(args.seed)).tolist()
     rows = [rows[i] for i in order[:apart + (args.samples or len(rows))]]
     if args.samples and len(rows) < apart + args.samples:
         print(f"{args.data} has {len(rows) - apart} rows to train on, fewer than --samples {args.samples}: all are used")
-    if any(args.lang not in row for row in rows):
-        rows = translate_missing(rows, args, run, device)
-    heldout, rows = heldout or rows[:apart], rows[apart:]
-    if not rows:
-        raise data.DataError(f"{args.data}: no row is left to train on")
-    return rows, heldout, chosen or heldout
+    return rows, heldout, answered, apart
 
 
 def read_counted(path: str, args) -> list[dict]:
@@ -450,14 +443,16 @@ def usable_rows(rows: list[dict], args) -> list[dict]:
     return data.require_languages(rows, args.source)
 
 
-def translate_missing(rows: list[dict], args, run: Path, device) -> list[dict]:
+def load_translator(rows: list[dict], args, device):
+    """The translator, or None when no row needs it; DataError when it does not know the language either."""
+    if all(args.lang in row for row in rows):
+        return None
     translator = translate.load(args.translator, device)
     if args.lang not in translator.languages:
         held = sorted({language for row in rows for language in data.languages(row)})
         raise data.DataError(f"--lang {args.lang}: {args.data} holds {', '.join(held)} and the translator {args.translator} "
                              f"knows {', '.join(translator.languages)}")
-    return translate.translate_rows(rows, translator, args.source, args.lang, run / f"translated-{args.lang}.jsonl",
-                                    beams=args.beams)
+    return translator
 
 
 def reference_of(model, steps, run: Path, args, device, history: str, label: str) -> list[Tensor]:
@@ -529,15 +524,25 @@ def main(argv=None) -> None:
     args.dtype = args.dtype if args.dtype != "auto" else "bf16" if device.type == "cuda" else "fp32"
     tokenizer = data.load_tokenizer(args.model)
     config = llama.read_config(args.model)
+    print(f"device {device}, {args.dtype}; model {args.model}: {config.model_type}, {config.num_hidden_layers} layers, "
+          f"width {config.hidden_size}; run directory {args.out}")
+
+    print(f"\n1. Rows: {args.source} and {args.lang}")
+    rows, heldout_rows, eval_rows, apart = read_inputs(args)
+    translator = load_translator(rows, args, device)
     flags = {key: value for key, value in vars(args).items() if key not in ("fresh", "out")}
     inputs = {"model": runs.model_fingerprint(args.model), "tokenizer": tokenizer.fingerprint,
               "data": runs.input_fingerprint(args.data), "eval_data": args.eval_data and runs.input_fingerprint(args.eval_data)}
     run = runs.open_run(args.out, flags, inputs, args.fresh)
-    print(f"device {device}, {args.dtype}; model {args.model}: {config.model_type}, {config.num_hidden_layers} layers, "
-          f"width {config.hidden_size}; run directory {run}")
-
-    print(f"\n1. Rows: {args.source} and {args.lang}")
-    rows, heldout_rows, eval_rows = read_inputs(args, run, device)
+    if translator is not None:
+        rows = translate.translate_rows(rows, translator, args.source, args.lang, run / f"translated-{args.lang}.jsonl",
+                                        beams=args.beams)
+        translator = None                                                 # its memory is better used for training
+    heldout_rows, rows = heldout_rows or rows[:apart], rows[apart:]
+    eval_rows = eval_rows or heldout_rows
+    if not rows or not heldout_rows:
+        raise data.DataError(f"{args.data}: {len(rows)} rows are left to train on and {len(heldout_rows)} to hold out; "
+                             f"at least one of each is needed")
 
     print("\n2. Forks")
     row_tokens = min(args.row_tokens, config.max_position_embeddings)

@@ -1,20 +1,20 @@
 """Data: public formats -> rows -> forks -> packed rows of tokens.
 
-A *row* is one sample in one or more languages: {"row_id": str, "en": {"prompt": str, "response": str}, "sw": {...}}.
-A *fork* is one prompt with k continuations. A *batch* is rows of T tokens filled with forks, and the list of its
-predictions: the token that each predicting position has to name.
+A *row* is one sample: {"row_id": str, "en": {"prompt": str, "response": str}, "sw": {...}, ...}.
+A *fork* is one prompt with k continuations. A *batch* is rows of T tokens filled with forks, and the list
+of its predictions: which position has to name which token.
 
-What is kept of public data (every decision is counted, see `describe`):
-- A conversation gives its first exchange; with turns="all" each user message and the reply that follows it become a
-  row of their own, without the turns before them.
-- OpenAssistant trees follow Open-Assistant's own top-1 rule (oasst_dataset.py): reviewed trees in the language, no
-  deleted or synthetic message in the thread, replies of rank 0 or without a sibling.
-- System prompts inside the data are left out: nothing translates them. `system=` gives every prompt the same one.
+What is kept of public data (every decision is counted, `describe` prints the counts):
+- A conversation gives its first exchange; with turns="all" every user message and the reply right after it
+  become a row of their own, without the turns before them.
+- OpenAssistant trees follow Open-Assistant's own top-1 rule (oasst_dataset.py): reviewed trees in the
+  language, no deleted or synthetic message in the thread, replies of rank 0 or without a sibling.
+- System prompts in the data are left out, as nothing translates them; `system=` gives every prompt one.
 - Rows with an empty prompt or response are dropped.
 
-Templates are the checkpoint's own. Only the template may produce added tokens: "</s>" typed by a user stays text.
+Templates are the checkpoint's own. Only a template may make added tokens: "</s>" in user text stays text.
 
-    python data.py FILE --model DIR --lang sw --show 2       # counts, packing, samples with the loss mask visible
+    python data.py FILE --model DIR --lang sw --show 2     # counts, packing, samples with their loss mask
 """
 
 import argparse
@@ -35,11 +35,12 @@ import numpy as np
 import tokenizers
 import torch
 
+PARTS = ("prompt", "response")
 ROLES = {"user": "user", "human": "user", "prompter": "user", "system": "system",
          "assistant": "assistant", "gpt": "assistant", "chatgpt": "assistant", "model": "assistant"}
-KNOWN_FORMATS = ('parallel {"en": {"prompt", "response"}}, Alpaca (instruction, output), messages, ShareGPT '
-                 '(conversations), OpenAssistant (trees, messages), prompt and response')
-TEMPLATE_DATE = datetime(2024, 7, 26)  # templates that print today's date would change every cache overnight
+FORMATS = ('parallel ({"en": {"prompt", "response"}, ...}), Alpaca (instruction, output), messages, ShareGPT '
+           '(conversations), OpenAssistant (trees or messages), prompt and response')
+TEMPLATE_DATE = datetime(2024, 7, 26)  # templates that print today's date would change caches overnight
 PLAIN_TEMPLATE = (  # for base models, which bring none: Alpaca's headings
     "{{ bos_token }}{% for message in messages %}"
     "{% if message.role == 'system' %}{{ message.content }}\n\n"
@@ -58,8 +59,8 @@ def run(main):
     except KeyboardInterrupt:
         sys.exit(130)
     except (OSError, ValueError) as error:
-        if type(error) is ValueError or isinstance(error, UnicodeError):
-            raise  # ours are subclasses with names; a plain one is a bug and keeps its traceback
+        if type(error) is ValueError:  # ours are subclasses; a plain one is a bug and keeps its traceback
+            raise
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
 
@@ -69,10 +70,8 @@ def run(main):
 def read_text(path):
     """The text of a UTF-8 file, plain or gzip (told by its first bytes)."""
     path = Path(path)
-    if not path.exists():
-        raise DataError(f"{path}: no such file")
-    if path.is_dir():
-        raise DataError(f"{path}: is a directory, give a file")
+    if not path.is_file():
+        raise DataError(f"{path}: {'a directory, a file is wanted' if path.is_dir() else 'no such file'}")
     raw = path.read_bytes()
     try:
         raw = gzip.decompress(raw) if raw[:2] == b"\x1f\x8b" else raw
@@ -81,28 +80,37 @@ def read_text(path):
         raise DataError(f"{path}: damaged gzip file ({error}); fetch it again") from None
     except UnicodeDecodeError as error:
         line = raw[:error.start].count(b"\n") + 1
-        raise DataError(f"{path}:{line}: not UTF-8 text; convert the file to UTF-8 JSONL") from None
+        raise DataError(f"{path}:{line}: not UTF-8 text; JSON or JSONL in UTF-8 is wanted") from None
 
 
 def read_records(path):
-    """[(where, object)] of a JSONL file ("file:line") or of a file with one JSON list ("file[item]")."""
-    text, number = read_text(path), 1
+    """[(where, object)] of a JSONL file ("file:line") or of a file holding one JSON list ("file[item]")."""
+    text, number, records = read_text(path), 1, []
     try:
         if text.lstrip()[:1] == "[":
-            return [(f"{path}[{i}]", record) for i, record in enumerate(json.loads(text))]
-        records = []
-        for number, line in enumerate(text.split("\n"), 1):  # splitlines() would also cut at U+2028 inside strings
+            return [(f"{path}[{item}]", record) for item, record in enumerate(json.loads(text))]
+        for number, line in enumerate(text.split("\n"), 1):  # splitlines() also cuts at U+2028 inside strings
             if line.strip():
                 records.append((f"{path}:{number}", json.loads(line)))
-        return records
     except json.JSONDecodeError as error:
-        line = number + error.lineno - 1
-        raise DataError(f"{path}:{line}: not valid JSON, {error.msg} at column {error.colno}; "
-                        "expected one object a line, or one list") from None
+        raise DataError(f"{path}:{number + error.lineno - 1}: not valid JSON: {error.msg} (column "
+                        f"{error.colno}); one object a line is wanted, or one list") from None
+    return records
+
+
+def optional_object(path):
+    """The object in a JSON file, {} without the file."""
+    if not path.exists():
+        return {}
+    try:
+        found = json.loads(read_text(path))
+    except json.JSONDecodeError as error:
+        raise DataError(f"{path}:{error.lineno}: not valid JSON: {error.msg}") from None
+    return as_kind(found, dict, path)
 
 
 def write_jsonl(path, records):
-    """Write one JSON object a line, to a temporary name first: never half a file."""
+    """Write one JSON object a line; to a temporary name first, so there is never half a file."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(path.name + ".tmp")
@@ -114,30 +122,34 @@ def write_jsonl(path, records):
 
 # ---- records -> rows ----
 
+def as_kind(value, kind, where):
+    """The value, or an error if it is not a dict (kind dict) or list."""
+    if not isinstance(value, kind):
+        raise DataError(f"{where}: {kind.__name__} expected, found {type(value).__name__}")
+    return value
+
+
 def need(record, key, where):
     """record[key], or an error that names the place and the keys that are there."""
-    if not isinstance(record, dict) or key not in record:
-        seen = ", ".join(record) if isinstance(record, dict) else type(record).__name__
-        raise DataError(f'{where}: "{key}" is missing (found: {seen})')
+    if key not in as_kind(record, dict, where):
+        raise DataError(f'{where}: "{key}" is missing (found: {", ".join(record)})')
     return record[key]
 
 
 def as_text(value, where):
-    """A message's text: a string, null (a tool call), or a list of parts of which the text parts count."""
+    """A message's text: a string, null (a tool call), or a list of parts that are joined."""
     if isinstance(value, list):
         return "".join(as_text(need(part, "text", where), where) for part in value)
-    if not isinstance(value, str) and value is not None:
-        raise DataError(f"{where}: text expected, found {type(value).__name__}")
-    return value or ""
+    return "" if value is None else as_kind(value, str, where)
 
 
 def languages(row):
     """The languages of a row, in its order: keys whose value has a prompt and a response."""
-    return [key for key, value in row.items() if isinstance(value, dict) and {"prompt", "response"} <= value.keys()]
+    return [key for key, value in row.items() if isinstance(value, dict) and {*PARTS} <= value.keys()]
 
 
 def identifier(record, where):
-    """row_id, or id (an object under "id" is Indonesian, not an identifier), or file name and line."""
+    """row_id, or id (an object under "id" is Indonesian, no identifier), or file name and line."""
     for key in ("row_id", "id"):
         if isinstance(record.get(key), (str, int)):
             return str(record[key])
@@ -145,164 +157,180 @@ def identifier(record, where):
 
 
 def parallel_rows(records, language, turns, counts):
-    """Rows of our own format; keys that are neither languages nor the identifier are kept as they are."""
+    """Rows of our own format; keys that are neither a language nor the identifier stay as they are."""
     for where, record in records:
         row = {"row_id": identifier(record, where)}
-        row |= {key: value for key, value in record.items() if key != "row_id" and (key != "id" or type(value) is dict)}
-        for key, value in row.items():
-            if isinstance(value, dict) and value.keys() & {"prompt", "response"}:
-                row[key] = value | {part: as_text(need(value, part, where), where) for part in ("prompt", "response")}
+        for key, value in record.items():
+            if isinstance(value, dict) and value.keys() & PARTS:
+                value = value | {part: as_text(need(value, part, where), where) for part in PARTS}
+            if key != "row_id" and (key != "id" or isinstance(value, dict)):
+                row[key] = value
         if not languages(row):
             raise DataError(f"{where}: no language with a prompt and a response (found: {', '.join(record)})")
         yield row
 
 
 def conversation(record, where):
-    """[(role, text)] of an Alpaca, prompt-and-response, ShareGPT or messages record."""
+    """[(role, text)] of a ShareGPT, messages, Alpaca or prompt-and-response record."""
     if "conversations" in record or "messages" in record:
-        listed = record.get("conversations") or record.get("messages") or []
-        speaker, text = ("from", "value") if any("from" in message for message in listed) else ("role", "content")
-        return [(ROLES.get(need(message, speaker, where), "other"), as_text(need(message, text, where), where))
+        listed = as_kind(record["conversations" if "conversations" in record else "messages"], list, where)
+        speaker, text = ("from", "value") if any("from" in as_kind(message, dict, where)
+                                                 for message in listed) else ("role", "content")
+        return [(ROLES.get(str(need(message, speaker, where))), as_text(need(message, text, where), where))
                 for message in listed]
     if "instruction" in record:
-        prompt, response = (as_text(need(record, key, where), where) for key in ("instruction", "output"))
-        prompt += "\n" + record["input"] if record.get("input") else ""
+        prompt, response = as_text(need(record, "instruction", where), where), need(record, "output", where)
+        extra = as_text(record.get("input"), where)
+        prompt += "\n" + extra if extra.strip() else ""
     else:
+        prompt = as_text(need(record, "prompt", where), where)
         response = need(record, "completion" if "completion" in record else "response", where)
-        prompt, response = as_text(need(record, "prompt", where), where), as_text(response, where)
     system = [("system", record["system"])] if record.get("system") else []
-    earlier = [(role, text) for turn in record.get("history") or [] for role, text in zip(("user", "assistant"), turn)]
-    return [*system, *earlier, ("user", prompt), ("assistant", response)]
+    earlier = [(role, as_text(text, where)) for turn in record.get("history") or []
+               for role, text in zip(("user", "assistant"), turn)]
+    return [*system, *earlier, ("user", prompt), ("assistant", as_text(response, where))]
 
 
 def chat_rows(records, language, turns, counts):
-    """One row a conversation (its first exchange), or with turns="all" one a user message that has a reply."""
+    """One row a conversation (its first exchange), or with turns="all" one a user message with a reply."""
     for where, record in records:
         messages = conversation(record, where)
         counts["system prompts left out"] += sum(role == "system" for role, _ in messages)
         messages = [message for message in messages if message[0] != "system"]
-        pairs = [(user[1], reply[1]) for user, reply in zip(messages, messages[1:])
-                 if (user[0], reply[0]) == ("user", "assistant")]
-        if not pairs or turns == "first" and messages[0][0] != "user":
-            counts["skipped: does not open with a user message and its reply"] += 1
-            continue
-        counts["later turns left out"] += len(pairs[1:]) if turns == "first" else 0
-        for turn, (prompt, response) in enumerate(pairs[:1] if turns == "first" else pairs):
+        pairs = [(asked[1], reply[1]) for asked, reply in zip(messages, messages[1:])
+                 if (asked[0], reply[0]) == ("user", "assistant")]
+        if turns == "first":
+            opens = [role for role, _ in messages[:2]] == ["user", "assistant"]
+            counts["later turns left out"] += len(pairs[1:] if opens else pairs)
+            pairs = pairs[:1] if opens else []
+        counts["skipped: no user message followed by a reply"] += not pairs
+        for turn, (prompt, response) in enumerate(pairs):
             name = identifier(record, where) + (f"#{turn + 1}" if turn else "")
             yield {"row_id": name, language: {"prompt": prompt, "response": response}}
 
 
 def oasst_roots(records):
-    """The root messages, replies linked below them, of trees, nested messages or flat messages."""
-    messages = [record | {"where": where, "replies": list(record.get("replies") or [])} for where, record in records
-                if "message_id" in record]
-    by_id = {message["message_id"]: message for message in messages}
-    for message in messages:
+    """Root messages with their replies below them, out of trees, nested messages or flat messages."""
+    roots, by_id = [], {}
+    for where, record in records:
+        if "message_id" in record:
+            replies = list(record.get("replies") or [])
+            by_id[record["message_id"]] = record | {"where": where, "replies": replies}
+        else:
+            prompt = as_kind(need(record, "prompt", where), dict, where)
+            roots.append(prompt | {"where": where, "tree_state": record.get("tree_state")})
+    for message in by_id.values():
         if message.get("parent_id") in by_id:
             by_id[message["parent_id"]]["replies"].append(message)
-    trees = [need(record, "prompt", where) | {"where": where, "tree_state": record.get("tree_state")}
-             for where, record in records if "message_id" not in record]
-    return trees + [message for message in messages if message.get("parent_id") is None]
+        elif message.get("parent_id") is None:
+            roots.append(message)
+    return roots
 
 
 def oasst_edges(prompt, turns, counts):
-    """(prompt message, its best reply) for the first turn or for every turn, by Open-Assistant's top-1 rule."""
+    """(prompt, best reply) of the first turn or of every turn below it, by Open-Assistant's top-1 rule."""
     replies = prompt.get("replies") or []
     for reply in replies:
         best = len(replies) == 1 if reply.get("rank") is None else reply["rank"] == 0
-        if reply.get("deleted") or reply.get("synthetic") or not best:
+        if not best or unusable(reply):
             continue
         yield prompt, reply
-        for later in reply.get("replies") or []:
-            if turns == "first":
-                counts["later turns left out"] += 1
-            elif not later.get("deleted") and not later.get("synthetic"):
-                yield from oasst_edges(later, turns, counts)
+        later = [message for message in reply.get("replies") or [] if not unusable(message)]
+        counts["later turns left out"] += len(later) if turns == "first" else 0
+        for message in later if turns == "all" else []:
+            yield from oasst_edges(message, turns, counts)
+
+
+def unusable(message):
+    """Deleted, or written by a model."""
+    return message.get("deleted") or message.get("synthetic")
+
+
+def oasst_fault(root, language):
+    """Why nothing of a tree is taken, or None."""
+    if root.get("tree_state") not in (None, "ready_for_export") or not root.get("review_result", True):
+        return "tree not reviewed"
+    if need(root, "lang", root["where"]).split("-")[0] != language.split("-")[0]:
+        return f"tree not in {language}"
+    return "tree deleted or synthetic" if unusable(root) else None
 
 
 def oasst_rows(records, language, turns, counts):
-    """Rows of OpenAssistant trees or messages in `language` ("pt" also takes "pt-BR")."""
+    """Rows of OpenAssistant trees or messages in `language` ("pt" takes "pt-BR" too)."""
     for root in oasst_roots(records):
-        ready = root.get("tree_state") in (None, "ready_for_export") and root.get("review_result", True)
-        if not ready or root.get("lang", language).split("-")[0] != language.split("-")[0]:
-            counts["skipped: unreviewed tree" if not ready else f"skipped: tree not in {language}"] += 1
-            continue
-        clean = not root.get("deleted") and not root.get("synthetic")
-        edges = list(oasst_edges(root, turns, counts)) if clean else []
-        counts["skipped: tree without an accepted reply"] += not edges
+        why, where = oasst_fault(root, language), root["where"]
+        edges = [] if why else list(oasst_edges(root, turns, counts))
+        if not edges:
+            counts[f"skipped: {why or 'tree without a best reply'}"] += 1
         for prompt, reply in edges:
-            texts = {"prompt": need(prompt, "text", root["where"]), "response": need(reply, "text", root["where"])}
-            yield {"row_id": need(reply, "message_id", root["where"]), language: texts}
+            texts = [as_text(need(message, "text", where), where) for message in (prompt, reply)]
+            yield {"row_id": need(reply, "message_id", where), language: dict(zip(PARTS, texts))}
 
 
 def sniff(record, where):
     """The reader for a file whose first record this is."""
-    if not isinstance(record, dict):
-        raise DataError(f"{where}: an object expected, found {type(record).__name__}; known formats: {KNOWN_FORMATS}")
-    if "message_id" in record or isinstance(record.get("prompt"), dict) and "message_id" in record["prompt"]:
+    keys = as_kind(record, dict, where).keys()
+    if "message_id" in keys or isinstance(record.get("prompt"), dict) and "message_id" in record["prompt"]:
         return oasst_rows
     if languages(record):
         return parallel_rows
-    for keys in ({"conversations"}, {"messages"}, {"instruction", "output"}, {"prompt", "response"},
-                 {"prompt", "completion"}):
-        if keys <= record.keys():
-            return chat_rows
-    raise DataError(f"{where}: unknown format (keys: {', '.join(record)}); known formats: {KNOWN_FORMATS}")
+    if any(wanted <= keys for wanted in ({"conversations"}, {"messages"}, {"instruction", "output"},
+                                         {"prompt", "response"}, {"prompt", "completion"})):
+        return chat_rows
+    raise DataError(f"{where}: unknown format (keys: {', '.join(keys)}); known: {FORMATS}")
 
 
 def fault(row):
     """Why a row cannot be used, or None."""
     for language in languages(row):
-        for part in ("prompt", "response"):
+        for part in PARTS:
             if not row[language][part].strip():
                 return f"empty {part}"
-            if re.search("[\ud800-\udfff]", row[language][part]):  # half of a character, as "\ud83d" in JSON
-                return "broken Unicode"
+            if re.search("[\ud800-\udfff]", row[language][part]):
+                return "broken Unicode (half of a character)"
     return None
 
 
 def read_rows(path, language="en", turns="first", counts=None):
-    """Rows of any known format, told by the first record.
+    """Rows of a file in any of FORMATS, told by its first record.
 
-    language: of formats that hold one language only. turns: "first" or "all" exchanges of a conversation.
-    counts: a Counter that receives how much was read, kept and skipped, and why (see `describe`).
+    language: of formats that hold only one. turns: "first" exchange of a conversation, or "all".
+    counts: a Counter that receives what was read, kept and skipped, and why.
     Raises DataError with file and line.
     """
     assert turns in ("first", "all"), f"turns {turns!r} is neither first nor all"
-    counts = Counter() if counts is None else counts
-    records = read_records(path)
+    counts, records = Counter() if counts is None else counts, read_records(path)
     if not records:
         raise DataError(f"{path}: the file is empty")
+    counts.update({"read": len(records), "kept": 0})
     reader = sniff(records[0][1], records[0][0])
-    for where, record in records:
-        if not isinstance(record, dict):
-            raise DataError(f"{where}: an object expected, found {type(record).__name__}")
-    counts["read"] += len(records)
+    records = [(where, as_kind(record, dict, where)) for where, record in records]
     rows = []
     for row in reader(records, language, turns, counts):
         why = fault(row)
         counts[f"skipped: {why}" if why else "kept"] += 1
-        if not why:
-            rows.append(row)
+        rows += [] if why else [row]
     if not rows:
         raise DataError(f"{path}: no usable row ({describe(counts)})")
     return rows
 
 
 def write_rows(path, rows):
-    """Write rows as parallel JSONL; the identifier is "id" unless the row has Indonesian, whose code is "id" too."""
-    write_jsonl(path, ({("row_id" if "id" in row else "id"): row["row_id"]}
-                       | {key: value for key, value in row.items() if key != "row_id"} for row in rows))
+    """Write parallel JSONL. The identifier is "id", but "row_id" beside Indonesian, whose code is "id"."""
+    write_jsonl(path, (row if "id" in row else {"id" if key == "row_id" else key: value
+                                                for key, value in row.items()} for row in rows))
 
 
 def write_preferences(path, rows, source, target):
-    """Write rows as TRL preference pairs, both directions; pairs with equal responses are left out.
+    """Write TRL preference rows in both directions, none with equal responses; returns how many.
 
-    Each: prompt, chosen, rejected as message lists, and "language" of the prompt. Returns how many were written.
+    Each has prompt, chosen and rejected as message lists (TRL, "Dataset formats"), and its "language".
     """
-    pairs = [{"prompt": [{"role": "user", "content": row[own]["prompt"]}],
-              "chosen": [{"role": "assistant", "content": row[own]["response"]}],
-              "rejected": [{"role": "assistant", "content": row[other]["response"]}], "language": own}
+    def say(role, text):
+        return [{"role": role, "content": text}]
+
+    pairs = [{"prompt": say("user", row[own]["prompt"]), "chosen": say("assistant", row[own]["response"]),
+              "rejected": say("assistant", row[other]["response"]), "language": own}
              for row in require_languages(rows, source, target)
              for own, other in ((source, target), (target, source))
              if row[source]["response"] != row[target]["response"]]
@@ -311,11 +339,11 @@ def write_preferences(path, rows, source, target):
 
 
 def require_languages(rows, *wanted):
-    """The rows that hold all wanted languages. Raises DataError, naming the languages that are there, if none does."""
-    have = [row for row in rows if all(language in languages(row) for language in wanted)]
+    """The rows that hold all wanted languages; if none does, a DataError that names those in the data."""
+    have = [row for row in rows if set(wanted) <= set(languages(row))]
     if not have:
-        there = ", ".join(sorted({language for row in rows for language in languages(row)})) or "no language"
-        raise DataError(f"no row holds {' and '.join(wanted)}; the rows hold {there}")
+        there = ", ".join(sorted({language for row in rows for language in languages(row)})) or "none"
+        raise DataError(f"no row holds {' and '.join(wanted)}; languages in the data: {there}")
     return have
 
 
@@ -326,23 +354,11 @@ def describe(counts):
 
 # ---- text -> ids ----
 
-def optional_json(path):
-    """The object in a JSON file, {} without the file."""
-    if not path.exists():
-        return {}
-    try:
-        found = json.loads(read_text(path))
-    except json.JSONDecodeError as error:
-        raise DataError(f"{path}:{error.lineno}: not valid JSON, {error.msg}") from None
-    if not isinstance(found, dict):
-        raise DataError(f"{path}: an object expected, found {type(found).__name__}")
-    return found
-
-
 def without_prefix(part, inside):
-    """A tokenizer.json part that puts no space before its text.
+    """A part of tokenizer.json that puts no space before its text.
 
-    Always for Metaspace "first" (only a text's very start gets that space); for the others when `inside` a line.
+    Inside a line none does. After an added token only Metaspace "first" does not: its space is for the very
+    start of a text.
     """
     if isinstance(part, list):
         return [without_prefix(item, inside) for item in part]
@@ -350,17 +366,16 @@ def without_prefix(part, inside):
         return part
     part = {key: without_prefix(value, inside) for key, value in part.items()}
     if part.get("type") == "Metaspace" and (inside or part.get("prepend_scheme") == "first"):
-        part |= {"prepend_scheme": "never"} | ({"add_prefix_space": False} if "add_prefix_space" in part else {})
-    if part.get("type") == "ByteLevel" and inside:
-        part["add_prefix_space"] = False
+        part["prepend_scheme"] = "never"
+    if "add_prefix_space" in part and (inside or part["type"] == "Metaspace"):
+        part["add_prefix_space"] = part.get("prepend_scheme", "never") != "never"
     if part.get("type") == "Prepend" and inside:
-        part = {"type": "Sequence", "normalizers": []}
+        return {"type": "Sequence", "normalizers": []}
     return part
 
 
 def compile_template(source, where):
     """A chat template as transformers compiles it: render(**variables) -> str."""
-    import jinja2
     import jinja2.sandbox  # comes with torch
 
     def raise_exception(message):
@@ -388,132 +403,127 @@ def compile_template(source, where):
 
 
 class Tokenizer:
-    """A checkpoint's tokenizer and chat template.
+    """A checkpoint's tokenizer and chat template; only the template's own text may become added tokens.
 
-    Three encoders that know no added token, so that none can come out of text: `start` for the start of a prompt,
-    `later` for text after an added token, `inside` for text that continues a line (never a SentencePiece space).
+    Text is encoded by tokenizers that know no added token: `start` at the start of a prompt, `later` after an
+    added token, `inside` within a line (never with SentencePiece's leading space).
     """
 
     def __init__(self, directory):
-        directory = Path(directory)
+        self.directory = directory = Path(directory)
         if not (directory / "tokenizer.json").exists():
-            raise DataError(f"{directory}: no tokenizer.json there; save it with tokenizer.save_pretrained(...)")
-        self.directory = directory
-        source = optional_json(directory / "tokenizer.json") | {"truncation": None, "padding": None}
-        config = optional_json(directory / "special_tokens_map.json") | optional_json(directory / "tokenizer_config.json")
+            raise DataError(f"{directory}: no tokenizer.json there; tokenizer.save_pretrained writes one")
+        source = optional_object(directory / "tokenizer.json") | {"truncation": None, "padding": None}
+        config = optional_object(directory / "special_tokens_map.json")
+        config |= optional_object(directory / "tokenizer_config.json")
+        self.names = {key: config[key]["content"] if isinstance(config[key], dict) else config[key]
+                      for key in ("bos_token", "eos_token", "unk_token", "pad_token") if config.get(key)}
         self.full = self._build(source)
+        self.bos_id, self.eos_id, self.unk_id = (
+            self.full.token_to_id(self.names.get(key, "")) for key in ("bos_token", "eos_token", "unk_token"))
         self.vocab_size = 1 + max(self.full.get_vocab(with_added_tokens=True).values())
-        self._find_added(source, config)
         self._build_encoders(source)
+        self._find_added(source)
         self._find_template(config)
         self._find_stops()
-        self.fingerprint = hashlib.sha256(json.dumps(
-            [source, self.template, self.names, sorted(self.stop_ids)], sort_keys=True).encode()).hexdigest()
+        told = [source, self.template, self.variables, sorted(self.stop_ids)]
+        self.fingerprint = hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()
 
     def _build(self, source):
         try:
             return tokenizers.Tokenizer.from_str(json.dumps(source))
-        except Exception as error:  # the library raises nothing more particular than Exception
+        except Exception as error:  # the library raises nothing narrower
             raise DataError(f"{self.directory / 'tokenizer.json'}: not a usable tokenizer: {error}") from None
 
-    def _find_added(self, source, config):
-        """Added tokens by name; bos and eos count as added even where they are only in the vocabulary."""
-        self.names = {key: value["content"] if isinstance(value, dict) else value
-                      for key in ("bos_token", "eos_token", "unk_token", "pad_token") if (value := config.get(key))}
-        added = list(source.get("added_tokens") or [])
-        known = {token["content"] for token in added}
-        added += [{"content": name, "id": self.full.token_to_id(name)} for name in set(self.names.values()) - known
-                  if self.full.token_to_id(name) is not None]
-        added = [token for token in added if len(token["content"]) > 1]  # one character is text, and cannot be cut
-        added.sort(key=lambda token: (-len(token["content"]), token["content"]))  # longest match first
-        unknown = self.names.get("unk_token") or source["model"].get("unk_token")
-        self.added_ids = {token["id"] for token in added if token["content"] != unknown}
-        self.bos_id = self.full.token_to_id(self.names["bos_token"]) if "bos_token" in self.names else None
-        written = [("\\s*" if token.get("lstrip") else "") + re.escape(token["content"])
-                   + ("\\s*" if token.get("rstrip") else "") for token in added]
-        self.scaffold = re.compile("|".join(f"(?P<id{token['id']}>{pattern})" for token, pattern in zip(added, written))
-                                   or "(?!)")
-        self.added_name = re.compile("|".join(re.escape(token["content"]) for token in added) or "(?!)")
-        self.adds_bos = self.bos_id is not None and config.get(
-            "add_bos_token", self.bos_id in self.full.encode("").ids)
-
     def _build_encoders(self, source):
-        parts = ("normalizer", "pre_tokenizer")
         start = source | {"added_tokens": []}
-        later = start | {part: without_prefix(source.get(part), inside=False) for part in parts}
-        inside = start | {part: without_prefix(source.get(part), inside=True) for part in parts}
+        later, inside = (start | {part: without_prefix(source.get(part), inside)
+                                  for part in ("normalizer", "pre_tokenizer")} for inside in (False, True))
         self.start = self._build(start)
         self.later = self.start if later == start else self._build(later)
         self.inside = self.later if inside == later else self._build(inside)
 
+    def _find_added(self, source):
+        """Patterns that find added tokens, longest first, in a template's text and in a user's.
+
+        bos and eos count as added even if only the vocabulary has them. One character is text: it cannot be
+        cut.
+        """
+        added = {token["content"]: token for token in source.get("added_tokens") or []}
+        for key, token in (("bos_token", self.bos_id), ("eos_token", self.eos_id)):
+            if token is not None:
+                added.setdefault(self.names[key], {"content": self.names[key], "id": token})
+        added = sorted((token for token in added.values() if len(token["content"]) > 1),
+                       key=lambda token: (-len(token["content"]), token["content"]))
+        self.added_ids = {token["id"] for token in added} - {self.unk_id}
+        names = [re.escape(token["content"]) for token in added]
+        groups = [f"(?P<id{token['id']}>" + r"\s*" * token.get("lstrip", False) + name
+                  + r"\s*" * token.get("rstrip", False) + ")" for token, name in zip(added, names)]
+        self.added_name, self.added_token = (re.compile("|".join(each) or "(?!)") for each in (names, groups))
+
     def _find_template(self, config):
         """chat_template.jinja, else tokenizer_config's chat_template, else the plain one."""
         file = self.directory / "chat_template.jinja"
-        template = read_text(file) if file.exists() else config.get("chat_template")
-        if isinstance(template, list):
-            template = {one["name"]: one["template"] for one in template}.get("default")
-        self.template = template or PLAIN_TEMPLATE
-        self._template = compile_template(self.template, self.directory)
+        chat = read_text(file) if file.exists() else config.get("chat_template")
+        if isinstance(chat, list):
+            chat = next((each["template"] for each in chat if each["name"] == "default"), chat[0]["template"])
+        self.template = chat or PLAIN_TEMPLATE
+        self.render = compile_template(self.template, self.directory)
         self.variables = dict(self.names)
-        if not template and not self.adds_bos:
-            self.variables["bos_token"] = ""  # a chat template writes its own BOS, the plain one as the tokenizer would
+        adds_bos = config.get("add_bos_token", self.bos_id in self.full.encode("").ids)
+        if not chat and not adds_bos:  # a chat template decides on BOS itself, the plain one as the tokenizer
+            self.variables["bos_token"] = ""
 
     def _find_stops(self):
-        """stop_ids: the end tokens of tokenizer, config, generation_config, and the one the template ends replies with."""
-        self.opening = self._render([{"role": "user", "content": "x"}], True)
-        probe = "reply"
+        """stop_ids: the ends named by tokenizer, config and generation_config, and the template's own."""
+        self.opening = self._text([{"role": "user", "content": "x"}], asking=True)
+        self.opening_ends_added = any(match.end() == len(self.opening)
+                                      for match in self.added_token.finditer(self.opening))
+        probe = "probe"
         reply = self._reply(probe)
         end = reply.index(probe) + len(probe)
-        places = [match.start() >= end for match in self.scaffold.finditer(reply)]
-        self.stop_place = places.index(True) if True in places else None  # the how-manieth added token of a reply
-        self.stop_ids = set()
-        for name in ("config.json", "generation_config.json"):
-            ids = optional_json(self.directory / name).get("eos_token_id")
-            self.stop_ids |= set(ids if isinstance(ids, list) else [] if ids is None else [ids])
-        self.eos_id = self.full.token_to_id(self.names["eos_token"]) if "eos_token" in self.names else None
+        after = [match.start() >= end for match in self.added_token.finditer(reply)]
+        self.stop_place = after.index(True) if any(after) else None  # which of a reply's added tokens ends it
         if self.eos_id is None and self.stop_place is None:
             raise DataError(f"{self.directory}: tokenizer_config.json names no eos_token of the vocabulary, "
-                            "so a reply could not end")
-        self.stop_ids |= {self.eos_id} - {None}
-        self.stop_ids.add(self.response_ids(probe)[-1])
+                            "so no reply could end")
+        self.stop_ids = {self.response_ids(probe)[-1]} | ({self.eos_id} - {None})
+        for name in ("config.json", "generation_config.json"):
+            ids = optional_object(self.directory / name).get("eos_token_id")
+            self.stop_ids |= set(ids) if isinstance(ids, list) else {ids} - {None}
 
-    def _render(self, messages, ask):
-        return self._template(messages=messages, add_generation_prompt=ask, **self.variables)
+    def _text(self, messages, asking):
+        return self.render(messages=messages, add_generation_prompt=asking, **self.variables)
 
     def _reply(self, response):
         """What the template writes for a reply, after the prompt."""
         messages = [{"role": "user", "content": "x"}, {"role": "assistant", "content": response}]
-        text = self._render(messages, False)
+        text = self._text(messages, asking=False)
         if not text.startswith(self.opening):
-            raise DataError(f"{self.directory}: the chat template does not continue its own prompt with the reply")
+            raise DataError(f"{self.directory}: the chat template writes no reply after its own prompt")
         return text[len(self.opening):]
 
+    def _guard(self, *texts):
+        """(mark, texts): a mark inside every added token's name, so that only the template's stay whole."""
+        mark = next(mark for mark in map(chr, range(0xE000, 0xF900)) if mark not in "".join(texts))
+        while any(map(self.added_name.search, texts)):  # names may overlap: each pass breaks one of them
+            texts = [self.added_name.sub(lambda name: name[0][0] + mark + name[0][1:], one) for one in texts]
+        return mark, texts
+
     def _plain(self, encoder, text):
-        """Ids of text, none of them an added token: a piece that is one after all is cut after its first character."""
-        if not text:
-            return []
+        """Ids of text, none an added token: a piece of the vocabulary that is one after all is cut in two."""
         encoding = encoder.encode(text, add_special_tokens=False)
         for token, (start, end) in zip(encoding.ids, encoding.offsets):
             if token in self.added_ids and end - start > 1:
                 return self._plain(encoder, text[:start + 1]) + self._plain(self.inside, text[start + 1:])
         return encoding.ids
 
-    def _guard(self, *texts):
-        """(mark, the texts with a mark inside every added token's name): the template's own stay whole."""
-        mark = next(chr(code) for code in range(0xE000, 0xF8FF) if not any(chr(code) in text for text in texts))
-        guarded = []
-        for text in texts:
-            while self.added_name.search(text):
-                text = self.added_name.sub(lambda name: name[0][0] + mark + name[0][1:], text)
-            guarded.append(text)
-        return mark, guarded
-
     def _ids(self, encoder, text, mark):
-        """Ids of a rendered text: added tokens as themselves, the text between them plain, without marks."""
+        """Ids of a rendered text: added tokens as themselves, text between them plain, marks taken out."""
         ids, cursor = [], 0
-        for match in self.scaffold.finditer(text):
+        for match in self.added_token.finditer(text):
             ids += self._plain(encoder, text[cursor:match.start()].replace(mark, ""))
-            ids.append(int(match.lastgroup[2:]))
+            ids.append(int(match.lastgroup[len("id"):]))
             cursor, encoder = match.end(), self.later
         return ids + self._plain(encoder, text[cursor:].replace(mark, ""))
 
@@ -522,10 +532,11 @@ class Tokenizer:
         return self._plain(self.start, text)
 
     def prompt_ids(self, prompt, system=None):
-        """Ids of a user message in the template, ready for the reply."""
+        """Ids of a user message in the template, ready for the reply. At most one BOS, or DataError."""
         mark, (prompt, system) = self._guard(prompt, system or "")
         messages = [{"role": "system", "content": system}] if system else []
-        ids = self._ids(self.start, self._render([*messages, {"role": "user", "content": prompt}], True), mark)
+        text = self._text([*messages, {"role": "user", "content": prompt}], asking=True)
+        ids = self._ids(self.start, text, mark)
         if self.bos_id is not None and ids.count(self.bos_id) > 1:
             raise DataError(f"{self.directory}: the chat template writes BOS more than once")
         return ids
@@ -533,21 +544,18 @@ class Tokenizer:
     def response_ids(self, response):
         """Ids of a reply as they follow prompt_ids; the last one is the stop token."""
         mark, (response,) = self._guard(response)
-        text = self._reply(response)
-        if self.stop_place is None:
-            stop = [self.eos_id]
-        else:
-            stop, text = [], text[:list(self.scaffold.finditer(text))[self.stop_place].end()]
-        after_added = any(match.end() == len(self.opening) for match in self.scaffold.finditer(self.opening))
-        return self._ids(self.later if after_added else self.inside, text, mark) + stop
+        text, stop = self._reply(response), [self.eos_id]
+        if self.stop_place is not None:
+            text, stop = text[:list(self.added_token.finditer(text))[self.stop_place].end()], []
+        return self._ids(self.later if self.opening_ends_added else self.inside, text, mark) + stop
 
     def decode(self, ids, special=False):
-        """Text of ids; special=True shows the added tokens too."""
+        """Text of ids; special=True shows the special tokens too."""
         return self.full.decode(list(ids), skip_special_tokens=not special)
 
 
 def load_tokenizer(directory):
-    """The tokenizer of a Hugging Face directory; see Tokenizer."""
+    """The tokenizer of a Hugging Face directory. Raises DataError."""
     return Tokenizer(directory)
 
 
@@ -567,12 +575,12 @@ class Fork:
 
     @property
     def equal(self):
-        """Another continuation has the very ids of the right one: such a pair says nothing about language."""
+        """Another continuation has the right one's ids: such a pair says nothing about language."""
         return self.continuations[0] in self.continuations[1:]
 
 
 def cut_to_fit(continuations, room):
-    """The continuations, the longest cut until all of them fit into `room` tokens; None when not one token of each does."""
+    """The continuations, the longest cut until all fit into `room` tokens; None if no token of each does."""
     if room < len(continuations):
         return None
     longest = max(map(len, continuations))
@@ -582,36 +590,34 @@ def cut_to_fit(continuations, room):
 
 
 def make_forks(rows, tokenizer, source="en", target="sw", row_tokens=1024, system=None, continuations="pair"):
-    """Forks of the rows: for each, one per language, that prompt with its own response first, then the others'.
+    """([[source fork, target fork] a row], counts).
 
-    target: a language or a list of them. continuations: "pair", or "chosen" to keep the right response only.
-    A fork longer than row_tokens loses the ends of its responses, and with them the stop token; a row whose prompt
-    leaves no room is dropped. Returns ([[source fork, target fork, ...] a row], counts). Raises DataError if no row
-    has the languages.
+    A fork is a prompt, the response in its language, and the responses in the other ones.
+    target: a language, or a list of them. continuations: "pair", or "chosen" for the right response alone.
+    A fork longer than row_tokens loses the ends of its responses, and with them the stop token; a row whose
+    prompt leaves them no room is dropped. Raises DataError if no row has the languages, or none fits.
     """
     assert continuations in ("pair", "chosen"), f"continuations {continuations!r} is neither pair nor chosen"
     wanted = [source, *([target] if isinstance(target, str) else target)]
-    usable = require_languages(rows, *wanted)
-    counts = Counter({"rows": len(rows), f"rows lack {' or '.join(wanted)}": len(rows) - len(usable)})
-    groups = []
+    usable, groups = require_languages(rows, *wanted), []
+    counts = Counter({"rows": len(rows), f"without {' and '.join(wanted)}": len(rows) - len(usable)})
     for row in usable:
         prompts = {own: tokenizer.prompt_ids(row[own]["prompt"], system) for own in wanted}
         replies = {own: tokenizer.response_ids(row[own]["response"]) for own in wanted}
-        group = []
-        for own in wanted:
-            others = [replies[other] for other in wanted if other != own and continuations == "pair"]
-            fitting = cut_to_fit([replies[own], *others], row_tokens - len(prompts[own]))
-            group.append(fitting and Fork(prompts[own], fitting, own, row["row_id"]))
-        if None in group:
-            counts[f"rows dropped, the prompt alone fills {row_tokens} tokens"] += 1
+        whole = [Fork(prompts[own], [replies[own], *(replies[other] for other in wanted
+                                                     if other != own and continuations == "pair")],
+                      own, row["row_id"]) for own in wanted]
+        group = [replace(fork, continuations=cut_to_fit(fork.continuations, row_tokens - len(fork.prompt)))
+                 for fork in whole]
+        if any(fork.continuations is None for fork in group):
+            counts[f"rows dropped: a prompt fills {row_tokens} tokens"] += 1
             continue
         groups.append(group)
         counts["forks"] += len(group)
-        counts["forks cut to fit"] += sum(fork.continuations[0][-1] not in tokenizer.stop_ids or any(
-            ids[-1] not in tokenizer.stop_ids for ids in fork.continuations) for fork in group)
-        counts["forks with equal continuations (no preference, NLL only)"] += sum(fork.equal for fork in group)
+        counts[f"forks cut to {row_tokens} tokens"] += sum(fork != uncut for fork, uncut in zip(group, whole))
+        counts["forks with equal continuations (no preference to learn)"] += sum(fork.equal for fork in group)
     if not groups:
-        raise DataError(f"no row fits into {row_tokens} tokens; raise the row length")
+        raise DataError(f"no row fits into {row_tokens} tokens; make the rows longer")
     return groups, counts
 
 
@@ -624,20 +630,19 @@ class Batch:
     Token q sees token k iff fork[q] == fork[k] and k <= q and (branch[k] == 0 or branch[k] == branch[q]).
     """
     tokens: torch.Tensor     # (B, T)
-    positions: torch.Tensor  # (B, T), every continuation goes on at its prompt's length
+    positions: torch.Tensor  # (B, T), each continuation goes on at its prompt's length
     fork: torch.Tensor       # (B, T), index into forks; -1 padding
     branch: torch.Tensor     # (B, T), 0 prompt, i + 1 continuation i
-    row_index: torch.Tensor  # (N,), where in the flattened (B * T) hidden states a prediction is made
-    targets: torch.Tensor    # (N,), the token predicted there
-    sequence: torch.Tensor   # (N,), its continuation, counted over forks in order
+    row_index: torch.Tensor  # (N,), the position in the flattened (B * T) hidden states that predicts
+    targets: torch.Tensor    # (N,), the token it has to predict
+    sequence: torch.Tensor   # (N,), the continuation this belongs to, counted over forks in order
     forks: list              # of Fork, in the order of the rows
-    order: list              # of int: forks[i] was forks[order[i]] of the list that was packed
+    order: list              # of int: forks[i] was number order[i] of the forks given to pack
 
     def to(self, device):
         """The same batch with its tensors on a device."""
-        moved = {field.name: getattr(self, field.name).to(device) for field in fields(self)
-                 if isinstance(getattr(self, field.name), torch.Tensor)}
-        return replace(self, **moved)
+        return replace(self, **{field.name: getattr(self, field.name).to(device) for field in fields(self)
+                                if field.name not in ("forks", "order")})
 
     @property
     def padding(self):
@@ -646,10 +651,10 @@ class Batch:
 
 
 def best_fit(lengths, row_tokens):
-    """Rows as lists of indices: longest first, each into the fullest row that still has room. Deterministic."""
+    """Rows, as lists of indices: longest first, each into the fullest row that has room. Deterministic."""
     rows, by_room = [], []  # by_room: sorted (room left, row)
     for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
-        assert 0 < lengths[i] <= row_tokens, f"a fork of {lengths[i]} tokens in rows of {row_tokens}"
+        assert 0 < lengths[i] <= row_tokens, f"a fork of {lengths[i]} tokens for rows of {row_tokens}"
         at = bisect_left(by_room, (lengths[i], 0))
         if at == len(by_room):
             by_room.append((row_tokens, len(rows)))
@@ -661,90 +666,106 @@ def best_fit(lengths, row_tokens):
 
 
 def lay_out(forks, rows, width):
-    """The Batch of forks put into rows (lists of indices into forks) of `width` tokens."""
-    tokens, positions, fork, branch = grids = np.zeros((4, len(rows), width), np.int64)
-    fork -= 1
-    predictions, order, sequences = [], [], 0
+    """The Batch of `rows` (lists of indices into forks), each `width` tokens long."""
+    grids = np.zeros((4, len(rows), width), np.int64)  # tokens, positions, fork, branch
+    grids[2] = -1
+    row_index, targets, sequence, order = [], [], [], []
     for b, row in enumerate(rows):
         cursor = 0
         for i in row:
-            size, prompt_end = len(forks[i].prompt), cursor + len(forks[i].prompt)
-            for part, ids in enumerate([forks[i].prompt, *forks[i].continuations]):
-                here, first = slice(cursor, cursor + len(ids)), size if part else 0
-                grids[:, b, here] = (ids, range(first, first + len(ids)), [len(order)] * len(ids), [part] * len(ids))
-                if part:  # the shift by one: the prompt's last token predicts the first, each token the next
-                    sources = [prompt_end - 1, *range(cursor, cursor + len(ids) - 1)]
-                    predictions.append(([b * width + at for at in sources], ids, [sequences] * len(ids)))
-                    sequences += 1
+            size, last = len(forks[i].prompt), b * width + cursor + len(forks[i].prompt) - 1
+            for branch, ids in enumerate([forks[i].prompt, *forks[i].continuations]):
+                assert ids, f"row {forks[i].row}: empty prompt or continuation"
+                first = size if branch else 0
+                grids[:, b, cursor:cursor + len(ids)] = (ids, range(first, first + len(ids)),
+                                                         [len(order)] * len(ids), [branch] * len(ids))
+                if branch:  # the shift by one: the prompt's last token predicts the first, then each the next
+                    here = b * width + cursor
+                    row_index += [last, *range(here, here + len(ids) - 1)]
+                    sequence += [sequence[-1] + 1 if sequence else 0] * len(ids)
+                    targets += ids
                 cursor += len(ids)
             order.append(i)
-    lists = [torch.tensor([value for part in column for value in part]) for column in zip(*predictions)]
-    return Batch(*map(torch.from_numpy, grids), *lists, [forks[i] for i in order], order)
+    return Batch(*torch.from_numpy(grids), *map(torch.tensor, (row_index, targets, sequence)),
+                 [forks[i] for i in order], order)
 
 
-def micro_batches(forks, row_tokens, rows=None, trim=True):
-    """Forks packed into rows of row_tokens, `rows` of them a Batch; trim drops the columns that are all padding."""
-    layout = best_fit([fork.length for fork in forks], row_tokens)
-    parts = [layout[i:i + (rows or len(layout))] for i in range(0, len(layout), rows or len(layout))]
-    longest = [max(sum(forks[i].length for i in row) for row in part) for part in parts]
-    return [lay_out(forks, part, used if trim else row_tokens) for part, used in zip(parts, longest)]
+def micro_batches(forks, row_tokens, rows, trim=True):
+    """[Batch]: forks packed into rows of row_tokens, `rows` of them a batch; trim drops shared padding."""
+    assert forks and rows > 0, f"{len(forks)} forks in batches of {rows} rows"
+    packed = best_fit([fork.length for fork in forks], row_tokens)
+    batches = []
+    for first in range(0, len(packed), rows):
+        part = packed[first:first + rows]
+        longest = max(sum(forks[i].length for i in row) for row in part)
+        batches.append(lay_out(forks, part, longest if trim else row_tokens))
+    return batches
 
 
 def pack(forks, row_tokens, trim=True):
     """All forks in one Batch."""
-    assert forks, "nothing to pack"
-    return micro_batches(forks, row_tokens, None, trim)[0]
+    return micro_batches(forks, row_tokens, len(forks), trim)[0]
 
 
 # ---- command line ----
 
 def show(fork, tokenizer, colour):
-    """A fork as text: the prompt, then each continuation with what the loss reads marked."""
+    """A fork as text: the prompt, then each continuation, which the loss reads, marked."""
     before, after = ("\033[32m", "\033[0m") if colour else ("[[", "]]")
-    lines = [f"row {fork.row} ({fork.language}), prompt, {len(fork.prompt)} tokens:",
+    lines = [f"row {fork.row}, {fork.language} prompt, {len(fork.prompt)} tokens:",
              tokenizer.decode(fork.prompt, special=True)]
     for i, ids in enumerate(fork.continuations):
         name = "right" if i == 0 else "equal to the right one" if ids == fork.continuations[0] else "wrong"
-        lines += [f"continuation {i} ({name}), {len(ids)} tokens:", before + tokenizer.decode(ids, special=True) + after]
+        lines += [f"continuation {i}, {name}, {len(ids)} tokens:",
+                  before + tokenizer.decode(ids, special=True) + after]
     return "\n".join(lines)
 
 
+def show_forks(rows, tokenizer, args):
+    """Print what training would see of the rows: counts, packing, unknown tokens, samples."""
+    groups, counts = make_forks(rows, tokenizer, args.source, args.lang or [], args.row_tokens, args.system)
+    forks = [fork for group in groups for fork in group]
+    batch = pack(forks, args.row_tokens)
+    rows, width = batch.tokens.shape
+    print(f"forks: {describe(counts)}")
+    print(f"packed: {rows:,} rows of {width} tokens, {batch.padding:.1%} padding, "
+          f"{len(batch.targets):,} predictions")
+    for language in dict.fromkeys(fork.language for fork in forks) if tokenizer.unk_id is not None else []:
+        ids = [token for fork in forks if fork.language == language for token in fork.continuations[0]]
+        print(f"unknown to the tokenizer: {ids.count(tokenizer.unk_id) / len(ids):.1%} of {language} tokens")
+    for group in groups[:args.show]:
+        for fork in group:
+            print("\n" + show(fork, tokenizer, sys.stdout.isatty()))
+
+
 def parse_args(argv=None):
-    parser = argparse.ArgumentParser(description="Read a data file, count it, and show what a model would train on.",
+    parser = argparse.ArgumentParser(description="Count a data file and show what training would see of it.",
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.add_argument("file", help=f"any of: {KNOWN_FORMATS}; JSONL or a JSON list, .gz too")
-    parser.add_argument("--source", default="en", help="language of files that hold only one, and of the source forks")
-    parser.add_argument("--lang", help="target language; without it every row is a prompt with its own response")
-    parser.add_argument("--turns", choices=("first", "all"), default="first", help="exchanges kept of a conversation")
-    parser.add_argument("--model", help="Hugging Face directory whose tokenizer and template to use")
-    parser.add_argument("--system", help="system prompt put before every prompt")
+    parser.add_argument("file", help=f"{FORMATS}; JSONL or one JSON list, .gz too")
+    parser.add_argument("--source", default="en", help="source language, and that of one-language files")
+    parser.add_argument("--lang", help="target language; without it each prompt has its own response only")
+    parser.add_argument("--turns", choices=("first", "all"), default="first", help="turns of a conversation")
+    parser.add_argument("--model", help="Hugging Face directory whose tokenizer and template make the forks")
+    parser.add_argument("--system", help="system prompt before every prompt")
     parser.add_argument("--row-tokens", type=int, default=1024, help="length of a packed row, in tokens")
-    parser.add_argument("--show", type=int, default=0, help="print this many rows as forks, with the loss mask")
-    parser.add_argument("--trl", metavar="OUT", help="write TRL preference rows (needs --lang)")
+    parser.add_argument("--show", type=int, default=0, help="rows to print as forks (needs --model)")
+    parser.add_argument("--trl", metavar="OUT", help="write TRL preference rows here (needs --lang)")
     return parser.parse_args(argv)
 
 
 def main(argv=None):
-    args = parse_args(argv)
-    counts = Counter()
+    args, counts = parse_args(argv), Counter()
+    for given, other, needed in ((args.show, args.model, "--show needs --model DIR"),
+                                 (args.trl, args.lang, "--trl needs --lang CODE")):
+        if given and not other:
+            raise DataError(needed)
     rows = read_rows(args.file, args.source, args.turns, counts)
-    held = Counter(language for row in rows for language in languages(row))
-    print(f"{args.file}: {describe(counts)}\nlanguages: {describe(held)}")
+    print(f"{args.file}: {describe(counts)}")
+    print("languages: " + describe(Counter(language for row in rows for language in languages(row))))
     if args.trl:
-        if not args.lang:
-            raise DataError("--trl writes pairs of two languages; name the target with --lang")
         print(f"{args.trl}: {write_preferences(args.trl, rows, args.source, args.lang):,} preference rows")
-    if args.show and not args.model:
-        raise DataError("--show needs a tokenizer; name a checkpoint with --model DIR")
     if args.model:
-        tokenizer = load_tokenizer(args.model)
-        groups, counts = make_forks(rows, tokenizer, args.source, args.lang or [], args.row_tokens, args.system)
-        forks = [fork for group in groups for fork in group]
-        batch = pack(forks, args.row_tokens)
-        print(f"{describe(counts)}\npacked: {len(batch.tokens):,} rows of up to {batch.tokens.shape[1]} tokens, "
-              f"{batch.padding:.1%} padding, {len(batch.targets):,} predicted tokens")
-        for fork in [fork for group in groups[:args.show] for fork in group]:
-            print("\n" + show(fork, tokenizer, sys.stdout.isatty()))
+        show_forks(rows, load_tokenizer(args.model), args)
 
 
 if __name__ == "__main__":

@@ -362,14 +362,18 @@ def compiled_flex():
     return torch.compile(flex_attention, dynamic=False), torch.compile(create_block_mask, dynamic=False)
 
 
-def flex_mask(fork: Tensor, branch: Tensor, positions: Tensor, window: int | None = None):
-    """Eq. 1 as a block-sparse FlexAttention mask: tiles that nobody may see are skipped, forward and backward."""
-    B, T = fork.shape
-
+def fork_predicate(fork: Tensor, branch: Tensor, positions: Tensor, window: int | None = None):
+    """Eq. 1 in the form FlexAttention asks: (row, head, query, key) -> may see."""
     def sees(b, _, q, k):
         seen = (fork[b, q] == fork[b, k]) & (k <= q) & ((branch[b, k] == 0) | (branch[b, k] == branch[b, q]))
         return seen if window is None else seen & (positions[b, q] - positions[b, k] < window)
-    return compiled_flex()[1](sees, B, None, T, T, device=fork.device)
+    return sees
+
+
+def flex_mask(fork: Tensor, branch: Tensor, positions: Tensor, window: int | None = None):
+    """Eq. 1 as a block-sparse mask: tiles that nobody may see are skipped, forward and backward."""
+    B, T = fork.shape
+    return compiled_flex()[1](fork_predicate(fork, branch, positions, window), B, None, T, T, device=fork.device)
 
 
 def attend_flex(q: Tensor, k: Tensor, v: Tensor, mask) -> Tensor:

@@ -167,7 +167,7 @@ def load_checkpoint(directory: Path, parameters: dict[str, Tensor], optimizer) -
 
 
 def truncate_metrics(path: Path, steps: int) -> None:
-    """Drop the lines past the checkpoint (a killed run wrote further) and a half-written last one."""
+    """Drop the lines past step `steps` (a killed run wrote further than its checkpoint) and a half-written last one."""
     if path.exists():
         lines = []
         for line in path.read_text(encoding="utf-8").splitlines():

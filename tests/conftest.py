@@ -1,0 +1,57 @@
+"""Before anything imports triton: without a GPU its kernels run in the interpreter."""
+
+import os
+
+import torch
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
+
+from pathlib import Path  # noqa: E402
+
+import pytest  # noqa: E402
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers  # noqa: E402
+
+import model as llama  # noqa: E402
+import runs  # noqa: E402
+
+LINES = ["What is the capital of France?", "The capital of France is Paris.", "Mji mkuu wa Ufaransa ni upi?",
+         "Mji mkuu wa Ufaransa ni Paris.", "Kìnnìún ń jẹ ẹran.", "The lion eats meat."]
+
+
+def write_checkpoint(directory: Path, seed: int = 0, **shape) -> Path:
+    """A tiny random Llama with a byte-level tokenizer, as a Hugging Face directory."""
+    directory.mkdir(parents=True, exist_ok=True)
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    tokenizer.train_from_iterator(LINES * 5, trainers.BpeTrainer(
+        vocab_size=320, special_tokens=["<s>", "</s>"], initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False))
+    tokenizer.save(str(directory / "tokenizer.json"))
+    runs.write_json(directory / "tokenizer_config.json",
+                    {"bos_token": "<s>", "eos_token": "</s>", "add_bos_token": True, "tokenizer_class": "PreTrainedTokenizerFast"})
+    runs.write_json(directory / "generation_config.json", {"bos_token_id": 0, "eos_token_id": 1})
+    config = llama.Config(**{"vocab_size": tokenizer.get_vocab_size(), "hidden_size": 16, "intermediate_size": 24,
+                             "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 6,
+                             "tie_word_embeddings": True, "max_position_embeddings": 256} | shape)
+    model = llama.initialise_(llama.Llama(config), seed)
+    with torch.no_grad():                    # large enough that every layer matters
+        for parameter in model.parameters():
+            if parameter.ndim == 2:
+                parameter.mul_(8)
+    llama.save(model, directory)
+    return directory
+
+
+@pytest.fixture
+def checkpoint(tmp_path) -> Path:
+    return write_checkpoint(tmp_path / "base")
+
+
+@pytest.fixture(scope="session")
+def shared() -> Path:
+    """Real data laid beside the project, where there is some."""
+    path = Path(__file__).parents[2] / "shared" / "data"
+    if not path.is_dir():
+        pytest.skip("no real data beside the project")
+    return path

@@ -1,0 +1,413 @@
+"""clo.py: the equations, what is frozen and what learns, and that nothing but the data decides the result."""
+
+import argparse
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file
+
+import clo
+import data
+import model as llama
+import runs
+from conftest import write_checkpoint
+
+ROOT = Path(__file__).parents[1]
+WORDS = {"en": ["the", "lion", "eats", "meat", "bird", "flies", "where", "river", "small", "old"],
+         "sw": ["simba", "anakula", "nyama", "ndege", "wapi", "mto", "mdogo", "mzee", "mji", "ni"]}
+
+
+def sentence(language: str, i: int, length: int) -> str:
+    return " ".join(WORDS[language][(i * (k + 3) + k) % 10] for k in range(length))
+
+
+def parallel_rows(n: int) -> list[dict]:
+    return [{"row_id": str(i)} | {language: {"prompt": sentence(language, i, 3) + "?",
+                                             "response": sentence(language, i + 1, 2 + i % 4)} for language in WORDS}
+            for i in range(n)]
+
+
+def options(**changes) -> argparse.Namespace:
+    args = clo.parse_args(["--lang", "sw"])
+    vars(args).update({"row_tokens": 96, "batch_size": 4, "dtype": "fp64"} | changes)
+    return args
+
+
+def prepared(checkpoint, stage="clo", rows=10, **changes):
+    """Model in float64, groups of forks, steps, reference, options."""
+    args = options(**changes)
+    model = llama.load(checkpoint, dtype=torch.float64)
+    groups, _ = data.make_forks(parallel_rows(rows), data.load_tokenizer(checkpoint), "en", "sw", 96)
+    steps = clo.make_steps(groups, clo.METHODS[stage][0], args, seed=0)
+    flat = clo.reference_logps(model, steps, "cpu", "reference")
+    return model, groups, steps, clo.group_by_step(flat, steps), args
+
+
+def logp_of(model, prompt: list[int], continuation: list[int]) -> torch.Tensor:
+    """The definition: one sequence by itself, log_softmax over full logits."""
+    hidden = model(torch.tensor([prompt + continuation]))[0]
+    logp = F.log_softmax(hidden @ model.head.T, -1)
+    return sum(logp[len(prompt) - 1 + i, token] for i, token in enumerate(continuation))
+
+
+# ---- the equations
+
+def test_loss_is_the_equation_written_out():
+    generator = torch.Generator().manual_seed(0)
+    pc, pr, rc, rr = (torch.randn(5, generator=generator, dtype=torch.float64) for _ in range(4))
+    expected = 0.0
+    for a, b, c, d in zip(pc.tolist(), pr.tolist(), rc.tolist(), rr.tolist()):
+        expected -= math.log(1 / (1 + math.exp(-0.3 * ((a - c) - (b - d))))) / 5
+    loss = clo.clo_loss(pc, pr, rc, rr, torch.tensor([-7.0, -2.0]), 12, beta=0.3, lam=0.25)
+    assert loss.item() == pytest.approx(0.25 * 9 / 12 + 0.75 * expected, abs=1e-12)
+
+
+def test_swapping_the_pair_negates_the_margin():
+    pc, pr, rc, rr = torch.randn(4, 7, dtype=torch.float64)
+    torch.testing.assert_close(clo.margins(pc, pr, rc, rr), -clo.margins(pr, pc, rr, rc), rtol=0, atol=0)
+
+
+def test_the_loss_is_finite_for_margins_no_float_can_exponentiate():
+    big = torch.tensor([1e6, -1e6])
+    zero = torch.zeros(2)
+    assert torch.isfinite(clo.clo_loss(big, zero, zero, zero, zero, 1, beta=1.0))
+
+
+def test_continuation_logps_are_those_of_separate_sequences(checkpoint):
+    model, groups, steps, _, _ = prepared(checkpoint)
+    for micro in steps[0]:
+        found = clo.continuation_logps(model, micro).tolist()
+        expected = [logp_of(model, fork.prompt, ids).item() for fork in micro.batch.forks for ids in fork.continuations]
+        assert found == pytest.approx(expected, abs=1e-9)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_before_training_every_reward_is_exactly_0_and_the_preference_term_is_ln_2(checkpoint, dtype):
+    _, groups, steps, _, args = prepared(checkpoint)
+    model = llama.load(checkpoint, dtype=dtype)
+    clo.make_trainable(model, "lora", 4, 8, seed=0)
+    reference = clo.group_by_step(clo.reference_logps(model, steps, "cpu", "reference"), steps)
+    for step, ref in zip(steps, reference):
+        result = clo.backward_step(model, step, ref, clo.METHODS["dpo"][0], args, "cpu")
+        assert result["rewards"].abs().max() == 0
+        assert result["loss"].item() == pytest.approx(math.log(2), abs=1e-6)
+
+
+# ---- pairs and stages
+
+def test_both_directions_prefer_the_response_in_the_language_of_the_question(checkpoint):
+    _, groups, _, _, args = prepared(checkpoint, rows=3, row_tokens=512, micro_rows=9)
+    rows, tokenizer = parallel_rows(3), data.load_tokenizer(checkpoint)
+    [[micro]] = clo.make_steps(groups, clo.METHODS["clo"][0], args, None)
+    continuations = [(fork, ids) for fork in micro.batch.forks for ids in fork.continuations]
+    assert len(micro.chosen) == 2 * 3 and len(micro.nll) == 3
+    for chosen, rejected, tgt in zip(micro.chosen, micro.rejected, micro.pair_tgt):
+        fork, right = continuations[chosen]
+        own, other = ("sw", "en") if tgt else ("en", "sw")
+        row = rows[int(fork.row)]
+        assert continuations[rejected][0] is fork
+        assert tokenizer.decode(fork.prompt).endswith(row[own]["prompt"] + "\n\n### Response:\n")
+        assert tokenizer.decode(right) == row[own]["response"]
+        assert tokenizer.decode(continuations[rejected][1]) == row[other]["response"]
+    assert all(continuations[i][0].language == "sw" for i in micro.nll)
+
+
+def test_a_pair_with_equal_responses_leaves_the_preference_and_stays_in_the_nll(checkpoint):
+    rows = parallel_rows(2)
+    rows[0]["sw"]["response"] = rows[0]["en"]["response"]
+    groups, _ = data.make_forks(rows, data.load_tokenizer(checkpoint), "en", "sw", 512)
+    args = options(row_tokens=512)
+    [[micro]] = clo.make_steps(groups, clo.METHODS["clo"][0], args, None)
+    assert len(micro.chosen) == 2 and len(micro.nll) == 2
+    [[micro]] = clo.make_steps(groups, clo.METHODS["dpo"][0], args, None)
+    assert len(micro.chosen) == 2 and {fork.row for fork in micro.batch.forks} == {"1"}
+
+
+@pytest.mark.parametrize("method, languages", [("sft", {"en", "sw"}), ("sft-en", {"en"}), ("sft-tgt", {"sw"})])
+def test_plain_fine_tuning_reads_the_right_responses_of_its_languages_only(checkpoint, method, languages):
+    _, groups, _, _, args = prepared(checkpoint)
+    micros = [micro for step in clo.make_steps(groups, clo.METHODS[method][0], args, 0) for micro in step]
+    assert {fork.language for micro in micros for fork in micro.batch.forks} == languages
+    assert all(len(fork.continuations) == 1 for micro in micros for fork in micro.batch.forks)
+    assert sum(micro.nll_tokens for micro in micros) == sum(
+        len(fork.continuations[0]) for group in groups for fork in group if fork.language in languages)
+
+
+# ---- nothing but the data decides the gradient
+
+def gradients(checkpoint, **changes):
+    model, groups, _, _, args = prepared(checkpoint, **changes)
+    parameters = clo.make_trainable(model, "lora", 4, 8, seed=0)
+    with torch.no_grad():
+        for i, parameter in enumerate(parameters.values()):
+            parameter += 0.05 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(i), dtype=torch.float64)
+    step = clo.make_steps(groups, clo.METHODS["clo"][0], args, None)[0]
+    noise = {}
+    reference = []
+    for micro in step:                       # the same made-up reference for a continuation wherever it was packed
+        sums = []
+        for fork in micro.batch.forks:
+            for number in range(len(fork.continuations)):
+                key = (fork.row, fork.language, number)
+                noise.setdefault(key, -10 - (sum(map(ord, "".join(map(str, key)))) % 17) / 4)
+                sums.append(noise[key])
+        reference.append(torch.tensor(sums, dtype=torch.float64))
+    result = clo.backward_step(model, step, reference, clo.METHODS["clo"][0], args, "cpu")
+    return len(step), result["loss"].item(), [parameter.grad for parameter in parameters.values()]
+
+
+def test_micro_batching_and_row_length_change_nothing(checkpoint):
+    parts, loss, whole = gradients(checkpoint, batch_size=10, row_tokens=512, micro_rows=99)
+    assert parts == 1
+    for changes in ({"row_tokens": 96, "micro_rows": 1}, {"row_tokens": 96, "micro_rows": 3}, {"row_tokens": 200, "micro_rows": 2}):
+        parts, other_loss, other = gradients(checkpoint, batch_size=10, **changes)
+        assert parts > 1 and other_loss == pytest.approx(loss, abs=1e-12)
+        for one, two in zip(whole, other):
+            torch.testing.assert_close(two, one, rtol=0, atol=1e-10)
+
+
+def test_order_is_a_pure_function_of_the_seed_and_every_epoch_sees_every_step():
+    order = clo.step_order(7, 3, seed=5)
+    assert order == clo.step_order(7, 3, seed=5) != clo.step_order(7, 3, seed=6)
+    assert all(sorted(order[i:i + 7]) == list(range(7)) for i in (0, 7, 14))
+
+
+def test_learning_rate_rises_then_falls_to_nearly_0():
+    rates = [clo.learning_rate(i, 50, 0.1) for i in range(50)]
+    assert rates[:5] == pytest.approx([0.2, 0.4, 0.6, 0.8, 1.0]) and rates[5] == 1.0
+    assert all(a > b > 0 for a, b in zip(rates[5:], rates[6:])) and rates[-1] < 0.03
+
+
+# ---- what learns
+
+def test_lora_changes_nothing_at_first_and_merged_equals_unmerged(checkpoint):
+    model = llama.load(checkpoint, dtype=torch.float64)
+    tokens = torch.randint(300, (2, 9))
+    before = model(tokens)
+    clo.add_lora(model, rank=3, alpha=6, seed=1)
+    assert torch.equal(model(tokens), before)
+    for name, parameter in model.named_parameters():
+        if ".lora_" in name:
+            parameter.data = torch.randn(parameter.shape, dtype=torch.float64)
+    after = model(tokens)
+    assert not torch.allclose(after, before)
+    names = {name for name, _ in clo.merge_lora(model).named_parameters()}
+    assert names == {name for name, _ in llama.load(checkpoint).named_parameters()}
+    torch.testing.assert_close(model(tokens), after, rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize("mode, part", [("lora", ".lora_"), ("attention", ".self_attn."), ("full", "")])
+def test_only_the_chosen_weights_learn_and_the_frozen_stay_bit_equal(tmp_path, mode, part):
+    path = write_checkpoint(tmp_path, model_type="qwen2", qkv_bias=True)
+    model, groups, steps, reference, args = prepared(path, train=mode)
+    before = {name: parameter.clone() for name, parameter in llama.load(path, dtype=torch.float64).named_parameters()}
+    parameters = clo.make_trainable(model, mode, 4, 8, seed=0)
+    start = {name: parameter.detach().clone() for name, parameter in parameters.items()}
+    optimizer = torch.optim.AdamW(parameters.values(), lr=1e-2)
+    for step, ref in zip(steps, reference):
+        clo.backward_step(model, step, ref, clo.METHODS["clo"][0], args, "cpu")
+        optimizer.step()
+        optimizer.zero_grad()
+    assert parameters and all(part in name for name in parameters)
+    for name, parameter in model.named_parameters():
+        if name in parameters:
+            assert not torch.equal(parameter, start[name]), name
+        else:
+            assert torch.equal(parameter, before[name]) and parameter.grad is None, name
+
+
+def test_trainables_are_fp32_under_bf16_compute(checkpoint):
+    model = llama.load(checkpoint, dtype=torch.bfloat16)
+    parameters = clo.make_trainable(model, "attention", 4, 8, seed=0)
+    assert {p.dtype for p in parameters.values()} == {torch.float32}
+    assert {p.dtype for n, p in model.named_parameters() if n not in parameters} == {torch.bfloat16}
+    assert model(torch.tensor([[1, 2, 3]])).dtype == torch.bfloat16
+
+
+def test_the_adapter_gives_peft_and_our_loader_the_same_logits(checkpoint, tmp_path):
+    peft = pytest.importorskip("peft")
+    transformers = pytest.importorskip("transformers")
+    model = clo.add_lora(llama.load(checkpoint), rank=4, alpha=12, seed=2)
+    for name, parameter in model.named_parameters():
+        if ".lora_B" in name:
+            parameter.data = torch.randn(parameter.shape)
+    runs.fill_directory(tmp_path / "adapter", lambda path: runs.save_adapter(model, path, str(checkpoint), clo.ATTENTION, 4, 12))
+    tokens = torch.randint(300, (2, 12))
+    ours = model(tokens) @ model.head.T
+    theirs = peft.PeftModel.from_pretrained(transformers.AutoModelForCausalLM.from_pretrained(checkpoint), tmp_path / "adapter")
+    torch.testing.assert_close(theirs(tokens).logits, ours, rtol=0, atol=1e-4)
+    loaded = llama.load(checkpoint, adapter=tmp_path / "adapter")
+    torch.testing.assert_close(loaded(tokens) @ loaded.head.T, ours, rtol=0, atol=1e-4)
+
+
+# ---- the whole command on a tiny world
+
+@pytest.fixture
+def world(tmp_path):
+    """A checkpoint, parallel training rows, and evaluation rows with splits; no translator needed."""
+    checkpoint = write_checkpoint(tmp_path / "base")
+    rows = parallel_rows(24)
+    data.write_rows(tmp_path / "rows.jsonl", rows[:16])
+    data.write_rows(tmp_path / "eval.jsonl", [row | {"split": "validation" if i % 2 else "test"} for i, row in enumerate(rows[16:])])
+    return tmp_path, ["--model", str(checkpoint), "--data", str(tmp_path / "rows.jsonl"), "--out", str(tmp_path / "run"),
+                      "--lang", "sw", "--row-tokens", "200", "--max-new-tokens", "6", "--lr", "1e-2", "--device", "cpu"]
+
+
+def command(flags, **keywords):
+    environment = dict(os.environ, OMP_NUM_THREADS="1")
+    return subprocess.run([sys.executable, "clo.py", *flags], cwd=ROOT, env=environment, capture_output=True, text=True, **keywords)
+
+
+def without_times(path: Path) -> list[dict]:
+    drop = {"seconds", "tokens_per_second", "peak_memory_gb"}
+    return [{key: value for key, value in json.loads(line).items() if key not in drop} for line in path.read_text().splitlines()]
+
+
+def test_a_run_leaves_the_report_the_adapters_and_the_metrics(world, capsys):
+    path, flags = world
+    clo.main(flags)
+    report = json.loads((path / "run" / "report.json").read_text())
+    assert (report["lang"], report["samples"], report["seed"]) == ("sw", 16, 0)
+    assert list(report["methods"]) == ["base", "sft", "clo"]
+    for scores in report["methods"].values():
+        assert scores["en"]["n"] == scores["sw"]["n"] == 4 and scores["train_seconds"] >= 0
+    assert report["methods"]["base"]["heldout"]["rewards/margins_en"] == 0
+    lines = without_times(path / "run" / "clo" / "metrics.jsonl")
+    assert [line["step"] for line in lines] == list(range(5))
+    assert lines[1]["rewards/margins_tgt"] == 0 and lines[-1]["rewards/margins_tgt"] > 0
+    assert {"nll_en", "nll_tgt", "rewards/accuracies_en", "logps/chosen_tgt"} <= lines[-1].keys()
+    assert load_file(path / "run" / "clo" / "adapter" / "adapter_model.safetensors")
+    out = capsys.readouterr().out
+    assert "python eval.py ask --adapter" in out and "±" in out
+    clo.main(flags)                                             # a finished run is read back, not trained again
+    assert "done before" in capsys.readouterr().out
+    assert json.loads((path / "run" / "report.json").read_text()) == report
+
+
+@pytest.mark.parametrize("flags", [["--method", "sft+dpo", "--baseline", "none"], ["--method", "dpo", "--baseline", "sft-tgt"],
+                                   ["--train", "attention", "--baseline", "none"], ["--train", "full", "--baseline", "sft-en"]])
+def test_every_method_and_mode_runs_to_its_report(world, flags):
+    path, common = world
+    clo.main(common + flags)
+    method = flags[flags.index("--method") + 1] if "--method" in flags else "clo"
+    assert method in json.loads((path / "run" / "report.json").read_text())["methods"]
+    if "--train" in flags:
+        trained, base = (llama.load(p) for p in (path / "run" / "clo" / "model", path / "base"))
+        assert torch.equal(trained.model["norm"].weight, base.model["norm"].weight) == (flags[1] == "attention")
+        assert data.load_tokenizer(path / "run" / "clo" / "model").stop_ids
+
+
+@pytest.mark.slow
+def test_a_killed_run_goes_on_bit_for_bit(world):
+    path, flags = world
+    flags = flags + ["--baseline", "none", "--epochs", "12", "--save-every", "3"]
+    assert command(flags).returncode == 0
+    undisturbed = without_times(path / "run" / "clo" / "metrics.jsonl")
+    adapter = (path / "run" / "clo" / "adapter" / "adapter_model.safetensors").read_bytes()
+    flags[flags.index("--out") + 1] = str(path / "killed")
+    metrics = path / "killed" / "clo" / "metrics.jsonl"
+    kills = 0
+    for wanted in (2, 17, 31):
+        process = subprocess.Popen([sys.executable, "clo.py", *flags], cwd=ROOT, env=dict(os.environ, OMP_NUM_THREADS="1"),
+                                   stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        while process.poll() is None and not (metrics.exists() and metrics.read_text().count("\n") >= wanted):
+            time.sleep(0.002)
+        kills += process.poll() is None
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    assert kills > 0
+    assert command(flags).returncode == 0
+    assert without_times(metrics) == undisturbed
+    assert (path / "killed" / "clo" / "adapter" / "adapter_model.safetensors").read_bytes() == adapter
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number, code", [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_signal_saves_and_leaves_with_its_code(world, number, code):
+    path, flags = world
+    process = subprocess.Popen([sys.executable, "clo.py", *flags, "--baseline", "none", "--epochs", "200"], cwd=ROOT,
+                               stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+    metrics = path / "run" / "clo" / "metrics.jsonl"
+    while process.poll() is None and not (metrics.exists() and metrics.read_text().count("\n") > 3):
+        time.sleep(0.01)
+    process.send_signal(number)
+    out, _ = process.communicate(timeout=60)
+    assert process.returncode == code and "saved" in out
+    assert list((path / "run" / "clo" / "checkpoint").glob("step-*"))
+
+
+# ---- bad input: one line, exit code 2, nothing half-written
+
+def fails(capsys, flags, *wanted):
+    with pytest.raises(SystemExit) as error:
+        data.run(lambda: clo.main(flags))
+    assert error.value.code == 2
+    line = capsys.readouterr().err.strip().splitlines()[-1]
+    assert line.startswith("error: ") and all(part in line for part in wanted), line
+
+
+def changed(flags, name, value):
+    flags = list(flags)
+    flags[flags.index(name) + 1] = str(value)
+    return flags
+
+
+def test_bad_input_is_one_line_and_exit_code_2(world, capsys):
+    path, flags = world
+    (path / "bad.jsonl").write_text('{"en": {"prompt": "a", "response": "b"}}\n{"en": {"prompt"\n')
+    fails(capsys, changed(flags, "--data", path / "bad.jsonl"), "bad.jsonl:2")
+    fails(capsys, changed(flags, "--data", path / "none.jsonl"), "none.jsonl")
+    fails(capsys, changed(flags, "--model", path / "nowhere"), "nowhere")
+    fails(capsys, changed(flags, "--device", "abacus"), "abacus")
+    (path / "locked").write_text("a file")
+    fails(capsys, changed(flags, "--out", path / "locked" / "run"), "locked")
+    (path / "full").mkdir()
+    (path / "full" / "thesis.txt").write_text("mine")
+    fails(capsys, changed(flags, "--out", path / "full"), "not empty")
+    assert (path / "full" / "thesis.txt").read_text() == "mine"
+
+
+def test_a_language_nobody_has_is_refused_with_those_there_are(world, capsys):
+    path, flags = world
+    data.write_rows(path / "english.jsonl", [{"row_id": row["row_id"], "en": row["en"]} for row in parallel_rows(6)])
+    flags = changed(changed(flags, "--data", path / "english.jsonl"), "--lang", "xx")
+    (path / "eval.jsonl").unlink()
+    fails(capsys, flags + ["--translator", str(path / "nowhere")], "nowhere")
+
+
+def test_a_run_directory_of_another_run_is_refused_by_its_first_difference(world, capsys):
+    path, flags = world
+    clo.main(flags + ["--baseline", "none"])
+    report = (path / "run" / "report.json").read_bytes()
+    fails(capsys, flags + ["--baseline", "none", "--beta", "0.5"], "beta", "0.1", "0.5", "--fresh")
+    data.write_rows(path / "rows.jsonl", parallel_rows(12))
+    fails(capsys, flags + ["--baseline", "none"], "data", "--fresh")
+    assert (path / "run" / "report.json").read_bytes() == report
+
+
+def test_a_loss_that_is_not_a_number_stops_and_names_the_step(world, capsys):
+    path, flags = world
+    fails(capsys, changed(flags, "--lr", "1e30") + ["--baseline", "none", "--epochs", "30"], "at step", "--lr")
+    assert not (path / "run" / "clo" / "adapter").exists()
+
+
+# ---- real data
+
+@pytest.mark.slow
+def test_clo_moves_a_real_checkpoint_into_swahili(shared, tmp_path, capsys):
+    clo.main(["--lang", "sw", "--model", str(shared / "models" / "story_llama"), "--data", str(shared / "pairs" / "ntrex_500.jsonl"),
+              "--samples", "400", "--baseline", "none", "--out", str(tmp_path / "run"), "--max-new-tokens", "4"])
+    report = json.loads((tmp_path / "run" / "report.json").read_text())["methods"]
+    before, after = report["base"]["heldout"], report["clo"]["heldout"]
+    assert after["nll_tgt"] < before["nll_tgt"] - 1
+    for direction in ("en", "tgt"):
+        assert after[f"rewards/margins_{direction}"] > 1 and after[f"rewards/accuracies_{direction}"] > 0.9

@@ -1,0 +1,262 @@
+"""model.py against independent references: separate sequences, the dense mask, transformers, PEFT's arithmetic."""
+
+import json
+from functools import partial
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import model as llama
+from conftest import write_checkpoint
+from model import CheckpointError
+
+FAMILIES = {
+    "llama": {"num_key_value_heads": 2},
+    "llama2": {"num_key_value_heads": 4, "tie_word_embeddings": False, "rms_norm_eps": 1e-5},
+    "llama3": {"rope_theta": 5e5, "max_position_embeddings": 64, "rope_scaling": {
+        "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 16}},
+    "mistral": {"model_type": "mistral", "sliding_window": 5, "tie_word_embeddings": False},
+    "qwen2": {"model_type": "qwen2", "qkv_bias": True},
+    "qwen3": {"model_type": "qwen3", "qk_norm": True},
+}
+
+
+def random_model(window=None, dtype=torch.float64, **shape) -> llama.Llama:
+    config = llama.Config(**{"vocab_size": 41, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2,
+                             "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 6,
+                             "tie_word_embeddings": True, "sliding_window": window} | shape)
+    model = llama.initialise_(llama.Llama(config)).to(dtype)
+    generator = torch.Generator().manual_seed(1)
+    for parameter in model.parameters():
+        parameter.data += 0.2 * torch.randn(parameter.shape, generator=generator, dtype=torch.float64).to(dtype)
+    return model.requires_grad_(False)
+
+
+def packed_row():
+    """Two rows: a fork of 3 + (2, 4) tokens, one of 2 + (3, 1, 2), padding; one of 4 + (1)."""
+    layout = [[(0, 3, (2, 4)), (1, 2, (3, 1, 2))], [(2, 4, (1,))]]
+    T = 18
+    grids = torch.zeros(3, 2, T, dtype=torch.int64)
+    grids[0] = -1
+    parts = {}
+    for b, row in enumerate(layout):
+        cursor = 0
+        for fork, prompt, lengths in row:
+            start = cursor
+            for branch, length in enumerate((prompt, *lengths)):
+                here = slice(cursor, cursor + length)
+                first = prompt if branch else 0
+                grids[0, b, here], grids[1, b, here] = fork, branch
+                grids[2, b, here] = torch.arange(first, first + length)
+                if branch:
+                    parts[fork, branch] = (b, slice(start, start + prompt), here)
+                cursor += length
+    tokens = torch.randint(41, (2, T), generator=torch.Generator().manual_seed(2))
+    return tokens, *grids, parts
+
+
+@pytest.mark.parametrize("window", [None, 3])
+def test_packed_forks_equal_separate_sequences(window):
+    model = random_model(window)
+    tokens, fork, branch, positions, parts = packed_row()
+    packed = model(tokens, positions, fork, branch)
+    for b, prompt, own in parts.values():
+        alone = model(torch.cat((tokens[b, prompt], tokens[b, own]))[None])[0]
+        together = torch.cat((packed[b, prompt], packed[b, own]))
+        torch.testing.assert_close(together, alone, rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize("window", [None, 3])
+def test_unfolded_attention_equals_the_dense_mask_with_its_gradients(window):
+    _, fork, branch, positions, _ = packed_row()
+    q, k, v = (torch.randn(2, 18, heads, 6, dtype=torch.float64, requires_grad=True) for heads in (4, 2, 2))
+    real = fork >= 0
+    dense = llama.attend_dense(q, k, v, llama.visible(fork, branch, positions, window))[real]
+    unfolded = llama.fork_attention(fork, branch, positions, window)(q, k, v)[real]
+    torch.testing.assert_close(unfolded, dense, rtol=0, atol=1e-12)
+    weights = torch.randn_like(dense)
+    for one, other in zip(torch.autograd.grad((dense * weights).sum(), (q, k, v)),
+                          torch.autograd.grad((unfolded * weights).sum(), (q, k, v))):
+        torch.testing.assert_close(one, other, rtol=0, atol=1e-12)
+
+
+def test_visibility_is_the_predicate_of_the_design():
+    _, fork, branch, positions, _ = packed_row()
+    seen = llama.visible(fork, branch, positions, window=4)[:, 0]
+    for b in range(2):
+        for q in range(18):
+            for k in range(18):
+                same = fork[b, q] == fork[b, k] and k <= q and branch[b, k] in (0, branch[b, q])
+                expected = (k == q) if fork[b, q] < 0 else same and positions[b, q] - positions[b, k] < 4
+                assert bool(seen[b, q, k]) == bool(expected)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_logits_and_greedy_replies_equal_transformers(name, tmp_path):
+    transformers = pytest.importorskip("transformers")
+    path = write_checkpoint(tmp_path, **FAMILIES[name])
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, attn_implementation="eager")
+    ours = llama.load(path)
+    tokens = torch.randint(2, 300, (3, 23), generator=torch.Generator().manual_seed(3))
+    torch.testing.assert_close(ours(tokens) @ ours.head.T, theirs(tokens).logits, rtol=0, atol=1e-4)
+    for prompt in tokens[:, :9].tolist():
+        ids = torch.tensor([prompt])
+        reply = theirs.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=12, do_sample=False,
+                                eos_token_id=1, pad_token_id=0)[0, len(prompt):].tolist()
+        assert llama.generate(ours, [prompt], 12, {1})[0] == [i for i in reply if i != 1]
+
+
+@pytest.mark.parametrize("window", [None, 4])
+def test_the_cache_gives_token_by_token_what_one_pass_gives(window):
+    model = random_model(window)
+    tokens = torch.randint(41, (2, 11))
+    whole = model(tokens)
+    cache = llama.Cache(model.config, torch.zeros(2, dtype=torch.int64), 11, torch.float64)
+    parts = [model(tokens[:, :3], cache=cache)]
+    for t in range(3, 11):
+        parts.append(model(tokens[:, t:t + 1], torch.full((2, 1), t), cache=cache))
+    torch.testing.assert_close(torch.cat(parts, 1), whole, rtol=0, atol=1e-12)
+
+
+def test_a_reply_does_not_depend_on_its_batch():
+    model = random_model()
+    generator = torch.Generator().manual_seed(5)
+    prompts = [torch.randint(41, (length,), generator=generator).tolist() for length in (1, 7, 3, 7, 12, 2)]
+    alone = [llama.generate(model, [prompt], 15, {4, 9})[0] for prompt in prompts]
+    assert llama.generate(model, prompts, 15, {4, 9}) == alone
+    assert llama.generate(model, prompts, 15, {4, 9}, batch_size=2) == alone
+    assert any(len(reply) < 15 for reply in alone) and all(not {4, 9} & set(reply) for reply in alone)
+
+
+def test_sampling_is_repeatable_and_top_p_zero_is_greedy():
+    model = random_model()
+    first = llama.generate(model, [[1, 2]], 20, set(), temperature=1.5, seed=3)
+    assert first == llama.generate(model, [[1, 2]], 20, set(), temperature=1.5, seed=3)
+    assert first != llama.generate(model, [[1, 2]], 20, set(), temperature=1.5, seed=4)
+    assert llama.generate(model, [[1, 2]], 20, set(), temperature=1.5, top_p=1e-9) == llama.generate(model, [[1, 2]], 20, set())
+
+
+def test_real_checkpoint_continues_as_the_independent_reference(shared):
+    path = shared / "models" / "story_llama"
+    reference = json.loads((path / "reference_output.json").read_text())
+    prompt, whole = reference["prompt_ids"], reference["greedy_ids"]
+    assert prompt + llama.generate(llama.load(path), [prompt], len(whole) - len(prompt), set())[0] == whole
+
+
+def test_saved_and_sharded_models_load_back_bit_for_bit(tmp_path):
+    model = random_model(dtype=torch.float32, tie_word_embeddings=False)
+    llama.save(model, tmp_path / "one")
+    llama.save(model, tmp_path / "many", max_shard_bytes=2000)
+    assert len(list((tmp_path / "many").glob("*.safetensors"))) > 3
+    for name in ("one", "many"):
+        again = llama.load(tmp_path / name)
+        assert again.config == model.config
+        for (key, expected), (_, found) in zip(model.named_parameters(), again.named_parameters()):
+            assert torch.equal(expected, found), key
+
+
+def test_a_tied_head_may_lie_under_either_name_but_not_differ(checkpoint):
+    expected = llama.load(checkpoint).head
+    tensors = load_file(checkpoint / "model.safetensors")
+    embedding = tensors.pop("model.embed_tokens.weight")
+    for extra in ({"lm_head.weight": embedding}, {"lm_head.weight": embedding, "model.embed_tokens.weight": embedding.clone()}):
+        save_file(tensors | extra, checkpoint / "model.safetensors", metadata={"format": "pt"})
+        assert torch.equal(llama.load(checkpoint).head, expected)
+    save_file(tensors | {"lm_head.weight": embedding + 1, "model.embed_tokens.weight": embedding},
+              checkpoint / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(CheckpointError, match="differ"):
+        llama.load(checkpoint)
+
+
+def test_both_spellings_of_config_keys_mean_the_same(checkpoint):
+    path = checkpoint / "config.json"
+    raw = json.loads(path.read_text())
+    scaling = FAMILIES["llama3"]["rope_scaling"]
+    path.write_text(json.dumps(raw | {"rope_theta": 5e5, "rope_scaling": scaling}))
+    old = llama.read_config(checkpoint)
+    for key in ("rope_theta", "rope_scaling"):
+        del raw[key]
+    path.write_text(json.dumps(raw | {"rope_parameters": {"rope_theta": 5e5, **scaling}}))
+    assert llama.read_config(checkpoint) == old
+
+
+def test_an_adapter_adds_its_product_to_the_weights(checkpoint, tmp_path):
+    base = llama.load(checkpoint)
+    name, weight = "model.layers.1.self_attn.k_proj", dict(base.named_parameters())["model.layers.1.self_attn.k_proj.weight"]
+    A, B = torch.randn(3, weight.shape[1]), torch.randn(weight.shape[0], 3)
+    adapter = tmp_path / "adapter"
+    adapter.mkdir()
+    (adapter / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "lora_alpha": 7, "r": 3}))
+    save_file({f"base_model.model.{name}.lora_A.weight": A, f"base_model.model.{name}.lora_B.weight": B},
+              adapter / "adapter_model.safetensors")
+    tuned = llama.load(checkpoint, adapter=adapter)
+    for key, found in tuned.named_parameters():
+        expected = dict(base.named_parameters())[key]
+        if key == name + ".weight":
+            expected = (expected.double() + 7 / 3 * B.double() @ A.double()).float()
+        torch.testing.assert_close(found, expected, rtol=0, atol=1e-6)
+
+
+def refuse(checkpoint, match: str):
+    with pytest.raises(CheckpointError, match=match) as error:
+        llama.load(checkpoint)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("change, match", [
+    ({"model_type": "gemma"}, "model_type 'gemma'"), ({"num_local_experts": 8}, "num_local_experts"),
+    ({"quantization_config": {"bits": 4}}, "quantization_config"), ({"partial_rotary_factor": 0.5}, "partial_rotary"),
+    ({"rope_scaling": {"type": "yarn", "factor": 4}}, "yarn"), ({"hidden_act": "gelu"}, "hidden_act"),
+    ({"hidden_size": "16"}, "hidden_size"), ({"hidden_size": -1}, "hidden_size"), ({"num_key_value_heads": 3}, "divide"),
+    ({"vocab_size": 999}, "embed_tokens.weight has shape"), ({"num_hidden_layers": 3}, r"layers\.2.* is missing"),
+    ({"num_hidden_layers": 1}, r"layers\.1.* is unknown"), ({"rope_theta": None, "rms_norm_eps": "x"}, "rms_norm_eps")])
+def test_a_config_that_does_not_fit_is_refused_by_name(checkpoint, change, match):
+    path = checkpoint / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    refuse(checkpoint, match)
+
+
+@pytest.mark.parametrize("content", [b"", b"\x10\0\0\0\0\0\0\0{}", b"\xff" * 64, b"not weights at all"])
+def test_damaged_weights_are_refused(checkpoint, content):
+    (checkpoint / "model.safetensors").write_bytes(content)
+    refuse(checkpoint, "model.safetensors is damaged")
+
+
+def test_missing_files_are_named(checkpoint, tmp_path):
+    (checkpoint / "model.safetensors").unlink()
+    refuse(checkpoint, "neither model.safetensors nor")
+    (checkpoint / "config.json").write_text("{")
+    refuse(checkpoint, "config.json cannot be read")
+    refuse(tmp_path / "nowhere", "config.json is missing")
+
+
+@pytest.mark.parametrize("name", ["../model.safetensors", "/etc/model.safetensors", "weights.bin", 3])
+def test_an_index_may_only_name_safetensors_files_of_its_directory(checkpoint, name):
+    index = {"weight_map": {"model.norm.weight": name}}
+    (checkpoint / "model.safetensors.index.json").write_text(json.dumps(index))
+    refuse(checkpoint, "not a safetensors file of its directory")
+
+
+def test_a_truncated_file_is_refused(checkpoint):
+    path = checkpoint / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-7])
+    refuse(checkpoint, "damaged")
+
+
+def test_flex_mask_hides_and_shows_what_eq_1_says():
+    flex = pytest.importorskip("torch.nn.attention.flex_attention")
+    _, fork, branch, positions, _ = packed_row()
+    dense = llama.visible(fork, branch, positions, window=4)[:, 0]
+    sees = llama.fork_predicate(fork, branch, positions, 4)
+    mask = flex.create_mask(sees, 2, 1, 18, 18, device="cpu")[:, 0]
+    real = fork >= 0
+    assert torch.equal(mask[real], dense[real])
+
+
+def test_window_only_matters_beyond_its_length():
+    q, k, v = (torch.randn(1, 6, 2, 4) for _ in range(3))
+    short = partial(llama.attend_causal, q[:, :5], k[:, :5], v[:, :5])
+    torch.testing.assert_close(short(window=5), short())
+    assert not torch.allclose(llama.attend_causal(q, k, v, window=3), llama.attend_causal(q, k, v))
