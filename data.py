@@ -187,7 +187,7 @@ def conversation(record, where):
         response = need(record, "completion" if "completion" in record else "response", where)
     system = [("system", record["system"])] if record.get("system") else []
     earlier = [(role, as_text(text, where)) for turn in record.get("history") or []
-               for role, text in zip(("user", "assistant"), turn)]
+               for role, text in zip(("user", "assistant"), as_kind(turn, list, where))]
     return [*system, *earlier, ("user", prompt), ("assistant", as_text(response, where))]
 
 
@@ -426,8 +426,8 @@ class Tokenizer:
         self._find_added(source)
         self._find_template(config)
         self._find_stops()
-        told = [source, self.template, self.variables, sorted(self.stop_ids)]
-        self.fingerprint = hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()
+        told = [read_text(directory / "tokenizer.json"), self.template, self.variables, sorted(self.stop_ids)]
+        self.fingerprint = hashlib.sha256(repr(told).encode()).hexdigest()
 
     def _build(self, source):
         try:

@@ -1,4 +1,4 @@
-"""data.py: readers, templates and token ids, forks and packing; references are written out or another library's."""
+"""data.py: readers, templates and ids, forks and packing, against other libraries or written-out answers."""
 
 import gzip
 import json
@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import tokenizers
-from tokenizers import decoders, models, pre_tokenizers, trainers
+from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
 
 import data
 
@@ -18,17 +18,19 @@ real = pytest.mark.skipif(not REAL.exists(), reason="the public data are not in 
 LLAMA3 = ("{% for message in messages %}{% set content = '<|start_header_id|>' + message['role'] + "
           "'<|end_header_id|>\n\n' + message['content'] | trim + '<|eot_id|>' %}{% if loop.index0 == 0 %}"
           "{% set content = bos_token + content %}{% endif %}{{ content }}{% endfor %}"
-          "{% if add_generation_prompt %}{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{% endif %}")
-CHATML = ("{%- if messages[0]['role'] != 'system' %}{{- '<|im_start|>system\nYou help.<|im_end|>\n' }}{%- endif %}"
+          "{% if add_generation_prompt %}"
+          "{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{% endif %}")
+CHATML = ("{%- if messages[0]['role'] != 'system' %}"
+          "{{- '<|im_start|>system\nYou help.<|im_end|>\n' }}{%- endif %}"
           "{% for message in messages %}"
           "{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}{% endfor %}"
           "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}")
 MISTRAL = ("{{ bos_token }}{% for message in messages %}{% if message['role'] == 'user' %}"
            "{{ '[INST] ' + message['content'] + '[/INST]' }}{% elif message['role'] == 'assistant' %}"
-           "{{ ' ' + message['content'] + eos_token }}{% else %}{{ raise_exception('Only user and assistant') }}"
-           "{% endif %}{% endfor %}")
-TEXTS = ["What is the capital of France?", "Mji mkuu wa Ufaransa ni upi?", "  two\n\nlines, spaces  ", "你好，世界 🙂",
-         "1 < 2 | 3 > 2", "assistant user system [INST]"]
+           "{{ ' ' + message['content'] + eos_token }}"
+           "{% else %}{{ raise_exception('Only user and assistant') }}{% endif %}{% endfor %}")
+TEXTS = ["What is the capital of France?", "Mji mkuu wa Ufaransa ni upi?", "  two\n\nlines, spaces  ",
+         "你好，世界 🙂", "1 < 2 | 3 > 2", "assistant user system [INST]"]
 
 
 def write_json(path, value):
@@ -46,7 +48,7 @@ def sides(prompt, response):
 
 
 def make_tokenizer(directory, template=None, bos="<s>", eos="</s>", added=(), spaced=None, **config):
-    """A tiny tokenizer directory. spaced: None for byte-level, else a Metaspace prepend scheme (as SentencePiece)."""
+    """A tiny tokenizer. spaced: None for byte-level, "prepend" (as Llama 2), or a Metaspace scheme."""
     directory.mkdir(parents=True, exist_ok=True)
     special = [name for name in ("<unk>", bos, eos) if name]
     if spaced is None:
@@ -55,14 +57,20 @@ def make_tokenizer(directory, template=None, bos="<s>", eos="</s>", added=(), sp
         tokenizer.decoder = decoders.ByteLevel()
     else:
         tokenizer, alphabet = tokenizers.Tokenizer(models.BPE(unk_token="<unk>")), []
-        tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=spaced, split=False)
-        tokenizer.decoder = decoders.Metaspace(prepend_scheme=spaced)
-    tokenizer.train_from_iterator(TEXTS * 4 + ["x<|im_end|> </s> yes"], trainers.BpeTrainer(
+        tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+        if spaced != "prepend":
+            tokenizer.normalizer = normalizers.Sequence([])
+            tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=spaced, split=False)
+        tokenizer.decoder = decoders.Metaspace()
+    tokenizer.train_from_iterator(TEXTS * 4 + ["x<|im_end|> </s> yes", "Ni Paris."], trainers.BpeTrainer(
         vocab_size=420, special_tokens=special, initial_alphabet=alphabet, show_progress=False))
-    tokenizer.add_tokens([tokenizers.AddedToken(name, special=False, normalized=False) for name in added])
+    tokenizer.add_tokens([tokenizers.AddedToken(name, special="|" in name, normalized=False)
+                          for name in added])
     tokenizer.save(str(directory / "tokenizer.json"))
-    names = {"bos_token": bos, "eos_token": {"__type": "AddedToken", "content": eos}, "unk_token": "<unk>", "chat_template": template}
-    write_json(directory / "tokenizer_config.json", {key: value for key, value in names.items() if value} | config)
+    config |= {"eos_token": {"__type": "AddedToken", "content": eos}, "unk_token": "<unk>"}
+    config |= {"bos_token": bos} if bos else {}
+    config |= {"chat_template": template} if template else {}
+    write_json(directory / "tokenizer_config.json", config)
     return data.load_tokenizer(directory)
 
 
@@ -142,7 +150,8 @@ def small_trees():
     yield message("p1", "prompter", "q1", replies=[message("a1", "assistant", "worse", 1),
                                                    message("a2", "assistant", "best", 0, [later])])
     yield message("p3", "prompter", "single", replies=[message("a5", "assistant", "only reply")])
-    yield message("p4", "prompter", "no ranks", replies=[message("a6", "assistant", "x"), message("a7", "assistant", "y")])
+    yield message("p4", "prompter", "no ranks", replies=[message("a6", "assistant", "x"),
+                                                         message("a7", "assistant", "y")])
     yield message("p5", "prompter", "by a model", synthetic=True, replies=[message("a8", "assistant", "x")])
     yield message("p6", "prompter", "hallo", lang="de", replies=[message("a9", "assistant", "x", lang="de")])
     yield message("p7", "prompter", "bad", review_result=False, replies=[message("b1", "assistant", "x")])
@@ -169,7 +178,8 @@ def test_openassistant_rows_follow_the_top_1_rule(tmp_path, form):
     assert first[0]["en"] == sides("q1", "best")
     assert counts["later turns left out"] == 1 and counts["skipped: tree not in en"] == 1
     assert counts["skipped: tree not reviewed"] == 1 + (form == "trees")
-    assert counts["skipped: tree without a best reply"] == 2 and counts["skipped: tree deleted or synthetic"] == 1
+    assert counts["skipped: tree without a best reply"] == 2
+    assert counts["skipped: tree deleted or synthetic"] == 1
     assert [row["row_id"] for row in data.read_rows(path, turns="all")] == ["a2", "a4", "a5"]
     assert [row["row_id"] for row in data.read_rows(path, "de")] == ["a9"]
 
@@ -194,7 +204,8 @@ def test_bad_input_is_named_with_its_place(tmp_path, content, told):
 
 
 def test_a_language_nobody_has_is_told_with_those_that_are_there():
-    rows = [{"row_id": "a", "en": sides("q", "r"), "sw": sides("q", "r")}, {"row_id": "b", "en": sides("q", "r")}]
+    rows = [{"row_id": "a", "en": sides("q", "r"), "sw": sides("q", "r")},
+            {"row_id": "b", "en": sides("q", "r")}]
     assert data.require_languages(rows, "en", "sw") == rows[:1]
     with pytest.raises(data.DataError, match="no row holds en and yo; languages in the data: en, sw"):
         data.require_languages(rows, "en", "yo")
@@ -230,12 +241,12 @@ TEMPLATES = {"llama3": (LLAMA3, "<|begin_of_text|>", "<|end_of_text|>", "<|eot_i
              "mistral_v0.1": (MISTRAL, "<s>", "</s>", "</s>", [])}
 
 
-@pytest.mark.parametrize("spaced", [None, "always", "first"])
+@pytest.mark.parametrize("spaced", [None, "prepend", "always", "first"])
 @pytest.mark.parametrize("name", TEMPLATES)
 def test_prompts_and_replies_have_the_ids_of_transformers(tmp_path, name, spaced):
     transformers = pytest.importorskip("transformers")
     template, bos, eos, stop, added = TEMPLATES[name]
-    ours = make_tokenizer(tmp_path, template, bos, eos, added, spaced, tokenizer_class="PreTrainedTokenizerFast")
+    ours = make_tokenizer(tmp_path, template, bos, eos, added, spaced)
     theirs = transformers.PreTrainedTokenizerFast.from_pretrained(tmp_path)
     for text in [text for text in TEXTS if name != "mistral" or "[INST]" not in text]:
         prompt = [{"role": "user", "content": text}]
@@ -243,11 +254,13 @@ def test_prompts_and_replies_have_the_ids_of_transformers(tmp_path, name, spaced
         assert ours.prompt_ids(text) == ids
         whole = theirs.apply_chat_template([*prompt, {"role": "assistant", "content": "Ni Paris."}],
                                            tokenize=True, return_dict=False)
-        whole = whole[:len(whole) - whole[::-1].index(ours.full.token_to_id(stop))]  # chatml ends in a newline
+        after_stop = whole[::-1].index(ours.full.token_to_id(stop))  # chatml goes on with a newline
+        whole = whole[:len(whole) - after_stop]
         assert ours.prompt_ids(text) + ours.response_ids("Ni Paris.") == whole
         if name == "llama3":
             messages = [{"role": "system", "content": "Be brief."}, *prompt]
-            ids = theirs.apply_chat_template(messages, tokenize=True, add_generation_prompt=True, return_dict=False)
+            ids = theirs.apply_chat_template(messages, tokenize=True, add_generation_prompt=True,
+                                             return_dict=False)
             assert ours.prompt_ids(text, system="Be brief.") == ids
 
 
@@ -297,14 +310,15 @@ def test_a_vocabulary_that_spells_an_added_token_as_one_piece_still_gives_text(t
     tokenizer = tokenizers.Tokenizer(models.Unigram(pieces, unk_id=0))
     tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
     tokenizer.save(str(tmp_path / "tokenizer.json"))
-    write_json(tmp_path / "tokenizer_config.json", {"bos_token": "<s>", "eos_token": "</s>", "add_bos_token": True})
+    write_json(tmp_path / "tokenizer_config.json",
+               {"bos_token": "<s>", "eos_token": "</s>", "add_bos_token": True})
     ours = data.load_tokenizer(tmp_path)
     assert [ours.full.id_to_token(token) for token in ours.text_ids("a</s>b")] == [*"▁a</s>b"]
     assert ours.prompt_ids("<s>").count(ours.bos_id) == 1
     assert ours.response_ids("</s>a").count(ours.eos_id) == 1
 
 
-@pytest.mark.parametrize("spaced", ["always", "first"])
+@pytest.mark.parametrize("spaced", ["prepend", "always", "first"])
 def test_a_reply_gets_the_templates_space_and_no_second_one(tmp_path, spaced):
     tokenizer = make_tokenizer(tmp_path, MISTRAL, spaced=spaced)
     joined = "".join(tokenizer.full.id_to_token(token) for token in tokenizer.response_ids("Ni Paris."))
@@ -312,9 +326,8 @@ def test_a_reply_gets_the_templates_space_and_no_second_one(tmp_path, spaced):
 
 
 def test_the_newer_template_file_wins_and_a_broken_one_is_named(tmp_path):
-    make_tokenizer(tmp_path, "{{ nothing")
     with pytest.raises(data.DataError, match="does not compile"):
-        data.load_tokenizer(tmp_path)
+        make_tokenizer(tmp_path, "{{ nothing")
     (tmp_path / "chat_template.jinja").write_text(MISTRAL)
     tokenizer = data.load_tokenizer(tmp_path)
     assert "[INST] q[/INST]" in tokenizer.decode(tokenizer.prompt_ids("q"))
@@ -335,7 +348,8 @@ def test_the_fingerprint_changes_with_the_template(tmp_path):
 
 # ---- forks and packing ----
 
-ROWS = [{"row_id": "a", "en": sides("What?", "It is Paris."), "sw": sides("Nini?", "Ni Paris."), "de": sides("Was?", "Ja.")},
+ROWS = [{"row_id": "a", "en": sides("What?", "It is Paris."), "sw": sides("Nini?", "Ni Paris."),
+         "de": sides("Was?", "Ja.")},
         {"row_id": "b", "en": sides("Number?", "7"), "sw": sides("Namba?", "7"), "de": sides("Zahl?", "7")},
         {"row_id": "c", "en": sides("Alone?", "Yes.")}]
 
@@ -370,7 +384,8 @@ def test_a_fork_too_long_keeps_its_prompt_and_loses_the_ends_of_its_responses(ch
     assert en.prompt == chatml.prompt_ids("What?") and en.length == size
     assert en.continuations == [whole[:40 - len(short)], short]
     assert counts[f"forks cut to {size} tokens"] == 2
-    groups, counts = data.make_forks([long[0] | {"en": sides("word " * 300, "Yes.")}, ROWS[0]], chatml, "en", "sw", size)
+    long[0]["en"] = sides("word " * 300, "Yes.")
+    groups, counts = data.make_forks(long, chatml, "en", "sw", size)
     assert [group[0].row for group in groups] == ["a"]
     assert counts[f"rows dropped: a prompt fills {size} tokens"] == 1
     with pytest.raises(data.DataError, match="no row fits into 3 tokens"):
@@ -398,7 +413,8 @@ def test_packed_predictions_are_those_of_separate_sequences(trim):
     forks = random_forks(23)
     batch = data.pack(forks, 40, trim)
     expected = [(number, fork.prompt + ids[:at], ids[at])
-                for number, (fork, ids) in enumerate((fork, ids) for fork in batch.forks for ids in fork.continuations)
+                for number, (fork, ids) in enumerate((fork, ids) for fork in batch.forks
+                                                     for ids in fork.continuations)
                 for at in range(len(ids))]
     width = batch.tokens.shape[1]
     found = [(sequence, visible(batch, *divmod(index, width)), target) for sequence, index, target in
@@ -422,7 +438,8 @@ def test_trimmed_rows_are_as_long_as_the_longest_used():
     assert data.pack([fork], 16).tokens.tolist() == [[5, 6, 7, 8, 9]]
     assert data.pack([fork], 16).positions.tolist() == [[0, 1, 2, 2, 3]]
     full = data.pack([fork], 8, trim=False)
-    assert full.fork.tolist() == [[0, 0, 0, 0, 0, -1, -1, -1]] and full.branch.tolist() == [[0, 0, 1, 2, 2, 0, 0, 0]]
+    assert full.fork.tolist() == [[0, 0, 0, 0, 0, -1, -1, -1]]
+    assert full.branch.tolist() == [[0, 0, 1, 2, 2, 0, 0, 0]]
     assert full.row_index.tolist() == [1, 1, 3] and full.targets.tolist() == [7, 8, 9]
     assert full.sequence.tolist() == [0, 1, 1]
 
