@@ -178,6 +178,13 @@ class Linear(nn.Module):
         return F.linear(x, self.weight.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
 
 
+class Embedding(nn.Embedding):
+    """nn.Embedding without its random start, which on the meta device alone would import half of torch's compiler."""
+
+    def reset_parameters(self) -> None:
+        pass
+
+
 class RMSNorm(nn.Module):
     """x / rms(x) * weight over the last axis; the mean square in at least fp32 (arXiv 1910.07467)."""
 
@@ -442,7 +449,7 @@ class Llama(nn.Module):
         self.config = config
         self.compute_dtype = None                  # None: that of the embedding; set when trainables are wider
         self.model = nn.ModuleDict({
-            "embed_tokens": nn.Embedding(config.vocab_size, config.hidden_size),
+            "embed_tokens": Embedding(config.vocab_size, config.hidden_size),
             "layers": nn.ModuleList(Block(config) for _ in range(config.num_hidden_layers)),
             "norm": RMSNorm(config.hidden_size, config.rms_norm_eps)})
         self.lm_head = None if config.tie_word_embeddings else Linear(config.hidden_size, config.vocab_size)
