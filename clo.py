@@ -43,6 +43,7 @@ import translate
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp64": torch.float64}
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 REFERENCE_WIDTH = 4096          # the learning rates below are for this hidden width and scale with its inverse (muP)
+SIMPO_GAMMA = 0.5               # nats a token by which simpo wants the right response ahead
 LEARNING_RATES = {"lora": 1e-4, "attention": 3e-5, "full": 1.5e-5}
 
 
@@ -133,10 +134,23 @@ def margins(policy_chosen_logp: Tensor, policy_rejected_logp: Tensor, ref_chosen
     return (policy_chosen_logp - ref_chosen_logp) - (policy_rejected_logp - ref_rejected_logp)
 
 
+def preference_losses(margin: Tensor, kind: str = "sigmoid", beta: float = 0.1) -> Tensor:
+    """The preference term of each pair, (P,), from its margin (P,).
+
+    sigmoid: -log sigmoid(beta * margin), DPO's (arXiv 2305.18290, eq. 7); the default and the paper's.            eq. 2
+    ipo: (margin - 1 / (2 beta))^2, which stops pulling once the margin is there (arXiv 2310.12036, eq. 17).
+    simpo: -log sigmoid(beta * (margin - gamma)) over the margin of *mean* log-probs without a reference, gamma being
+    SIMPO_GAMMA nats a token (arXiv 2405.14734, eq. 6, whose gamma is beta times ours). Its beta is larger: 2 to 10.
+    """
+    if kind == "ipo":
+        return (margin - 1 / (2 * beta)) ** 2
+    return -F.logsigmoid(beta * (margin - SIMPO_GAMMA if kind == "simpo" else margin))
+
+
 def clo_loss(policy_chosen_logp: Tensor, policy_rejected_logp: Tensor, ref_chosen_logp: Tensor,
              ref_rejected_logp: Tensor, tgt_logp: Tensor, tgt_tokens, pairs=None, beta: float = 0.1,
-             lam: float = 0.5) -> Tensor:
-    """Eq. 4, a scalar, from sums of log-probs.
+             lam: float = 0.5, kind: str = "sigmoid") -> Tensor:
+    """Eq. 4, a scalar, from sums of log-probs (for simpo: means in the first two and zeros for the reference).
 
     The four (P,) tensors are the pairs of both directions. tgt_logp (any shape) holds the summed log-probs of the
     responses under NLL and tgt_tokens the tokens they count. For a part of a step pass the whole step's tgt_tokens and
@@ -144,9 +158,18 @@ def clo_loss(policy_chosen_logp: Tensor, policy_rejected_logp: Tensor, ref_chose
     """
     pairs = policy_chosen_logp.numel() if pairs is None else pairs
     margin = margins(policy_chosen_logp, policy_rejected_logp, ref_chosen_logp, ref_rejected_logp)
-    preference = -F.logsigmoid(beta * margin).sum() / max(pairs, 1)                                        # eq. 2
+    preference = preference_losses(margin, kind, beta).sum() / max(pairs, 1)                               # eq. 2
     nll = -tgt_logp.sum() / max(tgt_tokens, 1)                                                             # eq. 3
     return lam * nll + (1 - lam) * preference
+
+
+def anchor_loss(policy_logp: Tensor, ref_logp: Tensor, tokens) -> Tensor:
+    """How far right responses fell below the reference, in nats per token: sum of max(0, ref - policy) / tokens.
+
+    A margin also grows when both responses fall; this term keeps the English one from it. The penalty is that of
+    DPO-Positive (arXiv 2402.13228, eq. 3), added to the loss instead of to the margin. Inputs (S',) are summed log-probs.
+    """
+    return F.relu(ref_logp - policy_logp).sum() / max(tokens, 1)
 
 
 # ------------------------------------------------------------------------------------------------- steps of training
@@ -162,6 +185,7 @@ class Micro:
     right: Tensor                    # (S',) index of each fork's right (chosen) continuation
     right_tgt: Tensor                # (S',) bool
     right_tokens: Tensor             # (S',) its length in tokens
+    lengths: Tensor                  # (S,) length of every continuation in tokens
     nll: Tensor                      # index of the continuations under NLL
     nll_tokens: int
 
@@ -172,23 +196,22 @@ class Micro:
 
 
 def make_micro(batch: data.Batch, source: str, nll: tuple[str, ...]) -> Micro:
-    chosen, rejected, pair_tgt, right, right_tgt, lengths, covered, nll_tokens, first = [], [], [], [], [], [], [], 0, 0
+    lengths, chosen, rejected, pair_tgt, right, right_tgt, covered = [], [], [], [], [], [], []
     for fork in batch.forks:
-        tgt = fork.language != source
+        first, tgt = len(lengths), fork.language != source
+        lengths += map(len, fork.continuations)
         right.append(first)
         right_tgt.append(tgt)
-        lengths.append(len(fork.continuations[0]))
         if ("tgt" if tgt else "en") in nll:
             covered.append(first)
-            nll_tokens += lengths[-1]
-        for other in range(1, len(fork.continuations)):
+        for other in range(first + 1, len(lengths)):
             chosen.append(first)
-            rejected.append(first + other)
+            rejected.append(other)
             pair_tgt.append(tgt)
-        first += len(fork.continuations)
-    integers = [torch.tensor(x, dtype=torch.int64) for x in (chosen, rejected, right, lengths, covered)]
-    return Micro(batch, first, integers[0], integers[1], torch.tensor(pair_tgt, dtype=torch.bool), integers[2],
-                 torch.tensor(right_tgt, dtype=torch.bool), integers[3], integers[4], nll_tokens)
+    chosen, rejected, right, lengths, covered = (torch.tensor(x, dtype=torch.int64)
+                                                 for x in (chosen, rejected, right, lengths, covered))
+    return Micro(batch, len(lengths), chosen, rejected, torch.tensor(pair_tgt, dtype=torch.bool), right,
+                 torch.tensor(right_tgt, dtype=torch.bool), lengths[right], lengths, covered, int(lengths[covered].sum()))
 
 
 def stage_forks(group: list[data.Fork], stage: Stage, source: str) -> list[data.Fork]:
@@ -205,7 +228,9 @@ def stage_forks(group: list[data.Fork], stage: Stage, source: str) -> list[data.
 
 def make_steps(groups: list[list[data.Fork]], stage: Stage, args, seed: int | None) -> list[list[Micro]]:
     """Optimiser steps of args.batch_size samples, each a list of micro-batches. Packed once: reference and training see
-    the same rows (a GEMM row's bits depend on the row count). seed None keeps the order."""
+    the same rows (a GEMM row's bits depend on the row count). On CUDA rows keep one length, since its attention is compiled
+    for a shape; elsewhere they are trimmed. seed None keeps the order."""
+    trim = not args.device.startswith("cuda")
     order = list(range(len(groups)))
     if seed is not None:
         order = torch.randperm(len(groups), generator=torch.Generator().manual_seed(seed)).tolist()
@@ -214,7 +239,7 @@ def make_steps(groups: list[list[data.Fork]], stage: Stage, args, seed: int | No
         forks = [fork for i in order[first:first + args.batch_size] for fork in stage_forks(groups[i], stage, args.source)]
         if forks:
             steps.append([make_micro(batch, args.source, stage.nll)
-                          for batch in data.micro_batches(forks, args.row_tokens, args.micro_rows)])
+                          for batch in data.micro_batches(forks, args.row_tokens, args.micro_rows, trim)])
     return steps
 
 
@@ -288,13 +313,18 @@ def backward_step(model, step: list[Micro], reference: list[Tensor] | None, stag
     """Accumulate the gradient of one optimiser step; its loss and pair statistics as tensors, nothing synced."""
     lam = {(True, True): args.lam, (False, True): 1.0, (True, False): 0.0}[stage.preference, bool(stage.nll)]
     pairs, tokens = sum(len(micro.chosen) for micro in step), sum(micro.nll_tokens for micro in step)
+    en_tokens = sum(int(micro.right_tokens[~micro.right_tgt].sum()) for micro in step)
     losses, rewards, logps, nll = [], [], [], []
     for i, micro in enumerate(step):
         micro = micro.to(device)
         policy = continuation_logps(model, micro)
         ref = policy.detach() if reference is None else reference[i].to(device)
-        loss = clo_loss(policy[micro.chosen], policy[micro.rejected], ref[micro.chosen], ref[micro.rejected],
-                        policy[micro.nll], tokens, pairs, args.beta, lam)
+        scores, base = (policy / micro.lengths, torch.zeros_like(ref)) if args.preference == "simpo" else (policy, ref)
+        loss = clo_loss(scores[micro.chosen], scores[micro.rejected], base[micro.chosen], base[micro.rejected],
+                        policy[micro.nll], tokens, pairs, args.beta, lam, args.preference)
+        if args.anchor and stage.preference:
+            english = micro.right[~micro.right_tgt]
+            loss = loss + args.anchor * anchor_loss(policy[english], ref[english], en_tokens)
         loss.backward()
         pair = torch.stack((micro.chosen, micro.rejected))
         losses.append(loss.detach())
@@ -326,7 +356,8 @@ def train(model: llama.Llama, parameters: dict, stage: Stage, steps: list[list[M
     """Run a stage from its last checkpoint to its end; metrics go to directory/metrics.jsonl, one line a step."""
     order = step_order(len(steps), epochs, args.seed)
     rate = args.lr or LEARNING_RATES[args.train] * REFERENCE_WIDTH / model.config.hidden_size
-    optimizer = torch.optim.AdamW(parameters.values(), lr=rate, betas=(0.9, 0.999), weight_decay=args.weight_decay)
+    optimizer = torch.optim.AdamW(parameters.values(), lr=rate, betas=(0.9, 0.999), weight_decay=args.weight_decay,
+                                  fused=device.type == "cuda")
     done = runs.load_checkpoint(directory / "checkpoint", parameters, optimizer)
     runs.truncate_metrics(directory / "metrics.jsonl", done if done else -1)
     if done:
@@ -521,6 +552,7 @@ def main(argv=None) -> None:
     args = parse_args(argv)
     began = time.perf_counter()
     device = pick_device(args.device)
+    args.device = str(device)
     args.dtype = args.dtype if args.dtype != "auto" else "bf16" if device.type == "cuda" else "fp32"
     tokenizer = data.load_tokenizer(args.model)
     config = llama.read_config(args.model)
@@ -536,13 +568,13 @@ def main(argv=None) -> None:
     run = runs.open_run(args.out, flags, inputs, args.fresh)
     if translator is not None:
         rows = translate.translate_rows(rows, translator, args.source, args.lang, run / f"translated-{args.lang}.jsonl",
-                                        beams=args.beams)
+                                        args.beams, keep_failed=args.keep_failed)
         translator = None                                                 # its memory is better used for training
     heldout_rows, rows = heldout_rows or rows[:apart], rows[apart:]
     eval_rows = eval_rows or heldout_rows
     if not rows or not heldout_rows:
-        raise data.DataError(f"{args.data}: {len(rows)} rows are left to train on and {len(heldout_rows)} to hold out; "
-                             f"at least one of each is needed")
+        raise data.DataError(f"{args.data}: {len(rows)} rows are left to train on and {len(heldout_rows)} to hold out, one of "
+                             f"each is needed: give more rows, or --keep-failed if the translation checks dropped them")
 
     print("\n2. Forks")
     row_tokens = min(args.row_tokens, config.max_position_embeddings)
@@ -600,7 +632,10 @@ def parse_args(argv=None) -> argparse.Namespace:
     add("--method", default="clo", choices=list(METHODS), help="what to train")
     add("--baseline", default="sft", choices=[*METHODS, "none"], help="trained too, for the comparison")
     add("--lambda", dest="lam", type=float, default=0.5, help="weight of the NLL of target responses, 0 to 1")
-    add("--beta", type=float, default=0.1, help="strength of the preference term (DPO)")
+    add("--preference", default="sigmoid", choices=["sigmoid", "ipo", "simpo"], help="form of the preference term; simpo wants "
+                                                                                 "a --beta of 2 or more")
+    add("--beta", type=float, default=0.1, help="strength of the preference term")
+    add("--anchor", type=float, default=0.0, help="weight of a penalty on right English responses that fall below the base")
     add("--train", default="lora", choices=list(LEARNING_RATES), help="LoRA on attention, attention itself, or everything")
     add("--lora-rank", type=int, default=16, help="rank R")
     add("--lora-alpha", type=float, default=32, help="scale: the product counts alpha / R")
@@ -612,6 +647,7 @@ def parse_args(argv=None) -> argparse.Namespace:
     add("--turns", default="first", choices=["first", "all"], help="of conversations: the first exchange, or each one")
     add("--system-prompt", default=None, help="put before every question, in the checkpoint's chat template")
     add("--beams", type=int, default=5, help="beam width of the translation")
+    add("--keep-failed", action="store_true", help="train on rows of which a translated segment failed its checks, too")
     add("--row-tokens", type=int, default=1024, help="tokens of a packed row; longer responses are cut")
     add = parser.add_argument_group("optimisation").add_argument
     add("--lr", type=float, default=None, help="peak learning rate; default by --train: "

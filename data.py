@@ -35,6 +35,8 @@ import numpy as np
 import tokenizers
 import torch
 
+import hub
+
 PARTS = ("prompt", "response")
 ROLES = {"user": "user", "human": "user", "prompter": "user", "system": "system",
          "assistant": "assistant", "gpt": "assistant", "chatgpt": "assistant", "model": "assistant"}
@@ -123,7 +125,7 @@ def write_jsonl(path, records):
 # ---- records -> rows ----
 
 def as_kind(value, kind, where):
-    """The value, or an error if it is not a dict (kind dict) or list."""
+    """The value, or an error if it is not of that kind (dict, list, str)."""
     if not isinstance(value, kind):
         raise DataError(f"{where}: {kind.__name__} expected, found {type(value).__name__}")
     return value
@@ -209,16 +211,27 @@ def chat_rows(records, language, turns, counts):
             yield {"row_id": name, language: {"prompt": prompt, "response": response}}
 
 
+def oasst_message(record, where):
+    """The message with its replies, their kinds checked; "where" is added."""
+    for key in ("message_id", "text"):
+        as_kind(need(as_kind(record, dict, where), key, where), str, where)
+    for key in ("lang", "parent_id"):
+        if record.get(key) is not None:
+            as_kind(record[key], str, where)
+    replies = as_kind(record.get("replies") or [], list, where)
+    return record | {"where": where, "replies": [oasst_message(reply, where) for reply in replies]}
+
+
 def oasst_roots(records):
     """Root messages with their replies below them, out of trees, nested messages or flat messages."""
     roots, by_id = [], {}
     for where, record in records:
         if "message_id" in record:
-            replies = list(record.get("replies") or [])
-            by_id[record["message_id"]] = record | {"where": where, "replies": replies}
+            message = oasst_message(record, where)
+            by_id[message["message_id"]] = message
         else:
-            prompt = as_kind(need(record, "prompt", where), dict, where)
-            roots.append(prompt | {"where": where, "tree_state": record.get("tree_state")})
+            prompt = oasst_message(need(record, "prompt", where), where)
+            roots.append(prompt | {"tree_state": record.get("tree_state")})
     for message in by_id.values():
         if message.get("parent_id") in by_id:
             by_id[message["parent_id"]]["replies"].append(message)
@@ -250,7 +263,7 @@ def oasst_fault(root, language):
     """Why nothing of a tree is taken, or None."""
     if root.get("tree_state") not in (None, "ready_for_export") or not root.get("review_result", True):
         return "tree not reviewed"
-    if need(root, "lang", root["where"]).split("-")[0] != language.split("-")[0]:
+    if as_kind(need(root, "lang", root["where"]), str, root["where"]).split("-")[0] != language.split("-")[0]:
         return f"tree not in {language}"
     return "tree deleted or synthetic" if unusable(root) else None
 
@@ -292,14 +305,14 @@ def fault(row):
 
 
 def read_rows(path, language="en", turns="first", counts=None):
-    """Rows of a file in any of FORMATS, told by its first record.
+    """Rows of a file in any of FORMATS, told by its first record, or of a data set that hub.py knows by name.
 
     language: of formats that hold only one. turns: "first" exchange of a conversation, or "all".
     counts: a Counter that receives what was read, kept and skipped, and why.
     Raises DataError with file and line.
     """
     assert turns in ("first", "all"), f"turns {turns!r} is neither first nor all"
-    counts, records = Counter() if counts is None else counts, read_records(path)
+    counts, records = Counter() if counts is None else counts, read_records(hub.data_file(path))
     if not records:
         raise DataError(f"{path}: the file is empty")
     counts.update({"read": len(records), "kept": 0})
@@ -416,18 +429,27 @@ class Tokenizer:
         source = optional_object(directory / "tokenizer.json") | {"truncation": None, "padding": None}
         config = optional_object(directory / "special_tokens_map.json")
         config |= optional_object(directory / "tokenizer_config.json")
-        self.names = {key: config[key]["content"] if isinstance(config[key], dict) else config[key]
+        self.names = {key: self._name(key, config[key])
                       for key in ("bos_token", "eos_token", "unk_token", "pad_token") if config.get(key)}
         self.full = self._build(source)
         self.bos_id, self.eos_id, self.unk_id = (
             self.full.token_to_id(self.names.get(key, "")) for key in ("bos_token", "eos_token", "unk_token"))
         self.vocab_size = 1 + max(self.full.get_vocab(with_added_tokens=True).values())
+        rows = optional_object(directory / "config.json").get("vocab_size")  # of the embedding: often more, never fewer
+        self.rows = rows if type(rows) is int else self.vocab_size
         self._build_encoders(source)
         self._find_added(source)
         self._find_template(config)
         self._find_stops()
         told = [read_text(directory / "tokenizer.json"), self.template, self.variables, sorted(self.stop_ids)]
         self.fingerprint = hashlib.sha256(repr(told).encode()).hexdigest()
+
+    def _name(self, key, token):
+        """A special token's text; tokenizer_config.json gives it bare or inside {"content": ...}."""
+        name = token.get("content") if isinstance(token, dict) else token
+        if not isinstance(name, str):
+            raise DataError(f"{self.directory / 'tokenizer_config.json'}: {key} is {name!r}, a string was expected")
+        return name
 
     def _build(self, source):
         try:
@@ -490,7 +512,10 @@ class Tokenizer:
         self.stop_ids = {self.response_ids(probe)[-1]} | ({self.eos_id} - {None})
         for name in ("config.json", "generation_config.json"):
             ids = optional_object(self.directory / name).get("eos_token_id")
-            self.stop_ids |= set(ids) if isinstance(ids, list) else {ids} - {None}
+            ids = ids if isinstance(ids, list) else [] if ids is None else [ids]
+            if not all(type(token) is int for token in ids):
+                raise DataError(f"{self.directory / name}: eos_token_id is {ids!r}, whole numbers were expected")
+            self.stop_ids |= set(ids)
 
     def _text(self, messages, asking):
         return self.render(messages=messages, add_generation_prompt=asking, **self.variables)
@@ -525,7 +550,11 @@ class Tokenizer:
             ids += self._plain(encoder, text[cursor:match.start()].replace(mark, ""))
             ids.append(int(match.lastgroup[len("id"):]))
             cursor, encoder = match.end(), self.later
-        return ids + self._plain(encoder, text[cursor:].replace(mark, ""))
+        ids += self._plain(encoder, text[cursor:].replace(mark, ""))
+        if ids and max(ids) >= self.rows:
+            raise DataError(f"{self.directory}: tokenizer.json gives id {max(ids)}, config.json's vocab_size is {self.rows}: "
+                            "tokenizer and weights do not belong together")
+        return ids
 
     def text_ids(self, text):
         """Ids of bare text: no BOS, no template, no added token."""
@@ -555,8 +584,8 @@ class Tokenizer:
 
 
 def load_tokenizer(directory):
-    """The tokenizer of a Hugging Face directory. Raises DataError."""
-    return Tokenizer(directory)
+    """The tokenizer of a Hugging Face directory or hub id. Raises DataError or HubError."""
+    return Tokenizer(hub.local(directory, weights=()))
 
 
 # ---- rows -> forks ----
@@ -665,7 +694,12 @@ def best_fit(lengths, row_tokens):
     return rows
 
 
-def lay_out(forks, rows, width):
+def laid_length(fork, ends):
+    """Tokens a fork takes up in a row; see micro_batches."""
+    return fork.length - (0 if ends else len(fork.continuations))
+
+
+def lay_out(forks, rows, width, ends=True):
     """The Batch of `rows` (lists of indices into forks), each `width` tokens long."""
     grids = np.zeros((4, len(rows), width), np.int64)  # tokens, positions, fork, branch
     grids[2] = -1
@@ -676,29 +710,32 @@ def lay_out(forks, rows, width):
             size, last = len(forks[i].prompt), b * width + cursor + len(forks[i].prompt) - 1
             for branch, ids in enumerate([forks[i].prompt, *forks[i].continuations]):
                 assert ids, f"row {forks[i].row}: empty prompt or continuation"
-                first = size if branch else 0
-                grids[:, b, cursor:cursor + len(ids)] = (ids, range(first, first + len(ids)),
-                                                         [len(order)] * len(ids), [branch] * len(ids))
+                first, laid = size if branch else 0, ids if ends or not branch else ids[:-1]
+                grids[:, b, cursor:cursor + len(laid)] = (laid, range(first, first + len(laid)),
+                                                          [len(order)] * len(laid), [branch] * len(laid))
                 if branch:  # the shift by one: the prompt's last token predicts the first, then each the next
                     here = b * width + cursor
                     row_index += [last, *range(here, here + len(ids) - 1)]
                     sequence += [sequence[-1] + 1 if sequence else 0] * len(ids)
                     targets += ids
-                cursor += len(ids)
+                cursor += len(laid)
             order.append(i)
     return Batch(*torch.from_numpy(grids), *map(torch.tensor, (row_index, targets, sequence)),
                  [forks[i] for i in order], order)
 
 
-def micro_batches(forks, row_tokens, rows, trim=True):
-    """[Batch]: forks packed into rows of row_tokens, `rows` of them a batch; trim drops shared padding."""
+def micro_batches(forks, row_tokens, rows, trim=True, ends=True):
+    """[Batch]: forks packed into rows of row_tokens, `rows` of them a batch; trim drops shared padding.
+
+    ends=False leaves each continuation's last token out of the row: it is a target, but predicts nothing.
+    """
     assert forks and rows > 0, f"{len(forks)} forks in batches of {rows} rows"
-    packed = best_fit([fork.length for fork in forks], row_tokens)
+    packed = best_fit([laid_length(fork, ends) for fork in forks], row_tokens)
     batches = []
     for first in range(0, len(packed), rows):
         part = packed[first:first + rows]
-        longest = max(sum(forks[i].length for i in row) for row in part)
-        batches.append(lay_out(forks, part, longest if trim else row_tokens))
+        longest = max(sum(laid_length(forks[i], ends) for i in row) for row in part)
+        batches.append(lay_out(forks, part, longest if trim else row_tokens, ends))
     return batches
 
 

@@ -160,9 +160,10 @@ def load_checkpoint(directory: Path, parameters: dict[str, Tensor], optimizer) -
     for name, parameter in parameters.items():
         with torch.no_grad():
             parameter.copy_(tensors[f"weight.{name}"])
-        optimizer.state[parameter] = {
-            moment: tensors[f"{moment}.{name}"].to("cpu" if moment == "step" else parameter.device)
-            for moment in ("step", "exp_avg", "exp_avg_sq")}
+        optimizer.state[parameter] = {moment: tensors[f"{moment}.{name}"].to(parameter.device)
+                                      for moment in ("step", "exp_avg", "exp_avg_sq")}
+        if not optimizer.defaults["fused"]:                       # AdamW counts steps on the CPU unless it is fused
+            optimizer.state[parameter]["step"] = optimizer.state[parameter]["step"].cpu()
     return json.loads((found[-1] / "state.json").read_text())["step"]
 
 

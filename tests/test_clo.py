@@ -21,6 +21,7 @@ import model as llama
 import runs
 from conftest import write_checkpoint
 
+CPU = torch.device("cpu")
 ROOT = Path(__file__).parents[1]
 WORDS = {"en": ["the", "lion", "eats", "meat", "bird", "flies", "where", "river", "small", "old"],
          "sw": ["simba", "anakula", "nyama", "ndege", "wapi", "mto", "mdogo", "mzee", "mji", "ni"]}
@@ -38,7 +39,7 @@ def parallel_rows(n: int) -> list[dict]:
 
 def options(**changes) -> argparse.Namespace:
     args = clo.parse_args(["--lang", "sw"])
-    vars(args).update({"row_tokens": 96, "batch_size": 4, "dtype": "fp64"} | changes)
+    vars(args).update({"row_tokens": 96, "batch_size": 4, "dtype": "fp64", "device": "cpu"} | changes)
     return args
 
 
@@ -82,6 +83,33 @@ def test_the_loss_is_finite_for_margins_no_float_can_exponentiate():
     assert torch.isfinite(clo.clo_loss(big, zero, zero, zero, zero, 1, beta=1.0))
 
 
+@pytest.mark.parametrize("beta", [0.1, 2.0])
+def test_ipo_is_least_at_half_the_inverse_of_beta_and_simpo_shifts_dpo_by_gamma(beta):
+    margin = torch.linspace(-8, 8, 4001, dtype=torch.float64)
+    best = margin[clo.preference_losses(margin, "ipo", beta).argmin()]
+    assert best.item() == pytest.approx(1 / (2 * beta), abs=0.005)
+    torch.testing.assert_close(clo.preference_losses(margin + clo.SIMPO_GAMMA, "simpo", beta),
+                               clo.preference_losses(margin, "sigmoid", beta))
+
+
+def test_anchor_counts_only_what_fell_per_token():
+    policy, ref = torch.tensor([-5.0, -9.0, -2.0]), torch.tensor([-6.0, -7.0, -1.5])
+    assert clo.anchor_loss(policy, ref, 10).item() == pytest.approx((2.0 + 0.5) / 10)
+
+
+def test_the_anchor_pulls_the_right_english_response_up_and_nothing_else(checkpoint):
+    model, groups, steps, reference, args = prepared(checkpoint, lam=0.0, anchor=1e6)
+    parameters = clo.make_trainable(model, "attention", 4, 8, seed=0)
+    lifted = [[ref + 3 for ref in step] for step in reference]                  # the policy lies below this reference
+    clo.backward_step(model, steps[0], lifted[0], clo.METHODS["dpo"][0], args, CPU)
+    with torch.no_grad():
+        for parameter in parameters.values():
+            parameter -= 1e-9 * parameter.grad
+    for micro, before in zip(steps[0], reference[0]):
+        gain = (clo.continuation_logps(model, micro) - before)[micro.right[~micro.right_tgt]]
+        assert (gain > 0).all()
+
+
 def test_continuation_logps_are_those_of_separate_sequences(checkpoint):
     model, groups, steps, _, _ = prepared(checkpoint)
     for micro in steps[0]:
@@ -97,7 +125,7 @@ def test_before_training_every_reward_is_exactly_0_and_the_preference_term_is_ln
     clo.make_trainable(model, "lora", 4, 8, seed=0)
     reference = clo.group_by_step(clo.reference_logps(model, steps, "cpu", "reference"), steps)
     for step, ref in zip(steps, reference):
-        result = clo.backward_step(model, step, ref, clo.METHODS["dpo"][0], args, "cpu")
+        result = clo.backward_step(model, step, ref, clo.METHODS["dpo"][0], args, CPU)
         assert result["rewards"].abs().max() == 0
         assert result["loss"].item() == pytest.approx(math.log(2), abs=1e-6)
 
@@ -161,7 +189,7 @@ def gradients(checkpoint, **changes):
                 noise.setdefault(key, -10 - (sum(map(ord, "".join(map(str, key)))) % 17) / 4)
                 sums.append(noise[key])
         reference.append(torch.tensor(sums, dtype=torch.float64))
-    result = clo.backward_step(model, step, reference, clo.METHODS["clo"][0], args, "cpu")
+    result = clo.backward_step(model, step, reference, clo.METHODS["clo"][0], args, CPU)
     return len(step), result["loss"].item(), [parameter.grad for parameter in parameters.values()]
 
 
@@ -214,7 +242,7 @@ def test_only_the_chosen_weights_learn_and_the_frozen_stay_bit_equal(tmp_path, m
     start = {name: parameter.detach().clone() for name, parameter in parameters.items()}
     optimizer = torch.optim.AdamW(parameters.values(), lr=1e-2)
     for step, ref in zip(steps, reference):
-        clo.backward_step(model, step, ref, clo.METHODS["clo"][0], args, "cpu")
+        clo.backward_step(model, step, ref, clo.METHODS["clo"][0], args, CPU)
         optimizer.step()
         optimizer.zero_grad()
     assert parameters and all(part in name for name in parameters)
@@ -294,7 +322,9 @@ def test_a_run_leaves_the_report_the_adapters_and_the_metrics(world, capsys):
 
 
 @pytest.mark.parametrize("flags", [["--method", "sft+dpo", "--baseline", "none"], ["--method", "dpo", "--baseline", "sft-tgt"],
-                                   ["--train", "attention", "--baseline", "none"], ["--train", "full", "--baseline", "sft-en"]])
+                                   ["--train", "attention", "--baseline", "none"], ["--train", "full", "--baseline", "sft-en"],
+                                   ["--preference", "ipo", "--baseline", "none", "--anchor", "1"],
+                                   ["--preference", "simpo", "--beta", "2", "--baseline", "none"]])
 def test_every_method_and_mode_runs_to_its_report(world, flags):
     path, common = world
     clo.main(common + flags)
@@ -382,6 +412,17 @@ def test_a_language_nobody_has_is_refused_with_those_there_are(world, capsys):
     flags = changed(changed(flags, "--data", path / "english.jsonl"), "--lang", "xx")
     (path / "eval.jsonl").unlink()
     fails(capsys, flags + ["--translator", str(path / "nowhere")], "nowhere")
+    fails(capsys, flags + ["--translator", str(ROOT / "demo" / "m2m100")], "xx", "holds en", "de, id, ko, sw, yo, zh")
+    assert not (path / "run").exists()
+
+
+def test_a_tokenizer_of_another_model_is_refused(world, capsys):
+    path, flags = world
+    config = json.loads((path / "base" / "config.json").read_text())
+    small = llama.initialise_(llama.Llama(llama.Config(200, 16, 24, 2, 4, 2, 6, tie_word_embeddings=True)))
+    llama.save(small, path / "base")
+    assert config["vocab_size"] > 200
+    fails(capsys, flags, "do not belong together")
 
 
 def test_a_run_directory_of_another_run_is_refused_by_its_first_difference(world, capsys):

@@ -1,0 +1,205 @@
+"""hub.py against a hub on the loopback: what is fetched, what is resumed, and one clear line when it cannot be had."""
+
+import gzip
+import hashlib
+import json
+import os
+import subprocess
+import sys
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import pytest
+
+import hub
+from conftest import write_checkpoint
+
+ROOT = Path(__file__).parents[1]
+CHUNK = 10 * 1024 ** 2         # bytes that huggingface_hub writes at a time
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+
+
+class Hub(ThreadingHTTPServer):
+    """Repositories in memory ({"owner/name": {file: bytes}}), behind the part of the hub's protocol a download uses."""
+    daemon_threads = True
+
+    def __init__(self):
+        super().__init__(("127.0.0.1", 0), Handler)
+        self.models, self.datasets, self.gated = {}, {}, set()
+        self.cuts = {}              # {file: how many of its responses break off in the middle}
+        self.got = []               # (file, Range header or None) of every GET of a file
+        threading.Thread(target=self.serve_forever, daemon=True).start()
+
+    def fetched(self):
+        return [name for name, _ in self.got]
+
+
+class Handler(BaseHTTPRequestHandler):
+    def log_message(self, *_):
+        pass
+
+    def do_HEAD(self):
+        self.do_GET()
+
+    def do_GET(self):
+        path = self.path.split("?")[0].removeprefix("/api").strip("/")
+        kind = self.server.datasets if path.startswith("datasets/") else self.server.models
+        parts = path.removeprefix("datasets/").removeprefix("models/").split("/")
+        repository, verb, rest = "/".join(parts[:2]), parts[2] if len(parts) > 2 else "", parts[3:]
+        if repository in self.server.gated:
+            return self.refuse(401, "GatedRepo")
+        if repository not in kind:
+            return self.refuse(404, "RepoNotFound")
+        if verb == "resolve":
+            return self.send_part(rest[-1], kind[repository].get(rest[-1]))
+        listing = [{"type": "file", "path": name, "rfilename": name, "size": len(content), "oid": etag(content)}
+                   for name, content in kind[repository].items()]
+        body = listing if verb == "tree" else {"id": repository, "sha": COMMIT, "siblings": listing}
+        self.answer(200, json.dumps(body).encode(), {"Content-Type": "application/json"})
+
+    def send_part(self, name, content):
+        if content is None:
+            return self.refuse(404, "EntryNotFound")
+        headers = {"ETag": f'"{etag(content)}"', "X-Repo-Commit": COMMIT, "Accept-Ranges": "bytes"}
+        asked, first, status = self.headers.get("Range"), 0, 200
+        if self.command == "GET":
+            self.server.got.append((name, asked))
+        if asked:
+            first, status = int(asked.removeprefix("bytes=").split("-")[0]), 206
+            headers["Content-Range"] = f"bytes {first}-{len(content) - 1}/{len(content)}"
+        cut = None
+        if self.command == "GET" and self.server.cuts.get(name):
+            self.server.cuts[name] -= 1
+            cut = 0 if asked else len(content) // 2
+        self.answer(status, content[first:], headers, cut)
+
+    def answer(self, status, body, headers, cut=None):
+        """cut: send only so many bytes of the body whose whole length was announced, then hang up."""
+        self.send_response(status)
+        for key, value in headers.items():
+            self.send_header(key, value)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        if self.command == "GET":
+            self.wfile.write(body[:cut])
+        self.close_connection = True
+
+    def refuse(self, status, code):
+        self.answer(status, b"{}", {"X-Error-Code": code})
+
+
+def etag(content: bytes) -> str:
+    return hashlib.sha1(content).hexdigest()
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory) -> dict:
+    """The files of a tiny model, and others such as real repositories hold beside them."""
+    path = write_checkpoint(tmp_path_factory.mktemp("tiny"))
+    files = {file.name: file.read_bytes() for file in path.iterdir()}
+    return files | {"consolidated.safetensors": b"x" * 999, "pytorch_model.bin": b"x" * 999, "README.md": b"# tiny"}
+
+
+@pytest.fixture
+def server():
+    with Hub() as hub_server:
+        yield hub_server
+        hub_server.shutdown()
+
+
+def call(server, cache: Path, *command, **environment):
+    """Run a command with the server as its hub."""
+    settings = {"HF_ENDPOINT": f"http://127.0.0.1:{server.server_address[1]}", "HF_HOME": str(cache), "OMP_NUM_THREADS": "1",
+                "PYTHONPATH": str(ROOT)}
+    kept = {key: value for key, value in os.environ.items() if not key.startswith("HF_")}
+    return subprocess.run([sys.executable, *map(str, command)], cwd=cache, env=kept | settings | environment,
+                          capture_output=True, text=True, timeout=120)
+
+
+LOCAL = "import sys, hub\ntry: print(hub.local(sys.argv[1]))\nexcept hub.HubError as error: print('error:', error)"
+
+
+def test_only_needed_files_are_fetched_and_the_cache_answers_offline(server, tmp_path, tiny):
+    server.models["some/tiny"] = tiny
+    first = call(server, tmp_path, "-c", LOCAL, "some/tiny")
+    directory = Path(first.stdout.strip())
+    assert sorted(server.fetched()) == sorted(path.name for path in directory.iterdir())
+    assert set(server.fetched()) == {"config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json",
+                                     "model.safetensors"}
+    assert "100%" in first.stderr                                                           # progress is shown
+    for name in server.fetched():
+        assert (directory / name).read_bytes() == tiny[name]
+    server.got.clear()
+    assert call(server, tmp_path, "-c", LOCAL, "some/tiny").stdout == first.stdout and not server.got
+    offline = call(server, tmp_path, "-c", LOCAL, "some/tiny", HF_ENDPOINT="http://127.0.0.1:9")
+    assert offline.stdout == first.stdout
+    assert call(server, tmp_path, "-c", LOCAL, "some/tiny", HF_HUB_OFFLINE="1").stdout == first.stdout
+
+
+def test_shards_are_those_the_index_names(server, tmp_path, tiny):
+    index = {"weight_map": {"a": "model-00001-of-00002.safetensors", "b": "model-00002-of-00002.safetensors"}}
+    shards = {name: name.encode() for name in index["weight_map"].values()}
+    server.models["some/large"] = tiny | shards | {hub.INDEX: json.dumps(index).encode()}
+    call(server, tmp_path, "-c", LOCAL, "some/large")
+    assert {name for name in server.fetched() if name.endswith("safetensors")} == set(shards)
+
+
+@pytest.mark.parametrize("repository, environment, told", [
+    ("some/gated", {}, "some/gated is gated on the hub: accept its licence"),
+    ("some/tinny", {}, "neither a directory here nor a public model on the hub: check the spelling"),
+    ("some/a..b", {}, "check the spelling"),
+    ("some/tiny", {"HF_ENDPOINT": "http://127.0.0.1:9"}, "the hub cannot be reached (ConnectError): connect, or give a directory"),
+    ("some/tiny", {"HF_HUB_OFFLINE": "1"}, "the hub cannot be reached (OfflineModeIsEnabled)")])
+def test_what_cannot_be_had_is_told_in_one_line(server, tmp_path, repository, environment, told):
+    server.gated.add("some/gated")
+    result = call(server, tmp_path, "-c", LOCAL, repository, **environment)
+    assert result.stdout.startswith("error: ") and told in result.stdout and result.stdout.count("\n") == 1, result.stderr
+
+
+def test_a_download_cut_in_the_middle_goes_on_where_it_broke_off(server, tmp_path, tiny):
+    weights = os.urandom(3 * CHUNK)
+    server.models["some/tiny"], server.cuts = tiny | {"model.safetensors": weights}, {"model.safetensors": 1}
+    directory = Path(call(server, tmp_path, "-c", LOCAL, "some/tiny").stdout.strip())
+    assert [asked for name, asked in server.got if name == "model.safetensors"] == [None, f"bytes={CHUNK}-"]
+    assert (directory / "model.safetensors").read_bytes() == weights
+
+
+def test_a_download_that_keeps_breaking_is_told_and_leaves_no_half_file(server, tmp_path, tiny):
+    server.models["some/tiny"], server.cuts = tiny, {"model.safetensors": 99}
+    result = call(server, tmp_path, "-c", LOCAL, "some/tiny")
+    assert "error: the download of some/tiny broke off" in result.stdout and result.stdout.count("\n") == 1
+    assert not list(tmp_path.rglob("model.safetensors"))
+    server.cuts, done = {}, set(server.fetched()) - {"model.safetensors"}
+    server.got.clear()
+    directory = Path(call(server, tmp_path, "-c", LOCAL, "some/tiny").stdout.strip())
+    assert (directory / "model.safetensors").read_bytes() == tiny["model.safetensors"]
+    assert done and not done & set(server.fetched())                                      # finished files are kept
+
+
+def test_ask_talks_to_a_model_of_the_hub(server, tmp_path, tiny):
+    server.models["some/tiny"] = tiny
+    result = call(server, tmp_path, ROOT / "eval.py", "ask", "--model", "some/tiny", "--max-tokens", "3", "Where is the lion?")
+    assert result.returncode == 0 and result.stdout.strip()
+    refused = call(server, tmp_path, ROOT / "eval.py", "ask", "--model", "some/other", "hello")
+    assert refused.returncode == 2 and refused.stderr.startswith("error: some/other") and refused.stderr.count("\n") == 1
+
+
+def test_oasst1_is_a_data_file(server, tmp_path):
+    prompt = {"message_id": "p", "text": "Which?", "role": "prompter", "lang": "en", "review_result": True, "replies": [
+        {"message_id": "r", "parent_id": "p", "text": "That.", "role": "assistant", "lang": "en", "replies": []}]}
+    tree = {"message_tree_id": "p", "tree_state": "ready_for_export", "prompt": prompt}
+    name = hub.DATASETS["oasst1"][1]
+    server.datasets["OpenAssistant/oasst1"] = {name: gzip.compress(json.dumps(tree).encode()), "other.gz": b""}
+    result = call(server, tmp_path, ROOT / "data.py", "oasst1")
+    assert "1 read, 1 kept" in result.stdout and server.fetched() == [name], result.stderr
+
+
+def test_paths_stay_paths(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "demo" / "llama").mkdir(parents=True)
+    for path in ("demo/llama", "demo/lama", "llama", "/a/b", "./a/b", "../a", "a/b/c", "a/", "~/a", tmp_path / "none"):
+        assert not hub.is_id(path) and hub.local(path) == Path(path)
+    assert hub.is_id("Qwen/Qwen2.5-0.5B") and hub.is_id("meta-llama/Llama-3.2-1B")
+    (tmp_path / "oasst1").write_text("{}")
+    assert hub.data_file("oasst1") == Path("oasst1")

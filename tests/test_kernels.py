@@ -1,0 +1,268 @@
+"""The head's ops against float64, plain PyTorch and arithmetic by hand. Without a GPU, Triton kernels run in its interpreter."""
+
+import math
+from importlib.util import find_spec
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from kernels import chunks, linear_cross_entropy, ops, reference, token_logp
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+BACKENDS = ["torch"] + ["triton"] * bool(find_spec("triton"))
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+TRIANGLE = [[1.0, 2.0, 3.0, 0.0]]  # the logits of the worked example, target 2
+
+
+def row_step(backend, logits, targets, dtype, block=4):
+    """Either row step on a copy of `logits`."""
+    if backend == "torch":
+        return chunks.row_step_(logits.clone(), targets, dtype)
+    from kernels import rows
+    return rows.row_step_(logits.clone(), targets, dtype, block)
+
+
+def example(N=37, H=24, V=101, dtype=torch.float32, seed=0):
+    """hidden, weight (leaves), targets with both ends of the vocabulary, upstream gradients: negative, zero and positive."""
+    generator = torch.Generator().manual_seed(seed)
+    hidden = torch.randn(N, H, generator=generator).to(dtype)
+    weight = (torch.randn(V, H, generator=generator) * 0.5).to(dtype)
+    targets = torch.randint(V, (N,), generator=generator)
+    targets[:2] = torch.tensor([0, V - 1])[:N]
+    upstream = torch.randn(N, generator=generator) * torch.randint(3, (N,), generator=generator)
+    return (hidden.to(DEVICE).requires_grad_(), weight.to(DEVICE).requires_grad_(), targets.to(DEVICE),
+            upstream.to(DEVICE))
+
+
+def gradients(function, hidden, weight, targets, upstream=None):
+    """[output, gradient of hidden, gradient of weight] of leaves of our own."""
+    hidden, weight = (x.detach().clone().requires_grad_(x.requires_grad) for x in (hidden, weight))
+    output = function(hidden, weight, targets)
+    output.backward(None if upstream is None else upstream.to(output.dtype))
+    return [output.detach(), hidden.grad, weight.grad]
+
+
+def error(outputs, truth):
+    """Root mean square difference of each output from the truth."""
+    return [(x.double() - true.double()).square().mean().sqrt().item() for x, true in zip(outputs, truth, strict=True)]
+
+
+def assert_within_plain_error(ours, plain, truth):
+    """At most 1.5 times the error of plain PyTorch in the same dtype; below the resolution of fp32 all is well."""
+    for mine, theirs, true in zip(error(ours, truth), error(plain, truth), truth):
+        assert mine <= 1.5 * max(theirs, 1e-7 * true.abs().max().item())
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_the_worked_example_comes_out_as_by_hand(backend):
+    logits, targets = torch.tensor(TRIANGLE, device=DEVICE), torch.tensor([2], device=DEVICE)
+    log_odds, signs = row_step(backend, logits, targets, torch.float32, block=2)
+    assert log_odds.item() == pytest.approx(0.5924, abs=5e-5)
+    assert F.logsigmoid(log_odds).item() == pytest.approx(-0.4402, abs=5e-5)
+    assert signs.tolist()[0] == pytest.approx([0.2447, 0.6652, -1, 0.0900], abs=5e-5)
+    assert logits.logsumexp(1).item() == pytest.approx(3.4402, abs=5e-5)
+
+
+@pytest.mark.parametrize("dtype", [None, *DTYPES])
+@pytest.mark.parametrize("V", [2, 7, 16, 37, 64])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_row_step_matches_float64(backend, V, dtype):
+    """Tiles that divide V, that do not, and larger than V; signs written over the logits they came from."""
+    logits = (torch.randn(5, V, generator=torch.Generator().manual_seed(V)) * 3).to(DEVICE)
+    targets = torch.tensor([0, V - 1, V // 2, 1, 0], device=DEVICE)
+    others = logits.double().scatter(1, targets[:, None], -torch.inf)
+    true_odds = logits.double().gather(1, targets[:, None])[:, 0] - others.logsumexp(1)
+    for block in (2, 16, 128):
+        log_odds, signs = row_step(backend, logits, targets, dtype, block)
+        torch.testing.assert_close(log_odds.double(), true_odds, rtol=1e-5, atol=1e-6)
+        if dtype is not None:
+            true_signs = others.softmax(1).scatter(1, targets[:, None], -1.0)
+            torch.testing.assert_close(signs.double(), true_signs, rtol=2 * torch.finfo(dtype).eps, atol=1e-6)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_common_offset_of_the_logits_costs_no_digits(backend):
+    logits = torch.randint(-300, 300, (5, 37), generator=torch.Generator().manual_seed(0)).to(DEVICE) / 64
+    targets = torch.tensor([0, 36, 3, 9, 20], device=DEVICE)
+    near, _ = row_step(backend, logits, targets, None)
+    far, _ = row_step(backend, logits + 1000, targets, None)
+    assert torch.equal(near, far)
+
+
+@pytest.mark.parametrize("keep_bytes", [0, ops.KEEP_BYTES], ids=["recomputed", "kept"])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_token_logp_errs_no_more_than_plain_pytorch(backend, dtype, keep_bytes):
+    """37 rows in chunks of 16: the last is ragged. Upstream gradients of all signs; the head trains, kept or recomputed."""
+    data = example(dtype=dtype)
+    truth = gradients(reference.token_logp, *(x.detach().double().requires_grad_() for x in data[:2]), *data[2:])
+    plain = gradients(reference.token_logp, *data)
+    ours = gradients(lambda *x: token_logp(*x, chunk_bytes=16 * 101 * 4, keep_bytes=keep_bytes, backend=backend), *data)
+    assert [x.dtype for x in ours] == [torch.float32, dtype, dtype]
+    assert_within_plain_error(ours, plain, truth)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_linear_cross_entropy_errs_no_more_than_plain_pytorch(backend, dtype):
+    """In 20 chunks of 8 rows, where a head's gradient summed in bf16 would stop growing. Checked against F.cross_entropy."""
+    hidden, weight, targets, _ = example(N=157, dtype=dtype)
+    targets[::5] = -100
+
+    def plain_loss(hidden, weight, targets):
+        return F.cross_entropy((hidden @ weight.T).to(torch.promote_types(hidden.dtype, torch.float32)), targets)
+    truth = gradients(plain_loss, *(x.detach().double().requires_grad_() for x in (hidden, weight)), targets)
+    ours = gradients(lambda *x: linear_cross_entropy(*x, chunk_bytes=8 * 101 * 4, backend=backend), hidden, weight, targets)
+    assert_within_plain_error(ours, gradients(plain_loss, hidden, weight, targets), truth)
+
+
+def test_float64_stays_float64():
+    hidden, weight, targets, upstream = example(dtype=torch.float64)
+    ours = gradients(token_logp, hidden, weight, targets, upstream)
+    for mine, true in zip(ours, gradients(reference.token_logp, hidden, weight, targets, upstream)):
+        assert mine.dtype == torch.float64
+        torch.testing.assert_close(mine, true, rtol=1e-12, atol=1e-13)
+    assert linear_cross_entropy(hidden, weight, targets).dtype == torch.float64
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_confident_target_keeps_its_digits(backend):
+    """p_y = 0.9, 0.999, 1 - 1e-6 and 1 - 1e-10: 1 - p_y from a difference in fp32 would lose 1e-7 / (1 - p_y) of itself."""
+    V = 11
+    rests = torch.tensor([1e-1, 1e-3, 1e-6, 1e-10], dtype=torch.float64)
+    hidden = ((1 - rests) / rests * (V - 1)).log().float()[:, None].to(DEVICE).requires_grad_()  # H = 1: z_y - z_v
+    weight = torch.eye(V, 1, device=DEVICE).requires_grad_()  # only token 0 has a logit
+    targets = torch.zeros(4, dtype=torch.int64, device=DEVICE)
+    upstream = (1 / rests).to(DEVICE)  # every token counts the same in the head's gradient
+    truth = gradients(reference.token_logp, *(x.detach().double().requires_grad_() for x in (hidden, weight)), targets,
+                      upstream)
+    ours = gradients(lambda *x: token_logp(*x, backend=backend), hidden, weight, targets, upstream)
+    for mine, true in zip(ours, truth):
+        torch.testing.assert_close(mine.double(), true, rtol=5e-6, atol=0)
+
+
+@pytest.mark.parametrize("N", [0, 1, 9])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_any_number_of_rows_will_do(backend, N):
+    hidden, weight, targets, upstream = example(N=max(N, 2))
+    data = hidden[:N].detach().requires_grad_(), weight, targets[:N], upstream[:N]
+    for mine, true in zip(gradients(lambda *x: token_logp(*x, backend=backend), *data),
+                          gradients(reference.token_logp, *data)):
+        torch.testing.assert_close(mine, true, rtol=1e-4, atol=1e-5)
+
+
+def test_with_nothing_to_count_the_loss_is_nan_and_its_gradients_zero():
+    hidden, weight, targets, _ = example(N=3)
+    loss, grad_hidden, grad_weight = gradients(linear_cross_entropy, hidden, weight, torch.full_like(targets, -100))
+    assert loss.isnan() and not grad_hidden.any() and not grad_weight.any()
+    assert linear_cross_entropy(hidden[:0], weight, targets[:0]).isnan()
+
+
+@pytest.mark.skipif(DEVICE.type == "cuda", reason="a device-side assertion ends the process's use of the GPU")
+@pytest.mark.parametrize("wrong", [-1, 101])
+def test_a_target_outside_the_vocabulary_is_refused(wrong):
+    hidden, weight, targets, _ = example()
+    targets[5] = wrong
+    for function in (token_logp, linear_cross_entropy):
+        with pytest.raises(RuntimeError, match="outside 0..100"):
+            function(hidden, weight, targets)
+
+
+def test_inputs_that_do_not_fit_are_named():
+    hidden, weight, targets, _ = example(N=3)
+    for wrong, message in (((hidden, weight[:, 1:], targets), "weight"), ((hidden, weight, targets[:2]), "targets"),
+                           ((hidden, weight.half(), targets), "float16"), ((hidden, weight, targets.int()), "int32"),
+                           ((hidden, weight[:1], targets * 0), "vocabulary")):
+        with pytest.raises(AssertionError, match=message):
+            token_logp(*wrong)
+
+
+def test_a_frozen_head_gets_no_gradient_and_only_the_directions_are_kept():
+    hidden, weight, targets, upstream = example()
+    weight.requires_grad_(False)
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: saved.append(x.shape) or x, lambda x: x):
+        logp = token_logp(hidden, weight, targets)
+    logp.backward(upstream)
+    assert weight.grad is None and hidden.grad is not None and saved == [hidden.shape]
+
+
+@pytest.mark.skipif(DEVICE.type == "cuda", reason="profiles the CPU's allocator")
+@pytest.mark.parametrize("grad", [False, True], ids=["no_grad", "frozen"])
+def test_no_allocation_is_larger_than_a_chunk(grad):
+    """N x V would be 1.2 MB, V x H 0.5 MB; a chunk of 8 rows is 32 kB."""
+    hidden, weight, targets, upstream = example(N=320, H=128, V=1000)
+    weight.requires_grad_(False)
+    token_logp(hidden[:8], weight, targets[:8])
+    with torch.profiler.profile(profile_memory=True) as profile, torch.set_grad_enabled(grad):
+        logp = token_logp(hidden, weight, targets, chunk_bytes=8 * 1000 * 4)
+        if grad:
+            logp.backward(upstream)
+    sizes = [event.nbytes() for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
+    assert hidden.nbytes * grad <= max(sizes) <= max(hidden.nbytes * grad, 8 * 1000 * 4)
+
+
+@pytest.mark.parametrize("keep_bytes", [0, ops.KEEP_BYTES])
+def test_backward_works_twice(keep_bytes):
+    hidden, weight, targets, upstream = example()
+    logp = token_logp(hidden, weight, targets, keep_bytes=keep_bytes)
+    logp.backward(upstream, retain_graph=True)
+    once = hidden.grad.clone(), weight.grad.clone()
+    logp.backward(upstream)
+    assert torch.equal(hidden.grad, 2 * once[0]) and torch.equal(weight.grad, 2 * once[1])
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_two_runs_and_a_run_without_gradient_agree_to_the_last_bit(backend):
+    """No atomics anywhere, on a GPU neither: the bits depend on the matrix products alone."""
+    data = example()
+    runs = [gradients(lambda *x: token_logp(*x, backend=backend), *data) for _ in range(2)]
+    assert all(torch.equal(a, b) for a, b in zip(*runs))
+    with torch.no_grad():
+        assert torch.equal(token_logp(*data[:3], backend=backend), runs[0][0])
+
+
+def test_autocast_leaves_fp32_alone():
+    data = example()
+    plain = gradients(token_logp, *data)
+    with torch.autocast(DEVICE.type, dtype=torch.bfloat16):
+        assert all(torch.equal(a, b) for a, b in zip(gradients(token_logp, *data), plain))
+
+
+@pytest.mark.parametrize("N, V, expected", [(512, 32000, 256), (257, 32000, 136), (3, 32000, 8), (0, 5, 8)])
+def test_chunks_are_even_and_within_the_budget(N, V, expected):
+    assert chunks.chunk_rows(N, V, torch.float32, torch.device("cpu"), 0) == expected
+    budget = 10**6
+    rows = chunks.chunk_rows(N, V, torch.float32, torch.device("cuda"), budget)
+    assert rows * V * 4 <= max(budget, 8 * V * 4) and rows % 8 == 0
+
+
+@pytest.mark.parametrize("keep", [False, True])
+@pytest.mark.parametrize("train_head", [False, True])
+def test_the_ops_keep_every_promise_torch_checks(train_head, keep):
+    hidden, weight, targets, upstream = example(N=9, H=4, V=12)
+    weight.requires_grad_(train_head)
+    torch.library.opcheck(ops.logp_op, (hidden, weight, targets, True, keep, 0, ""))
+    torch.library.opcheck(ops.mean_nll_op, (hidden, weight, targets, -100, True, train_head, 0, ""))
+    logp = token_logp(hidden, weight, targets).detach()
+    kept = hidden.new_zeros(9 if keep else 0, 12)
+    torch.library.opcheck(ops.logp_backward_op, (hidden.detach(), weight.detach(), targets, logp, kept, upstream, 0, ""))
+
+
+def test_compiling_breaks_no_graph():
+    hidden, weight, targets, upstream = example()
+
+    def loss(hidden, weight):
+        logp = token_logp(hidden * 2, weight, targets)
+        return (logp * upstream).sum() + linear_cross_entropy(hidden, weight, targets)
+    torch.compiler.reset()
+    expected = gradients(lambda h, w, _: loss(h, w), hidden, weight, targets)
+    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
+    for mine, true in zip(gradients(lambda h, w, _: compiled(h, w), hidden, weight, targets), expected):
+        torch.testing.assert_close(mine, true, rtol=1e-6, atol=1e-6)
+
+
+def test_a_uniform_model_gives_minus_log_v():
+    hidden, weight, targets = torch.zeros(4, 6, device=DEVICE), torch.ones(50, 6, device=DEVICE), torch.arange(4, device=DEVICE)
+    assert token_logp(hidden, weight, targets).tolist() == pytest.approx([-math.log(50)] * 4)

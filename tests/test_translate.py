@@ -1,0 +1,540 @@
+"""translate.py against transformers and sentencepiece, and its promises: layout, checks, resuming."""
+
+import json
+import random
+import struct
+from pathlib import Path
+
+import pytest
+import tokenizers
+import torch
+
+import data
+import translate
+from data import DataError
+from model import CheckpointError, save_tensors
+
+SHARED = Path(__file__).parents[2] / "shared" / "data"
+CONFIG = {"model_type": "m2m_100", "d_model": 24, "encoder_layers": 2, "decoder_layers": 3, "encoder_attention_heads": 3,
+          "decoder_attention_heads": 2, "encoder_ffn_dim": 40, "decoder_ffn_dim": 36, "max_position_embeddings": 64}
+LETTERS = "abcdefghijklmnopqrstuvwxyz.?!,[]0123456789"
+MERGED = ["he", "▁t", "▁the", "in", "er", "▁a"]
+END = 2
+
+
+def wire(number, value):
+    """A protobuf field, for writing SentencePiece models without SentencePiece."""
+    def varint(n):
+        return bytes([n]) if n < 128 else bytes([n & 127 | 128]) + varint(n >> 7)
+
+    if isinstance(value, int):
+        return varint(number << 3) + varint(value)
+    if isinstance(value, float):
+        return varint(number << 3 | 5) + struct.pack("<f", value)
+    return varint(number << 3 | 2) + varint(len(value)) + value
+
+
+def spm_bytes(kind=2, extra=b""):
+    """A BPE (2) or Unigram (1) model of letters and a few merges, unknown, <s> and </s> first as SentencePiece has them."""
+    pieces = [("<unk>", 0.0, 2), ("<s>", 0.0, 3), ("</s>", 0.0, 3)]
+    pieces += [(piece, -float(i), 1) for i, piece in enumerate(MERGED + ["▁", *LETTERS])]
+    body = b"".join(wire(1, wire(1, piece.encode()) + wire(2, score) + wire(3, type_)) for piece, score, type_ in pieces)
+    return body + extra + wire(2, wire(3, kind)) + wire(3, wire(3, 1) + wire(4, 1))
+
+
+def make_checkpoint(path, seed=0, **changes):
+    """A random M2M100 directory whose output lengths vary: the end token's logit is raised a little."""
+    path.mkdir(parents=True, exist_ok=True)
+    vocab = {"<s>": 0, "<pad>": 1, "</s>": 2, "<unk>": 3}
+    vocab |= {piece: 4 + i for i, piece in enumerate(reversed(MERGED + ["▁", *LETTERS]))}  # another order than the .model's
+    raw = CONFIG | {"vocab_size": len(vocab) + 108} | changes
+    (path / "config.json").write_text(json.dumps(raw))
+    (path / "generation_config.json").write_text(json.dumps(
+        {"bos_token_id": 0, "pad_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 2}))
+    (path / "vocab.json").write_text(json.dumps(vocab))
+    (path / "sentencepiece.bpe.model").write_bytes(spm_bytes())
+    torch.manual_seed(seed)
+    model = translate.M2M100(translate.read_config(path))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.copy_(torch.randn_like(parameter) * (0.25 if parameter.ndim == 2 else 0.1))
+        for layer in model.model.decoder.layers:  # the source must matter
+            layer.encoder_attn.out_proj.weight.mul_(3)
+            layer.encoder_attn.v_proj.weight.mul_(2)
+        model.model.decoder.layer_norm.weight.fill_(1.0)
+        end = model.head[END]
+        model.model.decoder.layer_norm.bias.copy_(2.5 * end / end.square().sum())  # sentences must come to an end
+    save_tensors(path / "model.safetensors", {name: p.detach() for name, p in model.named_parameters()})
+    return path
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    return make_checkpoint(tmp_path_factory.mktemp("m2m100"), clo_languages=["sw", "zh", "de", "id"])
+
+
+@pytest.fixture(scope="module")
+def translator(checkpoint):
+    return translate.load(checkpoint)
+
+
+@pytest.fixture
+def echo(monkeypatch):
+    """A translator that repeats what it is given; the list fills with the texts it saw."""
+    seen = []
+
+    def translate_sentences(texts, job, beams, no_repeat=0):
+        seen.extend(texts)
+        return [(text, None) for text in texts]
+
+    monkeypatch.setattr(translate, "translate_sentences", translate_sentences)
+    return seen
+
+
+def random_sources(count, low=1, high=20, seed=0):
+    rng = random.Random(seed)
+    return [[50] + [rng.randint(4, 49) for _ in range(rng.randint(low, high))] + [END] for _ in range(count)]
+
+
+# ---- network and search ----
+
+def hf_model(path):
+    transformers = pytest.importorskip("transformers")
+    return transformers.M2M100ForConditionalGeneration.from_pretrained(path).eval()
+
+
+def padded(sources):
+    return torch.nn.utils.rnn.pad_sequence([torch.tensor(ids) for ids in sources], True, 1)
+
+
+def test_logits_equal_transformers(checkpoint, translator):
+    source, target = padded(random_sources(5)), torch.randint(4, 50, (5, 7))
+    theirs = hf_model(checkpoint)(input_ids=source, attention_mask=(source != 1).long(), decoder_input_ids=target).logits
+    ours = translator.model(source, source != 1, target) @ translator.model.head.T
+    assert (ours - theirs).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize("beams", [1, 5])
+@pytest.mark.parametrize("seed", [0, 1])
+def test_beam_search_equals_transformers_token_for_token(tmp_path, beams, seed):
+    make_checkpoint(tmp_path, seed)
+    sources, limit = random_sources(50, seed=seed), 20
+    ids = padded(sources)
+    theirs = hf_model(tmp_path).generate(
+        input_ids=ids, attention_mask=(ids != 1).long(), num_beams=beams, early_stopping=beams > 1, length_penalty=1.0,
+        forced_bos_token_id=51, max_new_tokens=limit, do_sample=False)
+    ours = translate.beam_search(translate.load_model(tmp_path), sources, 51, [limit] * 50, beams)
+    assert ours == [[token for token in row[1:] if token != 1] for row in theirs.tolist()]
+    assert beams == 1 or len({len(ids) for ids in ours}) > 3, "the test wants sentences that end at different steps"
+
+
+def plain_beam_search(model, source, language, limit, beams):
+    """The textbook version: lists, no cache, no batch. Ends when `beams` hypotheses have ended."""
+    source, alive, ended = torch.tensor([source]), [(0.0, [language])], []
+    while True:
+        options = []
+        for score, ids in alive:
+            logits = model(source, source > 0, torch.tensor([[END] + ids]))[0, -1] @ model.head.T
+            options += [(score + logp, ids + [i]) for i, logp in enumerate(logits.log_softmax(-1).tolist())]
+        options.sort(reverse=True)
+        last = len(alive[0][1]) + 1 == limit
+        for score, ids in options[:beams]:
+            if (ids[-1] == END or last):
+                ended.append((score / len(ids), ids))
+        if len(ended) >= beams or last:
+            return max(ended)[1]
+        alive = [option for option in options[:2 * beams] if option[1][-1] != END][:beams]
+
+
+@pytest.mark.parametrize("beams", [1, 3])
+def test_beam_search_equals_the_textbook_version(translator, beams):
+    sources = random_sources(6, 1, 12, seed=3)
+    model = translator.model.double()
+    plain = [plain_beam_search(model, ids, 51, 14, beams) for ids in sources]
+    fast = translate.beam_search(model, sources, 51, [14] * 6, beams)
+    model.float()
+    assert fast == plain
+
+
+def test_a_translation_does_not_depend_on_its_batch(translator):
+    sources = random_sources(11)
+    limits = [2 * len(ids) + 9 for ids in sources]
+    together = translate.beam_search(translator.model, sources, 51, limits)
+    alone = [translate.beam_search(translator.model, [ids], 51, [n])[0] for ids, n in zip(sources, limits)]
+    assert together == alone
+
+
+def test_no_repeat_forbids_repeated_ngrams(translator):
+    for ids in translate.beam_search(translator.model, random_sources(8), 51, [40] * 8, 1, no_repeat=2):
+        pairs = list(zip(ids, ids[1:]))
+        assert len(set(pairs)) == len(pairs)
+
+
+def test_gradients_reach_every_parameter_in_teacher_forcing():
+    config = translate.Config(**{k: v for k, v in CONFIG.items() if k != "model_type"}, vocab_size=60)
+    model = translate.M2M100(config)
+    source = padded(random_sources(3))
+    hidden = model(source, source != 1, torch.randint(4, 50, (3, 6)))
+    (hidden @ model.head.T).square().mean().backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
+
+
+# ---- loading ----
+
+def test_pytorch_bin_gives_the_same_model(checkpoint, tmp_path):
+    for name in ("config.json", "vocab.json", "sentencepiece.bpe.model"):
+        (tmp_path / name).write_bytes((checkpoint / name).read_bytes())
+    state = dict(translate.load_model(checkpoint).state_dict())
+    state["lm_head.weight"] = state["model.encoder.embed_tokens.weight"] = state.pop("model.shared.weight")
+    state["model.encoder.embed_positions.weights"] = torch.zeros(66, 24)
+    torch.save(state, tmp_path / "pytorch_model.bin")
+    ours, saved = translate.load_model(tmp_path).state_dict(), translate.load_model(checkpoint).state_dict()
+    assert all(torch.equal(ours[name], saved[name]) for name in saved)
+
+
+def test_a_pickle_that_runs_code_is_refused(checkpoint, tmp_path):
+    (tmp_path / "config.json").write_bytes((checkpoint / "config.json").read_bytes())
+    torch.save({"model.shared.weight": Path("/")}, tmp_path / "pytorch_model.bin")
+    with pytest.raises(CheckpointError, match="pytorch_model.bin cannot be read"):
+        translate.load_model(tmp_path)
+
+
+@pytest.mark.parametrize("break_, message", [
+    (lambda d: (d / "config.json").unlink(), "config.json is missing"),
+    (lambda d: (d / "config.json").write_text('{"model_type": "llama"}'), "no M2M100 or NLLB"),
+    (lambda d: (d / "model.safetensors").unlink(), "neither model.safetensors"),
+    (lambda d: (d / "vocab.json").unlink(), "has no tokenizer"),
+    (lambda d: (d / "sentencepiece.bpe.model").write_bytes(b"\x0a\xffrubbish"), "no SentencePiece model"),
+    (lambda d: (d / "sentencepiece.bpe.model").write_bytes(spm_bytes(extra=wire(1, wire(1, b"x") + wire(3, 4)))),
+     "user-defined"),
+    (lambda d: edit_json(d / "config.json", encoder_ffn_dim=41), r"has shape \[40, 24\]"),
+    (lambda d: edit_json(d / "config.json", decoder_layers=4), "decoder.layers.3.* is missing"),
+    (lambda d: edit_json(d / "config.json", decoder_layers=2), "decoder.layers.2.* is unknown"),
+    (lambda d: edit_json(d / "config.json", clo_languages=["xx"]), "clo_languages names 'xx'"),
+])
+def test_a_bad_checkpoint_is_one_clear_line(tmp_path, break_, message):
+    make_checkpoint(tmp_path)
+    break_(tmp_path)
+    with pytest.raises(CheckpointError, match=message) as caught:
+        translate.load(tmp_path)
+    assert "\n" not in str(caught.value)
+
+
+def edit_json(path, **changes):
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def test_an_unknown_language_is_named_with_the_known_ones(translator):
+    with pytest.raises(DataError, match="'xx'; it knows de, id, sw, zh"):
+        translate.translate(["a"], "en", "xx", translator)
+
+
+# ---- tokenizers ----
+
+def test_m2m100_language_ids_start_where_the_vocabulary_ends(tmp_path):
+    (tmp_path / "vocab.json").write_text(json.dumps({f"piece{i}": i for i in range(128004)}))
+    (tmp_path / "sentencepiece.bpe.model").write_bytes(spm_bytes())
+    languages = translate.load_tokenizer(tmp_path).languages
+    known = dict(en=128022, zh=128102, de=128020, ko=128052, id=128041, sw=128088, yo=128101, fr=128028, hi=128036)
+    assert len(languages) == 100 and {code: languages[code] for code in known} == known
+
+
+def test_bpe_merges_the_best_piece_first_and_decoding_drops_special_ids(translator):
+    tokenizer = translator.tokenizer
+    pieces = {4 + i: piece for i, piece in enumerate(reversed(MERGED + ["▁", *LETTERS]))}
+    ids = tokenizer.encode("  in the   inner")
+    assert [pieces[i] for i in ids] == ["▁", "in", "▁the", "▁", "in", "n", "er"]
+    swahili = tokenizer.languages["sw"]
+    assert tokenizer.decode([swahili, *ids, 3, 1, END]) == "in the inner"
+    assert tokenizer.encode("a\u4e00\u4e01b").count(tokenizer.unknown) == 1  # neighbours fuse, as in SentencePiece
+
+
+def test_control_pieces_are_never_read_from_text(tmp_path):
+    for kind in (1, 2):
+        (tmp_path / "m").write_bytes(spm_bytes(kind))
+        inner, pieces, normalize = translate.read_sentencepiece(tmp_path / "m")
+        ids = inner.encode(normalize("a<s>b</s>"), add_special_tokens=False).ids
+        assert not {pieces.index("<s>"), pieces.index("</s>")} & set(ids)
+
+
+def sample_lines():
+    """Lines in seven languages: real news where present, and made-up ones with odd spaces, marks and symbols."""
+    lines = ["", " ", "  two  spaces ", "tab\there", "ﬁ ① ｆｕｌｌ　ｗｉｄｔｈ", "Ẹ̀yà ẹranko wo ni kọ̀lọ̀kọ̀lọ̀ jẹ́?", "e\u0301\u0323 n\u0304\u0301",
+             "😀😀 ok 👩‍👩‍👧", "....!!!! ---- ____", "<s> [x] </s>", "사자는 어디에 살아요?", "狮子住在哪里？", "a\u200bb\u00a0c", "▁x ▁▁y"]
+    news = SHARED / "parallel" / "ntrex_1000.jsonl"
+    if news.exists():
+        lines += [v for line in news.read_text("utf-8").splitlines() for v in json.loads(line).values() if type(v) is str]
+    rng = random.Random(0)
+    words = "simba anaishi wapi der Löwe größer ọ̀rọ̀ 동물 动物 hewan apa 3.14 (a) x-y don't".split()
+    return lines + [" ".join(rng.choices(words, k=rng.randint(1, 12))) for _ in range(300)]
+
+
+@pytest.mark.parametrize("kind, normalization", [("bpe", "nmt_nfkc"), ("bpe", "identity"), ("unigram", "nmt_nfkc")])
+def test_ids_equal_sentencepiece(tmp_path, kind, normalization):
+    spm = pytest.importorskip("sentencepiece")
+    lines = sample_lines()
+    spm.SentencePieceTrainer.train(
+        sentence_iterator=iter(lines[:800]), model_prefix=str(tmp_path / "m"), model_type=kind, vocab_size=2400,
+        normalization_rule_name=normalization, hard_vocab_limit=False, character_coverage=0.999, minloglevel=2)
+    theirs = spm.SentencePieceProcessor(model_file=str(tmp_path / "m.model"))
+    inner, pieces, normalize = translate.read_sentencepiece(tmp_path / "m.model")
+    assert pieces == [theirs.id_to_piece(i) for i in range(theirs.get_piece_size())]
+    wrong = [line for line in lines if inner.encode(normalize(line), add_special_tokens=False).ids != theirs.encode(line)]
+    assert len(wrong) <= (len(lines) // 3000 if kind == "unigram" else 0), wrong[:3]
+
+
+def test_llama2_ids_equal_the_golden_ones():
+    folder = SHARED / "tokenizers" / "llama2"
+    if not folder.exists():
+        pytest.skip("no shared data")
+    inner, _, normalize = translate.read_sentencepiece(folder / "tokenizer.model")
+    for line in (folder / "golden_ids.jsonl").read_text("utf-8").splitlines():
+        case = json.loads(line)
+        assert inner.encode(normalize(case["text"]), add_special_tokens=False).ids == case["ids"], case["text"]
+
+
+def nllb_tokenizer(path):
+    words = {"<s>": 0, "<pad>": 1, "</s>": 2, "<unk>": 3, "lion": 4, "the": 5}
+    inner = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="<unk>"))
+    inner.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    inner.add_special_tokens(["<s>", "<pad>", "</s>", "<unk>", "eng_Latn", "swh_Latn", "zho_Hans", "zho_Hant", "ace_Arab"])
+    inner.save(str(path / "tokenizer.json"))
+
+
+def test_nllb_takes_short_codes_and_its_own(tmp_path):
+    nllb_tokenizer(tmp_path)
+    tokenizer = translate.load_tokenizer(tmp_path)
+    assert tokenizer.languages["sw"] == tokenizer.languages["swh_Latn"] == 7
+    assert tokenizer.languages["zh"] == tokenizer.languages["zho_Hans"] != tokenizer.languages["zho_Hant"]
+    assert "ko" not in tokenizer.languages and "ace_Arab" in tokenizer.languages
+    assert tokenizer.encode("the lion </s> swh_Latn")[:2] == [5, 4]
+    assert not {2, 7} & set(tokenizer.encode("the lion </s> swh_Latn")), "special tokens in a text are text"
+    assert tokenizer.decode([7, 5, 4, 2]) == "the lion"
+
+
+# ---- documents ----
+
+DOCUMENT = """# A heading
+
+First sentence. Second one!  Third, by Dr. Smith, costs 3.14 dollars?
+  - a list item with `code. Inside` and https://a.example/x?y=z.
+> 1) quoted, nested
+```python
+print("do. Not. Touch")
+
+```
+| Name | Value |
+|:---|---|
+| lion | $x^2$ here |\r
+\t$$ E = mc^2. A $$
+Emoji 😀 and {placeholder} stay. 12345
+
+Trailing spaces   \nno end"""
+
+
+def test_a_document_comes_back_byte_for_byte_from_a_translator_that_echoes(translator, echo):
+    texts = [DOCUMENT, "", "\n\n", "```\nopen fence. To the end", "one", " \t "]
+    assert translate.translate(texts, "en", "sw", translator) == texts
+    assert not any("Touch" in text or "https" in text or "\n" in text or "^2" in text for text in echo)
+
+
+def test_parsing_loses_nothing_of_real_replies(translator):
+    file = SHARED / "oasst" / "en_100_tree.jsonl.gz"
+    if not file.exists():
+        pytest.skip("no shared data")
+    for row in data.read_rows(file, "en", "all"):
+        for text in row["en"].values():
+            assert "".join(part for _, part in translate.parse(text, lambda s: len(s) < 200)) == text
+
+
+def test_protected_spans_survive_a_translator_that_changes_everything(translator, monkeypatch):
+    monkeypatch.setattr(translate, "translate_sentences",
+                        lambda texts, job, beams, no_repeat=0: [(text.upper()[::1], None) for text in texts])
+    out = translate.translate([DOCUMENT], "en", "sw", translator)[0]
+    for kept in ("`code. Inside`", "https://a.example/x?y=z", 'print("do. Not. Touch")', "$x^2$", "{placeholder}", "😀",
+                 "|:---|---|", "$$ E = mc^2. A $$"):
+        assert kept in out
+    assert "LIST ITEM WITH" in out and out.count("\n") == DOCUMENT.count("\n")
+
+
+def test_a_lost_mark_sends_the_texts_around_it_on_their_own(translator, monkeypatch):
+    calls = []
+
+    def forgetful(texts, job, beams, no_repeat=0):
+        calls.append(list(texts))
+        return [(text.replace("[0]", "").upper(), None) for text in texts]
+
+    monkeypatch.setattr(translate, "translate_sentences", forgetful)
+    assert translate.translate(["use `ls -l` to list"], "en", "sw", translator) == ["USE `ls -l` TO LIST"]
+    assert ["to list", "use"] in calls
+
+
+@pytest.mark.parametrize("text, expected", [
+    ("One. Two! Three?", ["One. ", "Two! ", "Three?"]),
+    ("Dr. Smith met J. Doe in the U.S. army, e.g. here. Then left.",
+     ["Dr. Smith met J. Doe in the U.S. army, e.g. here. ", "Then left."]),
+    ("It costs 3.5 and is v1.2.3 now", ["It costs 3.5 and is v1.2.3 now"]),
+    ('He said "Go." Then "No!" she said.', ['He said "Go." ', 'Then "No!" she said.']),
+    ("狮子住在哪里？草原。", ["狮子住在哪里？", "草原。"]),
+    ("see `a. B` now", ["see `a. B` now"]),
+])
+def test_sentences_end_where_a_reader_would_end_them(text, expected):
+    assert translate.split_sentences(text) == expected
+
+
+def test_long_sentences_are_cut_at_clauses_then_words_until_they_fit():
+    text = "alpha beta gamma, delta epsilon; zeta eta theta iota " * 4
+    pieces = translate.cut(text, lambda s: len(s) <= 40)
+    assert "".join(pieces) == text and max(map(len, pieces)) <= 40
+    assert all(piece.endswith((" ", ",", ";")) for piece in pieces)
+    assert translate.cut("x" * 9, lambda s: len(s) <= 4) == ["xxxx", "xx", "xxx"] or \
+        "".join(translate.cut("x" * 9, lambda s: len(s) <= 4)) == "x" * 9
+
+
+def test_languages_without_spaces_get_none_between_sentences(translator, echo):
+    assert translate.translate(["One. Two.\nThree. Four."], "en", "zh", translator) == ["One.Two.\nThree.Four."]
+    assert translate.translate(["一。二。\n三。"], "zh", "de", translator) == ["一。 二。\n三。"]
+
+
+# ---- checks ----
+
+def judge(translator, source, text, target="sw", ids=None):
+    job = translate.Job(translator, "en", target)
+    ids = list(range(10, 10 + len(text.split()))) + [END] if ids is None else ids
+    return translate.check(source, [5, 6, 7], text, ids, job)
+
+
+LONG = "the quick brown fox jumps over the lazy dog and then it sleeps for a while"
+
+
+@pytest.mark.parametrize("source, text, target, ids, reason", [
+    (LONG, "Mbweha mwepesi wa kahawia anaruka juu ya mbwa mvivu kisha analala kidogo", "sw", None, None),
+    (LONG, "敏捷的棕色狐狸跳过懒狗，然后睡了一会儿", "zh", None, None),
+    ("Yes.", "Ndiyo.", "sw", None, None),
+    ("The lion is a mammal.", "狮子是哺乳动物。", "zh", None, None),
+    ("What is it?", "그것은 무엇인가요?", "ko", None, None),
+    ("Paris", "Paris", "sw", None, None),
+    (LONG, "Mbweha mwepesi", "sw", [10, 11], "cut at the limit"),
+    (LONG, "", "sw", None, "empty"),
+    (LONG, "samahani " * 12, "sw", [9, 10] * 12 + [END], "repetition"),
+    (LONG, "Der schnelle braune Fuchs springt", "zh", None, "wrong script"),
+    (LONG, "敏捷的棕色狐狸跳过懒狗，然后睡了一会儿", "sw", None, "wrong script"),
+    (LONG, LONG + ".", "sw", None, "copied"),
+    (LONG, "Mbweha.", "sw", None, "length"),
+    (LONG, "敏捷的棕色狐狸跳过懒狗，然后睡了一会儿" * 6, "zh", None, "length"),
+])
+def test_every_fault_has_its_name_and_good_translations_none(translator, source, text, target, ids, reason):
+    assert judge(translator, source, text, target, ids) == reason
+
+
+def test_people_s_translations_raise_no_alarm(translator):
+    file = SHARED / "parallel" / "ntrex_1000.jsonl"
+    if not file.exists():
+        pytest.skip("no shared data")
+    alarms = {}
+    for line in file.read_text("utf-8").splitlines():
+        row = json.loads(line)
+        for code in ("de", "zh", "ko", "id", "sw", "yo"):
+            reason = judge(translator, row["en"], row[code], code) if code in row else None
+            alarms[reason] = alarms.get(reason, 0) + 1
+    assert sum(n for reason, n in alarms.items() if reason) <= 5, alarms
+
+
+def test_loops_are_seen_at_any_period_and_plain_text_is_not_one():
+    assert translate.loops([7] * 9 + [1, 2]) and translate.loops([1, 2, 3] * 4)
+    assert translate.loops(list(range(20)) * 3)
+    assert not translate.loops([5, 5, 5, 5, 1, 2, 3, 1, 2, 3, 4]) and not translate.loops([])
+
+
+def test_a_failed_segment_is_tried_again_and_then_marked(translator, monkeypatch):
+    def stubborn(texts, job, beams, no_repeat=0):
+        return [("good" if no_repeat and "mend" in text else text, None if no_repeat and "mend" in text else "length")
+                for text in texts]
+
+    monkeypatch.setattr(translate, "translate_sentences", stubborn)
+    known = translate.translate_segments(["mend me", "hopeless"], translate.Job(translator, "en", "sw"))
+    assert known == {"mend me": ("good", None), "hopeless": ("hopeless", "length")}
+
+
+# ---- rows ----
+
+def make_rows(count):
+    return [{"row_id": f"r{i}", "split": "train", "en": {"prompt": f"what is {i}?", "response": f"it is\n{i} things."}}
+            for i in range(count)]
+
+
+@pytest.fixture
+def shout(monkeypatch):
+    """A quick translator: upper case, "length" for what holds a 5. The list fills with what it translated."""
+    seen = []
+
+    def translate_sentences(texts, job, beams, no_repeat=0):
+        seen.extend(texts)
+        return [(f"{job.target} {text.upper()}", "length" if "5" in text else None) for text in texts]
+
+    monkeypatch.setattr(translate, "translate_sentences", translate_sentences)
+    return seen
+
+
+def test_a_run_killed_after_any_byte_ends_with_the_same_file(translator, tmp_path, shout):
+    rows, whole = make_rows(7), tmp_path / "whole.jsonl"
+    expected = translate.translate_rows(rows, translator, "en", "sw", whole, chunk=2)
+    raw = whole.read_bytes()
+    for size in [*range(0, len(raw), 97), len(raw) - 1, len(raw)]:
+        path = tmp_path / "cut.jsonl"
+        path.write_bytes(raw[:size])
+        shout.clear()
+        assert translate.translate_rows(rows, translator, "en", "sw", path, chunk=2) == expected
+        assert path.read_bytes() == raw
+        assert bool(shout) == (size < len(raw))
+
+
+def test_a_failed_row_is_left_out_until_it_is_asked_for(translator, tmp_path, shout):
+    rows, path = make_rows(7), tmp_path / "out.jsonl"
+    kept = translate.translate_rows(rows, translator, "en", "sw", path)
+    assert [row["row_id"] for row in kept] == ["r0", "r1", "r2", "r3", "r4", "r6"]
+    assert kept[0] == rows[0] | {"sw": {"prompt": "sw WHAT IS 0?", "response": "sw IT IS\n" "sw 0 THINGS."}}
+    readable = [row for row in data.read_rows(path) if "sw" in data.languages(row)]
+    assert [row["row_id"] for row in readable] == [row["row_id"] for row in kept]
+    failed = json.loads(path.read_text().splitlines()[5])
+    assert failed["clo"]["failed"] == {"sw": {"length": 2}} and "sw" not in failed
+    shout.clear()
+    assert len(translate.translate_rows(rows, translator, "en", "sw", path, keep_failed=True)) == 7
+    assert not shout and "sw" in json.loads(path.read_text().splitlines()[5])
+
+
+def test_changed_rows_are_translated_again_and_others_are_not(translator, tmp_path, shout):
+    rows, path = make_rows(4), tmp_path / "out.jsonl"
+    translate.translate_rows(rows, translator, "en", "sw", path)
+    shout.clear()
+    rows[2]["en"]["prompt"] = "another question?"
+    translate.translate_rows(rows[1:], translator, "en", "sw", path)
+    assert "another question?" in shout and "what is 1?" not in shout
+    assert sorted(json.loads(line)["id"] for line in path.read_text().splitlines()) == ["r0", "r1", "r2", "r3"]
+
+
+def test_two_languages_share_a_line_and_indonesian_keeps_its_key(translator, tmp_path, shout):
+    path = tmp_path / "out.jsonl"
+    rows = translate.translate_rows(make_rows(2), translator, "en", ["id", "de"], path)
+    assert rows[0]["id"]["prompt"] == "id WHAT IS 0?" and rows[0]["de"]["prompt"] == "de WHAT IS 0?"
+    again = data.read_rows(path)
+    assert again[1]["row_id"] == "r1" and set(data.languages(again[1])) == {"en", "id", "de"}
+
+
+def test_a_language_that_is_there_is_not_translated(translator, tmp_path, shout):
+    rows = [row | {"sw": {"prompt": "swali", "response": "jibu"}} for row in make_rows(1)]
+    assert translate.translate_rows(rows, translator, "en", "sw", tmp_path / "o.jsonl") == rows and not shout
+
+
+def test_a_file_of_someone_else_is_left_alone(translator, tmp_path, shout):
+    path = tmp_path / "english.jsonl"
+    data.write_rows(path, make_rows(2))
+    before = path.read_bytes()
+    with pytest.raises(DataError, match="english.jsonl:1: not written by translate.py"):
+        translate.translate_rows(make_rows(2), translator, "en", "sw", path)
+    assert path.read_bytes() == before
+
+
+def test_the_real_model_runs_through_rows(translator, tmp_path):
+    rows = translate.translate_rows(make_rows(3), translator, "en", "de", tmp_path / "o.jsonl", beams=2, keep_failed=True)
+    assert len(rows) == 3 and all(row["de"]["response"].count("\n") == 1 for row in rows)
