@@ -37,6 +37,7 @@ import data
 import eval as evaluation
 import kernels
 import model as llama
+import ranks
 import runs
 import translate
 
@@ -259,21 +260,20 @@ def continuation_logps(model: llama.Llama, micro: Micro) -> Tensor:
 
 
 @torch.no_grad()
-def reference_logps(model: llama.Llama, steps: list[list[Micro]], device, label: str) -> list[Tensor]:
+def reference_logps(model: llama.Llama, steps: list[list[Micro]], device, label: str | None = None) -> list[Tensor]:
     """continuation_logps of every micro-batch in order, on the CPU; the code path of training, without its gradient."""
-    micros = [micro for step in steps for micro in step]
-    return [continuation_logps(model, micro.to(device)).cpu() for micro in tqdm(micros, desc=label, unit="batch")]
+    micros = ranks.mine([micro for step in steps for micro in step])
+    bar = tqdm(micros, desc=label, unit="batch", disable=label is None or ranks.rank() > 0)
+    return ranks.collect([continuation_logps(model, micro.to(device)).cpu() for micro in bar])
 
 
 # -------------------------------------------------------------------------------------------------------- validation
 
-@torch.no_grad()
 def score_heldout(model: llama.Llama, steps: list[list[Micro]], reference: list[Tensor], beta: float, device) -> dict:
     """Held-out metrics, TRL's names split by direction: rewards, margins, accuracies, summed log-probs, and the NLL per
     token of the right response in each language (watch nll_en: a preference loss alone lets it rise)."""
     rewards, logps, pair_tgt, nll = [], [], [], {"en": [0.0, 0], "tgt": [0.0, 0]}
-    for micro, ref in zip([micro for step in steps for micro in step], reference):
-        policy = continuation_logps(model, micro.to(device)).cpu()
+    for micro, ref, policy in zip([micro for step in steps for micro in step], reference, reference_logps(model, steps, device)):
         pair = torch.stack((micro.chosen, micro.rejected))
         logps.append(policy[pair])
         rewards.append(beta * (policy - ref)[pair])
@@ -310,13 +310,14 @@ def learning_rate(step: int, steps: int, warmup: float) -> float:
 
 
 def backward_step(model, step: list[Micro], reference: list[Tensor] | None, stage: Stage, args, device) -> dict:
-    """Accumulate the gradient of one optimiser step; its loss and pair statistics as tensors, nothing synced."""
+    """Accumulate the gradient of one optimiser step, over its micro-batches and all ranks; its loss and pair statistics as
+    tensors. Nothing waits for the device here, unless there are several ranks."""
     lam = {(True, True): args.lam, (False, True): 1.0, (True, False): 0.0}[stage.preference, bool(stage.nll)]
     pairs, tokens = sum(len(micro.chosen) for micro in step), sum(micro.nll_tokens for micro in step)
     en_tokens = sum(int(micro.right_tokens[~micro.right_tgt].sum()) for micro in step)
-    losses, rewards, logps, nll = [], [], [], []
-    for i, micro in enumerate(step):
-        micro = micro.to(device)
+    parts = []                                                       # of each micro-batch: loss, nll, rewards, logps
+    for i in ranks.mine(range(len(step))):
+        micro = step[i].to(device)
         policy = continuation_logps(model, micro)
         ref = policy.detach() if reference is None else reference[i].to(device)
         scores, base = (policy / micro.lengths, torch.zeros_like(ref)) if args.preference == "simpo" else (policy, ref)
@@ -326,11 +327,12 @@ def backward_step(model, step: list[Micro], reference: list[Tensor] | None, stag
             english = micro.right[~micro.right_tgt]
             loss = loss + args.anchor * anchor_loss(policy[english], ref[english], en_tokens)
         loss.backward()
-        pair = torch.stack((micro.chosen, micro.rejected))
-        losses.append(loss.detach())
-        rewards.append(args.beta * (policy.detach() - ref)[pair])
-        logps.append(policy.detach()[pair])
-        nll.append(-policy.detach()[micro.nll].sum() / max(tokens, 1))
+        policy, pair = policy.detach(), torch.stack((micro.chosen, micro.rejected))
+        parts.append((loss.detach(), -policy[micro.nll].sum() / max(tokens, 1), args.beta * (policy - ref)[pair], policy[pair]))
+    ranks.sum_gradients_(parameter for parameter in model.parameters() if parameter.requires_grad)
+    if ranks.size() > 1:
+        parts = ranks.collect([tuple(value.cpu() for value in part) for part in parts])
+    losses, nll, rewards, logps = zip(*parts)
     return {"loss": sum(losses), "nll": sum(nll), "rewards": torch.cat(rewards, 1), "logps": torch.cat(logps, 1)}
 
 
@@ -359,40 +361,45 @@ def train(model: llama.Llama, parameters: dict, stage: Stage, steps: list[list[M
     optimizer = torch.optim.AdamW(parameters.values(), lr=rate, betas=(0.9, 0.999), weight_decay=args.weight_decay,
                                   fused=device.type == "cuda")
     done = runs.load_checkpoint(directory / "checkpoint", parameters, optimizer)
-    runs.truncate_metrics(directory / "metrics.jsonl", done if done else -1)
+    ranks.on_first(lambda: runs.truncate_metrics(directory / "metrics.jsonl", done if done else -1))
     if done:
         print(f"{stage.name}: resuming after step {done} of {len(order)}")
-    directory.mkdir(parents=True, exist_ok=True)
-    with open(directory / "metrics.jsonl", "a", encoding="utf-8") as log, Interrupt() as interrupt, \
-            tqdm(total=len(order), initial=done, desc=f"train {stage.name}", unit="step") as bar:
+    with runs.open_metrics(directory, ranks.rank() == 0) as log, Interrupt() as interrupt, \
+            tqdm(total=len(order), initial=done, desc=f"train {stage.name}", unit="step", disable=ranks.rank() > 0) as bar:
         if not done:
-            write_metrics(log, {"step": 0} | validate())
+            runs.write_metrics(log, {"step": 0} | validate())
         for i in range(done, len(order)):
             started = time.perf_counter()
             for group in optimizer.param_groups:
                 group["lr"] = rate * learning_rate(i, len(order), args.warmup)
             step = steps[order[i]]
             result = backward_step(model, step, reference and reference[order[i]], stage, args, device)
-            if i == 0 and reference is not None and result["rewards"].abs().max() > 0:
+            if i == 0 and reference is not None:
                 check_first_rewards(result["rewards"])
             norm = nn.utils.clip_grad_norm_(parameters.values(), args.clip)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
-            metrics = step_metrics(i + 1, result, norm, optimizer.param_groups[0]["lr"], step, time.perf_counter() - started)
-            if not math.isfinite(metrics["loss"]) or not math.isfinite(metrics["grad_norm"]):
-                raise data.DataError(f"{stage.name}: loss {metrics['loss']}, gradient norm {metrics['grad_norm']} at step "
-                                     f"{i + 1}: stopped, the last checkpoint is kept; try a lower --lr than {rate:.2g}")
-            due = i + 1 == len(order) or (i + 1) % (args.eval_every or len(steps)) == 0
-            write_metrics(log, metrics | (validate() if due else {}))
+            metrics = step_metrics(i + 1, result, norm, group["lr"], step, time.perf_counter() - started)
+            stop_unless_finite(metrics, stage.name, rate)
+            last = i + 1 == len(order)
+            if last or (i + 1) % (args.eval_every or len(steps)) == 0:
+                metrics |= validate()
+            runs.write_metrics(log, metrics)
             bar.set_postfix_str(f"loss {metrics['loss']:.3f}")
             bar.update()
-            if interrupt.signal or i + 1 == len(order) or (i + 1) % args.save_every == 0:
-                log.flush()
-                runs.save_checkpoint(directory / "checkpoint", i + 1, parameters, optimizer)
-            if interrupt.signal:
+            signalled = ranks.largest(interrupt.signal, device)
+            if signalled or last or (i + 1) % args.save_every == 0:
+                ranks.on_first(lambda: runs.save_checkpoint(directory / "checkpoint", i + 1, parameters, optimizer))
+            if signalled:
                 bar.close()
-                print(f"stopped by signal {interrupt.signal} after step {i + 1}, saved; the same command goes on from there")
-                sys.exit(128 + interrupt.signal)
+                print(f"stopped by signal {signalled} after step {i + 1}, saved; the same command goes on from there")
+                sys.exit(128 + signalled)
+
+
+def stop_unless_finite(metrics: dict, name: str, rate: float) -> None:
+    if not math.isfinite(metrics["loss"]) or not math.isfinite(metrics["grad_norm"]):
+        raise data.DataError(f"{name}: loss {metrics['loss']}, gradient norm {metrics['grad_norm']} at step {metrics['step']}: "
+                             f"stopped, the last checkpoint is kept; try a lower --lr than {rate:.2g}")
 
 
 def check_first_rewards(rewards: Tensor) -> None:
@@ -401,7 +408,7 @@ def check_first_rewards(rewards: Tensor) -> None:
     if not worst < 1e-2:
         raise data.DataError(f"rewards before the first update reach {worst:.3g} and should be 0: the reference log-probs "
                              f"do not belong to this model; start over with --fresh")
-    print(f"rewards before the first update: at most {worst:.1g} (rounding)")
+    print("rewards before the first update: " + (f"at most {worst:.1g} (rounding)" if worst else "0, as they should be"))
 
 
 def step_metrics(step: int, result: dict, norm: Tensor, rate: float, micros: list[Micro], seconds: float) -> dict:
@@ -412,10 +419,6 @@ def step_metrics(step: int, result: dict, norm: Tensor, rate: float, micros: lis
     tokens = sum(int((micro.batch.fork >= 0).sum()) for micro in micros)
     return metrics | {"tokens": tokens, "tokens_per_second": tokens / seconds, "seconds": seconds,
                       "peak_memory_gb": peak_memory_gb()}
-
-
-def write_metrics(log, metrics: dict) -> None:
-    log.write(json.dumps(metrics) + "\n")
 
 
 def peak_memory_gb() -> float:
@@ -486,6 +489,25 @@ def load_translator(rows: list[dict], args, device):
     return translator
 
 
+def prepare_rows(args, inputs: dict, device) -> tuple[list[dict], list[dict], list[dict]]:
+    """Rows to train on, to hold out and to answer, all with both languages. The run directory is claimed once all input has
+    been read, and before anything is translated into it."""
+    rows, heldout, answered, apart = read_inputs(args)
+    translator = load_translator(rows, args, device)
+    flags = {key: value for key, value in vars(args).items() if key not in ("fresh", "out")}
+    inputs = inputs | {"data": runs.fingerprint(Path(args.data)),
+                       "eval_data": args.eval_data and runs.fingerprint(Path(args.eval_data))}
+    run = runs.open_run(args.out, flags, inputs, args.fresh)
+    if translator is not None:
+        rows = translate.translate_rows(rows, translator, args.source, args.lang, run / f"translated-{args.lang}.jsonl",
+                                        args.beams, keep_failed=args.keep_failed)
+    heldout, rows = heldout or rows[:apart], rows[apart:]
+    if not rows or not heldout:
+        raise data.DataError(f"{args.data}: {len(rows)} rows are left to train on and {len(heldout)} to hold out, one of each "
+                             f"is needed: give more rows, or --keep-failed if the translation checks dropped them")
+    return rows, heldout, answered or heldout
+
+
 def reference_of(model, steps, run: Path, args, device, history: str, label: str) -> list[Tensor]:
     """Cached reference log-probs of these steps under the model as it is now. `history` names its training so far."""
     micros = [micro for step in steps for micro in step]
@@ -493,8 +515,12 @@ def reference_of(model, steps, run: Path, args, device, history: str, label: str
     shapes = [list(micro.batch.tokens.shape) for micro in micros]
     key = runs.fingerprint(runs.model_fingerprint(args.model), history, content, shapes, args.train, args.dtype,
                            device.type, torch.__version__, torch.get_num_threads())
-    return runs.cached_reference(run, key, [micro.sequences for micro in micros],
-                                 lambda: reference_logps(model, steps, device, label))
+    sizes = [micro.sequences for micro in micros]
+    sums = ranks.on_first(lambda: runs.load_reference(run, key, sizes))
+    if sums is None:
+        sums = reference_logps(model, steps, device, label)
+        ranks.on_first(lambda: runs.save_reference(run, key, sums))
+    return sums
 
 
 def group_by_step(flat: list[Tensor], steps: list[list[Micro]]) -> list[list[Tensor]]:
@@ -507,7 +533,7 @@ def run_method(name: str, groups, heldout, args, run: Path, device, finish) -> d
     read back from its result.json. `finish(model)` scores the model's answers."""
     directory = run / name
     result = directory / "result.json"
-    if result.exists():
+    if ranks.on_first(result.exists):
         print(f"{name}: done before, read from {result}")
         return json.loads(result.read_text(encoding="utf-8"))
     model = llama.load(args.model, device, DTYPES[args.dtype])
@@ -528,14 +554,14 @@ def run_method(name: str, groups, heldout, args, run: Path, device, finish) -> d
               lambda: score_heldout(model, pairs, heldout_reference, args.beta, device), args, device,
               directory if len(stages) == 1 else directory / f"{number + 1}-{stage.name}")
         seconds = time.perf_counter() - started
-    scores = finish(model)
+    scores = ranks.on_first(lambda: finish(model))
     reference = reference_of(llama.load(args.model, device, DTYPES[args.dtype]) if stages else model, pairs, run, args,
                              device, "", "reference held-out")
     scores["heldout"] = score_heldout(model, pairs, reference, args.beta, device)
     scores["train_seconds"] = round(seconds, 2)
     if stages:
-        export(model, args, directory)
-    runs.write_json(result, scores)
+        ranks.on_first(lambda: export(model, args, directory))
+    ranks.on_first(lambda: runs.write_json(result, scores))
     return scores
 
 
@@ -551,8 +577,8 @@ def export(model: llama.Llama, args, directory: Path) -> None:
 def main(argv=None) -> None:
     args = parse_args(argv)
     began = time.perf_counter()
-    device = pick_device(args.device)
-    args.device = str(device)
+    device = ranks.start(str(pick_device(args.device)))
+    args.device = device.type
     args.dtype = args.dtype if args.dtype != "auto" else "bf16" if device.type == "cuda" else "fp32"
     tokenizer = data.load_tokenizer(args.model)
     config = llama.read_config(args.model)
@@ -560,21 +586,9 @@ def main(argv=None) -> None:
           f"width {config.hidden_size}; run directory {args.out}")
 
     print(f"\n1. Rows: {args.source} and {args.lang}")
-    rows, heldout_rows, eval_rows, apart = read_inputs(args)
-    translator = load_translator(rows, args, device)
-    flags = {key: value for key, value in vars(args).items() if key not in ("fresh", "out")}
-    inputs = {"model": runs.model_fingerprint(args.model), "tokenizer": tokenizer.fingerprint,
-              "data": runs.input_fingerprint(args.data), "eval_data": args.eval_data and runs.input_fingerprint(args.eval_data)}
-    run = runs.open_run(args.out, flags, inputs, args.fresh)
-    if translator is not None:
-        rows = translate.translate_rows(rows, translator, args.source, args.lang, run / f"translated-{args.lang}.jsonl",
-                                        args.beams, keep_failed=args.keep_failed)
-        translator = None                                                 # its memory is better used for training
-    heldout_rows, rows = heldout_rows or rows[:apart], rows[apart:]
-    eval_rows = eval_rows or heldout_rows
-    if not rows or not heldout_rows:
-        raise data.DataError(f"{args.data}: {len(rows)} rows are left to train on and {len(heldout_rows)} to hold out, one of "
-                             f"each is needed: give more rows, or --keep-failed if the translation checks dropped them")
+    inputs = {"model": runs.model_fingerprint(args.model), "tokenizer": tokenizer.fingerprint}
+    rows, heldout_rows, eval_rows = ranks.on_first(lambda: prepare_rows(args, inputs, device))
+    run = Path(args.out)
 
     print("\n2. Forks")
     row_tokens = min(args.row_tokens, config.max_position_embeddings)
@@ -596,10 +610,10 @@ def main(argv=None) -> None:
         answers[name] = [line for _, line in data.read_records(run / name / "answers.jsonl")]
 
     text = evaluation.report_text(report, answers, args.source)
-    runs.write_json(run / "report.json", report)
-    runs.write_text(run / "report.md", text)
+    ranks.on_first(lambda: (runs.write_json(run / "report.json", report), runs.write_text(run / "report.md", text)))
     print("\n" + text)
     print_ending(args, run, eval_rows, time.perf_counter() - began)
+    ranks.stop()
 
 
 def print_ending(args, run: Path, eval_rows: list[dict], seconds: float) -> None:

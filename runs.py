@@ -114,23 +114,20 @@ def open_run(directory, flags: dict, inputs: dict, fresh: bool = False) -> Path:
 
 # ----------------------------------------------------------------------------------------------- reference log-probs
 
-def cached_reference(run: Path, key: str, sizes: list[int], compute) -> list[Tensor]:
-    """Summed log-probs (S,) per micro-batch, from the cache file of this key or from compute(), then cached.
+def load_reference(run: Path, key: str, sizes: list[int]) -> list[Tensor] | None:
+    """Summed log-probs (S,) per micro-batch from the cache file of this key; None when there is none, or it is damaged or of
+    other sizes: then they are computed again, never trusted."""
+    try:
+        flat = load_file(run / "reference" / f"{key}.safetensors")["logp"]
+    except (FileNotFoundError, SafetensorError, KeyError):
+        return None
+    return list(flat.split(sizes)) if flat.numel() == sum(sizes) else None
 
-    A file that is damaged or of other sizes is computed again, never trusted.
-    """
+
+def save_reference(run: Path, key: str, sums: list[Tensor]) -> None:
     path = run / "reference" / f"{key}.safetensors"
-    if path.exists():
-        try:
-            flat = load_file(path)["logp"]
-        except (SafetensorError, KeyError):
-            flat = torch.empty(0)
-        if flat.numel() == sum(sizes):
-            return list(flat.split(sizes))
-    sums = compute()
     path.parent.mkdir(parents=True, exist_ok=True)
     save_tensors(path, {"logp": torch.cat(sums)})
-    return sums
 
 
 # -------------------------------------------------------------------------------------------------------- checkpoints
@@ -167,6 +164,16 @@ def load_checkpoint(directory: Path, parameters: dict[str, Tensor], optimizer) -
     return json.loads((found[-1] / "state.json").read_text())["step"]
 
 
+def open_metrics(directory: Path, writer: bool):
+    """metrics.jsonl to append to, line by line; nowhere for the ranks that do not write."""
+    directory.mkdir(parents=True, exist_ok=True)
+    return open(directory / "metrics.jsonl" if writer else os.devnull, "a", encoding="utf-8", buffering=1)
+
+
+def write_metrics(log, metrics: dict) -> None:
+    log.write(json.dumps(metrics) + "\n")
+
+
 def truncate_metrics(path: Path, steps: int) -> None:
     """Drop the lines past step `steps` (a killed run wrote further than its checkpoint) and a half-written last one."""
     if path.exists():
@@ -181,11 +188,6 @@ def truncate_metrics(path: Path, steps: int) -> None:
 
 
 # ------------------------------------------------------------------------------------------------------------ exports
-
-def input_fingerprint(path) -> str:
-    """Of a data file's content, or its name alone when it is none (a clear error follows where it is read)."""
-    return fingerprint(Path(path)) if Path(path).is_file() else fingerprint(str(path))
-
 
 def save_adapter(model, directory: Path, base: str, targets: tuple[str, ...], rank: int, alpha: float) -> None:
     """The LoRA factors in PEFT's layout, fp32: loads in PEFT and vLLM over the base model `base`."""

@@ -375,6 +375,25 @@ def test_a_signal_saves_and_leaves_with_its_code(world, number, code):
     assert list((path / "run" / "clo" / "checkpoint").glob("step-*"))
 
 
+@pytest.mark.slow
+def test_two_ranks_give_what_one_gives(world):
+    path, flags = world
+    flags = flags + ["--dtype", "fp64", "--row-tokens", "200", "--epochs", "1"]
+    assert command(flags).returncode == 0
+    two = changed(flags, "--out", path / "two")
+    run = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "clo.py", *two],
+                         cwd=ROOT, env=dict(os.environ, OMP_NUM_THREADS="1"), capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr[-2000:]
+    assert run.stdout.count("Talk to it") == 1                        # the first rank alone speaks
+    for method in ("sft", "clo"):
+        one, other = (load_file(path / name / method / "adapter" / "adapter_model.safetensors") for name in ("run", "two"))
+        for key in one:
+            torch.testing.assert_close(other[key], one[key], rtol=0, atol=1e-7)       # written as fp32
+        for a, b in zip(*(without_times(path / name / method / "metrics.jsonl") for name in ("run", "two"))):
+            assert a.keys() == b.keys()
+            assert all(b[key] == pytest.approx(a[key], abs=1e-10) for key in a)
+
+
 # ---- bad input: one line, exit code 2, nothing half-written
 
 def fails(capsys, flags, *wanted):
