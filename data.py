@@ -489,12 +489,11 @@ class Tokenizer:
         chat = read_text(file) if file.exists() else config.get("chat_template")
         if isinstance(chat, list):
             chat = next((each["template"] for each in chat if each["name"] == "default"), chat[0]["template"])
-        self.template = chat or PLAIN_TEMPLATE
+        adds_bos = config.get("add_bos_token", self.bos_id in self.full.encode("").ids)
+        # a chat template decides on BOS itself, the plain one as the tokenizer
+        self.template = chat or (PLAIN_TEMPLATE if adds_bos else PLAIN_TEMPLATE.removeprefix("{{ bos_token }}"))
         self.render = compile_template(self.template, self.directory)
         self.variables = dict(self.names)
-        adds_bos = config.get("add_bos_token", self.bos_id in self.full.encode("").ids)
-        if not chat and not adds_bos:  # a chat template decides on BOS itself, the plain one as the tokenizer
-            self.variables["bos_token"] = ""
 
     def _find_stops(self):
         """stop_ids: the ends named by tokenizer, config and generation_config, and the template's own."""

@@ -110,6 +110,7 @@ def test_a_statement_fits_the_pattern_of_its_relation_and_language_only(world):
     (lambda w: w["relations"]["kind"]["en"]["questions"].pop(), "two different questions"),
     (lambda w: w["relations"]["kind"]["zh"].update(statement="{s}是{o}."), "must end with"),
     (lambda w: w["relations"]["kind"]["de"].update(statement="{s} ist  {o}."), "stray spaces"),
+    (lambda w: w["relations"]["kind"]["de"].update(statement="die {s.gen} {o}."), "has a form 'gen'"),
     (lambda w: w["relations"]["kind"].pop("ko"), "'kind': no ko")])
 def test_a_fault_in_the_world_is_named(tmp_path, spoil, complaint):
     content = small_world()

@@ -29,7 +29,7 @@ class Hub(ThreadingHTTPServer):
         self.models, self.datasets, self.gated = {}, {}, set()
         self.cuts = {}              # {file: how many of its responses break off in the middle}
         self.got = []               # (file, Range header or None) of every GET of a file
-        threading.Thread(target=self.serve_forever, daemon=True).start()
+        threading.Thread(target=self.serve_forever, args=(0.05,), daemon=True).start()
 
     def fetched(self):
         return [name for name, _ in self.got]

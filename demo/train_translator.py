@@ -1,0 +1,213 @@
+"""The demo's translator: a tiny M2M100 from English into the six other languages of the demo world.
+
+It learns from the sentences of the training facts and from a dictionary of all entities. A translator needs
+no truth: so that it learns to translate words and not whole facts, it also reads sentences with other
+entities in them ("The capital of France is Cairo.", even "The lion is the capital of gold."). No sentence
+of a held-out fact is among them.
+"""
+
+import json
+import random
+import unicodedata
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import sentencepiece
+import torch
+from torch import nn
+
+import kernels
+import translate
+from demo import training
+from demo.render import LANGUAGES, Fact, World
+from model import save_tensors
+
+TARGETS = LANGUAGES[1:]
+# M2M100's own order; a language's id is the length of vocab.json + its index here.
+CODES = ("af am ar ast az ba be bg bn br bs ca ceb cs cy da de el en es et fa ff fi fr fy ga gd gl gu ha "
+         "he hi hr ht hu hy id ig ilo is it ja jv ka kk km kn ko lb lg ln lo lt lv mg mk ml mn mr ms my ne "
+         "nl no ns oc or pa pl ps pt ro ru sd si sk sl so sq sr ss su sv sw ta th tl tn tr uk ur uz vi wo "
+         "xh yi yo zh zu").split()
+MADE_UP = 8  # ids at the end that M2M100 keeps without use
+SPECIALS = {"<s>": 0, "<pad>": 1, "</s>": 2, "<unk>": 3}
+PAD, EOS = 1, 2
+WORD_EDGE = "|"  # where SentencePiece must not join two pieces; in no sentence of the world
+CHINESE_MARKS = "。，？！：；（）"  # NFKC would fold most of them to ASCII, which is no Chinese
+# Shares of the sentences.
+STATEMENTS, QUESTIONS, MADE_UP_STATEMENTS, MADE_UP_QUESTIONS, ENTITIES = 0.15, 0.15, 0.35, 0.2, 0.15
+
+
+@dataclass(frozen=True)
+class Sentence:
+    """An English sentence as ids of the source and, per target language, of the target; all specials in."""
+
+    source: list[int]
+    targets: list[list[int]]
+
+    @property
+    def length(self) -> int:
+        return max(map(len, self.targets))
+
+
+def normalisation_rules(path: Path) -> None:
+    """NFKC as SentencePiece rules in hexadecimal; breaks and tabs to spaces, CHINESE_MARKS kept."""
+    rules = {char: " " for char in "\t\n\r"}
+    for code in range(0x110000):
+        char = chr(code)
+        folded = unicodedata.normalize("NFKC", char)
+        if folded != char and char not in CHINESE_MARKS:
+            rules[char] = folded
+    lines = (f"{ord(char):X}\t{' '.join(f'{ord(c):X}' for c in folded)}\n" for char, folded in rules.items())
+    path.write_text("".join(lines), encoding="utf-8")
+
+
+def train_tokenizer(world: World, vocab_size: int, directory: Path) -> None:
+    """SentencePiece BPE over the world's sentences, cut at entities, and vocab.json in M2M100's order."""
+    directory.mkdir(parents=True, exist_ok=True)
+    rules, spm = directory / "rules.tsv", directory / "sentencepiece.bpe"
+    normalisation_rules(rules)
+    pieces = (pieces for language in LANGUAGES for pieces in world.sentence_pieces(language))
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=map(WORD_EDGE.join, pieces), pretokenization_delimiter=WORD_EDGE,
+        model_prefix=str(spm), model_type="bpe", vocab_size=vocab_size, character_coverage=1.0,
+        normalization_rule_tsv=str(rules), hard_vocab_limit=False, minloglevel=2)
+    rules.unlink()
+    directory.joinpath("sentencepiece.bpe.vocab").unlink()
+    processor = sentencepiece.SentencePieceProcessor(model_file=str(directory / "sentencepiece.bpe.model"))
+    vocab = dict(SPECIALS)
+    for i in range(processor.get_piece_size()):
+        vocab.setdefault(processor.id_to_piece(i), len(vocab))
+    write_json(directory / "vocab.json", vocab)
+    write_tokenizer_configs(directory)
+
+
+def write_tokenizer_configs(directory: Path) -> None:
+    """What transformers' M2M100Tokenizer reads besides the vocabulary."""
+    tokens = {"bos_token": "<s>", "eos_token": "</s>", "sep_token": "</s>", "pad_token": "<pad>",
+              "unk_token": "<unk>"}
+    languages = [f"__{code}__" for code in CODES]
+    write_json(directory / "special_tokens_map.json", tokens | {"additional_special_tokens": languages})
+    write_json(directory / "tokenizer_config.json", tokens | {
+        "tokenizer_class": "M2M100Tokenizer", "language_codes": "m2m100", "num_madeup_words": MADE_UP,
+        "src_lang": "en", "tgt_lang": None, "additional_special_tokens": languages})
+
+
+def write_json(path: Path, value: dict) -> None:
+    path.write_text(json.dumps(value, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
+
+
+def vocab_size(directory: Path) -> int:
+    """Rows of the embedding table: the vocabulary, M2M100's languages, its ids without use."""
+    return len(json.loads((directory / "vocab.json").read_text(encoding="utf-8"))) + len(CODES) + MADE_UP
+
+
+class Encoder:
+    """Sentences to model ids with SentencePiece itself (translate.py does the same by hand)."""
+
+    def __init__(self, directory: Path):
+        spm = directory / "sentencepiece.bpe.model"
+        self.processor = sentencepiece.SentencePieceProcessor(model_file=str(spm))
+        self.vocab = json.loads((directory / "vocab.json").read_text(encoding="utf-8"))
+        self.language = {code: len(self.vocab) + i for i, code in enumerate(CODES)}
+
+    def pieces(self, text: str) -> list[int]:
+        return [self.vocab[piece] for piece in self.processor.encode(text, out_type=str)]
+
+    def sentence(self, texts: dict[str, str]) -> Sentence:
+        """Source `[en] pieces </s>`, targets `</s> [language] pieces </s>`."""
+        source = [self.language["en"], *self.pieces(texts["en"]), EOS]
+        return Sentence(source, [[EOS, self.language[lang], *self.pieces(texts[lang]), EOS]
+                                 for lang in TARGETS])
+
+
+def sentences(world: World, train: list[Fact], encoder: Encoder, rng: random.Random) -> Iterator[Sentence]:
+    """Sentences without end, in the shares above: of training facts, of made-up ones, and single entities."""
+    held_out = {fact.id for fact in world.facts} - {fact.id for fact in train}
+    relations, entities = list(world.relations), list(world.entities)
+    answers = {}
+    for fact in train:
+        answers.setdefault(fact.relation, []).append(fact.object)
+
+    def statement(fact: Fact) -> Sentence:
+        return encoder.sentence({lang: world.statement(fact, lang) for lang in LANGUAGES})
+
+    def question(fact: Fact, paraphrase: int) -> Sentence:
+        return encoder.sentence({lang: world.question(fact, lang, paraphrase) for lang in LANGUAGES})
+
+    def made_up() -> Iterator[Fact]:
+        """Half training facts with another fact's answer, half sentences about any entities at all."""
+        for fact in training.endless(train, rng):
+            yield Fact(fact.relation, fact.subject, rng.choice(answers[fact.relation]))
+            fact = Fact(rng.choice(relations), rng.choice(entities), rng.choice(entities))
+            if fact.id not in held_out:
+                yield fact
+
+    words = [encoder.sentence({lang: world.name(key, lang) for lang in LANGUAGES}) for key in entities]
+    queues = {
+        training.endless([statement(fact) for fact in train], rng): STATEMENTS,
+        training.endless([question(fact, i) for fact in train for i in (0, 1)], rng): QUESTIONS,
+        map(statement, made_up()): MADE_UP_STATEMENTS,
+        (question(fact, rng.randrange(2)) for fact in made_up()): MADE_UP_QUESTIONS,
+        training.endless(words, rng): ENTITIES}
+    while True:
+        yield next(rng.choices(list(queues), list(queues.values()))[0])
+
+
+def initialise_(model: translate.M2M100, seed: int) -> translate.M2M100:
+    """Xavier for the matrices, a table that `embed` scales to unit size, norms one, biases zero."""
+    torch.manual_seed(seed)
+    for name, parameter in model.named_parameters():
+        if name == "model.shared.weight":
+            nn.init.normal_(parameter, std=model.config.d_model**-0.5)
+        elif parameter.ndim == 2:
+            nn.init.xavier_uniform_(parameter)
+        else:
+            nn.init.constant_(parameter, float("norm" in name and name.endswith("weight")))
+    return model
+
+
+def teacher_forced(model: translate.M2M100, batch: list[Sentence]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Hidden states (N, d) and the tokens (N,) they predict; a source is encoded once for all languages."""
+    source = training.padded([sentence.source for sentence in batch], PAD)  # (B, S)
+    rows = training.padded([row for sentence in batch for row in sentence.targets], PAD)  # (B * L, T + 1)
+    L = len(TARGETS)
+    memory = [(key.repeat_interleave(L, 0), value.repeat_interleave(L, 0))
+              for key, value in model.memory(model.encode(source, source != PAD))]
+    mask = (source != PAD).repeat_interleave(L, 0)  # (B * L, S)
+    tokens, targets = rows[:, :-1], rows[:, 1:]
+    hidden = model.decode(tokens, 0, memory, mask)  # (B * L, T, d)
+    predicted = targets != PAD
+    predicted[:, 0] = False  # the language: told, not guessed
+    return hidden[predicted], targets[predicted]
+
+
+def train(world: World, facts: list[Fact], config: translate.Config, schedule: training.Schedule, seed: int,
+          directory: Path, line: int) -> None:
+    """Trains on the training `facts` and writes config and weights beside the tokenizer."""
+    rng = random.Random(seed)
+    model = initialise_(translate.M2M100(config), seed)
+    stream = sentences(world, facts, Encoder(directory), rng)
+    batches = training.length_batches(stream, lambda sentence: sentence.length * len(TARGETS),
+                                      schedule.batch_tokens, rng)
+
+    def loss_of(batch: list[Sentence]) -> torch.Tensor:
+        hidden, targets = teacher_forced(model, batch)
+        return kernels.linear_cross_entropy(hidden, model.head, targets)
+
+    training.fit(model, batches, loss_of, schedule, "m2m100", line)
+    save(model, directory)
+
+
+def save(model: translate.M2M100, directory: Path) -> None:
+    """Configs and weights in Hugging Face layout, the weights last."""
+    write_json(directory / "config.json", {
+        "architectures": ["M2M100ForConditionalGeneration"], "model_type": "m2m_100",
+        "is_encoder_decoder": True, **asdict(model.config), "num_hidden_layers": model.config.encoder_layers,
+        "dropout": 0.0, "attention_dropout": 0.0, "activation_dropout": 0.0, "encoder_layerdrop": 0.0,
+        "decoder_layerdrop": 0.0, "torch_dtype": "bfloat16"})
+    write_json(directory / "generation_config.json", {
+        "bos_token_id": 0, "pad_token_id": PAD, "eos_token_id": EOS, "decoder_start_token_id": EOS,
+        "num_beams": 5, "max_length": 200, "early_stopping": True})
+    weights = {name: tensor.to(torch.bfloat16).contiguous() for name, tensor in model.state_dict().items()}
+    save_tensors(directory / "model.safetensors", weights)
