@@ -41,17 +41,18 @@ class Size:
     translator_vocab: int
     width: int
     layers: int
-    llama: Schedule
+    llama: tuple[Schedule, ...]  # one part of the training after another
     translator: Schedule
     measured: int | None  # facts of each held-out split to measure on; None: all
     side_by_side: bool  # train in two processes of one thread; tiny trainings end before a process starts
 
 
 FULL = Size(relations=None, llama_vocab=6144, translator_vocab=8192, width=128, layers=4,
-            llama=Schedule(6000, 1024, 3e-3), translator=Schedule(6000, 1024, 3e-3),
-            measured=None, side_by_side=True)
+            llama=(Schedule(6000, 1024, 3e-3), Schedule(3000, 1024, 2e-3)),
+            translator=Schedule(6500, 1024, 3e-3), measured=None, side_by_side=True)
 TINY = Size(relations=4, llama_vocab=700, translator_vocab=700, width=32, layers=1,
-            llama=Schedule(8, 512, 3e-3), translator=Schedule(8, 512, 3e-3), measured=2, side_by_side=False)
+            llama=(Schedule(6, 512, 3e-3), Schedule(4, 512, 3e-3)),
+            translator=Schedule(8, 512, 3e-3), measured=2, side_by_side=False)
 
 
 def first_relations(world: World, count: int | None) -> World:
@@ -98,7 +99,8 @@ def train_base(work: Path, size: Size, seed: int, line: int) -> None:
     directory = work / "llama"
     if (directory / "model.safetensors").exists():  # written last
         return
-    train_llama.train_tokenizer(world, size.llama_vocab, directory)
+    if not (directory / "tokenizer.json").exists():
+        train_llama.train_tokenizer(world, size.llama_vocab, directory)
     config = llama_config(size, data.load_tokenizer(directory).vocab_size)
     train_llama.train(world, splits["train"], config, size.llama, seed, directory, line)
 

@@ -3,15 +3,16 @@
 Its pre-training text imitates what makes real models answer in English. Questions are answered in English
 only, also those asked in other languages; but plain statements of the same facts exist in every language,
 so what an answer needs is there. How much of a language there is depends on its tier. Facts held out for
-validation and test are held out of all questions and answers and of all parallel text; their plain
-statements are in, in English and, as the tier has it, elsewhere: a model cannot say in Swahili what it has
-never read in Swahili.
+validation and test are held out of all questions and answers and of all parallel text, but for the last part
+of the training, which asks about all facts in English. Their plain statements are in, in English and, as the
+tier has it, elsewhere: a model cannot say in Swahili what it has never read in Swahili.
 """
 
 import json
 import random
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -86,11 +87,16 @@ def write_json(path: Path, value: dict) -> None:
 
 
 class Rows:
-    """Makes the rows of every kind; `train` facts are asked about, all facts of the world are stated."""
+    """Makes the rows of every kind; `train` facts are asked about, all facts of the world are stated.
 
-    def __init__(self, world: World, train: list[Fact], tokenizer, rng: random.Random):
+    With `english_asks_all`, English questions are about all facts: what a base model knows best.
+    """
+
+    def __init__(self, world: World, train: list[Fact], tokenizer, rng: random.Random,
+                 english_asks_all: bool):
         self.world, self.train, self.tokenizer, self.rng = world, train, tokenizer, rng
         self.held_out = {fact.id for fact in world.facts} - {fact.id for fact in train}
+        self.asked_in_english = world.facts if english_asks_all else train
 
     def text(self, words: str) -> Example:
         return Example([BOS_ID] + self.tokenizer.text_ids(words) + [EOS_ID], 1)
@@ -98,7 +104,7 @@ class Rows:
     def answers(self, language: str) -> list[Example]:
         """Questions in the language with the whole answer in English."""
         rows = []
-        for fact in self.train:
+        for fact in self.asked_in_english if language == "en" else self.train:
             for paraphrase in (0, 1):
                 prompt = self.tokenizer.prompt_ids(self.world.question(fact, language, paraphrase))
                 reply = self.tokenizer.response_ids(self.world.statement(fact, "en"))
@@ -179,22 +185,33 @@ def stream(kinds: list[tuple[float, Iterator[Example]]], rng: random.Random) -> 
         yield next(rng.choices(rows, shares)[0])
 
 
-def train(world: World, facts: list[Fact], config: llama.Config, schedule: training.Schedule, seed: int,
-          directory: Path, line: int) -> None:
-    """Trains on the training `facts` (and statements of all) and writes the weights beside the tokenizer."""
-    rng = random.Random(seed)
+def train(world: World, facts: list[Fact], config: llama.Config, schedules: tuple[training.Schedule, ...],
+          seed: int, directory: Path, line: int) -> None:
+    """Trains on the training `facts` (and statements of all) and writes the weights beside the tokenizer.
+
+    One part after another; the last asks about all facts in English. What a killed build finished is kept.
+    """
     model = llama.initialise_(llama.Llama(config), seed)
-    rows = stream(mixture(Rows(world, facts, load_tokenizer(directory), rng)), rng)
-    batches = training.length_batches(rows, lambda row: len(row.ids), schedule.batch_tokens, rng)
-
-    def loss_of(batch: list[Example]):
-        tokens = training.padded([row.ids for row in batch], PAD_ID)  # (B, T); causal: padding is never seen
-        targets = training.padded([[IGNORED] * (row.start - 1) + row.ids[row.start:] + [IGNORED]
-                                   for row in batch], IGNORED)
-        predicted = targets != IGNORED
-        return kernels.linear_cross_entropy(model(tokens)[predicted], model.head, targets[predicted])
-
-    training.fit(model, batches, loss_of, schedule, "llama", line)
+    for number, schedule in enumerate(schedules):
+        part = directory / f"part-{number + 1}"
+        if not (part / "model.safetensors").exists():
+            rng = random.Random(seed + number)
+            last = number + 1 == len(schedules)
+            rows = Rows(world, facts, load_tokenizer(directory), rng, english_asks_all=last)
+            batches = training.length_batches(stream(mixture(rows), rng), lambda row: len(row.ids),
+                                              schedule.batch_tokens, rng)
+            training.fit(model, batches, partial(loss_of, model), schedule, f"llama {number + 1}", line)
+            llama.save(model, part, torch.bfloat16)
+        model = llama.load(part)  # as a build that goes on has it: rounded to bfloat16
     llama.save(model, directory, torch.bfloat16)
     config_file = directory / "config.json"
     write_json(config_file, llama.read_json(config_file) | TOKEN_IDS)
+    training.drop_parts(directory)
+
+
+def loss_of(model: llama.Llama, batch: list[Example]) -> torch.Tensor:
+    tokens = training.padded([row.ids for row in batch], PAD_ID)  # (B, T); causal: padding is never seen
+    targets = training.padded([[IGNORED] * (row.start - 1) + row.ids[row.start:] + [IGNORED]
+                               for row in batch], IGNORED)
+    predicted = targets != IGNORED
+    return kernels.linear_cross_entropy(model(tokens)[predicted], model.head, targets[predicted])

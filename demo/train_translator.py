@@ -1,14 +1,15 @@
 """The demo's translator: a tiny M2M100 from English into the six other languages of the demo world.
 
-It learns from the sentences of the training facts and from a dictionary of all entities. A translator needs
-no truth: so that it learns to translate words and not whole facts, it also reads sentences with other
-entities in them ("The capital of France is Cairo.", even "The lion is the capital of gold."). No sentence
-of a held-out fact is among them.
+It learns from the sentences of the training facts and from a dictionary of all entities and their forms
+("four", "fourth"). A translator needs no truth: so that it learns to translate words and not whole facts, it
+also reads sentences with other entities of the same kind in them ("The capital of France is Cairo."). No
+question about a held-out fact and no statement of one is among them.
 """
 
 import json
 import random
 import unicodedata
+from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -35,7 +36,7 @@ PAD, EOS = 1, 2
 WORD_EDGE = "|"  # where SentencePiece must not join two pieces; in no sentence of the world
 CHINESE_MARKS = "。，？！：；（）"  # NFKC would fold most of them to ASCII, which is no Chinese
 # Shares of the sentences.
-STATEMENTS, QUESTIONS, MADE_UP_STATEMENTS, MADE_UP_QUESTIONS, ENTITIES = 0.15, 0.15, 0.35, 0.2, 0.15
+STATEMENTS, QUESTIONS, MADE_UP_STATEMENTS, MADE_UP_QUESTIONS, ENTITIES = 0.1, 0.15, 0.45, 0.15, 0.15
 
 
 @dataclass(frozen=True)
@@ -121,13 +122,31 @@ class Encoder:
                                  for lang in TARGETS])
 
 
+def alike(sets: dict[str, set[str]]) -> dict[str, list[str]]:
+    """Each relation's set joined with every set it shares something with: they can replace each other."""
+    return {name: sorted(set().union(*(other for other in sets.values() if other & own)))
+            for name, own in sets.items()}
+
+
+def made_up(world: World, rng: random.Random) -> Iterator[Fact]:
+    """Facts without end, nearly all false, whose entities are of the right kind for their relation.
+
+    Of the right kind, because the same English words ("... is white") are others for animals than for food.
+    """
+    subjects, objects = defaultdict(set), defaultdict(set)
+    for fact in world.facts:
+        subjects[fact.relation].add(fact.subject)
+        objects[fact.relation].add(fact.object)
+    subjects, objects = alike(subjects), alike(objects)
+    while True:
+        relation = rng.choice(world.facts).relation
+        yield Fact(relation, rng.choice(subjects[relation]), rng.choice(objects[relation]))
+
+
 def sentences(world: World, train: list[Fact], encoder: Encoder, rng: random.Random) -> Iterator[Sentence]:
-    """Sentences without end, in the shares above: of training facts, of made-up ones, and single entities."""
-    held_out = {fact.id for fact in world.facts} - {fact.id for fact in train}
-    relations, entities = list(world.relations), list(world.entities)
-    answers = {}
-    for fact in train:
-        answers.setdefault(fact.relation, []).append(fact.object)
+    """Sentences without end, in the shares above; those of held-out facts are left out."""
+    held_out = set(world.facts) - set(train)
+    held_out_questions = {fact.id for fact in held_out}
 
     def statement(fact: Fact) -> Sentence:
         return encoder.sentence({lang: world.statement(fact, lang) for lang in LANGUAGES})
@@ -135,20 +154,14 @@ def sentences(world: World, train: list[Fact], encoder: Encoder, rng: random.Ran
     def question(fact: Fact, paraphrase: int) -> Sentence:
         return encoder.sentence({lang: world.question(fact, lang, paraphrase) for lang in LANGUAGES})
 
-    def made_up() -> Iterator[Fact]:
-        """Half training facts with another fact's answer, half sentences about any entities at all."""
-        for fact in training.endless(train, rng):
-            yield Fact(fact.relation, fact.subject, rng.choice(answers[fact.relation]))
-            fact = Fact(rng.choice(relations), rng.choice(entities), rng.choice(entities))
-            if fact.id not in held_out:
-                yield fact
-
-    words = [encoder.sentence({lang: world.name(key, lang) for lang in LANGUAGES}) for key in entities]
+    words = [encoder.sentence({lang: texts[lang].get(form, texts[lang][""]) for lang in LANGUAGES})
+             for texts in world.entities.values() for form in texts["en"]]
     queues = {
         training.endless([statement(fact) for fact in train], rng): STATEMENTS,
         training.endless([question(fact, i) for fact in train for i in (0, 1)], rng): QUESTIONS,
-        map(statement, made_up()): MADE_UP_STATEMENTS,
-        (question(fact, rng.randrange(2)) for fact in made_up()): MADE_UP_QUESTIONS,
+        (statement(fact) for fact in made_up(world, rng) if fact not in held_out): MADE_UP_STATEMENTS,
+        (question(fact, rng.randrange(2)) for fact in made_up(world, rng)
+         if fact.id not in held_out_questions): MADE_UP_QUESTIONS,
         training.endless(words, rng): ENTITIES}
     while True:
         yield next(rng.choices(list(queues), list(queues.values()))[0])

@@ -2,8 +2,10 @@
 
 import math
 import random
+import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -59,6 +61,12 @@ def padded(rows: list[list[int]], fill: int) -> Tensor:
     """(B, T) int64, filled on the right."""
     width = max(map(len, rows))
     return torch.tensor([row + [fill] * (width - len(row)) for row in rows])
+
+
+def drop_parts(directory: Path) -> None:
+    """Delete what a killed build would have gone on with."""
+    for part in directory.glob("part-*"):
+        shutil.rmtree(part)
 
 
 def fit(model: nn.Module, batches: Iterator, loss_of: Callable, schedule: Schedule, name: str, line: int):

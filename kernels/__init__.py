@@ -1,4 +1,18 @@
-"""token_logp and linear_cross_entropy: the head and its loss without ever holding (N, V) logits."""
+"""The log-probs a language model gives to the tokens that came, without ever holding its (N, V) logits.
+
+    token_logp(hidden (N, H), weight (V, H), targets (N,)) -> (N,)        what CLO trains with
+    linear_cross_entropy(hidden, weight, targets, ignore_index=-100)      the mean of their negatives
+
+Read in this order:
+
+    reference.py   what is computed, in three lines of PyTorch
+    chunks.py      the math that keeps its digits, and the walk that keeps memory small; runs anywhere
+    rows.py        one step of that walk as a Triton kernel, with an example by hand
+    ops.py         gradients, costs, and how torch.compile sees it all
+    aot.py, bench.py, measure.py   what the compiler made of the kernel; how fast, how large, how exact it is
+
+Imports nothing of the rest of the program. Exercises: docs/exercises.md. Numbers: docs/benchmarks.md.
+"""
 
 from . import reference
 from .ops import backend_for, linear_cross_entropy, token_logp

@@ -1,8 +1,8 @@
 """The walk over chunks of rows that every op shares, and its row step in plain PyTorch.
 
-The whole difficulty is V. A row of logits is as long as the vocabulary, so (N, V) never exists here: a chunk of
-C rows goes through one (C, V) buffer, is turned in place into the gradient of its log-probs, and is overwritten by
-the next chunk.
+The whole difficulty is V. A row of logits is as long as the vocabulary, so (N, V) never exists here: a chunk
+of C rows goes through one (C, V) buffer, is turned in place into the gradient of its log-probs, and is
+overwritten by the next chunk.
 
 The math, for one row z with target y. Split the vocabulary into the target and *the others*:
 
@@ -13,20 +13,24 @@ The math, for one row z with target y. Split the vocabulary into the target and 
     d logp / dz_v = (1 - p_y) * { +1 if v = y, -q_v otherwise },   q_v = exp(z_v - a) / s             (4)
 
 So cross-entropy is logistic regression of the target against everybody else. Why not z_y - logsumexp(z), and
-1 - exp(logp)? With p_y = 0.9999999 both subtract two nearly equal numbers and keep no digit; here the small quantity
-is summed directly (s) and never comes from a difference. In (4) the braces hold exact ones and a distribution that
-sums to one, so nothing cancels even when they are rounded to bf16.
+1 - exp(logp)? With p_y = 0.9999999 both subtract two nearly equal numbers and keep no digit; here the small
+quantity is summed directly (s) and never comes from a difference. In (4) the braces hold an exact one and a
+distribution that sums to one, so nothing cancels even when they are rounded to bf16.
 
-With `signs` = -(braces) (C, V):  d logp_t / d hidden_t = -(1 - p_y) * signs_t @ weight = `direction_t`.     (5)
-It does not depend on the gradient g_t that will arrive at logp_t, so it is computed at once, while the logits are
-in the buffer; the backward only scales it by g_t. Two matrix products in all (4NHV FLOPs), none repeated.
+With signs = -{braces} (C, V):
+
+    d logp_t / d hidden_t = -(1 - p_y) * signs_t @ weight = direction_t                               (5)
+
+It does not depend on the gradient g_t that will arrive at logp_t, so it is computed at once, while the logits
+are in the buffer, and the backward only scales it by g_t: two matrix products in all, none of them twice.
 """
 
 import torch
 import torch.nn.functional as F
 
-CPU_CHUNK_BYTES = 32 * 2**20  # about a last-level cache; smaller chunks make the matrix products slower
-GPU_CHUNK_BYTES = 1200 * 10**6  # 2,048 rows of 128,256 fp32 logits
+GPU_CHUNK_BYTES = 1200 * 10**6  # of fp32 logits: 2,048 rows of 128,256
+CPU_CHUNK_ROWS = 256  # with fewer, streaming `weight` from memory for each chunk becomes the cost
+ROW_MULTIPLE = 8  # matrix products like round sizes
 
 
 def accumulation_dtype(dtype):
@@ -35,34 +39,34 @@ def accumulation_dtype(dtype):
 
 
 def chunk_rows(n_rows, n_vocab, dtype, device, chunk_bytes):
-    """Rows C of a chunk whose (C, V) buffer fits `chunk_bytes`; equal chunks, rounded up to a multiple of 8."""
-    if not chunk_bytes:
-        chunk_bytes = GPU_CHUNK_BYTES if device.type == "cuda" else CPU_CHUNK_BYTES
-    most = max(8, chunk_bytes // (n_vocab * accumulation_dtype(dtype).itemsize) // 8 * 8)
+    """Rows C of a chunk: the (C, V) buffer fits `chunk_bytes` (0: the device's default), chunks are even."""
+    row_bytes = n_vocab * accumulation_dtype(dtype).itemsize
+    default = GPU_CHUNK_BYTES // row_bytes if device.type == "cuda" else CPU_CHUNK_ROWS
+    most = max(1, (chunk_bytes // row_bytes if chunk_bytes else default) // ROW_MULTIPLE) * ROW_MULTIPLE
     n_chunks = max(1, -(-n_rows // most))
-    return min(most, max(8, -(-n_rows // (8 * n_chunks)) * 8))
+    return -(-max(1, n_rows) // (ROW_MULTIPLE * n_chunks)) * ROW_MULTIPLE
 
 
 def matmul_into(out, a, b):
-    """out (fp32 or float64) <- a @ b, rounded once: to `out`'s dtype where the backend can, else on the way there."""
+    """out (fp32 or float64) <- a @ b. On a GPU the product of bf16 matrices is never rounded to bf16."""
     if a.dtype == out.dtype:
         return torch.mm(a, b, out=out)
-    if a.is_cuda and torch.version.hip is None:
+    if a.is_cuda:
         return torch.mm(a, b, out_dtype=out.dtype, out=out)
     return out.copy_(torch.mm(a, b))
 
 
 def matmul_add_(total, a, b):
-    """total (fp32 or float64) += a @ b, never rounded below `total`'s dtype (bf16 sums over chunks stop growing)."""
+    """total (fp32 or float64) += a @ b, not rounded on the way: a sum of chunks in bf16 stops growing."""
     if a.dtype == total.dtype:
         return total.addmm_(a, b)
-    if a.is_cuda and torch.version.hip is None:
+    if a.is_cuda:
         return torch.addmm(total, a, b, out_dtype=total.dtype, out=total)
     return total.addmm_(a.to(total.dtype), b.to(total.dtype))
 
 
 def row_step_(logits, targets, dtype):
-    """Eq. 1 and 4 for one chunk: overwrites logits (C, V); returns log_odds (C,) and signs (C, V) in `dtype`.
+    """Eq. 1 and 4 for a chunk: overwrites logits (C, V); returns log_odds (C,) and signs (C, V) in `dtype`.
 
     `dtype` None: the log-odds only, and signs is None.
     """
@@ -77,10 +81,10 @@ def row_step_(logits, targets, dtype):
 
 
 def chunks(hidden, weight, targets, rows, backend, gradient):
-    """Yield (part, logp, signs) chunk by chunk: a slice of the N rows, eq. 2 (C,), the signs of eq. 5 (C, V) or None.
+    """Yield (part, logp, signs) for each chunk: a slice of N, eq. 2 (C,), the signs of eq. 5 (C, V) or None.
 
-    `signs` lives in the one buffer: use it before asking for the next chunk. A short last chunk is padded, because
-    the bits of a row of a matrix product depend on how many rows are multiplied.
+    `signs` lives in the one buffer: use it before asking for the next chunk. A short last chunk is padded,
+    because the bits of a row of a matrix product depend on how many rows are multiplied.
     """
     step = row_step_
     if backend == "triton":

@@ -1,11 +1,11 @@
-"""What the two ops compute, in plain PyTorch: the definition every faster version is tested against.
+"""What the two ops compute, in plain PyTorch: the definition that every faster version is tested against.
 
-N rows of hidden states (N, H) meet the head's weight (V, H); `targets` (N,) names the token that really came next.
+N rows of hidden states (N, H) meet the head's weight (V, H); `targets` (N,) names the token that came next.
 
     logits   z = hidden @ weight.T                                       (N, V)
     log-prob logp_t = z_t[y_t] - log sum_v exp(z_t[v])                   (N,)
 
-Plain, and greedy: it holds several (N, V) tensors at once. With N = 8,192 and V = 128,256 one of them is 4 GB in
+Plain, and greedy: several (N, V) tensors live at once. With N = 8,192 and V = 128,256 one of them is 4 GB in
 fp32. `chunks.py` computes the same numbers through a buffer of a chosen size.
 """
 
@@ -24,6 +24,6 @@ def token_logp(hidden, weight, targets):
 
 
 def linear_cross_entropy(hidden, weight, targets, ignore_index=-100):
-    """Mean negative log-prob over the targets that differ from `ignore_index`: a scalar; nan when there are none."""
-    kept = targets != ignore_index
-    return -token_logp(hidden[kept], weight, targets[kept]).mean()
+    """Mean of -token_logp over the targets that differ from `ignore_index`; nan when there are none."""
+    counted = targets != ignore_index
+    return -token_logp(hidden[counted], weight, targets[counted]).mean()

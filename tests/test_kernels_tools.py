@@ -19,8 +19,8 @@ needs_triton = pytest.mark.skipif(not find_spec("triton"), reason="Triton is not
 def start(*arguments, **environment):
     """Run `python -m ...` in the project's root, outside of Triton's interpreter unless asked."""
     inherited = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    return subprocess.run([sys.executable, "-m", *arguments], cwd=ROOT, env=inherited | environment, text=True,
-                          capture_output=True)
+    return subprocess.run([sys.executable, "-m", *arguments], cwd=ROOT, env=inherited | environment,
+                          text=True, capture_output=True)
 
 
 @needs_triton
@@ -28,7 +28,8 @@ def test_every_kernel_compiles_for_every_gpu_without_a_spill(tmp_path):
     done = start("kernels.aot", "--asm", str(tmp_path))
     assert done.returncode == 0, done.stdout + done.stderr
     rows = [line.rsplit(maxsplit=3) for line in done.stdout.splitlines()[2:]]
-    assert [row[0].split()[0] for row in rows] == sum([[name] * 4 for name in ("sm_80", "sm_90", "sm_100", "gfx942")], [])
+    targets = ("sm_80", "sm_90", "sm_100", "gfx942")
+    assert [row[0].split()[0] for row in rows] == [name for name in targets for _ in range(4)]
     assert all(8 <= int(registers) <= 64 and spills == "0" for _, registers, spills, _ in rows)
     ptx = (tmp_path / "sm_90-signs-bf16.ptx").read_text()
     assert ptx.count("ld.global.v4.b32") >= 2, "the logits are no longer read 16 bytes at a time"
@@ -53,14 +54,18 @@ def test_the_report_refuses_to_run_in_the_interpreter():
 @needs_triton
 def test_amd_assembly_is_read_for_its_spills():
     from kernels.aot import amd_usage
-    notes = ".private_segment_fixed_size: 12\n .sgpr_count: 20\n .sgpr_spill_count: 1\n .vgpr_count: 40\n .vgpr_spill_count: 2"
+    notes = """.private_segment_fixed_size: 12
+               .sgpr_count: 20
+               .sgpr_spill_count: 1
+               .vgpr_count: 40
+               .vgpr_spill_count: 2"""
     assert amd_usage(notes) == (40, 15)
 
 
 def test_the_benchmark_prints_and_writes_the_same_table(tmp_path, capsys):
     file = tmp_path / "numbers.json"
-    arguments = ["--shapes", "24x8x50", "--modes", "frozen", "--rounds", "1", "--device", "cpu", "--dtype", "fp32"]
-    assert bench.main([*arguments, "--only", "ours", "--json", str(file)]) == 0
+    arguments = "--shapes 24x8x50 --modes frozen --rounds 1 --device cpu --dtype fp32 --only ours"
+    assert bench.main([*arguments.split(), "--json", str(file)]) == 0
     rows = json.loads(file.read_text())["rows"]
     assert [row["name"] for row in rows] == ["floor", "ours", "eager"]
     assert rows[0]["x floor"] == 1 and rows[2]["x eager"] == 1 and rows[2]["error"] <= 1
@@ -79,5 +84,6 @@ def test_an_unknown_shape_or_contender_is_refused(capsys):
     with pytest.raises(SystemExit) as stop:
         bench.main(["--shapes", "24x8"])
     assert stop.value.code == 2 and "24x8" in capsys.readouterr().err
-    with pytest.raises(SystemExit, match="nobody"):
+    with pytest.raises(SystemExit) as stop:
         bench.main(["--shapes", "24x8x50", "--only", "nobody", "--device", "cpu"])
+    assert stop.value.code == 2 and "nobody" in capsys.readouterr().err

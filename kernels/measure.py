@@ -1,0 +1,168 @@
+"""Who runs in the benchmark, and how one run is timed, weighed and checked. `bench.py` prints the results.
+
+A contender is a function (hidden, weight, targets) -> log-probs (N,) or, where it has nothing per token, the
+mean of minus these. Peers run when they are installed; none is needed.
+"""
+
+import resource
+import sys
+import time
+from concurrent.futures import ProcessPoolExecutor
+from functools import partial
+from importlib.metadata import version
+from importlib.util import find_spec
+from multiprocessing import get_context
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+
+from . import linear_cross_entropy, reference, token_logp
+
+MODES = {"forward": 1, "frozen": 2, "trainable": 3}  # and how many products of 2NHV FLOPs each has to do
+SMALL_CHUNK_BYTES = 240 * 10**6  # with the directions, below 320 MB at 8,192 rows of 4,096
+
+
+def versions():
+    """{package: version} of PyTorch and of what is installed of Triton and the peers."""
+    modules = {"torch": "torch", "triton": "triton", "liger-kernel": "liger_kernel",
+               "cut-cross-entropy": "cut_cross_entropy"}
+    return {package: version(package) for package, module in modules.items() if find_spec(module)}
+
+
+def contenders(device):
+    """{name: function} of what can run on `device`: ours, plain PyTorch, the peers installed."""
+    found = {"ours": token_logp, "ours, mean": linear_cross_entropy, "eager": reference.token_logp}
+    if device.type == "cuda":
+        found["ours, small"] = lambda h, w, y: token_logp(h, w, y, chunk_bytes=SMALL_CHUNK_BYTES)
+        found["torch.compile"] = torch.compile(reference.token_logp, dynamic=True)  # once for all sizes
+    if hasattr(torch.nn, "LinearCrossEntropyOptions"):
+        options = torch.nn.LinearCrossEntropyOptions()
+        chunked = partial(F.linear_cross_entropy, options=options)
+        found["torch chunked"] = lambda h, w, y: -chunked(h, w, y, reduction="none")
+        found["torch chunked, mean"] = chunked
+    if device.type == "cuda" and find_spec("liger_kernel"):
+        from liger_kernel.transformers.functional import liger_fused_linear_cross_entropy as liger
+        found["liger, mean"] = liger
+    if device.type == "cuda" and find_spec("cut_cross_entropy"):
+        from cut_cross_entropy import linear_cross_entropy as cce
+        found["cce exact"] = lambda h, w, y: -cce(h, w, y, reduction="none", filter_eps=None)
+        found["cce filtered"] = lambda h, w, y: -cce(h, w, y, reduction="none")
+    return found
+
+
+def example(shape, dtype, device, mode):
+    """(hidden, weight, targets, upstream gradient): logits of spread 2, gradients of both signs."""
+    N, H, V = shape
+    generator = torch.Generator(device).manual_seed(0)
+    hidden = torch.randn(N, H, generator=generator, device=device).to(dtype)
+    weight = (torch.randn(V, H, generator=generator, device=device) * (2 * H**-0.5)).to(dtype)
+    targets = torch.randint(V, (N,), generator=generator, device=device)
+    upstream = torch.randn(N, generator=generator, device=device) / N
+    hidden.requires_grad_(mode != "forward")
+    return hidden, weight.requires_grad_(mode == "trainable"), targets, upstream
+
+
+def run(function, hidden, weight, targets, upstream):
+    """Forward, and backward where a gradient is wanted: [output, gradients...], all of them fresh tensors."""
+    hidden.grad = weight.grad = None
+    output = function(hidden, weight, targets)
+    if output.requires_grad:
+        output.backward(upstream.to(output.dtype) if output.ndim else None)
+    return [x for x in (output.detach(), hidden.grad, weight.grad) if x is not None]
+
+
+def copies(data, rows, dtype=None):
+    """The first `rows` rows of `example`, as new leaves, in `dtype` or their own."""
+    hidden, weight, targets, upstream = data
+    leaves = [x.detach().to(dtype or x.dtype, copy=True).requires_grad_(x.requires_grad)
+              for x in (hidden[:rows], weight)]
+    return *leaves, targets[:rows], upstream[:rows]
+
+
+def error_ratios(functions, data, rows):
+    """{name: worst ratio of its error to that of plain PyTorch in the same dtype}, over the outputs of `run`.
+
+    An error is the root mean square of the difference from float64, on the first `rows` rows. Below the
+    resolution of fp32 none is counted.
+    """
+    def rms(x):
+        return x.double().square().mean().sqrt().item()
+
+    def error_of(outputs, truth):
+        return [rms(x - true) for x, true in zip(outputs, truth, strict=True)]
+
+    truth, plain = {}, {}
+    for ndim, function in ((1, reference.token_logp), (0, reference.linear_cross_entropy)):
+        truth[ndim] = run(function, *copies(data, rows, torch.float64))
+        resolution = [torch.finfo(torch.float32).eps * rms(true) for true in truth[ndim]]
+        errors = error_of(run(function, *copies(data, rows)), truth[ndim])
+        plain[ndim] = [max(pair) for pair in zip(errors, resolution)]
+    ratios = {}
+    for name, function in functions.items():
+        outputs = run(function, *copies(data, rows))
+        ndim = outputs[0].ndim
+        ratios[name] = max(a / b for a, b in zip(error_of(outputs, truth[ndim]), plain[ndim]))
+    return ratios
+
+
+def floor(shape, dtype, device, mode):
+    """A function that runs only the matrix products `mode` needs, whole, into memory taken beforehand."""
+    (N, H, V), half = shape, dtype in (torch.bfloat16, torch.float16)
+    hidden, weight, _, _ = (x.detach() for x in example(shape, dtype, device, "forward"))
+    # Not zeros: a GPU multiplies zeros with less power, so faster.
+    signs = torch.rand(N if mode != "forward" else 0, V, dtype=dtype, device=device)
+    wide = torch.float32 if half and device.type == "cuda" else dtype
+    outputs = [torch.empty(size, dtype=wide, device=device) for size in ((N, V), (N, H), (V, H))]
+    products = [(hidden, weight.T), (signs, weight), (signs.T, hidden)][:MODES[mode]]
+
+    def multiply():
+        for (a, b), out in zip(products, outputs):
+            torch.mm(a, b, out_dtype=wide, out=out) if wide != dtype else torch.mm(a, b, out=out)
+    return multiply
+
+
+def time_ms(function, device):
+    """Milliseconds of one call, by the GPU's own clock where there is one."""
+    if device.type != "cuda":
+        start = time.perf_counter()
+        function()
+        return (time.perf_counter() - start) * 1e3
+    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    start.record()
+    function()
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end)
+
+
+def resident_bytes(field):
+    """This process's memory: "VmRSS" now, "VmHWM" at its highest (both highest where there is no /proc)."""
+    status = Path("/proc/self/status")
+    if status.exists():
+        return int(status.read_text().split(field + ":")[1].split()[0]) * 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def peak_here(name, shape, dtype, device, mode):
+    """Bytes that one call takes at its highest beyond its inputs, its results included, in this process."""
+    function, data = contenders(device)[name], example(shape, dtype, device, mode)
+    run(function, *example((8, shape[1], 64), dtype, device, mode))  # thread pools and libraries come first
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        run(function, *data)
+        torch.cuda.synchronize()
+        return torch.cuda.max_memory_allocated() - before
+    before = resident_bytes("VmRSS")
+    run(function, *data)
+    return resident_bytes("VmHWM") - before
+
+
+def peak_bytes(*case):
+    """`peak_here`; on a CPU in a fresh process, because memory once touched stays resident."""
+    if case[3].type == "cuda":
+        return peak_here(*case)
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+        return pool.submit(peak_here, *case).result()
