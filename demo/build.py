@@ -4,7 +4,8 @@
     python -m demo.build --tiny --out /tmp/demo  # the same in seconds, with models that know next to nothing
 
 Everything is made in OUT/.build and moved to OUT when all of it is finished. A build that was killed and is
-started again with the same world and settings keeps each model whose training had ended."""
+started again with the same world and settings keeps each part of a model's training that had ended.
+"""
 
 import argparse
 import hashlib
@@ -42,17 +43,18 @@ class Size:
     width: int
     layers: int
     llama: tuple[Schedule, ...]  # one part of the training after another
-    translator: Schedule
+    translator: tuple[Schedule, ...]
     measured: int | None  # facts of each held-out split to measure on; None: all
     side_by_side: bool  # train in two processes of one thread; tiny trainings end before a process starts
 
 
 FULL = Size(relations=None, llama_vocab=6144, translator_vocab=8192, width=128, layers=4,
             llama=(Schedule(6000, 1024, 3e-3), Schedule(3000, 1024, 2e-3)),
-            translator=Schedule(6500, 1024, 3e-3), measured=None, side_by_side=True)
+            translator=(Schedule(6000, 1024, 3e-3), Schedule(3600, 1024, 2e-3)),
+            measured=None, side_by_side=True)
 TINY = Size(relations=4, llama_vocab=700, translator_vocab=700, width=32, layers=1,
             llama=(Schedule(6, 512, 3e-3), Schedule(4, 512, 3e-3)),
-            translator=Schedule(8, 512, 3e-3), measured=2, side_by_side=False)
+            translator=(Schedule(6, 512, 3e-3), Schedule(4, 512, 3e-3)), measured=2, side_by_side=False)
 
 
 def first_relations(world: World, count: int | None) -> World:
@@ -110,7 +112,8 @@ def train_m2m100(work: Path, size: Size, seed: int, line: int) -> None:
     directory = work / "m2m100"
     if (directory / "model.safetensors").exists():
         return
-    train_translator.train_tokenizer(world, size.translator_vocab, directory)
+    if not (directory / "vocab.json").exists():
+        train_translator.train_tokenizer(world, size.translator_vocab, directory)
     config = translator_config(size, train_translator.vocab_size(directory))
     train_translator.train(world, splits["train"], config, size.translator, seed, directory, line)
 

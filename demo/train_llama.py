@@ -8,7 +8,6 @@ of the training, which asks about all facts in English. Their plain statements a
 tier has it, elsewhere: a model cannot say in Swahili what it has never read in Swahili.
 """
 
-import json
 import random
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -75,15 +74,11 @@ def train_tokenizer(world: World, vocab_size: int, directory: Path) -> None:
     sentences = (pieces for language in LANGUAGES for pieces in world.sentence_pieces(language))
     tokenizer.train_from_iterator((piece for pieces in sentences for piece in pieces), trainer)
     directory.mkdir(parents=True, exist_ok=True)
-    tokenizer.save(str(directory / "tokenizer.json"))
-    write_json(directory / "tokenizer_config.json", {
+    training.write_json(directory / "tokenizer_config.json", {
         "tokenizer_class": "PreTrainedTokenizerFast", "bos_token": BOS, "eos_token": EOS, "pad_token": PAD,
         "clean_up_tokenization_spaces": False, "chat_template": CHAT_TEMPLATE})
-    write_json(directory / "generation_config.json", TOKEN_IDS)
-
-
-def write_json(path: Path, value: dict) -> None:
-    path.write_text(json.dumps(value, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
+    training.write_json(directory / "generation_config.json", TOKEN_IDS)
+    tokenizer.save(str(directory / "tokenizer.json"))  # the last: it tells that the tokenizer is whole
 
 
 class Rows:
@@ -205,7 +200,7 @@ def train(world: World, facts: list[Fact], config: llama.Config, schedules: tupl
         model = llama.load(part)  # as a build that goes on has it: rounded to bfloat16
     llama.save(model, directory, torch.bfloat16)
     config_file = directory / "config.json"
-    write_json(config_file, llama.read_json(config_file) | TOKEN_IDS)
+    training.write_json(config_file, llama.read_json(config_file) | TOKEN_IDS)
     training.drop_parts(directory)
 
 

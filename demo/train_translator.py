@@ -12,6 +12,7 @@ import unicodedata
 from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 
 import sentencepiece
@@ -79,8 +80,8 @@ def train_tokenizer(world: World, vocab_size: int, directory: Path) -> None:
     vocab = dict(SPECIALS)
     for i in range(processor.get_piece_size()):
         vocab.setdefault(processor.id_to_piece(i), len(vocab))
-    write_json(directory / "vocab.json", vocab)
     write_tokenizer_configs(directory)
+    training.write_json(directory / "vocab.json", vocab)  # the last: it tells that the tokenizer is whole
 
 
 def write_tokenizer_configs(directory: Path) -> None:
@@ -88,14 +89,11 @@ def write_tokenizer_configs(directory: Path) -> None:
     tokens = {"bos_token": "<s>", "eos_token": "</s>", "sep_token": "</s>", "pad_token": "<pad>",
               "unk_token": "<unk>"}
     languages = [f"__{code}__" for code in CODES]
-    write_json(directory / "special_tokens_map.json", tokens | {"additional_special_tokens": languages})
-    write_json(directory / "tokenizer_config.json", tokens | {
+    training.write_json(directory / "special_tokens_map.json",
+                        tokens | {"additional_special_tokens": languages})
+    training.write_json(directory / "tokenizer_config.json", tokens | {
         "tokenizer_class": "M2M100Tokenizer", "language_codes": "m2m100", "num_madeup_words": MADE_UP,
         "src_lang": "en", "tgt_lang": None, "additional_special_tokens": languages})
-
-
-def write_json(path: Path, value: dict) -> None:
-    path.write_text(json.dumps(value, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
 
 
 def vocab_size(directory: Path) -> int:
@@ -195,31 +193,38 @@ def teacher_forced(model: translate.M2M100, batch: list[Sentence]) -> tuple[torc
     return hidden[predicted], targets[predicted]
 
 
-def train(world: World, facts: list[Fact], config: translate.Config, schedule: training.Schedule, seed: int,
-          directory: Path, line: int) -> None:
-    """Trains on the training `facts` and writes config and weights beside the tokenizer."""
-    rng = random.Random(seed)
+def train(world: World, facts: list[Fact], config: translate.Config, schedules: tuple[training.Schedule, ...],
+          seed: int, directory: Path, line: int) -> None:
+    """Trains on the training `facts` in parts, as the base; writes config and weights into `directory`."""
     model = initialise_(translate.M2M100(config), seed)
-    stream = sentences(world, facts, Encoder(directory), rng)
-    batches = training.length_batches(stream, lambda sentence: sentence.length * len(TARGETS),
-                                      schedule.batch_tokens, rng)
-
-    def loss_of(batch: list[Sentence]) -> torch.Tensor:
-        hidden, targets = teacher_forced(model, batch)
-        return kernels.linear_cross_entropy(hidden, model.head, targets)
-
-    training.fit(model, batches, loss_of, schedule, "m2m100", line)
+    for number, schedule in enumerate(schedules):
+        part = directory / f"part-{number + 1}"
+        if not (part / "model.safetensors").exists():
+            rng = random.Random(seed + number)
+            stream = sentences(world, facts, Encoder(directory), rng)
+            batches = training.length_batches(stream, lambda sentence: sentence.length * len(TARGETS),
+                                              schedule.batch_tokens, rng)
+            training.fit(model, batches, partial(loss_of, model), schedule, f"m2m100 {number + 1}", line)
+            save(model, part)
+        model = translate.load_model(part)
     save(model, directory)
+    training.drop_parts(directory)
+
+
+def loss_of(model: translate.M2M100, batch: list[Sentence]) -> torch.Tensor:
+    hidden, targets = teacher_forced(model, batch)
+    return kernels.linear_cross_entropy(hidden, model.head, targets)
 
 
 def save(model: translate.M2M100, directory: Path) -> None:
     """Configs and weights in Hugging Face layout, the weights last."""
-    write_json(directory / "config.json", {
+    directory.mkdir(exist_ok=True)
+    training.write_json(directory / "config.json", {
         "architectures": ["M2M100ForConditionalGeneration"], "model_type": "m2m_100",
         "is_encoder_decoder": True, **asdict(model.config), "num_hidden_layers": model.config.encoder_layers,
         "dropout": 0.0, "attention_dropout": 0.0, "activation_dropout": 0.0, "encoder_layerdrop": 0.0,
         "decoder_layerdrop": 0.0, "torch_dtype": "bfloat16"})
-    write_json(directory / "generation_config.json", {
+    training.write_json(directory / "generation_config.json", {
         "bos_token_id": 0, "pad_token_id": PAD, "eos_token_id": EOS, "decoder_start_token_id": EOS,
         "num_beams": 5, "max_length": 200, "early_stopping": True})
     weights = {name: tensor.to(torch.bfloat16).contiguous() for name, tensor in model.state_dict().items()}

@@ -1,5 +1,6 @@
 """The optimisation loop that the demo's two models share."""
 
+import json
 import math
 import random
 import shutil
@@ -13,6 +14,7 @@ from tqdm import tqdm
 
 WEIGHT_DECAY, BETAS, MAX_GRADIENT = 0.05, (0.9, 0.98), 1.0
 WARMUP = 0.03  # part of the steps
+SHOW_EVERY = 20  # steps
 POOL = 40  # batches whose examples are sorted by length together
 
 
@@ -57,6 +59,10 @@ def endless(items: list, rng: random.Random) -> Iterator:
         yield from rng.sample(items, len(items))
 
 
+def write_json(path: Path, value: dict) -> None:
+    path.write_text(json.dumps(value, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
+
+
 def padded(rows: list[list[int]], fill: int) -> Tensor:
     """(B, T) int64, filled on the right."""
     width = max(map(len, rows))
@@ -76,7 +82,6 @@ def fit(model: nn.Module, batches: Iterator, loss_of: Callable, schedule: Schedu
     optimiser = torch.optim.AdamW([{"params": matrices, "weight_decay": WEIGHT_DECAY},
                                    {"params": vectors, "weight_decay": 0.0}], betas=BETAS, fused=True)
     model.train().requires_grad_(True)
-    smooth = None
     bar = tqdm(range(schedule.steps), desc=name, position=line, mininterval=1.0)
     for step in bar:
         for group in optimiser.param_groups:
@@ -86,6 +91,6 @@ def fit(model: nn.Module, batches: Iterator, loss_of: Callable, schedule: Schedu
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), MAX_GRADIENT)
         optimiser.step()
-        smooth = loss.item() if smooth is None else 0.98 * smooth + 0.02 * loss.item()
-        bar.set_postfix(loss=f"{smooth:.3f}", refresh=False)
+        if step % SHOW_EVERY == 0:
+            bar.set_postfix(loss=f"{loss.item():.3f}", refresh=False)
     model.eval().requires_grad_(False)
