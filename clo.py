@@ -35,6 +35,7 @@ from tqdm import tqdm
 
 import data
 import eval as evaluation
+import hub
 import kernels
 import model as llama
 import ranks
@@ -103,8 +104,8 @@ def merge_lora(model: llama.Llama) -> llama.Llama:
             layer = getattr(block.self_attn, name)
             if isinstance(layer, LoraLinear):
                 plain = llama.Linear(1, 1)
-                update = (layer.lora_A.detach(), layer.lora_B.detach(), layer.scale)
-                merged = llama.add_product(layer.weight.detach(), update, name).to(layer.weight.dtype)
+                product = llama.lora_product(layer.lora_A.detach(), layer.lora_B.detach(), layer.scale)
+                merged = llama.add_update(layer.weight.detach(), product, name).to(layer.weight.dtype)
                 plain.weight, plain.bias = nn.Parameter(merged, requires_grad=False), layer.bias
                 setattr(block.self_attn, name, plain)
     return model
@@ -495,7 +496,7 @@ def prepare_rows(args, inputs: dict, device) -> tuple[list[dict], list[dict], li
     rows, heldout, answered, apart = read_inputs(args)
     translator = load_translator(rows, args, device)
     flags = {key: value for key, value in vars(args).items() if key not in ("fresh", "out")}
-    inputs = inputs | {"data": runs.fingerprint(Path(args.data)),
+    inputs = inputs | {"data": runs.fingerprint(hub.data_file(args.data)),
                        "eval_data": args.eval_data and runs.fingerprint(Path(args.eval_data))}
     run = runs.open_run(args.out, flags, inputs, args.fresh)
     if translator is not None:
@@ -528,7 +529,7 @@ def group_by_step(flat: list[Tensor], steps: list[list[Micro]]) -> list[list[Ten
     return [[next(values) for _ in step] for step in steps]
 
 
-def run_method(name: str, groups, heldout, args, run: Path, device, finish) -> dict:
+def run_method(name: str, groups, heldout, tokenizer, args, run: Path, device, finish) -> dict:
     """Load the base model, train it by one method (or not at all: 'base'), export it and score it. A finished method is
     read back from its result.json. `finish(model)` scores the model's answers."""
     directory = run / name
@@ -560,18 +561,32 @@ def run_method(name: str, groups, heldout, args, run: Path, device, finish) -> d
     scores["heldout"] = score_heldout(model, pairs, reference, args.beta, device)
     scores["train_seconds"] = round(seconds, 2)
     if stages:
-        ranks.on_first(lambda: export(model, args, directory))
+        ids = groups[0][0].prompt + groups[0][0].continuations[0]
+        ranks.on_first(lambda: export(model, parameters, tokenizer, args, directory, ids))
     ranks.on_first(lambda: runs.write_json(result, scores))
     return scores
 
 
-def export(model: llama.Llama, args, directory: Path) -> None:
-    """The trained part in the layout other tools read: a PEFT adapter, or a whole Hugging Face directory."""
+def export(model: llama.Llama, parameters: dict, tokenizer, args, directory: Path, ids: list[int]) -> None:
+    """The trained part in the layout other tools read, loaded again and compared on the tokens `ids`: a PEFT adapter, and with
+    --merge a whole Hugging Face directory too; without LoRA that directory, and the difference of attention's weights."""
+    adapter, whole, delta = directory / "adapter", directory / "model", directory / "attn_delta.safetensors"
+    outputs = {}
     if args.train == "lora":
-        runs.fill_directory(directory / "adapter", lambda path: runs.save_adapter(
-            model, path, args.model, ATTENTION, args.lora_rank, args.lora_alpha))
-    else:
-        runs.fill_directory(directory / "model", lambda path: runs.save_model(model, path, args.model))
+        runs.fill_directory(adapter, lambda path: runs.save_adapter(
+            model, path, args.base, ATTENTION, args.lora_rank, args.lora_alpha, tokenizer.template))
+        outputs[adapter] = {"path": args.model, "adapter": adapter}
+    elif args.train == "attention":
+        runs.save_delta(delta, args.model, parameters, args.base)
+        outputs[delta] = {"path": args.model, "adapter": delta}
+    if args.train != "lora":
+        runs.fill_directory(whole, lambda path: runs.save_model(
+            path, args.model, tokenizer, lambda name, old: parameters.get(name, old)))
+    elif args.merge:
+        runs.fill_directory(whole, lambda path: runs.save_merged(path, args.model, adapter, tokenizer))
+    if whole.exists():
+        outputs[whole] = {"path": whole}
+    runs.check_outputs(model, outputs, ids)
 
 
 def main(argv=None) -> None:
@@ -580,9 +595,10 @@ def main(argv=None) -> None:
     device = ranks.start(str(pick_device(args.device)))
     args.device = device.type
     args.dtype = args.dtype if args.dtype != "auto" else "bf16" if device.type == "cuda" else "fp32"
+    args.base, args.model = args.model, str(hub.local(args.model))     # what the adapter names, and where it lies
     tokenizer = data.load_tokenizer(args.model)
     config = llama.read_config(args.model)
-    print(f"device {device}, {args.dtype}; model {args.model}: {config.model_type}, {config.num_hidden_layers} layers, "
+    print(f"device {device}, {args.dtype}; model {args.base}: {config.model_type}, {config.num_hidden_layers} layers, "
           f"width {config.hidden_size}; run directory {args.out}")
 
     print(f"\n1. Rows: {args.source} and {args.lang}")
@@ -606,7 +622,7 @@ def main(argv=None) -> None:
         def finish(model):
             return evaluation.answer_and_score(model, tokenizer, eval_rows, (args.source, args.lang), classifier,
                                                args.max_new_tokens, args.system_prompt, run / name / "answers.jsonl")
-        report["methods"][name] = run_method(name, groups, heldout, args, run, device, finish)
+        report["methods"][name] = run_method(name, groups, heldout, tokenizer, args, run, device, finish)
         answers[name] = [line for _, line in data.read_records(run / name / "answers.jsonl")]
 
     text = evaluation.report_text(report, answers, args.source)
@@ -635,11 +651,12 @@ def parse_args(argv=None) -> argparse.Namespace:
                "The same command goes on where a killed run stopped.")
     add = parser.add_argument_group("main").add_argument
     add("--lang", required=True, help="target language code: one the data holds or the translator knows")
-    add("--model", default="demo/llama", help="base model, a directory in Hugging Face layout")
-    add("--data", default="demo/english.jsonl", help="training rows: parallel JSONL, Alpaca, OASST, ShareGPT, messages")
+    add("--model", default="demo/llama", help="base model: a directory in Hugging Face layout, or a hub id (owner/name)")
+    add("--data", default="demo/english.jsonl", help="training rows: parallel JSONL, Alpaca, OASST, ShareGPT, messages; oasst1 "
+                                                    "is fetched from the hub")
     add("--eval-data", default=None, help="questions and answers in both languages; default: eval.jsonl beside --data "
                                           "if there is one, else the held-out rows are answered")
-    add("--translator", default="demo/m2m100", help="M2M100 or NLLB directory, for rows without the target language")
+    add("--translator", default="demo/m2m100", help="M2M100 or NLLB, directory or hub id, for rows without the target language")
     add("--out", default=None, help="run directory; default: runs/LANG")
     add("--fresh", action="store_true", help="delete the run directory and start over")
     add = parser.add_argument_group("method").add_argument
@@ -648,7 +665,7 @@ def parse_args(argv=None) -> argparse.Namespace:
     add("--lambda", dest="lam", type=float, default=0.5, help="weight of the NLL of target responses, 0 to 1")
     add("--preference", default="sigmoid", choices=["sigmoid", "ipo", "simpo"], help="form of the preference term; simpo wants "
                                                                                  "a --beta of 2 or more")
-    add("--beta", type=float, default=0.1, help="strength of the preference term")
+    add("--beta", type=float, default=0.5, help="strength of the preference term")
     add("--anchor", type=float, default=0.0, help="weight of a penalty on right English responses that fall below the base")
     add("--train", default="lora", choices=list(LEARNING_RATES), help="LoRA on attention, attention itself, or everything")
     add("--lora-rank", type=int, default=16, help="rank R")
@@ -678,6 +695,7 @@ def parse_args(argv=None) -> argparse.Namespace:
     add("--eval-split", default="test", help="rows of --eval-data that are answered at the end")
     add("--max-new-tokens", type=int, default=64, help="longest answer, in tokens")
     add("--eval-every", type=int, default=0, help="steps between validations; 0: once an epoch")
+    add("--merge", action="store_true", help="LoRA: also write METHOD/model, the whole model with the adapter added")
     add("--save-every", type=int, default=100, help="steps between checkpoints")
     add = parser.add_argument_group("machine").add_argument
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")

@@ -12,18 +12,34 @@ References: naive Bayes over n-grams for language identification (Lui and Baldwi
 """
 
 import argparse
+import json
 import math
 import unicodedata
 from collections import Counter
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 
 import torch
 from tqdm import tqdm
 
+import benchmarks
 import data
+import hub
+import judge
 import model as llama
+import report
+import runs
+import translate
+from benchmarks import multiple_choice  # noqa: F401  the library calls it eval.multiple_choice
+from report import report_text, table  # noqa: F401  clo.py prints with them
 
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+HASH_DIGITS = 16
+TRANSLATED_AT_ONCE = 16         # instructions between two writes
+MIXED = "mixed"                 # what a reply in two languages is called:
+MIXED_SHARE = 0.2               # one with this part of its letters in another language than the rest
+SWITCH = 12.0                   # nats that a change of language costs: a name or a loan word does not make one
 LONGEST_NGRAM = 4
 UNSEEN = 0.3                    # added to every n-gram's count
 INDEPENDENCE = 0.3              # neighbouring n-grams overlap: their evidence counts for this part of itself
@@ -40,53 +56,103 @@ SCRIPTS = {"han": ((0x2E80, 0x2FDF), (0x3400, 0x4DBF), (0x4E00, 0x9FFF), (0xF900
 
 @dataclass
 class LanguageModel:
-    """Per language, per n-gram length: how often each n-gram was seen, and all together."""
+    """Per language, per n-gram length: how often each n-gram was seen, and the log-probs that follow."""
     counts: dict[str, list[Counter]]
-    totals: dict[str, list[int]]
-    vocabulary: list[int]                # distinct n-grams of each length over all languages
+    logp: dict[str, list[dict[str, float]]]
+    unseen_logp: dict[str, list[float]]  # of any n-gram the language has not shown
 
 
+@lru_cache(maxsize=1 << 16)
 def script(char: str) -> str:
     code = ord(char)
     return next((name for name, ranges in SCRIPTS.items() if any(low <= code <= high for low, high in ranges)), "other")
 
 
-def ngrams(text: str) -> list[list[str]]:
-    """Character n-grams by length, inside words padded with spaces; [0] holds each letter's script instead."""
-    text = unicodedata.normalize("NFC", text).lower()
+def split_words(text: str) -> list[str]:
+    """Runs of letters of one script."""
+    text = unicodedata.normalize("NFC", text)
     letters = "".join(c if unicodedata.category(c)[0] in "LM" else " " for c in text)
-    words = [f" {word} " for word in letters.split()]
-    grams = [[script(c) for c in letters if c != " "]]
-    return grams + [[word[i:i + n] for word in words for i in range(len(word) - n + 1) if word[i:i + n] != " "]
-                    for n in range(1, LONGEST_NGRAM + 1)]
+    return [piece for word in letters.split() for piece in pieces_by_script(word)]
+
+
+def pieces_by_script(word: str) -> list[str]:
+    """Cut where the script changes; marks and letters of no listed script stay with what stands before them."""
+    pieces, before = [""], "other"
+    for char in word:
+        own = script(char)
+        if own != before and own != "other":
+            pieces += [""] if before != "other" else []
+            before = own
+        pieces[-1] += char
+    return pieces
+
+
+def ngrams(word: str) -> list[list[str]]:
+    """Character n-grams of a word by length, in lower case, padded with spaces; [0] holds each letter's script instead."""
+    padded = f" {word.lower()} "
+    return [[script(c) for c in word]] + [[gram for i in range(len(padded) - n + 1) if (gram := padded[i:i + n]) != " "]
+                                          for n in range(1, LONGEST_NGRAM + 1)]
 
 
 def fit_languages(texts: dict[str, list[str]]) -> LanguageModel:
     """Fit the classifier on texts of each language (a few hundred lines are enough)."""
-    counts = {}
+    counts = {language: [Counter() for _ in range(LONGEST_NGRAM + 1)] for language in texts}
     for language, lines in texts.items():
-        counts[language] = [Counter() for _ in range(LONGEST_NGRAM + 1)]
         for line in lines:
-            for counter, grams in zip(counts[language], ngrams(line)):
-                counter.update(grams)
-    totals = {language: [counter.total() for counter in counters] for language, counters in counts.items()}
+            for word in split_words(line):
+                for counter, grams in zip(counts[language], ngrams(word)):
+                    counter.update(grams)
+    logp, unseen = {}, {}
     vocabulary = [len(set().union(*(counters[n] for counters in counts.values()))) for n in range(LONGEST_NGRAM + 1)]
-    return LanguageModel(counts, totals, vocabulary)
+    for language, counters in counts.items():
+        totals = [counter.total() + UNSEEN * (size + 1) for counter, size in zip(counters, vocabulary)]
+        logp[language] = [{gram: math.log((count + UNSEEN) / total) for gram, count in counter.items()}
+                          for counter, total in zip(counters, totals)]
+        unseen[language] = [math.log(UNSEEN / total) for total in totals]
+    return LanguageModel(counts, logp, unseen)
+
+
+def word_evidence(word: str, languages: LanguageModel) -> list[float]:
+    """Log-likelihood of a word under each language, in nats, overlap discounted."""
+    grams = ngrams(word)
+    return [INDEPENDENCE * sum(known.get(gram, unseen) for known, unseen, part in
+                               zip(languages.logp[language], languages.unseen_logp[language], grams) for gram in part)
+            for language in languages.logp]
 
 
 def reply_language(text: str, languages: LanguageModel) -> tuple[str | None, float]:
-    """(language, its posterior probability); None instead of a language when unsure or when there are no letters."""
-    grams = ngrams(text)
-    if not grams[0]:
+    """(language, its posterior probability); "mixed" for a reply in two languages, with the share of its letters that are
+    not of the first; None when unsure or without letters."""
+    words = split_words(text)
+    if not words:
         return None, 0.0
-    scores = {}
-    for language, counters in languages.counts.items():
-        scores[language] = INDEPENDENCE * sum(
-            math.log((counters[n][gram] + UNSEEN) / (languages.totals[language][n] + UNSEEN * (languages.vocabulary[n] + 1)))
-            for n in range(LONGEST_NGRAM + 1) for gram in grams[n])
-    best = max(scores, key=scores.get)
-    confidence = 1 / sum(math.exp(score - scores[best]) for score in scores.values())
-    return (best if confidence >= SURE else None), confidence
+    evidence, names = [word_evidence(word, languages) for word in words], list(languages.logp)
+    share = foreign_share(words, evidence)
+    if share >= MIXED_SHARE:
+        return MIXED, share
+    scores = [sum(column) for column in zip(*evidence)]
+    best = max(range(len(names)), key=scores.__getitem__)
+    confidence = 1 / sum(math.exp(score - scores[best]) for score in scores)
+    return (names[best] if confidence >= SURE else None), confidence
+
+
+def foreign_share(words: list[str], evidence: list[list[float]]) -> float:
+    """Share of the text (in bytes of letters) outside the language with most of them, along the likeliest path of languages over the words; a
+    change of language costs SWITCH nats (Viterbi 1967). Words with a capital, names most of them, belong to no language."""
+    kept = [i for i, word in enumerate(words) if not word[0].isupper()]
+    if not kept:
+        return 0.0
+    words, evidence = [words[i] for i in kept], [evidence[i] for i in kept]
+    best, steps = evidence[0], []
+    for row in evidence[1:]:
+        top = max(range(len(best)), key=best.__getitem__)
+        steps.append([state if best[state] >= best[top] - SWITCH else top for state in range(len(row))])
+        best = [max(stay, best[top] - SWITCH) + own for stay, own in zip(best, row)]
+    state, letters = max(range(len(best)), key=best.__getitem__), Counter()
+    for word, step in zip(reversed(words), [*reversed(steps), None]):
+        letters[state] += len(word.encode())      # bytes: a Chinese character says as much as three letters
+        state = step[state] if step else state
+    return 1 - max(letters.values()) / letters.total()
 
 
 def texts_by_language(rows: list[dict], languages: tuple[str, ...]) -> dict[str, list[str]]:
@@ -126,7 +192,8 @@ def answer_and_score(model, tokenizer, rows: list[dict], languages: tuple[str, s
                           "reply_language": found, "confidence": round(confidence, 4), "judged": not same})
         scores[language] = score(line for line in lines if line["language"] == language)
     data.write_jsonl(path, lines)
-    return scores
+    return scores | {"decoding": {"temperature": 0, "max_tokens": max_tokens, "system_prompt": system,
+                                  "template": tokenizer.fingerprint[:HASH_DIGITS]}}
 
 
 def score(lines) -> dict:
@@ -135,78 +202,22 @@ def score(lines) -> dict:
     judged = [line for line in lines if line["judged"]]
     return {"correct": percent(sum(line["correct"] for line in lines), len(lines)),
             "right_language": percent(sum(line["reply_language"] == line["language"] for line in judged), len(judged)),
-            "n": len(lines), "n_language": len(judged), "unsure": sum(line["reply_language"] is None for line in judged)}
+            "n": len(lines), "n_language": len(judged), "unsure": sum(line["reply_language"] is None for line in judged),
+            "mixed": sum(line["reply_language"] == MIXED for line in judged)}
 
 
 def percent(part: int, whole: int) -> float:
     return round(100 * part / whole, 2) if whole else 0.0
 
 
-def binomial_error(value: float, n: int) -> float:
-    """Standard error, in points, of a percentage over n independent trials; by Wilson's centre, so that it is not 0 at
-    0 and 100 % (Wilson 1927)."""
-    p = (value / 100 * n + 0.5) / (n + 1)
-    return 100 * math.sqrt(p * (1 - p) / n) if n else 0.0
-
-
-# ------------------------------------------------------------------------------------------------------------- report
-
-def table(header: list[str], lines: list[list[str]]) -> str:
-    """A table that reads well in a terminal and is Markdown; the first column is left-aligned."""
-    widths = [max(len(line[i]) for line in [header, *lines]) for i in range(len(header))]
-    rule = ["-" * widths[0]] + ["-" * (width - 1) + ":" for width in widths[1:]]
-    rows = [[cell.ljust(width) if i == 0 else cell.rjust(width) for i, (cell, width) in enumerate(zip(line, widths))]
-            for line in [header, rule, *lines]]
-    return "\n".join("| " + " | ".join(row) + " |" for row in rows)
-
-
-def report_text(report: dict, answers: dict[str, list[dict]], source: str, examples: int = 2) -> str:
-    """report.md: answers, held-out log-probs, and the first few answers of every method side by side."""
-    lang, methods = report["lang"], report["methods"]
-    lines, heldout = [], []
-    for name, scores in methods.items():
-        cells = [name]
-        for language in (source, lang):
-            result = scores[language]
-            for key, n in (("correct", result["n"]), ("right_language", result["n_language"])):
-                cells.append(f"{result[key]:.1f} ± {binomial_error(result[key], n):.1f}")
-        lines.append(cells + [f"{scores['train_seconds']:.0f}"])
-        held = scores["heldout"]
-        heldout.append([name] + [f"{held[key]:.3f}" if key in held else "-" for key in
-                                 ("nll_en", "nll_tgt", "rewards/accuracies_en", "rewards/accuracies_tgt",
-                                  "rewards/margins_en", "rewards/margins_tgt")])
-    n = next(iter(methods.values()))[lang]
-    text = [f"# {lang}: {report['samples']} samples, seed {report['seed']}", "",
-            f"Answers to {n['n']} questions in each language, in % ± standard error. Correct: equal to the expected answer; "
-            f"in {lang}: written in that language.", "",
-            table(["", f"{source} correct", f"in {source}", f"{lang} correct", f"in {lang}", "train s"], lines), ""]
-    if n["n_language"] < n["n"]:
-        text += [f"{n['n'] - n['n_language']} answers are the same in both languages and left out of the language columns.", ""]
-    text += ["Held-out pairs: NLL per token of the right response (lower is better), and how often (accuracy) and by how much "
-             "(margin) training moved the right response up against the wrong one.", "",
-             table(["", f"nll {source}", f"nll {lang}", f"accuracy {source}", f"accuracy {lang}", f"margin {source}",
-                    f"margin {lang}"], heldout), ""]
-    for language in (source, lang):
-        shown = [line["row_id"] for line in answers["base"] if line["language"] == language][:examples]
-        for row_id in shown:
-            replies = {name: line for name, lines in answers.items() for line in lines
-                       if line["row_id"] == row_id and line["language"] == language}
-            text += [f"{replies['base']['prompt']}"]
-            text += [f"- {name}: {line['reply']}{'' if line['correct'] else '  (expected: ' + line['expected'] + ')'}"
-                     for name, line in replies.items()] + [""]
-    return "\n".join(text)
-
-
 # ---------------------------------------------------------------------------------------------------------------- ask
 
 def ask(args) -> None:
     """Answer one question, or questions typed one at a time until an empty line. Each stands alone."""
-    base = args.model
-    if base is None and args.adapter:
-        base = llama.read_json(Path(args.adapter) / "adapter_config.json").get("base_model_name_or_path")
-    base = base or "demo/llama"
+    base = args.model or (args.adapter and llama.adapter_base(args.adapter)) or "demo/llama"
     tokenizer = data.load_tokenizer(base)
-    model = llama.load(base, args.device, torch.float32, args.adapter)
+    dtype = torch.bfloat16 if args.device.startswith("cuda") else torch.float32
+    model = llama.load(base, args.device, dtype, args.adapter)
 
     def reply(question: str) -> str:
         ids = llama.generate(model, [tokenizer.prompt_ids(question, args.system_prompt)], args.max_tokens, tokenizer.stop_ids,
@@ -226,14 +237,343 @@ def ask(args) -> None:
         print(reply(question))
 
 
-def parse_args(argv=None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="eval.py", description="Look at what a model answers.")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    sub = commands.add_parser("ask", help="one answer, or a small terminal conversation",
-                              formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+# ---------------------------------------------------------------------------------------------- evaluation directory
+
+class Journal:
+    """A file of answers, one JSON line each behind one line of settings. `done` holds the answers of an earlier, perhaps
+    killed, run with the same settings; other settings are refused."""
+
+    def __init__(self, path: Path, settings: dict, fresh: bool = False):
+        self.path, self.done = path, []
+        if path.exists() and not fresh:
+            self.done = self.read(json.loads(json.dumps(settings)))
+        data.write_jsonl(path, [{"settings": settings}, *self.done])
+        self.file = open(path, "a", encoding="utf-8", newline="\n")
+
+    def read(self, settings: dict) -> list[dict]:
+        lines, found = self.path.read_text(encoding="utf-8").split("\n"), []
+        for number, line in enumerate(lines, 1):
+            try:
+                found += [json.loads(line)] if line else []
+            except json.JSONDecodeError:
+                if number < len(lines):                         # the last one may be half a line
+                    raise data.DataError(f"{self.path}:{number}: damaged; start over with --fresh") from None
+        before = found[0].get("settings", {}) if found else settings
+        for key in [*before, *settings]:
+            if before.get(key) != settings.get(key):
+                raise data.DataError(f"{self.path} was begun with {key} = {before.get(key)!r}, now it is "
+                                     f"{settings.get(key)!r}: choose another --out, or start over with --fresh")
+        if len(found) > 1:
+            print(f"{self.path} holds {len(found) - 1} answers: going on behind them (--fresh starts over)")
+        return found[1:]
+
+    def add(self, line: dict) -> None:
+        self.done.append(line)
+        self.file.write(json.dumps(line, ensure_ascii=False) + "\n")
+        self.file.flush()
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.file.close()
+
+
+def open_model(args) -> tuple[llama.Llama, data.Tokenizer, dict]:
+    """The model that --model and --adapter name, its tokenizer, and the settings that stand beside its numbers."""
+    base = args.model or (args.adapter and llama.adapter_base(args.adapter)) or "demo/llama"
+    tokenizer = data.load_tokenizer(base)
+    dtype = args.dtype if args.dtype != "auto" else "bf16" if args.device.startswith("cuda") else "fp32"
+    model = llama.load(base, args.device, DTYPES[dtype], args.adapter)
+    settings = {"model": str(base), "model hash": weights_hash(hub.local(base)), "adapter": args.adapter,
+                "adapter hash": args.adapter and weights_hash(Path(args.adapter)),
+                "tokenizer and template": tokenizer.fingerprint[:HASH_DIGITS], "dtype": dtype, "device": args.device,
+                "torch": torch.__version__}
+    print(f"{base}{' with ' + args.adapter if args.adapter else ''}: {dtype} on {args.device}")
+    return model, tokenizer, settings
+
+
+def weights_hash(path: Path) -> str:
+    """Of the contents of a checkpoint's or adapter's weight files."""
+    return runs.fingerprint(*([path] if path.is_file() else sorted(path.glob("*.safetensors"))))[:HASH_DIGITS]
+
+
+def out_directory(args, *names: str) -> Path:
+    """--out, or runs/eval/NAMES-MODEL: one directory for each evaluation of each model."""
+    model = Path(args.adapter or args.model or "demo/llama").as_posix().strip("./").replace("/", "-")
+    return Path(args.out) if args.out else Path("runs/eval") / "-".join([*filter(None, names), model])
+
+
+def finish(out: Path, settings: dict, figures: dict, **details) -> None:
+    """result.json: the figures and everything they depend on. `compare` reads it."""
+    runs.write_json(out / "result.json", {"figures": figures, **details, "settings": settings})
+    print(f"settings and details: {out}/result.json; answers: {out}/answers.jsonl")
+
+
+def with_error(value: float, error: float | None, digits: int = 2) -> str:
+    return f"{value:.{digits}f}" + ("" if error is None else f" ± {error:.{digits}f}")
+
+
+# --------------------------------------------------------------------------------------------------- multiple choice
+
+def mc(args) -> None:
+    """Score a multiple-choice benchmark: accuracies with their standard error, and every question's log-probs."""
+    benchmark = benchmarks.read_benchmark(args.benchmark, args.files, args.shots, args.lang,
+                                          args.subjects and args.subjects.split(","), args.split, args.limit)
+    model, tokenizer, settings = open_model(args)
+    settings |= benchmark.settings
+    out = out_directory(args, args.benchmark, args.lang, f"{args.shots}shot")
+    figure = " ".join(filter(None, [args.benchmark, args.lang, f"{args.shots}-shot"]))
+    numbers = Counter()
+    names = [f"{question.subject} {numbers.update([question.subject]) or numbers[question.subject]}"
+             for question in benchmark.questions]
+    with Journal(out / "answers.jsonl", settings, args.fresh) as journal:
+        score_questions(model, tokenizer, dict(zip(names, benchmark.questions)), figure, journal, args.batch_tokens)
+    answers = {line["question"]: line for line in journal.done}
+    summary = benchmarks.summarise(benchmark, [answers[name] for name in names])
+    total = summary["all"]
+    print(table([figure, "accuracy %", "questions"],
+                [[name, with_error(part["accuracy"], part["stderr"]), str(part["n"])]
+                 for name, part in [*summary["subjects"].items(), *summary["categories"].items(), ("all", total)]]))
+    finish(out, settings, {figure: {"value": total["accuracy"], "stderr": total["stderr"], "n": total["n"]}}, **summary)
+
+
+def score_questions(model, tokenizer, questions: dict, figure: str, journal: Journal, batch_tokens: int) -> None:
+    """Add a line for each of {name: Question} that the journal does not hold yet."""
+    done = {line["question"] for line in journal.done}
+    left = [name for name in questions if name not in done]
+    with tqdm(total=len(questions), initial=len(done), desc=figure, unit="question") as bar:
+        for i, logps in benchmarks.score(model, tokenizer, [questions[name] for name in left], batch_tokens):
+            found = benchmarks.verdict(questions[left[i]], logps)
+            journal.add({"question": left[i], "gold": questions[left[i]].gold, **found,
+                         "scores": {figure: 100.0 * found["correct"]}})
+            bar.update()
+
+
+# -------------------------------------------------------------------------------------------------------- perplexity
+
+def ratio(nll: list[float], sizes: list[int]) -> dict:
+    """sum(nll) / sum(sizes), with the standard error of a ratio over rows (Cochran 1977, ch. 2)."""
+    n, value = len(nll), sum(nll) / sum(sizes)
+    spread = sum((x - value * size) ** 2 for x, size in zip(nll, sizes))
+    return {"value": value, "stderr": math.sqrt(spread * n / (n - 1)) / sum(sizes) if n > 1 else None, "n": n}
+
+
+def perplexity(args) -> None:
+    """NLL of held-out responses per UTF-8 byte (the stop token's too), which models with other tokenizers can be compared
+    with, and its exponential."""
+    rows = data.require_languages(data.read_rows(args.data), args.source, args.lang)
+    rows = [row for row in rows if row.get("split", args.split) == args.split] if args.split else rows
+    benchmarks.refuse_duplicates([(args.data, row["row_id"]) for row in rows])
+    if not rows:
+        raise data.DataError(f"{args.data} has no row of split {args.split!r}: see --split")
+    model, tokenizer, settings = open_model(args)
+    settings |= {"language": args.lang, "source": args.source, "data": args.data,
+                 "data hash": benchmarks.file_hash(args.data), "split": args.split, "rows": len(rows),
+                 "system_prompt": args.system_prompt, "scored": "the response and its stop token, after the prompt"}
+    out, places = out_directory(args, "perplexity", args.lang), ((report.SOURCE, args.source), (report.TARGET, args.lang))
+    with Journal(out / "answers.jsonl", settings, args.fresh) as journal:
+        for place, language in places:
+            score_responses(model, tokenizer, rows, place, language, journal, args)
+    figures, lines = {}, []
+    for place, language in places:
+        found = [line for line in journal.done if line["place"] == place]
+        figure, tokens = ratio([line["nll"] for line in found], [line["bytes"] for line in found]), [line["tokens"] for line in found]
+        exponential = {"value": math.exp(figure["value"]), "n": figure["n"]}
+        figures |= {f"nll/byte {place}": figure, f"perplexity/byte {place}": exponential}
+        lines.append([language, with_error(figure["value"], figure["stderr"], 4), f"{exponential['value']:.4f}",
+                      f"{sum(line['nll'] for line in found) / sum(tokens):.4f}", str(figure["n"])])
+    print(table(["", "nll per byte", "perplexity per byte", "nll per token", "rows"], lines))
+    finish(out, settings, figures)
+
+
+def score_responses(model, tokenizer, rows: list[dict], place: str, language: str, journal: Journal, args) -> None:
+    """Add the NLL of each row's response in `language` to the journal."""
+    done = {line["question"] for line in journal.done if line["place"] == place}
+    longest, forks, sizes = model.config.max_position_embeddings, [], {}
+    for row in rows:
+        prompt = tokenizer.prompt_ids(row[language]["prompt"], args.system_prompt)
+        reply = tokenizer.response_ids(row[language]["response"])
+        if len(prompt) + len(reply) - 1 > longest:
+            raise data.DataError(f"{args.data}: row {row['row_id']} takes {len(prompt) + len(reply)} tokens in {language}, "
+                                 f"the model reads {longest}: leave the row out")
+        if row["row_id"] not in done:
+            forks.append(data.Fork(prompt, [reply], language, row["row_id"]))
+            sizes[row["row_id"]] = len(row[language]["response"].encode())
+    with tqdm(total=len(rows), initial=len(done), desc=f"nll {language}", unit="row") as bar:
+        shared = benchmarks.common_prefix([fork.prompt for fork in forks])
+        for order, logps in benchmarks.sequence_logps(model, forks, args.batch_tokens, shared):
+            for i, (logp,) in zip(order, logps):
+                journal.add({"question": forks[i].row, "place": place, "nll": -logp, "bytes": sizes[forks[i].row],
+                             "tokens": len(forks[i].continuations[0])})
+            bar.update(len(order))
+
+
+# -------------------------------------------------------------------------------------------------------- AlpacaEval
+
+def read_instructions(path, language: str) -> list[dict]:
+    """[{"instruction", "dataset"}] of a file in alpaca_eval's format, or of parallel rows that hold the language."""
+    found = []
+    for where, record in data.read_records(path):
+        own = data.as_kind(record, dict, where).get(language)
+        text = own["prompt"] if isinstance(own, dict) and "prompt" in own else data.need(record, "instruction", where)
+        found.append((where, {"instruction": data.as_kind(text, str, where), "dataset": record.get("dataset")}))
+    benchmarks.refuse_duplicates([(where, item["instruction"]) for where, item in found])
+    if not found:
+        raise data.DataError(f"{path}: the file holds no instruction")
+    return [item for _, item in found]
+
+
+def translate_instructions(items: list[dict], args) -> list[dict]:
+    """The items in --lang. The translation is kept under a hash of what made it, so that every system gets the same
+    strings, byte for byte: alpaca_eval joins answers on them."""
+    translator = translate.load(args.translator, args.device)
+    settings = {"translator": translator.fingerprint, "source": args.source, "lang": args.lang, "beams": args.beams}
+    key = runs.fingerprint([item["instruction"] for item in items], settings)[:HASH_DIGITS]
+    path = Path("runs/eval") / f"instructions-{args.lang}-{key}.jsonl"
+    with Journal(path, settings) as journal, \
+            tqdm(total=len(items), initial=len(journal.done), desc=f"translate to {args.lang}", unit="instruction") as bar:
+        for first in range(len(journal.done), len(items), TRANSLATED_AT_ONCE):
+            texts = [item["instruction"] for item in items[first:first + TRANSLATED_AT_ONCE]]
+            for text, drawn in zip(texts, translate.translate(texts, args.source, args.lang, translator, args.beams)):
+                journal.add({"source": text, "instruction": drawn})
+            bar.update(len(texts))
+    print(f"translated instructions, the same for every system: {path}")
+    benchmarks.refuse_duplicates([(f"{path}:{number}", line["instruction"]) for number, line in enumerate(journal.done, 2)])
+    return [item | {"instruction": line["instruction"]} for item, line in zip(items, journal.done)]
+
+
+def alpaca(args) -> None:
+    """Answer a list of instructions; model_outputs.json is what alpaca_eval and `judge` read."""
+    items = read_instructions(args.instructions, args.lang)[:args.limit]
+    if args.translator:
+        items = translate_instructions(items, args)
+    model, tokenizer, settings = open_model(args)
+    settings |= {"language": args.lang, "instructions": args.instructions, "translator": args.translator,
+                 "instructions hash": runs.fingerprint([item["instruction"] for item in items]), "temperature": args.temperature,
+                 "top_p": args.top_p, "seed": args.seed, "max_tokens": args.max_tokens, "system_prompt": args.system_prompt,
+                 "batch": args.batch_size}
+    out = out_directory(args, "alpaca", args.lang)
+    with Journal(out / "answers.jsonl", settings, args.fresh) as journal:
+        answer_instructions(model, tokenizer, items, journal, args)
+    name = args.name or Path(args.adapter or args.model or "demo/llama").as_posix()
+    runs.write_json(out / "model_outputs.json", [
+        {"dataset": item["dataset"], "instruction": item["instruction"], "output": line["output"], "generator": name,
+         "datasplit": "eval"} for item, line in zip(items, journal.done)])
+    length = sum(len(line["output"]) for line in journal.done) / len(items)
+    cut = sum(line["tokens"] >= args.max_tokens for line in journal.done)
+    print(f"{out}/model_outputs.json: {len(items)} answers of {length:.0f} characters on average, {cut} of them cut at "
+          f"{args.max_tokens} tokens")
+    finish(out, settings, {"answer characters": {"value": length, "n": len(items)}}, cut=cut)
+
+
+def answer_instructions(model, tokenizer, items: list[dict], journal: Journal, args) -> None:
+    """Add answers to the journal, a batch at a time. Sampling starts anew with each batch, so that a resumed run equals an
+    undisturbed one."""
+    with tqdm(total=len(items), initial=len(journal.done), desc="answers", unit="answer") as bar:
+        for first in range(len(journal.done) // args.batch_size * args.batch_size, len(items), args.batch_size):
+            part = items[first:first + args.batch_size]
+            prompts = [tokenizer.prompt_ids(item["instruction"], args.system_prompt) for item in part]
+            replies = llama.generate(model, prompts, args.max_tokens, tokenizer.stop_ids, args.temperature, args.top_p,
+                                     args.seed + first, args.batch_size)
+            for item, reply in list(zip(part, replies))[len(journal.done) - first:]:
+                journal.add({"instruction": item["instruction"], "output": tokenizer.decode(reply).strip(), "tokens": len(reply)})
+                bar.update()
+
+
+def judge_outputs(args) -> None:
+    """Ask the judge about every pair of answers: annotations.json in alpaca_eval's format, and the win rate of A."""
+    pairs = judge.pair_outputs(args.outputs, args.reference)[:args.limit]
+    settings = judge_settings(args, len(pairs))
+    out = Path(args.out) if args.out else Path(args.outputs).parent / f"against-{Path(args.reference).parent.name}"
+    endpoint = judge.endpoint_from_environment(args.judge_model, max_tokens=args.judge_tokens, timeout=args.timeout,
+                                               attempts=args.attempts, pause=args.pause)
+    figure = f"win rate over {pairs[0]['generator_1']}"
+    with Journal(out / "answers.jsonl", settings, args.fresh) as journal:
+        failed = ask_judge(pairs, endpoint, figure, journal, args)
+    lines = {line["question"]: line for line in journal.done}
+    annotations = [lines[pair["instruction"]] for pair in pairs if pair["instruction"] in lines]
+    runs.write_json(out / "annotations.json", [judge.annotation_record(line) for line in annotations])
+    if failed:
+        print(f"{sum(failed.values())} pairs have no verdict ({data.describe(failed)}) and are left out; the same command tries "
+              f"them again")
+    rate = judge.win_rate(annotations)
+    read, written = (sum(line[key] for line in annotations) for key in ("prompt_tokens", "completion_tokens"))
+    cost = (read * args.price_in + written * args.price_out) / 1e6
+    print(f"{pairs[0]['generator_2']} against {pairs[0]['generator_1']}: {judge.describe_rate(rate)}")
+    print(f"judge: {read:,} tokens read, {written:,} written" + (f", {cost:.2f} USD" if cost else ""))
+    finish(out, settings, {figure: {"value": rate["win_rate"], "stderr": rate["standard_error"], "n": rate["n_total"]}},
+           win_rate=rate, tokens={"read": read, "written": written}, cost_usd=cost, failed=dict(failed))
+
+
+def judge_settings(args, pairs: int) -> dict:
+    """What a win rate depends on; of the answers too, where their own result.json lies beside them."""
+    beside = Path(args.outputs).with_name("result.json")
+    settings = report.load_object(beside)["settings"] if beside.is_file() else {"model": args.outputs}
+    return settings | {"outputs hash": benchmarks.file_hash(args.outputs), "reference": args.reference,
+                       "reference hash": benchmarks.file_hash(args.reference), "pairs": pairs, "judge": args.judge_model,
+                       "judge prompt": judge.prompt_hash(), "judge tokens": args.judge_tokens, "judge temperature": 0,
+                       "order": args.order, "order seed": args.seed, "language": args.lang}
+
+
+def ask_judge(pairs: list[dict], endpoint: judge.Endpoint, figure: str, journal: Journal, args) -> Counter:
+    """Add the judge's verdicts to the journal; why pairs have none, counted."""
+    done, failed = {line["question"] for line in journal.done}, Counter()
+    left = [pair for pair in pairs if pair["instruction"] not in done]
+    with tqdm(total=len(pairs), initial=len(done), desc="judged", unit="pair") as bar:
+        for pair, found, fault in judge.annotate_all(left, endpoint, args.order, args.seed, args.lang, args.parallel):
+            if found:
+                journal.add({"question": pair["instruction"], **found, "scores": {figure: 100 * (found["preference"] - 1)}})
+            else:
+                failed[fault] += 1
+            bar.update()
+    return failed
+
+
+def winrate(args) -> None:
+    """The win rate that a file of annotations in alpaca_eval's format gives."""
+    annotations = data.read_records(args.annotations)
+    for where, line in annotations:
+        for key in ("preference", "output_1", "output_2"):
+            data.need(line, key, where)
+    rate = judge.win_rate([line for _, line in annotations])
+    print(judge.describe_rate(rate))
+    print(json.dumps(rate | {"annotations hash": benchmarks.file_hash(args.annotations)}))
+
+
+# ----------------------------------------------------------------------------------------------------------- compare
+
+def compare(args) -> None:
+    """One table over runs and evaluations, paired differences from the baseline, and plots when asked."""
+    results = report.read_results(args.runs)
+    print(report.comparison(results, args.baseline))
+    print(report.settings_text(args.runs))
+    if args.plot:
+        for path in report.plot(results, args.plot):
+            print(f"plot: {path}")
+
+
+# ------------------------------------------------------------------------------------------------------ command line
+
+def add_model_flags(parser) -> None:
+    add = parser.add_argument_group("model").add_argument
+    add("--model", default=None, help="directory or hub id; default: the adapter's base, else demo/llama")
+    add("--adapter", default=None, help="PEFT LoRA adapter directory, e.g. runs/sw/clo/adapter, or an attn_delta.safetensors")
+    add("--device", default="cpu", help="cpu, cuda, mps")
+    add("--dtype", default="auto", choices=["auto", *DTYPES], help="compute type; auto: bf16 on CUDA, else fp32")
+
+
+def add_output_flags(parser) -> None:
+    add = parser.add_argument_group("files").add_argument
+    add("--out", default=None, help="directory for answers.jsonl and result.json; default: named after what is evaluated")
+    add("--fresh", action="store_true", help="start over instead of going on behind the answers that are there")
+
+
+def add_ask(sub) -> None:
     sub.add_argument("question", nargs="?", help="without it, questions are read from the terminal")
-    sub.add_argument("--model", default=None, help="model directory; default: the adapter's base, else demo/llama")
-    sub.add_argument("--adapter", default=None, help="PEFT LoRA adapter directory, e.g. runs/sw/clo/adapter")
+    sub.add_argument("--model", default=None, help="directory or hub id; default: the adapter's base, else demo/llama")
+    sub.add_argument("--adapter", default=None, help="PEFT LoRA adapter directory, e.g. runs/sw/clo/adapter, or an "
+                                                       "attn_delta.safetensors")
     sub.add_argument("--system-prompt", default=None, help="put before the question, in the checkpoint's chat template")
     sub.add_argument("--temperature", type=float, default=0.0, help="0 is greedy; higher is more varied")
     sub.add_argument("--top-p", type=float, default=1.0, help="sample from the likeliest tokens that hold this probability")
@@ -241,7 +581,106 @@ def parse_args(argv=None) -> argparse.Namespace:
     sub.add_argument("--seed", type=int, default=0, help="of the sampling")
     sub.add_argument("--device", default="cpu", help="cpu, cuda, mps")
     sub.set_defaults(run=ask)
-    return parser.parse_args(argv)
+
+
+def add_mc(sub) -> None:
+    sub.add_argument("benchmark", choices=list(benchmarks.TASKS), help="how files are read and questions worded")
+    sub.add_argument("files", help="directory of the benchmark as distributed (csv, tsv, jsonl), or hub id of its data set")
+    sub.add_argument("--shots", type=int, default=0, help="worked examples before each question; tables mostly use 5")
+    sub.add_argument("--lang", default="", help="of MMMLU, BELEBELE, AfriMMLU: sw, or the benchmark's code (SW-KE, swh_Latn, swa)")
+    sub.add_argument("--subjects", default=None, help="only these, joined by commas")
+    sub.add_argument("--split", default="test", help="the split asked")
+    sub.add_argument("--limit", type=int, default=None, help="the first so many questions of every subject")
+    sub.add_argument("--batch-tokens", type=int, default=2048, help="tokens of one forward pass")
+    sub.set_defaults(run=mc)
+    add_model_flags(sub)
+    add_output_flags(sub)
+
+
+def add_perplexity(sub) -> None:
+    sub.add_argument("--data", default="demo/eval.jsonl", help="held-out parallel rows")
+    sub.add_argument("--lang", required=True, help="target language")
+    sub.add_argument("--source", default="en", help="source language")
+    sub.add_argument("--split", default="test", help='rows of this split, and rows without one; "" takes all')
+    sub.add_argument("--system-prompt", default=None, help="put before every question, in the checkpoint's chat template")
+    sub.add_argument("--batch-tokens", type=int, default=2048, help="tokens of one forward pass")
+    sub.set_defaults(run=perplexity)
+    add_model_flags(sub)
+    add_output_flags(sub)
+
+
+def add_alpaca(sub) -> None:
+    sub.add_argument("--instructions", required=True, help='JSON with "instruction"s (alpaca_eval\'s format), or parallel rows')
+    sub.add_argument("--lang", required=True, help="language of the instructions; with --translator, translated into")
+    sub.add_argument("--translator", default=None, help="M2M100 or NLLB directory: translate the instructions first")
+    sub.add_argument("--source", default="en", help="language translated from")
+    sub.add_argument("--beams", type=int, default=5, help="beam width of the translation")
+    sub.add_argument("--name", default=None, help="generator's name in the output; default: the adapter or model")
+    sub.add_argument("--limit", type=int, default=None, help="the first so many instructions")
+    sub.add_argument("--system-prompt", default=None, help="put before every instruction, in the checkpoint's chat template")
+    sub.add_argument("--temperature", type=float, default=0.0, help="0 is greedy; higher is more varied")
+    sub.add_argument("--top-p", type=float, default=1.0, help="sample from the likeliest tokens that hold this probability")
+    sub.add_argument("--max-tokens", type=int, default=1024, help="longest answer, in tokens")
+    sub.add_argument("--seed", type=int, default=0, help="of the sampling")
+    sub.add_argument("--batch-size", type=int, default=32, help="answers generated at once, and saved together")
+    sub.set_defaults(run=alpaca)
+    add_model_flags(sub)
+    add_output_flags(sub)
+
+
+def add_judge(sub) -> None:
+    sub.add_argument("outputs", metavar="A.json", help="answers of the system in question (model_outputs.json)")
+    sub.add_argument("reference", metavar="B.json", help="answers it is compared with")
+    sub.add_argument("--judge-model", default="gpt-4o", help="name the endpoint knows it by")
+    sub.add_argument("--lang", default="", help="language the answers should be in, named to the judge")
+    sub.add_argument("--order", default="random", choices=["random", "both"], help="alpaca_eval's coin, or each pair twice")
+    sub.add_argument("--seed", type=int, default=0, help="of the coin")
+    sub.add_argument("--limit", type=int, default=None, help="the first so many pairs")
+    sub.add_argument("--judge-tokens", type=int, default=1, help="tokens the judge may write; more if it gives no log-probs")
+    sub.add_argument("--price-in", type=float, default=0.0, help="USD for a million tokens read")
+    sub.add_argument("--price-out", type=float, default=0.0, help="USD for a million tokens written")
+    add = sub.add_argument_group("endpoint (OPENAI_BASE_URL, OPENAI_API_KEY)").add_argument
+    add("--parallel", type=int, default=8, help="requests at a time")
+    add("--timeout", type=float, default=60.0, help="seconds for a request")
+    add("--attempts", type=int, default=6, help="requests for a pair before it is given up")
+    add("--pause", type=float, default=1.0, help="seconds before the second attempt; doubles with each")
+    sub.set_defaults(run=judge_outputs)
+    add_output_flags(sub)
+
+
+def add_winrate(sub) -> None:
+    sub.add_argument("annotations", metavar="annotations.json", help="in alpaca_eval's format")
+    sub.set_defaults(run=winrate)
+
+
+def add_compare(sub) -> None:
+    sub.add_argument("runs", nargs="+", metavar="RUN", help="run directories of clo.py; directories of mc, perplexity, judge")
+    sub.add_argument("--baseline", default="sft", help="method the others are compared with, question by question")
+    sub.add_argument("--plot", default=None, metavar="DIR", help="draw learning curves and the trade-off into this directory")
+    sub.set_defaults(run=compare)
+
+
+COMMANDS = {"ask": (add_ask, "one answer, or a small terminal conversation"),
+            "mc": (add_mc, "multiple choice: MMLU, MMMLU, CMMLU, BELEBELE, AfriMMLU"),
+            "perplexity": (add_perplexity, "NLL of held-out responses per byte, in both languages"),
+            "alpaca": (add_alpaca, "answers to a list of instructions, in alpaca_eval's format"),
+            "judge": (add_judge, "win rate by a judge behind an OpenAI-compatible endpoint"),
+            "winrate": (add_winrate, "win rate of a finished file of annotations"),
+            "compare": (add_compare, "one table over many runs, with plots")}
+
+
+def parse_args(argv=None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="eval.py", description="Look at what a model answers, and measure it.")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for name, (add, text) in COMMANDS.items():
+        add(commands.add_parser(name, help=text, formatter_class=argparse.ArgumentDefaultsHelpFormatter))
+    args = parser.parse_args(argv)
+    for name in ("limit", "batch_tokens", "batch_size", "beams", "judge_tokens", "parallel", "attempts"):
+        if getattr(args, name, None) is not None and getattr(args, name) < 1:
+            parser.error(f"--{name.replace('_', '-')} {getattr(args, name)}: at least 1 was expected")
+    if getattr(args, "shots", 0) < 0:
+        parser.error(f"--shots {args.shots}: 0 or more was expected")
+    return args
 
 
 def main(argv=None) -> None:

@@ -16,7 +16,8 @@ do not see each other. With `fork` and `branch` (both (B, T)), token q sees toke
 
     fork[q] == fork[k]  and  k <= q  and  (branch[k] == 0 or branch[k] == branch[q])
 
-and, for a sliding window of w (Mistral), positions[q] - positions[k] < w.
+and, for a sliding window of w (Mistral), positions[q] - positions[k] < w. A header that all forks begin with (few-shot
+examples) is left out of them and given as `prefix`, its keys and values: every token sees them too.
 
 References: LLaMA (arXiv 2302.13971), RoPE (arXiv 2104.09864), GQA (arXiv 2305.13245), RMSNorm (arXiv 1910.07467),
 FlexAttention (arXiv 2412.05496), LoRA (arXiv 2106.09685).
@@ -25,7 +26,7 @@ FlexAttention (arXiv 2412.05496), LoRA (arXiv 2106.09685).
 import json
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from functools import lru_cache, partial
 from pathlib import Path
@@ -36,9 +37,12 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+import hub
+
 ARCHITECTURES = {"llama": "LlamaForCausalLM", "mistral": "MistralForCausalLM", "qwen2": "Qwen2ForCausalLM",
                  "qwen3": "Qwen3ForCausalLM"}
 DTYPE_NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16", torch.float64: "float64"}
+MAX_SHARD_BYTES = 5_000_000_000
 
 
 class CheckpointError(ValueError):
@@ -89,7 +93,7 @@ def read_config(directory) -> Config:
     path = Path(directory) / "config.json"
     raw = read_json(path)
     kind = raw.get("model_type")
-    if kind not in ARCHITECTURES:
+    if not isinstance(kind, str) or kind not in ARCHITECTURES:
         raise CheckpointError(f"{path}: model_type {kind!r} is not supported, only {', '.join(sorted(ARCHITECTURES))}")
     rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
     refuse_unsupported(path, raw, rope)
@@ -194,8 +198,7 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         wide = x.to(torch.promote_types(x.dtype, torch.float32))
-        wide = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)
-        return self.weight.to(x.dtype) * wide.to(x.dtype)
+        return self.weight.to(x.dtype) * F.rms_norm(wide, wide.shape[-1:], None, self.eps).to(x.dtype)
 
 
 class Attention(nn.Module):
@@ -267,24 +270,28 @@ def rope_frequencies(config: Config, device=None) -> Tensor:
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """RoPE in the half-split layout of Hugging Face checkpoints: channel i turns with channel i + D/2.
 
-    x (B, T, heads, D); cos, sin (B, T, 1, D).
+    x (B, T, heads, D); cos, sin (B, T, 1, D), the first half of sin negated.
     """
-    first, second = x.chunk(2, dim=-1)
-    return x * cos + torch.cat((-second, first), dim=-1) * sin
+    return x * cos + x.roll(x.shape[-1] // 2, dims=-1) * sin
 
 
 # --------------------------------------------------------------------------------------------------------- attention
 # Every function below takes q (B, T, Q, D), k and v (B, S, G, D) and returns (B, T, Q, D).
 
 def sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, causal: bool = False) -> Tensor:
-    """Scaled dot-product attention; G kv heads serve Q/G query heads each. mask (B or 1, 1, T, S), True = may see."""
-    q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)            # (B, heads, T, D)
-    grouped = q.shape[1] != k.shape[1]
-    return F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal, enable_gqa=grouped).transpose(1, 2)
+    """Scaled dot-product attention; G kv heads serve Q/G query heads each. mask (B or 1, 1, T, S): True where a query may
+    see, or what is added to its scores."""
+    B, T, Q, D = q.shape
+    k, v = k.transpose(1, 2), v.transpose(1, 2)                                  # (B, G, S, D)
+    G = k.shape[1]
+    if T == 1:                        # the query heads of a group become its queries: no key is copied for each of them
+        return F.scaled_dot_product_attention(q.reshape(B, G, Q // G, D), k, v, mask).reshape(B, T, Q, D)
+    q = q.transpose(1, 2)                                                        # (B, Q, T, D)
+    return F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal, enable_gqa=Q != G).transpose(1, 2)
 
 
-def visible(fork: Tensor, branch: Tensor, positions: Tensor, window: int | None = None) -> Tensor:
-    """Eq. 1 as a boolean mask (B, 1, T, T). A padding token sees itself alone, so that no row of it is empty."""
+def visible(fork: Tensor, branch: Tensor, positions: Tensor, window: int | None = None, header: int = 0) -> Tensor:
+    """Eq. 1 as a boolean mask (B, 1, T, header + T). A padding token sees itself, so that no row of it is empty."""
     T = fork.shape[1]
     order = torch.arange(T, device=fork.device)
     seen = (fork[:, :, None] == fork[:, None, :]) & (order[:, None] >= order[None, :])
@@ -292,21 +299,27 @@ def visible(fork: Tensor, branch: Tensor, positions: Tensor, window: int | None 
     if window is not None:
         seen &= positions[:, :, None] - positions[:, None, :] < window
     seen &= (fork[:, :, None] >= 0) | (order[:, None] == order[None, :])
-    return seen[:, None]
+    ago = positions[:, :, None] - torch.arange(header, device=fork.device)
+    return torch.cat((ago < (window or math.inf), seen), dim=-1)[:, None]
 
 
-def attend_dense(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+def behind(prefix: tuple[Tensor, Tensor], k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    """Keys and values (B, S, G, D) with those of the header, (1, P, G, D), before them: (B, P + S, G, D)."""
+    return tuple(torch.cat((header.expand(len(x), -1, -1, -1), x), dim=1) for header, x in zip(prefix, (k, v)))
+
+
+def attend_dense(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, prefix=None) -> Tensor:
     """The reference for packed forks: SDPA under the full mask. Pays for every pair the mask hides."""
-    return sdpa(q, k, v, mask)
+    return sdpa(q, *((k, v) if prefix is None else behind(prefix, k, v)), mask)
 
 
 def attend_causal(q: Tensor, k: Tensor, v: Tensor, window: int | None = None) -> Tensor:
-    """Plain causal attention over T tokens, each seeing at most the last `window`."""
-    T = q.shape[1]
-    if window is None or T <= window:
+    """Plain causal attention of T tokens, the last ones of S, each seeing at most the last `window`."""
+    T, S = q.shape[1], k.shape[1]
+    if T == S and (window is None or T <= window):
         return sdpa(q, k, v, causal=True)
-    ago = torch.arange(T, device=q.device)[:, None] - torch.arange(T, device=q.device)[None, :]
-    return sdpa(q, k, v, mask=((ago >= 0) & (ago < window))[None, None])
+    ago = torch.arange(S - T, S, device=q.device)[:, None] - torch.arange(S, device=q.device)[None, :]
+    return sdpa(q, k, v, mask=((ago >= 0) & (ago < (window or math.inf)))[None, None])
 
 
 def unfold_forks(fork: Tensor, branch: Tensor) -> tuple[list[Tensor], Tensor]:
@@ -347,7 +360,7 @@ def unfold_forks(fork: Tensor, branch: Tensor) -> tuple[list[Tensor], Tensor]:
 
 
 def attend_unfolded(q: Tensor, k: Tensor, v: Tensor, gathers: list[Tensor], restore: Tensor,
-                    window: int | None = None) -> Tensor:
+                    window: int | None = None, prefix=None) -> Tensor:
     """Packed forks on the CPU: gather each continuation behind its prompt, attend causally, put the rows back.
 
     Only attention sees the prompt once per continuation; projections and MLP, nearly all the work, see it once.
@@ -358,6 +371,8 @@ def attend_unfolded(q: Tensor, k: Tensor, v: Tensor, gathers: list[Tensor], rest
     for rows in gathers:
         S, L = rows.shape
         lines = [x.index_select(0, rows.view(-1)).view(S, L, -1, D) for x in (q, k, v)]
+        if prefix is not None:
+            lines[1:] = behind(prefix, *lines[1:])
         outputs.append(attend_causal(*lines, window=window).reshape(S * L, Q * D))
     return torch.cat(outputs).index_select(0, restore).view(B, T, Q, D)
 
@@ -388,8 +403,11 @@ def attend_flex(q: Tensor, k: Tensor, v: Tensor, mask) -> Tensor:
     return compiled_flex()[0](q, k, v, block_mask=mask, enable_gqa=q.shape[1] != k.shape[1]).transpose(1, 2)
 
 
-def fork_attention(fork: Tensor, branch: Tensor, positions: Tensor, window: int | None):
-    """The attention function for packed forks that suits the device; compared with attend_dense by the tests."""
+def fork_attention(fork: Tensor, branch: Tensor, positions: Tensor, window: int | None, header: int | None = None):
+    """The attention function for packed forks that suits the device; compared with attend_dense by the tests. With a
+    header of so many tokens (scoring: row lengths differ, each would compile FlexAttention anew) CUDA takes the mask."""
+    if fork.is_cuda and header is not None:
+        return partial(attend_dense, mask=visible(fork, branch, positions, window, header))
     if fork.is_cuda:
         return partial(attend_flex, mask=flex_mask(fork, branch, positions, window))
     gathers, restore = unfold_forks(fork, branch)
@@ -399,11 +417,13 @@ def fork_attention(fork: Tensor, branch: Tensor, positions: Tensor, window: int 
 # ------------------------------------------------------------------------------------------------------------- cache
 
 class LayerCache:
-    """Keys and values of one layer, (B, capacity, G, D), of which the first `length` columns are filled."""
+    """Keys and values of one layer, (B, capacity, G, D), of which the first `length` columns are filled.
+
+    In memory a head's columns lie side by side, (B, G, capacity, D), which is how attention reads them.
+    """
 
     def __init__(self, B: int, capacity: int, G: int, D: int, device, dtype):
-        self.k = torch.empty(B, capacity, G, D, device=device, dtype=dtype)
-        self.v = torch.empty_like(self.k)
+        self.k, self.v = (torch.empty(B, G, capacity, D, device=device, dtype=dtype).transpose(1, 2) for _ in range(2))
         self.length = 0
 
     def append_(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
@@ -419,24 +439,28 @@ class Cache:
     def __init__(self, config: Config, start: Tensor, capacity: int, dtype):
         self.layers = [LayerCache(len(start), capacity, config.num_key_value_heads, config.head_dim,
                                   start.device, dtype) for _ in range(config.num_hidden_layers)]
-        self.start, self.window = start, config.sliding_window
+        self.start, self.padded, self.window = start, bool(start.any()), config.sliding_window
 
     def attention(self, T: int):
         """Attention of T new tokens over everything cached, the new ones included (which `append_` adds first)."""
-        past = self.layers[0].length
-        query = past + torch.arange(T, device=self.start.device)[:, None]
-        key = torch.arange(past + T, device=self.start.device)[None, :]
+        past, device, dtype = self.layers[0].length, self.start.device, self.layers[0].k.dtype
+        if not self.padded and (self.window is None or past + T <= self.window) and (T == 1 or past == 0):
+            return partial(sdpa, causal=True)
+        query = past + torch.arange(T, device=device)[:, None]
+        key = torch.arange(past + T, device=device)[None, :]
         seen = (key <= query) & (key >= self.start[:, None, None])
         if self.window is not None:
             seen &= query - key < self.window
         seen |= key == query                       # a padding query sees itself: an empty softmax row would be NaN
-        return partial(sdpa, mask=None if bool(seen.all()) else seen[:, None])
+        bias = torch.zeros(seen.shape, dtype=dtype, device=device).masked_fill(~seen, -math.inf)
+        return partial(sdpa, mask=bias[:, None])   # made once for all layers
 
     def keep_(self, rows: Tensor) -> None:
         """Drop all rows but these, so that finished replies cost nothing."""
         self.start = self.start[rows]
+        self.padded = bool(self.start.any())
         for layer in self.layers:
-            layer.k, layer.v = layer.k[rows], layer.v[rows]
+            layer.k, layer.v = (x.transpose(1, 2)[rows].transpose(1, 2) for x in (layer.k, layer.v))
 
 
 # ------------------------------------------------------------------------------------------------------------- model
@@ -459,9 +483,10 @@ class Llama(nn.Module):
         return self.model["embed_tokens"].weight if self.lm_head is None else self.lm_head.weight
 
     def forward(self, tokens: Tensor, positions: Tensor | None = None, fork: Tensor | None = None,
-                branch: Tensor | None = None, cache: Cache | None = None) -> Tensor:
+                branch: Tensor | None = None, cache: Cache | None = None, prefix=None) -> Tensor:
         """Hidden states (B, T, H) of tokens (B, T) int64. Alone: causal. With fork and branch: eq. 1. With cache: T new
-        tokens after what it holds. positions (B, T) default to 0, 1, ..., T-1 in every row."""
+        tokens after what it holds. positions (B, T) default to 0, 1, ..., T-1 in every row. prefix, only with fork and
+        branch: `keys_and_values` of the header every fork continues; positions count from its end."""
         B, T = tokens.shape
         window = self.config.sliding_window
         if positions is None:
@@ -469,17 +494,30 @@ class Llama(nn.Module):
         if cache is not None:
             attend = cache.attention(T)
         elif fork is not None:
-            attend = fork_attention(fork, branch, positions, window)
+            header = None if prefix is None else prefix[0][0].shape[1]
+            positions = positions + (header or 0)
+            attend = fork_attention(fork, branch, positions, window, header)
         else:
             attend = partial(attend_causal, window=window)
         x = self.model["embed_tokens"](tokens)
         x = x.to(self.compute_dtype or x.dtype)
         angles = positions[..., None] * rope_frequencies(self.config, tokens.device)       # (B, T, D/2)
-        angles = torch.cat((angles, angles), dim=-1)[:, :, None]                           # (B, T, 1, D)
-        cos, sin = angles.cos().to(x.dtype), angles.sin().to(x.dtype)
+        cos, sin = angles.cos().to(x.dtype)[:, :, None], angles.sin().to(x.dtype)[:, :, None]
+        cos, sin = torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1)           # (B, T, 1, D)
         for i, block in enumerate(self.model["layers"]):
-            x = block(x, cos, sin, attend, None if cache is None else cache.layers[i])
+            seen = attend if prefix is None else partial(attend, prefix=prefix[i])
+            x = block(x, cos, sin, seen, None if cache is None else cache.layers[i])
         return self.model["norm"](x)
+
+
+@torch.no_grad()
+def keys_and_values(model: Llama, tokens: list[int]) -> list[tuple[Tensor, Tensor]]:
+    """Per layer the keys and values (1, P, G, D) of P header tokens, for `forward(prefix=...)`. P may be 0."""
+    device, dtype = model.head.device, model.compute_dtype or model.head.dtype
+    cache = Cache(model.config, torch.zeros(1, dtype=torch.int64, device=device), len(tokens), dtype)
+    if tokens:
+        model(torch.tensor([tokens], device=device), cache=cache)
+    return [(layer.k[:, :layer.length], layer.v[:, :layer.length]) for layer in cache.layers]
 
 
 # ----------------------------------------------------------------------------------------------------------- loading
@@ -487,8 +525,9 @@ class Llama(nn.Module):
 class Weights(Mapping):
     """The tensors of a checkpoint by name, read lazily through memory maps.
 
-    Takes model.safetensors, or the files that model.safetensors.index.json names and no others. CheckpointError when
-    a file is missing, damaged, outside the directory, or does not hold what the index promises.
+    Takes model.safetensors, or the files that model.safetensors.index.json names and no others. One file is open at a
+    time: read in the order of `where`'s files, a sharded checkpoint never holds more than a shard in memory.
+    CheckpointError when a file is missing, damaged, outside the directory, or does not hold what the index promises.
     """
 
     def __init__(self, directory):
@@ -503,13 +542,14 @@ class Weights(Mapping):
         else:
             raise CheckpointError(f"{directory} holds neither model.safetensors nor model.safetensors.index.json: "
                                   f"download the weights, or convert .bin files to safetensors")
-        names = {single.name} if self.where is None else set(self.where.values())
-        self.files = {name: open_safetensors(self.directory / name) for name in sorted(names)}
-        if self.where is None:
-            self.where = {key: single.name for key in self.files[single.name].keys()}
-        held = {name: set(file.keys()) for name, file in self.files.items()}
+        self.opened, self.shapes = (None, None), {}
+        for name in [single.name] if self.where is None else sorted(set(self.where.values())):
+            file = open_safetensors(self.directory / name)
+            for key in file.keys():
+                self.shapes[key, name] = tuple(file.get_slice(key).get_shape())
+        self.where = self.where or {key: name for key, name in self.shapes}
         for key, name in self.where.items():
-            if key not in held[name]:
+            if (key, name) not in self.shapes:
                 raise CheckpointError(f"{index} promises {key} in {name}, which does not hold it: download it again")
 
     def read_index(self, index: Path) -> dict:
@@ -522,10 +562,18 @@ class Weights(Mapping):
         return where
 
     def __getitem__(self, key: str) -> Tensor:
-        return self.files[self.where[key]].get_tensor(key)
+        name = self.where[key]
+        if self.opened[0] != name:
+            self.opened = (None, None)                                       # unmap the last file before the next one
+            self.opened = (name, open_safetensors(self.directory / name))
+        tensor = self.opened[1].get_tensor(key)
+        if tensor.dtype not in DTYPE_NAMES:
+            raise CheckpointError(f"{self.directory}: tensor {key} has dtype {tensor.dtype}: quantised checkpoints are "
+                                  f"not supported")
+        return tensor
 
     def shape(self, key: str) -> tuple[int, ...]:
-        return tuple(self.files[self.where[key]].get_slice(key).get_shape())
+        return self.shapes[key, self.where[key]]
 
     def __iter__(self):
         return iter(self.where)
@@ -575,13 +623,10 @@ def checkpoint_names(model: Llama, weights: Weights) -> dict[str, str]:
     return names
 
 
-def load(path, device="cpu", dtype: torch.dtype = torch.float32, adapter=None) -> Llama:
-    """The model in a Hugging Face directory, on `device` in `dtype`, with a PEFT LoRA adapter's product added if given.
-
-    CheckpointError when anything is missing, surplus, damaged or of another shape.
-    """
-    config = read_config(path)
-    weights = open_weights(path)
+def open_checkpoint(directory) -> tuple[Llama, Weights, dict[str, str]]:
+    """The model without memory (on the meta device), its tensors, and parameter name -> tensor name in the order of the
+    files. CheckpointError when anything is missing, surplus or of another shape."""
+    config, weights = read_config(directory), open_weights(directory)
     with torch.device("meta"):
         model = Llama(config)
     names = checkpoint_names(model, weights)
@@ -591,54 +636,93 @@ def load(path, device="cpu", dtype: torch.dtype = torch.float32, adapter=None) -
         ignored |= {"model.embed_tokens.weight", "lm_head.weight"} - set(shapes)
     weights.where = {key: file for key, file in weights.where.items() if key not in ignored}
     check_tensors(weights, shapes)
+    return model, weights, dict(sorted(names.items(), key=lambda pair: weights.where[pair[1]]))
+
+
+def load(path, device="cpu", dtype: torch.dtype = torch.float32, adapter=None) -> Llama:
+    """The model in a Hugging Face directory or on the hub, on `device` in `dtype`, with a PEFT LoRA adapter or an
+    attn_delta.safetensors added if given.
+
+    What is on the CPU in the dtype of the files stays memory-mapped, privately: changing it changes no file, but a file
+    must not be overwritten in place meanwhile (renaming another one over it, as `save` does, is fine). Peak host memory is
+    the model's and one shard. CheckpointError when anything is missing, surplus, damaged or of another shape.
+    """
+    path = hub.local(path)
+    model, weights, names = open_checkpoint(path)
     updates = {} if adapter is None else read_adapter(adapter, set(names))
     state = {}
     for name, key in names.items():
         tensor = weights[key]
-        if not tensor.is_floating_point():
-            raise CheckpointError(f"{weights.directory}: tensor {key} has dtype {tensor.dtype}: quantised checkpoints "
-                                  f"are not supported")
         if name in updates:
-            tensor = add_product(tensor, updates.pop(name), f"{adapter}: {name}")
-        state[name] = tensor.to(device=device, dtype=dtype, copy=True)      # a copy: the map must not be written to
+            tensor = add_update(tensor, updates[name](), f"{adapter}: {name}")
+        state[name] = tensor.to(device=device, dtype=dtype)
     model.load_state_dict(state, strict=True, assign=True)
     return model.requires_grad_(False).eval()
 
 
-def read_adapter(directory, parameters: set[str]) -> dict[str, tuple[Tensor, Tensor, float]]:
-    """{parameter name: (A (R, in), B (out, R), scale)} of a PEFT LoRA adapter; W' = W + scale B A (arXiv 2106.09685)."""
-    path = Path(directory) / "adapter_config.json"
-    raw = read_json(path)
+def read_adapter(path, parameters: set[str]) -> dict[str, Callable[[], Tensor]]:
+    """{parameter name: function giving what is to be added to it}, of a PEFT LoRA directory (scale B A, arXiv 2106.09685)
+    or of an attn_delta.safetensors file. CheckpointError when it does not fit the parameters."""
+    if Path(path).suffix == ".safetensors":
+        file = open_safetensors(Path(path))
+        return {known(key, parameters, path): partial(file.get_tensor, key) for key in file.keys()}
+    raw = read_lora_config(Path(path) / "adapter_config.json")
+    file = open_safetensors(Path(path) / "adapter_model.safetensors")
+    updates = {}
+    for key in sorted(file.keys()):
+        name = key.removeprefix("base_model.model.").replace(".lora_B.weight", ".lora_A.weight")
+        name = known(name.removesuffix(".lora_A.weight") + ".weight", parameters, path)
+        twin = key.replace(".lora_A.", ".lora_B.")
+        if twin not in file.keys() or ".lora_" not in key:
+            raise CheckpointError(f"{path}: {key} is no factor of a pair lora_A, lora_B")
+        if twin != key:
+            A, B = file.get_tensor(key), file.get_tensor(twin)
+            R = A.shape[0]
+            updates[name] = partial(lora_product, A, B, raw["lora_alpha"] / (math.sqrt(R) if raw.get("use_rslora") else R))
+    return updates
+
+
+def known(name: str, parameters: set[str], path) -> str:
+    if name not in parameters:
+        raise CheckpointError(f"{path}: {name} is no parameter of the model: another base model's adapter?")
+    return name
+
+
+def read_lora_config(path: Path) -> dict:
+    raw = {"lora_alpha": 8} | read_json(path)
     if str(raw.get("peft_type")).upper() != "LORA":
         raise CheckpointError(f"{path}: peft_type is {raw.get('peft_type')!r}, only LORA adapters are supported")
     for key, fine in {"bias": "none", "use_dora": False, "fan_in_fan_out": False, "rank_pattern": {}, "alpha_pattern": {},
                       "modules_to_save": None, "lora_bias": False, "trainable_token_indices": None}.items():
         if raw.get(key, fine) not in (fine, None, []):
             raise CheckpointError(f"{path}: {key} = {raw[key]!r} is not supported")
-    alpha = raw.get("lora_alpha", 8)
-    file = open_safetensors(Path(directory) / "adapter_model.safetensors")
-    updates = {}
-    for key in sorted(file.keys()):
-        name = key.removeprefix("base_model.model.").replace(".lora_B.weight", ".lora_A.weight")
-        name = name.removesuffix(".lora_A.weight") + ".weight"
-        twin = key.replace(".lora_A.", ".lora_B.")
-        if name not in parameters or twin not in file.keys() or ".lora_" not in key:
-            raise CheckpointError(f"{directory}: {key} fits no parameter of the model: another base model's adapter?")
-        if twin != key:
-            A, B = file.get_tensor(key), file.get_tensor(twin)
-            R = A.shape[0]
-            updates[name] = (A, B, alpha / (math.sqrt(R) if raw.get("use_rslora") else R))
-    return updates
+    if isinstance(raw["lora_alpha"], bool) or not isinstance(raw["lora_alpha"], (int, float)):
+        raise CheckpointError(f"{path}: lora_alpha is {raw['lora_alpha']!r}, a number was expected")
+    return raw
 
 
-def add_product(weight: Tensor, update: tuple[Tensor, Tensor, float], where: str) -> Tensor:
-    """W + scale B A, in at least fp32."""
-    A, B, scale = update
-    if A.ndim != 2 or B.ndim != 2 or A.shape[0] != B.shape[1] or (B.shape[0], A.shape[1]) != tuple(weight.shape):
-        raise CheckpointError(f"{where}: adapter factors {list(B.shape)} x {list(A.shape)} do not fit the weight "
+def adapter_base(path) -> str | None:
+    """The base model an adapter names: a path or a hub id."""
+    if Path(path).suffix == ".safetensors":
+        return (open_safetensors(Path(path)).metadata() or {}).get("base_model_name_or_path")
+    return read_json(Path(path) / "adapter_config.json").get("base_model_name_or_path")
+
+
+def lora_product(A: Tensor, B: Tensor, scale: float) -> Tensor:
+    """scale B A, in at least fp32; A (R, in), B (out, R)."""
+    wide = torch.promote_types(A.dtype, torch.float32)
+    if A.ndim != 2 or B.ndim != 2 or A.shape[0] != B.shape[1]:
+        raise CheckpointError(f"adapter factors {list(B.shape)} x {list(A.shape)} do not fit each other")
+    return scale * (B.to(wide) @ A.to(wide))
+
+
+def add_update(weight: Tensor, update: Tensor, where: str) -> Tensor:
+    """W + update, in at least fp32."""
+    if weight.shape != update.shape:
+        raise CheckpointError(f"{where}: an update of shape {list(update.shape)} does not fit the weight "
                               f"{list(weight.shape)}: another base model's adapter?")
     wide = torch.promote_types(weight.dtype, torch.float32)
-    return weight.to(wide) + scale * (B.to(wide) @ A.to(wide))
+    return weight.to(wide) + update.to(wide)
 
 
 def initialise_(model: Llama, seed: int = 0) -> Llama:
@@ -653,38 +737,43 @@ def initialise_(model: Llama, seed: int = 0) -> Llama:
     return model
 
 
-def save(model: Llama, directory, dtype: torch.dtype = torch.float32, max_shard_bytes: int = 5_000_000_000) -> None:
-    """Write config.json and the weights as `dtype` in Hugging Face layout, sharded past `max_shard_bytes`."""
+def save(model: Llama, directory, dtype: torch.dtype = torch.float32, max_shard_bytes: int = MAX_SHARD_BYTES) -> None:
+    """Write config.json and the weights as `dtype` in Hugging Face layout."""
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
     raw = {**config_dict(model.config), "torch_dtype": DTYPE_NAMES[dtype]}
     (directory / "config.json").write_text(json.dumps(raw, indent=2) + "\n", encoding="utf-8")
-    shards, size = [{}], 0
-    for name, parameter in model.named_parameters():
-        tensor = parameter.detach().to("cpu", dtype).contiguous()
-        if shards[-1] and size + tensor.nbytes > max_shard_bytes:
-            shards.append({})
+    parameters = dict(model.named_parameters())
+    save_sharded(directory, {name: parameter.numel() * dtype.itemsize for name, parameter in parameters.items()},
+                 lambda name: parameters[name].detach().to("cpu", dtype).contiguous(), max_shard_bytes)
+
+
+def save_sharded(directory: Path, sizes: dict[str, int], tensor: Callable[[str], Tensor],
+                 max_shard_bytes: int = MAX_SHARD_BYTES) -> None:
+    """Write tensor(name) for every name of `sizes` (bytes), in files of at most max_shard_bytes unless one tensor is larger,
+    with an index if there are several. A file's tensors are made when it is written, so no more than those are in memory."""
+    shards, size = [[]], 0
+    for name, nbytes in sizes.items():
+        if shards[-1] and size + nbytes > max_shard_bytes:
+            shards.append([])
             size = 0
-        shards[-1][name] = tensor
-        size += tensor.nbytes
-    write_shards(directory, shards)
-
-
-def write_shards(directory: Path, shards: list[dict[str, Tensor]]) -> None:
+        shards[-1].append(name)
+        size += nbytes
+    files = [f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
     if len(shards) == 1:
-        return save_tensors(directory / "model.safetensors", shards[0])
-    names = [f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
-    for name, shard in zip(names, shards):
-        save_tensors(directory / name, shard)
-    index = {"metadata": {"total_size": sum(tensor.nbytes for shard in shards for tensor in shard.values())},
-             "weight_map": {key: name for name, shard in zip(names, shards) for key in shard}}
-    (directory / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+        files = ["model.safetensors"]
+    for file, names in zip(files, shards):
+        save_tensors(directory / file, {name: tensor(name) for name in names})
+    if len(shards) > 1:
+        index = {"metadata": {"total_size": sum(sizes.values())},
+                 "weight_map": {name: file for file, names in zip(files, shards) for name in names}}
+        (directory / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
 
-def save_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
+def save_tensors(path: Path, tensors: dict[str, Tensor], **metadata: str) -> None:
     """Write to a temporary name, then rename: a kill leaves the old file or the new one. Readers want format: pt."""
     temporary = path.with_name(path.name + ".tmp")
-    save_file(tensors, temporary, metadata={"format": "pt"})
+    save_file(tensors, temporary, metadata={"format": "pt", **metadata})
     os.replace(temporary, path)
 
 

@@ -25,7 +25,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from data import DataError
-from model import DTYPE_NAMES, read_json, save, save_tensors
+from model import (MAX_SHARD_BYTES, add_update, load, open_checkpoint, open_weights, read_adapter, read_json, save_sharded,
+                   save_tensors)
 
 CHECKPOINTS_KEPT = 2
 
@@ -189,8 +190,13 @@ def truncate_metrics(path: Path, steps: int) -> None:
 
 # ------------------------------------------------------------------------------------------------------------ exports
 
-def save_adapter(model, directory: Path, base: str, targets: tuple[str, ...], rank: int, alpha: float) -> None:
-    """The LoRA factors in PEFT's layout, fp32: loads in PEFT and vLLM over the base model `base`."""
+COPIED = (".json", ".jinja", ".model", ".txt")        # a base's tokenizer and generation files, its licence
+TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
+
+
+def save_adapter(model, directory: Path, base: str, targets: tuple[str, ...], rank: int, alpha: float, template: str) -> None:
+    """The LoRA factors in PEFT's layout, fp32: loads in PEFT and vLLM over the base model `base`. With them the chat template
+    they were trained in, which a server of a base model has to be given."""
     tensors = {f"base_model.model.{name}.weight": parameter.detach().float().cpu().contiguous()
                for name, parameter in model.named_parameters() if ".lora_" in name}
     save_tensors(directory / "adapter_model.safetensors", tensors)
@@ -199,14 +205,62 @@ def save_adapter(model, directory: Path, base: str, targets: tuple[str, ...], ra
         "lora_dropout": 0.0, "target_modules": list(targets), "bias": "none", "fan_in_fan_out": False,
         "inference_mode": True, "modules_to_save": None, "use_rslora": False, "use_dora": False, "rank_pattern": {},
         "alpha_pattern": {}})
+    write_text(directory / "chat_template.jinja", template)
 
 
-def save_model(model, directory: Path, base: str) -> None:
-    """The whole model in the base's dtype, with the base's tokenizer and generation files: opens as the base does."""
-    raw = read_json(Path(base) / "config.json")
-    name = raw.get("dtype") or raw.get("torch_dtype") or "float32"
-    dtype = {text: dtype for dtype, text in DTYPE_NAMES.items()}.get(name, torch.float32)
-    save(model, directory, dtype)
-    for path in sorted(Path(base).glob("*")):
-        if path.suffix in (".json", ".jinja", ".model") and not path.name.endswith(".index.json"):
+def save_model(directory: Path, base, tokenizer, change, max_shard_bytes: int = MAX_SHARD_BYTES) -> None:
+    """The base checkpoint (its directory) with change(parameter name, tensor) in the place of every tensor, as a whole Hugging
+    Face directory. A tensor keeps the dtype it has in the base, and one that is not changed its bits."""
+    _, weights, names = open_checkpoint(base)
+
+    def tensor(name: str) -> Tensor:
+        old = weights[names[name]]
+        return change(name, old).detach().to("cpu", old.dtype).contiguous()
+    save_sharded(directory, {name: weights[key].nbytes for name, key in names.items()}, tensor, max_shard_bytes)
+    for path in sorted(Path(base).iterdir()):
+        if path.suffix in COPIED and not path.name.endswith(".index.json"):
             shutil.copyfile(path, directory / path.name)
+    generation = directory / "generation_config.json"
+    raw = read_json(generation) if generation.exists() else {"bos_token_id": tokenizer.bos_id}
+    stops = sorted(tokenizer.stop_ids)
+    write_json(generation, raw | {"eos_token_id": stops if len(stops) > 1 else stops[0]})
+    write_text(directory / "chat_template.jinja", tokenizer.template)        # base models bring none: ours is what was trained
+
+
+def save_merged(directory: Path, base, adapter: Path, tokenizer, max_shard_bytes: int = MAX_SHARD_BYTES) -> None:
+    """save_model with the adapter's products added, in at least fp32."""
+    updates = read_adapter(adapter, set(open_checkpoint(base)[2]))
+
+    def change(name: str, old: Tensor) -> Tensor:
+        return add_update(old, updates[name](), name) if name in updates else old
+    save_model(directory, base, tokenizer, change, max_shard_bytes)
+
+
+def save_delta(path: Path, base, parameters: dict[str, Tensor], named: str) -> None:
+    """What training added to the base's tensors, in their dtype: a small file that `--adapter` takes over the base `named`."""
+    _, weights, names = open_checkpoint(base)
+    tensors = {}
+    for name, parameter in parameters.items():
+        old = weights[names[name]]
+        tensors[name] = (parameter.detach().cpu() - old.to(parameter.dtype)).to(old.dtype)
+    save_tensors(path, tensors, base_model_name_or_path=named)
+
+
+@torch.no_grad()
+def check_outputs(model, outputs: dict[Path, dict], ids: list[int]) -> None:
+    """Load what was written (`outputs`: path -> arguments of model.load) and compare its logits of a text with the trained
+    model's, on the same device in the same dtype. The model gives up its memory for that: it ends on the meta device."""
+    tokens = torch.tensor([ids], device=model.head.device)
+    device, dtype = model.head.device, model.compute_dtype or model.head.dtype
+    expected = (model(tokens)[0] @ model.head.to(dtype).T).float().cpu()
+    model.to("meta")
+    for path, arguments in outputs.items():
+        again = load(device=device, dtype=dtype, **arguments)
+        found = (again(tokens)[0] @ again.head.T).float().cpu()
+        difference = ((found - expected).norm() / expected.norm()).item()
+        weights = open_weights(arguments["path"])
+        stored = weights[next(iter(weights))].dtype
+        if not difference < max(TOLERANCE[dtype], TOLERANCE[stored]):
+            raise DataError(f"{path} was written, but its logits differ from the trained model's by {difference:.1e} of their "
+                            f"size: do not use it, and report this")
+        print(f"{path}: written, loaded again; its logits differ from the trained model's by {difference:.1e} of their size")

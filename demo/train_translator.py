@@ -6,6 +6,7 @@ also reads sentences with other entities of the same kind in them ("The capital 
 question about a held-out fact and no statement of one is among them.
 """
 
+import io
 import json
 import random
 import unicodedata
@@ -67,21 +68,40 @@ def normalisation_rules(path: Path) -> None:
 def train_tokenizer(world: World, vocab_size: int, directory: Path) -> None:
     """SentencePiece BPE over the world's sentences, cut at entities, and vocab.json in M2M100's order."""
     directory.mkdir(parents=True, exist_ok=True)
-    rules, spm = directory / "rules.tsv", directory / "sentencepiece.bpe"
+    rules, trained = directory / "rules.tsv", io.BytesIO()
     normalisation_rules(rules)
     pieces = (pieces for language in LANGUAGES for pieces in world.sentence_pieces(language))
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=map(WORD_EDGE.join, pieces), pretokenization_delimiter=WORD_EDGE,
-        model_prefix=str(spm), model_type="bpe", vocab_size=vocab_size, character_coverage=1.0,
+        model_writer=trained, model_type="bpe", vocab_size=vocab_size, character_coverage=1.0,
         normalization_rule_tsv=str(rules), hard_vocab_limit=False, minloglevel=2)
     rules.unlink()
-    directory.joinpath("sentencepiece.bpe.vocab").unlink()
-    processor = sentencepiece.SentencePieceProcessor(model_file=str(directory / "sentencepiece.bpe.model"))
+    model = without_text(trained.getvalue(), str(rules))
+    (directory / "sentencepiece.bpe.model").write_bytes(model)
+    processor = sentencepiece.SentencePieceProcessor(model_proto=model)
     vocab = dict(SPECIALS)
     for i in range(processor.get_piece_size()):
         vocab.setdefault(processor.id_to_piece(i), len(vocab))
     write_tokenizer_configs(directory)
     training.write_json(directory / "vocab.json", vocab)  # the last: it tells that the tokenizer is whole
+
+
+def without_text(model: bytes, text: str) -> bytes:
+    """A SentencePiece model (protobuf) without the setting that holds `text`, a path of this machine."""
+    field = varint(len(text.encode())) + text.encode()  # after one byte that says which field it is
+    parts = []
+    for number, value in translate.wire_fields(model):
+        at = value.find(field)
+        value = value if at < 1 else value[:at - 1] + value[at + len(field):]
+        parts.append(varint(number << 3 | 2) + varint(len(value)) + value)  # 2: bytes behind their length
+    return b"".join(parts)
+
+
+def varint(value: int) -> bytes:
+    """Seven bits a byte, the lowest first, the top bit set on all but the last."""
+    if value < 128:
+        return bytes([value])
+    return bytes([value & 127 | 128]) + varint(value >> 7)
 
 
 def write_tokenizer_configs(directory: Path) -> None:

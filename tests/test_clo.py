@@ -268,7 +268,7 @@ def test_the_adapter_gives_peft_and_our_loader_the_same_logits(checkpoint, tmp_p
     for name, parameter in model.named_parameters():
         if ".lora_B" in name:
             parameter.data = torch.randn(parameter.shape)
-    runs.fill_directory(tmp_path / "adapter", lambda path: runs.save_adapter(model, path, str(checkpoint), clo.ATTENTION, 4, 12))
+    runs.fill_directory(tmp_path / "adapter", lambda path: runs.save_adapter(model, path, str(checkpoint), clo.ATTENTION, 4, 12, ""))
     tokens = torch.randint(300, (2, 12))
     ours = model(tokens) @ model.head.T
     theirs = peft.PeftModel.from_pretrained(transformers.AutoModelForCausalLM.from_pretrained(checkpoint), tmp_path / "adapter")
@@ -448,7 +448,7 @@ def test_a_run_directory_of_another_run_is_refused_by_its_first_difference(world
     path, flags = world
     clo.main(flags + ["--baseline", "none"])
     report = (path / "run" / "report.json").read_bytes()
-    fails(capsys, flags + ["--baseline", "none", "--beta", "0.5"], "beta", "0.1", "0.5", "--fresh")
+    fails(capsys, flags + ["--baseline", "none", "--beta", "0.25"], "beta", "0.5", "0.25", "--fresh")
     data.write_rows(path / "rows.jsonl", parallel_rows(12))
     fails(capsys, flags + ["--baseline", "none"], "data", "--fresh")
     assert (path / "run" / "report.json").read_bytes() == report
@@ -468,6 +468,6 @@ def test_clo_moves_a_real_checkpoint_into_swahili(shared, tmp_path, capsys):
               "--samples", "400", "--baseline", "none", "--out", str(tmp_path / "run"), "--max-new-tokens", "4"])
     report = json.loads((tmp_path / "run" / "report.json").read_text())["methods"]
     before, after = report["base"]["heldout"], report["clo"]["heldout"]
-    assert after["nll_tgt"] < before["nll_tgt"] - 1
+    assert after["nll_tgt"] < before["nll_tgt"] - 0.5
     for direction in ("en", "tgt"):
         assert after[f"rewards/margins_{direction}"] > 1 and after[f"rewards/accuracies_{direction}"] > 0.9

@@ -3,6 +3,7 @@
 import gzip
 import json
 import random
+import shutil
 from collections import Counter
 from pathlib import Path
 
@@ -262,6 +263,41 @@ def test_prompts_and_replies_have_the_ids_of_transformers(tmp_path, name, spaced
             ids = theirs.apply_chat_template(messages, tokenize=True, add_generation_prompt=True,
                                              return_dict=False)
             assert ours.prompt_ids(text, system="Be brief.") == ids
+
+
+LLAMA2 = ("{% if messages[0]['role'] == 'system' %}{% set loop_messages = messages[1:] %}"
+          "{% set system_message = messages[0]['content'] %}{% else %}{% set loop_messages = messages %}"
+          "{% set system_message = false %}{% endif %}{% for message in loop_messages %}"
+          "{% if loop.index0 == 0 and system_message != false %}"
+          "{% set content = '<<SYS>>\\n' + system_message + '\\n<</SYS>>\\n\\n' + message['content'] %}"
+          "{% else %}{% set content = message['content'] %}{% endif %}{% if message['role'] == 'user' %}"
+          "{{ bos_token + '[INST] ' + content.strip() + ' [/INST]' }}{% elif message['role'] == 'assistant' %}"
+          "{{ ' ' + content.strip() + ' ' + eos_token }}{% endif %}{% endfor %}")
+
+
+@real
+@pytest.mark.parametrize("name, template", [("llama2", LLAMA2), ("llama2", MISTRAL), ("qwen2_5", None)])
+@pytest.mark.parametrize("system", [None, "Be brief."])
+def test_real_tokenizers_give_the_ids_of_transformers(tmp_path, name, template, system):
+    """Qwen2.5 brings its own template, which has a system prompt of its own if none is given. Llama 2's ids are those of its
+    legacy mode, as Meta's sentencepiece code gives them: a word after <s> begins with a space."""
+    transformers = pytest.importorskip("transformers")
+    for file in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(REAL / "tokenizers" / name / file, tmp_path)
+    if template:
+        (tmp_path / "chat_template.jinja").write_text(template)
+    ours = data.load_tokenizer(tmp_path)
+    theirs = (transformers.LlamaTokenizer.from_pretrained(tmp_path, legacy=True) if name == "llama2" else
+              transformers.PreTrainedTokenizerFast.from_pretrained(tmp_path))
+    first = [{"role": "system", "content": system}] if system and template != MISTRAL else []
+    for text in TEXTS:
+        prompt = [*first, {"role": "user", "content": text}]
+        ids = theirs.apply_chat_template(prompt, tokenize=True, add_generation_prompt=True, return_dict=False)
+        assert ours.prompt_ids(text, first and system) == ids
+        assert ours.bos_id is None or ids.count(ours.bos_id) <= 1
+        whole = theirs.apply_chat_template([*prompt, {"role": "assistant", "content": "Ni Paris."}], return_dict=False)
+        reply = ours.response_ids("Ni Paris.")
+        assert whole[:len(ids) + len(reply)] == ids + reply
 
 
 def test_the_plain_template_starts_with_one_bos_and_ends_with_eos(tmp_path):

@@ -5,11 +5,13 @@ import math
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 import data
 import eval as evaluation
+import report
 from conftest import write_checkpoint
 
 ROOT = Path(__file__).parents[1]
@@ -74,7 +76,8 @@ def test_scores_leave_equal_responses_out_of_the_language_figure(checkpoint, tmp
                        ("e", "The river is long.", "f", "Mto ni mrefu.")])]
     replies = {"a": "The lion eats meat", "b": "The lion eats meat.", "c": "Paris", "d": "Paris", "e": "Mto", "f": "Mto ni mrefu"}
     monkeypatch.setattr(evaluation, "answer", lambda model, tokenizer, questions, *_: [replies[q] for q in questions])
-    scores = evaluation.answer_and_score(None, None, rows, ("en", "sw"), evaluation.fit_languages(TEXTS), 8, None,
+    tokenizer = SimpleNamespace(fingerprint="0123456789abcdef0")
+    scores = evaluation.answer_and_score(None, tokenizer, rows, ("en", "sw"), evaluation.fit_languages(TEXTS), 8, None,
                                          tmp_path / "answers.jsonl")
     assert (scores["en"]["correct"], scores["en"]["right_language"], scores["en"]["n_language"]) == (66.67, 50.0, 2)
     assert (scores["sw"]["correct"], scores["sw"]["right_language"], scores["sw"]["n"]) == (66.67, 50.0, 3)
@@ -82,8 +85,8 @@ def test_scores_leave_equal_responses_out_of_the_language_figure(checkpoint, tmp
 
 
 def test_binomial_error_is_the_formula_and_never_0_at_the_ends():
-    assert evaluation.binomial_error(50, 100) == pytest.approx(5.0)
-    assert 0 < evaluation.binomial_error(100, 100) < 1 and 0 < evaluation.binomial_error(0, 30) < 3
+    assert report.binomial_error(50, 100) == pytest.approx(5.0)
+    assert 0 < report.binomial_error(100, 100) < 1 and 0 < report.binomial_error(0, 30) < 3
 
 
 def test_answers_equal_generate_one_at_a_time(checkpoint):

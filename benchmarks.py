@@ -1,0 +1,601 @@
+"""Multiple-choice benchmarks: their distributed files -> questions -> forks -> the log-prob of every choice.
+
+    for i, logps in score(model, tokenizer, read_benchmark("mmlu", "mmlu/data", shots=5).questions):
+        ...                                               # the command line is python eval.py mc mmlu mmlu/data
+
+MMLU, MMMLU, CMMLU, BELEBELE and AfriMMLU, worded, tokenised and averaged as lm-evaluation-harness does it, so that numbers
+can be compared with published ones. A question is a *fork*: its text is the prompt, its choices are the continuations.
+What all questions of a subject begin with (description, examples) is computed once, as a prefix of keys and values.
+
+Why a file of its own: the wording of five benchmarks and the oddities of their files have nothing to do with the rest of
+eval.py, and would hide it.
+
+Task wordings and sampling rules: lm-evaluation-harness (Gao et al., doi 10.5281/zenodo.10256836), lm_eval/tasks.
+"""
+
+import ast
+import csv
+import hashlib
+import io
+import math
+import random
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+import data
+import hub
+import kernels
+import model as llama
+from data import DataError
+
+LETTERS = ("A", "B", "C", "D")
+EXAMPLE_SEED = 1234                    # of the harness, where a task draws its examples by chance
+MMLU_DESCRIPTION = "The following are multiple choice questions (with answers) about {subject}.\n\n"
+MMMLU_DESCRIPTION = "The following are multiple choice questions (with answers) about {subject} ({language}).\n\n"
+CMMLU_DESCRIPTION = "以下是关于{subject}的单项选择题，请直接给出正确答案的选项。\n\n"
+LETTERED = "{question}\nA. {A}\nB. {B}\nC. {C}\nD. {D}\nAnswer:"
+CMMLU_TEXT = "{question}\nA. {A}\nB. {B}\nC. {C}\nD. {D}\n答案："
+BELEBELE_TEXT = "P: {passage}\nQ: {question}\nA: {A}\nB: {B}\nC: {C}\nD: {D}\nAnswer:"
+AFRIMMLU_TEXT = """You are a highly knowledgeable and intelligent artificial intelligence
+                model answers multiple-choice questions about {subject}
+
+                Question: {question}
+
+                Choices:
+                        A: {A}
+                        B: {B}
+                        C: {C}
+                        D: {D}
+
+                Answer:  """
+
+MMLU_CATEGORIES = {
+    "stem": "abstract_algebra anatomy astronomy college_biology college_chemistry college_computer_science "
+            "college_mathematics college_physics computer_security conceptual_physics electrical_engineering "
+            "elementary_mathematics high_school_biology high_school_chemistry high_school_computer_science "
+            "high_school_mathematics high_school_physics high_school_statistics machine_learning",
+    "other": "business_ethics clinical_knowledge college_medicine global_facts human_aging management marketing "
+             "medical_genetics miscellaneous nutrition professional_accounting professional_medicine virology",
+    "social_sciences": "econometrics high_school_geography high_school_government_and_politics "
+                       "high_school_macroeconomics high_school_microeconomics high_school_psychology human_sexuality "
+                       "professional_psychology public_relations security_studies sociology us_foreign_policy",
+    "humanities": "formal_logic high_school_european_history high_school_us_history high_school_world_history "
+                  "international_law jurisprudence logical_fallacies moral_disputes moral_scenarios philosophy "
+                  "prehistory professional_law world_religions"}
+# the names the harness uses, in the categories of CMMLU's src/categories.py; CHINA_SPECIFIC ones count in a fifth one too
+CMMLU_SUBJECTS = {
+    "stem": {"anatomy": "解剖学", "astronomy": "天文学", "college_actuarial_science": "大学精算学",
+             "college_engineering_hydrology": "大学工程水文学", "college_mathematics": "大学数学",
+             "college_medical_statistics": "大学医学统计", "computer_science": "计算机科学", "conceptual_physics": "概念物理学",
+             "electrical_engineering": "电气工程", "elementary_mathematics": "初等数学", "genetics": "遗传学",
+             "high_school_biology": "高中生物", "high_school_chemistry": "高中化学", "high_school_mathematics": "高中数学",
+             "high_school_physics": "高中物理学", "machine_learning": "机器学习", "virology": "病毒学"},
+    "humanities": {"arts": "艺术学", "chinese_history": "中国历史", "chinese_literature": "中国文学", "college_law": "大学法律",
+                   "global_facts": "全球事实", "international_law": "国际法学", "jurisprudence": "法理学", "logical": "逻辑学",
+                   "marxist_theory": "马克思主义理论", "philosophy": "哲学", "professional_law": "专业法学",
+                   "world_history": "世界历史", "world_religions": "世界宗教"},
+    "social_sciences": {"ancient_chinese": "古汉语", "business_ethics": "商业伦理", "chinese_civil_service_exam": "中国公务员考试",
+                        "chinese_food_culture": "中国饮食文化", "chinese_foreign_policy": "中国外交政策",
+                        "chinese_teacher_qualification": "中国教师资格", "college_education": "大学教育学",
+                        "economics": "经济学", "education": "教育学", "elementary_chinese": "小学语文", "ethnology": "民族学",
+                        "high_school_geography": "高中地理", "high_school_politics": "高中政治", "journalism": "新闻学",
+                        "management": "管理学", "marketing": "市场营销", "modern_chinese": "现代汉语",
+                        "professional_accounting": "专业会计", "professional_psychology": "专业心理学",
+                        "public_relations": "公共关系", "security_study": "安全研究", "sociology": "社会学"},
+    "other": {"agronomy": "农学", "chinese_driving_rule": "中国驾驶规则", "clinical_knowledge": "临床知识",
+              "college_medicine": "大学医学", "computer_security": "计算机安全",
+              "construction_project_management": "建设工程管理", "elementary_commonsense": "小学常识",
+              "elementary_information_and_technology": "小学信息技术", "food_science": "食品科学",
+              "human_sexuality": "人类性行为", "legal_and_moral_basis": "法律与道德基础", "nutrition": "营养学",
+              "professional_medicine": "专业医学", "sports_science": "体育学", "traditional_chinese_medicine": "中医中药"}}
+CHINA_SPECIFIC = {"ancient_chinese", "construction_project_management", "elementary_chinese", "elementary_commonsense",
+                  "ethnology", "high_school_politics", "modern_chinese", "traditional_chinese_medicine",
+                  *(f"chinese_{name}" for name in ("civil_service_exam", "driving_rule", "food_culture", "foreign_policy",
+                                                   "history", "literature", "teacher_qualification"))}
+MMMLU_LANGUAGES = {"AR-XY": "Arabic", "BN-BD": "Bengali", "DE-DE": "German", "ES-LA": "Spanish", "FR-FR": "French",
+                   "HI-IN": "Hindi", "ID-ID": "Indonesian", "IT-IT": "Italian", "JA-JP": "Japanese", "KO-KR": "Korean",
+                   "PT-BR": "Brazilian Portuguese", "SW-KE": "Swahili", "YO-NG": "Yoruba", "ZH-CN": "Simplified Chinese"}
+BELEBELE_CODES = {"en": "eng_Latn", "de": "deu_Latn", "zh": "zho_Hans", "ko": "kor_Hang", "id": "ind_Latn",
+                  "sw": "swh_Latn", "yo": "yor_Latn"}
+AFRIMMLU_CODES = {"en": "eng", "sw": "swa", "yo": "yor"}
+PARQUET = ("parquet files, which are not read here; with pandas and pyarrow installed, convert each: python -c \"import sys, pandas; "
+           "pandas.read_parquet(sys.argv[1]).to_json(sys.argv[2], orient='records', lines=True)\" X.parquet X.jsonl")
+
+
+@dataclass(frozen=True)
+class Question:
+    """One question, ready to be scored: log-prob of " " + choice after header + text, for each choice."""
+    subject: str
+    where: str                         # file:line
+    header: str                        # description and worked examples
+    text: str
+    choices: tuple[str, ...]
+    gold: int
+
+
+@dataclass(frozen=True)
+class Document:
+    """One question as a file has it."""
+    subject: str
+    where: str
+    passage: str
+    question: str
+    options: tuple[str, str, str, str]
+    gold: int
+
+
+@dataclass(frozen=True)
+class Task:
+    """How a benchmark is worded. An empty `examples` split: the examples come from the questions asked."""
+    name: str
+    description: str
+    text: str
+    examples: str = ""
+    answers: str = "letters"           # what a choice is: its letter, or its full text
+    draw: str = "first"                # examples: the first ones, or drawn by chance anew for every question
+    strip: bool = True                 # the question's own text, at both ends
+
+
+TASKS = {"mmlu": Task("mmlu", MMLU_DESCRIPTION, LETTERED, "dev"),
+         "mmmlu": Task("mmmlu", MMMLU_DESCRIPTION, LETTERED),
+         "cmmlu": Task("cmmlu", CMMLU_DESCRIPTION, CMMLU_TEXT, "dev"),
+         "belebele": Task("belebele", "", BELEBELE_TEXT),
+         "afrimmlu": Task("afrimmlu", "", AFRIMMLU_TEXT, "val", answers="texts", draw="chance", strip=False)}
+
+
+@dataclass(frozen=True)
+class Benchmark:
+    """Questions to ask, and what has to stand beside their score."""
+    task: Task
+    questions: list[Question]
+    settings: dict
+    categories: dict[str, set[str]]    # subjects of each; {} where a benchmark has none
+
+
+# ------------------------------------------------------------------------------------------------------ files -> rows
+
+def table_rows(path: Path, columns: list[str] | None = None) -> list[tuple[str, dict]]:
+    """[("file:line", {column: text})] of a csv, tsv or jsonl file. `columns` name those of a csv without a header."""
+    if path.suffix == ".jsonl":
+        return data.read_records(path)
+    reader = csv.reader(io.StringIO(data.read_text(path), newline=""), delimiter="\t" if path.suffix == ".tsv" else ",")
+    rows, line = [], 1
+    for cells in reader:
+        if cells:
+            where = f"{path}:{line}"
+            if columns is None:
+                columns = cells
+            elif len(cells) != len(columns):
+                raise DataError(f"{where}: {len(cells)} columns, {len(columns)} are wanted ({', '.join(columns)})")
+            else:
+                rows.append((where, dict(zip(columns, cells))))
+        line = reader.line_num + 1
+    return rows
+
+
+def make_document(row: dict, where: str, subject: str, keys: tuple[str, ...], strip: bool = True) -> Document:
+    """keys: those of the passage ("" without), the question, four options (or one list of them), and the answer."""
+    passage, question, *options, answer = keys
+    found = [data.need(row, key, where) for key in options]
+    if len(found) == 1:
+        found = choice_list(found[0], where)
+    answer, question = data.need(row, answer, where), data.need(row, question, where)
+    texts = [data.as_kind(text, str, where) for text in (question, *found, row[passage] if passage else "")]
+    question, *found, passage = texts
+    if not question.strip():
+        raise DataError(f"{where}: the question is empty")
+    return Document(subject, where, passage, question.strip() if strip else question, tuple(found), gold_index(answer, where))
+
+
+def choice_list(value, where: str) -> list:
+    """Four options out of a list, or out of one printed by Python (AfriMMLU)."""
+    try:
+        value = ast.literal_eval(value) if isinstance(value, str) else value
+    except (ValueError, SyntaxError):
+        value = None
+    if not isinstance(value, list) or len(value) != len(LETTERS):
+        raise DataError(f"{where}: choices are no list of {len(LETTERS)} texts")
+    return value
+
+
+def gold_index(answer, where: str) -> int:
+    """0 to 3 from a letter A-D or, as the hub's MMLU has it, from a number 0-3."""
+    if isinstance(answer, int) and not isinstance(answer, bool) and 0 <= answer < len(LETTERS):
+        return answer
+    if answer not in LETTERS:
+        raise DataError(f"{where}: the answer is {answer!r}, one of {', '.join(LETTERS)} is wanted")
+    return LETTERS.index(answer)
+
+
+def refuse_duplicates(identified: list[tuple[str, object]]) -> None:
+    """DataError naming both places when an identifier occurs twice. identified: [(where, identifier)]."""
+    seen = {}
+    for where, identifier in identified:
+        if identifier in seen:
+            raise DataError(f"{where}: the same identifier as in {seen[identifier]}: {str(identifier)[:80]!r}")
+        seen[identifier] = where
+
+
+def local_files(name: str, path, language: str) -> Path:
+    """The benchmark's directory; of a data set on the hub, its csv, tsv and jsonl files (of one language) downloaded."""
+    if not hub.is_id(path):
+        return Path(path)
+    patterns = ["*.csv", "*.jsonl"]
+    if name == "mmmlu":
+        code = mmmlu_code(language)
+        patterns = [f"*{code}.csv", f"*{code.replace('-', '_')}.csv"]
+    elif name == "belebele":
+        patterns = [f"*{BELEBELE_CODES.get(language, language)}.jsonl"]
+    elif name == "afrimmlu":
+        patterns = [f"*{AFRIMMLU_CODES.get(language, language)}/*.tsv"]
+    return hub.fetch(str(path), tuple(patterns), kind="dataset")
+
+
+def listed(root: Path, folders: list[str], names: list[str]) -> list[Path]:
+    """Files that match the first name pattern with any match, in one of the folders of `root`."""
+    for name in names:
+        for folder in folders:
+            found = sorted((root / folder).glob(name))
+            if found:
+                return found
+    if any(root.rglob("*.parquet")):
+        raise DataError(f"{root} holds {PARQUET}")
+    raise DataError(f"{root}: found no {' or '.join(names)} in {', '.join(sorted({str(root / folder) for folder in folders}))}"
+                    f" (of data sets on the hub some hold only {PARQUET})")
+
+
+def read_subjects(task: Task, root: Path, split: str) -> dict[Path, list[Document]]:
+    """MMLU or CMMLU: one csv a subject in a folder of the split; or one jsonl of the split with a "subject" column."""
+    headerless = task.name == "mmlu"
+    files = listed(root, [split, f"data/{split}", "", "data"],
+                   [f"*_{split}.csv", f"{split}.jsonl"] if headerless else ["*.csv", f"{split}.jsonl"])
+    documents = {}
+    for path in files:
+        hub = path.suffix == ".jsonl"
+        columns = ["question", *LETTERS, "answer"] if headerless and not hub else None
+        rows = table_rows(path, columns)
+        if rows and "" in rows[0][1]:                                                         # CMMLU numbers its rows
+            refuse_duplicates([(where, row[""]) for where, row in rows])
+        keys = ("", "question", "choices", "answer") if hub else (
+            "", "question" if headerless else "Question", *LETTERS, "answer" if headerless else "Answer")
+        name = path.stem.removesuffix(f"_{split}")
+        documents[path] = [make_document(row, where, row.get("subject", name), keys) for where, row in rows]
+    return documents
+
+
+def mmmlu_code(language: str) -> str:
+    """SW-KE for sw, SW_KE, SW-KE."""
+    codes = [code for code in MMMLU_LANGUAGES if language.upper().replace("_", "-") in (code, code[:2])]
+    if not codes:
+        raise DataError(f"--lang {language}: MMMLU has {', '.join(MMMLU_LANGUAGES)}")
+    return codes[0]
+
+
+def read_mmmlu(root: Path, language: str) -> dict[Path, list[Document]]:
+    """MMMLU: one csv a language with all subjects, whose Subject cells may carry a file name's rest."""
+    code = mmmlu_code(language)
+    path = root if root.is_file() else listed(root, ["", "test"], [f"mmlu_{code}.*", f"*{code.replace('-', '_')}.*"])[0]
+    documents = []
+    for where, row in table_rows(path):
+        subject = data.need(row, "Subject", where).split("_test.csv")[0].split("_test-")[0]
+        documents.append(make_document(row, where, subject, ("", "Question", *LETTERS, "Answer")))
+    return {path: documents}
+
+
+def read_belebele(root: Path, language: str) -> dict[Path, list[Document]]:
+    """BELEBELE: one jsonl a language, named by its FLORES code."""
+    code = BELEBELE_CODES.get(language, language)
+    path = root if root.is_file() else listed(root, ["", "data"], [f"{code}*.jsonl"])[0]
+    rows = table_rows(path)
+    refuse_duplicates([(where, tuple(data.need(row, key, where) for key in ("flores_passage", "question"))) for where, row in rows])
+    keys = ("flores_passage", "question", *(f"mc_answer{i}" for i in (1, 2, 3, 4)), "answer")
+    documents = []
+    for where, row in rows:
+        number = str(data.need(row, "correct_answer_num", where))
+        if number not in ("1", "2", "3", "4"):
+            raise DataError(f"{where}: correct_answer_num is {number!r}, one of 1, 2, 3, 4 is wanted")
+        documents.append(make_document(row | {"answer": int(number) - 1}, where, code, keys))
+    return {path: documents}
+
+
+def read_afrimmlu(root: Path, language: str, split: str) -> dict[Path, list[Document]]:
+    """AfriMMLU: one folder a language with tsv files; `choices` is a list printed by Python."""
+    code = AFRIMMLU_CODES.get(language, language)
+    path = listed(root, [code, f"data/{code}"], [f"{split}.tsv", f"{split}.jsonl"])[0]
+    return {path: [make_document(row, where, data.need(row, "subject", where),
+                                 ("", "question", "choices", "answer"), strip=False) for where, row in table_rows(path)]}
+
+
+def read_split(task: Task, root: Path, language: str, split: str) -> dict[Path, list[Document]]:
+    """Documents of each file of a split; DataError when there is none."""
+    if task.name in ("mmlu", "cmmlu"):
+        documents = read_subjects(task, root, split)
+    elif task.name == "mmmlu":
+        documents = read_mmmlu(root, language)
+    elif task.name == "belebele":
+        documents = read_belebele(root, language)
+    else:
+        documents = read_afrimmlu(root, language, split)
+    for path, found in documents.items():
+        if not found:
+            raise DataError(f"{path}: the file holds no question")
+    return documents
+
+
+# ------------------------------------------------------------------------------------------------ rows -> questions
+
+def text_of(task: Task, document: Document) -> str:
+    """The question as it is asked, without its answer."""
+    return task.text.format(subject=document.subject, passage=document.passage, question=document.question,
+                            **dict(zip(LETTERS, document.options)))
+
+
+def choices_of(task: Task, document: Document) -> tuple[str, ...]:
+    return LETTERS if task.answers == "letters" else document.options
+
+
+def description_of(task: Task, subject: str, language: str) -> str:
+    """What stands before the examples, with the subject named in the benchmark's language."""
+    spaced = subject.replace("_", " ")
+    if task.name == "cmmlu":
+        names = {name: chinese for part in CMMLU_SUBJECTS.values() for name, chinese in part.items()}
+        if subject not in names:
+            raise DataError(f"CMMLU has no subject {subject!r}: the file's name must be one of {', '.join(sorted(names))}")
+        spaced = names[subject]
+    if task.name == "mmmlu":
+        language = MMMLU_LANGUAGES[mmmlu_code(language)]
+    return task.description.format(subject=spaced, language=language)
+
+
+def draw_examples(task: Task, document: Document, pool: list[Document], shots: int, chance: random.Random) -> list[Document]:
+    """Worked examples for a question: never the question itself (nor a copy of it)."""
+    if not shots:
+        return []
+    if not task.examples:
+        own = (document.passage, document.question, document.options, document.gold)
+        pool = [other for other in pool if (other.passage, other.question, other.options, other.gold) != own]
+    if shots > len(pool):
+        raise DataError(f"{document.where}: --shots {shots}, but {document.subject} has only {len(pool)} examples")
+    return chance.sample(pool, shots) if task.draw == "chance" else pool[:shots]
+
+
+def subject_questions(task: Task, documents: list[Document], pool: list[Document], shots: int, language: str,
+                      limit: int | None) -> list[Question]:
+    """The questions of one subject, or the first `limit` of them, with their examples before them."""
+    chance, questions = random.Random(EXAMPLE_SEED), []
+    for document in documents[:limit]:
+        header = description_of(task, document.subject, language)
+        for example in draw_examples(task, document, pool, shots, chance):
+            header += f"{text_of(task, example)} {choices_of(task, example)[example.gold]}\n\n"
+        questions.append(Question(document.subject, document.where, header, text_of(task, document),
+                                  choices_of(task, document), document.gold))
+    return questions
+
+
+def by_subject(task: Task, files: dict[Path, list[Document]]) -> dict[str, list[Document]]:
+    """{subject: documents}. AfriMMLU counts as one: the harness makes it one task, with one stream of chance."""
+    groups = {}
+    for documents in files.values():
+        for document in documents:
+            groups.setdefault("all" if task.name == "afrimmlu" else document.subject, []).append(document)
+    return groups
+
+
+def read_benchmark(name: str, path, shots: int = 0, language: str = "", subjects: list[str] | None = None,
+                   split: str = "test", limit: int | None = None) -> Benchmark:
+    """The questions of a benchmark, from the directory (or, with one file a language, the file) it is distributed as, or from
+    the hub id of its data set.
+
+    language: of MMMLU, BELEBELE, AfriMMLU. subjects: only these. limit: the first so many of every subject.
+    Raises DataError with file and line.
+    """
+    if name in ("mmmlu", "belebele", "afrimmlu") and not language:
+        raise DataError(f"{name} comes in many languages: choose one with --lang")
+    task, root = TASKS[name], local_files(name, path, language)
+    if not root.exists():
+        raise DataError(f"{root}: no such file or directory")
+    files = read_split(task, root, language, split)
+    groups = by_subject(task, files)
+    unknown = set(subjects or ()) - set(groups)
+    if unknown:
+        raise DataError(f"{root} has no subject {', '.join(sorted(unknown))}; it has {', '.join(sorted(groups))}")
+    examples = read_split(task, root, language, task.examples) if shots and task.examples else files
+    pools, questions = by_subject(task, examples), []
+    for subject, documents in groups.items():
+        if not subjects or subject in subjects:
+            questions += subject_questions(task, documents, pools.get(subject, []), shots, language, limit)
+    used = {str(path.relative_to(root) if root.is_dir() else path.name): file_hash(path) for path in {**files, **examples}}
+    settings = {"benchmark": name, "language": language, "split": split, "shots": shots, "examples from": task.examples or split,
+                "examples drawn": task.draw, "description": task.description, "template": task.text,
+                "choices": task.answers, "scored": "log-prob of ' ' + choice, summed, not normalised; argmax, the first of equals",
+                "subjects": sorted({question.subject for question in questions}), "limit": limit, "files": used}
+    return Benchmark(task, questions, settings, categories_of(task))
+
+
+def categories_of(task: Task) -> dict[str, set[str]]:
+    if task.name == "cmmlu":
+        return {name: set(part) for name, part in CMMLU_SUBJECTS.items()} | {"china_specific": CHINA_SPECIFIC}
+    return {name: set(part.split()) for name, part in MMLU_CATEGORIES.items()} if task.name in ("mmlu", "mmmlu") else {}
+
+
+def file_hash(path) -> str:
+    """The first 16 digits of a file's SHA-256."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        for block in iter(lambda: file.read(1 << 20), b""):
+            digest.update(block)
+    return digest.hexdigest()[:16]
+
+
+# ------------------------------------------------------------------------------------------------- questions -> forks
+
+def encode(tokenizer, texts: list[str]) -> list[list[int]]:
+    """Ids as the tokenizer itself adds special tokens: Llama's one BOS, none of Qwen; none where the text brings it."""
+    bos = tokenizer.names.get("bos_token")
+    bare = [bool(bos) and text.startswith(bos) for text in texts]
+    if not any(bare):
+        return [encoding.ids for encoding in tokenizer.full.encode_batch(texts)]
+    return [tokenizer.full.encode(text, add_special_tokens=not has).ids for text, has in zip(texts, bare)]
+
+
+def encode_questions(tokenizer, questions: list[Question]) -> list[tuple[list[int], list[list[int]]]]:
+    """(prompt ids, ids of each choice) of questions, prompt and choice tokenised jointly.
+
+    What follows the prompt's own tokens in the joint text is the choice's; spaces at the prompt's end go over to it.
+    """
+    prompts, joint = [], []
+    for question in questions:
+        whole = question.header + question.text
+        prompt = whole.rstrip()
+        prompts.append(prompt)
+        joint += [f"{prompt}{whole[len(prompt):]} {choice}" for choice in question.choices]
+    prompts, joint = encode(tokenizer, prompts), iter(encode(tokenizer, joint))
+    pairs = []
+    for question, prompt in zip(questions, prompts):
+        choices = [next(joint)[len(prompt):] for _ in question.choices]
+        if not all(choices):
+            raise DataError(f"{question.where}: the tokenizer merges choice {question.choices[choices.index([])]!r} with the prompt")
+        pairs.append((prompt, choices))
+    return pairs
+
+
+@dataclass
+class Part:
+    """A fork and what it scores: choices[j] is the question's choice that its continuation j spells."""
+    fork: data.Fork
+    question: int
+    choices: list[int]
+    cut: bool                          # the prompt lost its start to the model's longest input
+
+
+def make_parts(index: int, where: str, prompt: list[int], choices: list[list[int]], max_tokens: int) -> list[Part]:
+    """Forks of one question. Too long for the model, the prompt loses its start, more of it before a longer choice: where
+    prompts then differ, the choices are forks of their own."""
+    parts = {}
+    for number, choice in enumerate(choices):
+        kept = tuple((prompt + choice)[-(max_tokens + 1):][:-len(choice)])
+        if not kept:
+            raise DataError(f"{where}: a choice fills the model's {max_tokens} tokens")
+        if kept not in parts:
+            parts[kept] = Part(data.Fork(list(kept), [], "", where), index, [], len(kept) < len(prompt))
+        parts[kept].fork.continuations.append(choice)
+        parts[kept].choices.append(number)
+    return list(parts.values())
+
+
+def common_prefix(prompts: list[list[int]]) -> list[int]:
+    """The tokens all prompts begin with, short of the last one of any."""
+    first, last = min(prompts), max(prompts)                  # in lexical order, all others lie between these two
+    shared = next((i for i, (a, b) in enumerate(zip(first, last)) if a != b), min(len(first), len(last)))
+    return first[:min(shared, min(map(len, prompts)) - 1)]
+
+
+def buckets(tokenizer, questions: list[Question], max_tokens: int):
+    """Lists of Parts that share their header: those of each header that several questions have, then all others."""
+    headers, others = Counter(question.header for question in questions), []
+    for header, count in headers.items():
+        indices = [i for i, question in enumerate(questions) if question.header == header]
+        parts = []
+        for i, (prompt, choices) in zip(indices, encode_questions(tokenizer, [questions[i] for i in indices])):
+            parts += make_parts(i, questions[i].where, prompt, choices, max_tokens)
+        whole = [part for part in parts if not part.cut] if count > 1 else []
+        others += [part for part in parts if part.cut or count == 1]
+        if whole:
+            yield whole
+    if others:
+        yield others
+
+
+# ------------------------------------------------------------------------------------------------------------ scores
+
+@torch.no_grad()
+def sequence_logps(model, forks: list[data.Fork], batch_tokens: int, shared: list[int] | None = None):
+    """Yields ([index of a fork], [log-probs of each one's continuations, summed over tokens]) a batch of packed forks.
+
+    shared: tokens all prompts begin with; they are computed once. batch_tokens: of a forward pass, at most, but for longer
+    forks.
+    """
+    shared, device = shared or [], model.head.device
+    prefix = llama.keys_and_values(model, shared)
+    rest = [data.Fork(fork.prompt[len(shared):], fork.continuations, fork.language, fork.row) for fork in forks]
+    longest = max(fork.length for fork in rest)
+    for batch in data.micro_batches(rest, max(batch_tokens, longest), 1, ends=False):
+        on = batch.to(device)
+        hidden = model(on.tokens, on.positions, on.fork, on.branch, prefix=prefix)                       # (1, T, H)
+        predicted = hidden.reshape(-1, hidden.shape[-1]).index_select(0, on.row_index)                   # (N, H)
+        logp = kernels.token_logp(predicted, model.head.to(predicted.dtype), on.targets)
+        sizes = [len(fork.continuations) for fork in batch.forks]
+        sums = torch.zeros(sum(sizes), dtype=logp.dtype, device=device).index_add(0, on.sequence, logp)
+        yield batch.order, [part.tolist() for part in sums.cpu().split(sizes)]
+
+
+def score(model, tokenizer, questions: list[Question], batch_tokens: int = 2048):
+    """Yields (index of a question, log-prob of each of its choices) as they are done, not in order."""
+    found = [[None] * len(question.choices) for question in questions]
+    for parts in buckets(tokenizer, questions, model.config.max_position_embeddings):
+        shared = common_prefix([part.fork.prompt for part in parts])
+        for order, logps in sequence_logps(model, [part.fork for part in parts], batch_tokens, shared):
+            for part, values in zip([parts[i] for i in order], logps):
+                for choice, value in zip(part.choices, values):
+                    found[part.question][choice] = value
+                if None not in found[part.question]:
+                    yield part.question, found[part.question]
+
+
+def multiple_choice(model, tokenizer, questions: list[Question], batch_tokens: int = 2048) -> list[dict]:
+    """For each question {"choice": int, "correct": bool, "logp": [log-prob of each choice]}."""
+    scored = dict(score(model, tokenizer, questions, batch_tokens))
+    return [verdict(question, scored[i]) for i, question in enumerate(questions)]
+
+
+def verdict(question: Question, logps: list[float]) -> dict:
+    choice = logps.index(max(logps))                          # the first of equals
+    return {"choice": choice, "correct": choice == question.gold, "logp": logps}
+
+
+# --------------------------------------------------------------------------------------------------------- summaries
+
+def accuracy(correct: list[bool]) -> dict:
+    """Accuracy in %, its standard error (of the sample, n - 1; None for a single question) and n."""
+    n, mean = len(correct), sum(correct) / len(correct)
+    error = 100 * math.sqrt(mean * (1 - mean) / (n - 1)) if n > 1 else None
+    return {"accuracy": 100 * mean, "stderr": error, "n": n}
+
+
+def pooled(parts: list[dict]) -> dict:
+    """The accuracy over all questions of several subjects, with the pooled standard error of the harness: the questions'
+    variance within subjects, so that differences between subjects do not count."""
+    sizes = [part["n"] for part in parts]
+    n = sum(sizes)
+    squares = sum((size - 1) * size * part["stderr"] ** 2 for size, part in zip(sizes, parts) if size > 1)
+    error = math.sqrt(squares / (n - len(parts)) / n) if n > len(parts) else None
+    return {"accuracy": sum(part["n"] * part["accuracy"] for part in parts) / n, "stderr": error, "n": n}
+
+
+def weighted_f1(gold: list[int], choice: list[int]) -> float:
+    """F1 of every letter, in %, weighted by how often it is right (scikit-learn's average="weighted")."""
+    total = 0.0
+    for letter in set(gold):
+        hits = sum(g == c == letter for g, c in zip(gold, choice))
+        total += gold.count(letter) * 2 * hits / (gold.count(letter) + choice.count(letter))
+    return 100 * total / len(gold)
+
+
+def summarise(benchmark: Benchmark, verdicts: list[dict]) -> dict:
+    """{"all", "categories": {name}, "subjects": {name}}, each with accuracy, stderr and n; AfriMMLU's F1 too."""
+    subjects = {}
+    for question, result in zip(benchmark.questions, verdicts):
+        subjects.setdefault(question.subject, []).append(result["correct"])
+    subjects = {name: accuracy(correct) for name, correct in subjects.items()}
+    categories = {name: [part for subject, part in subjects.items() if subject in members]
+                  for name, members in benchmark.categories.items()}
+    summary = {"all": pooled(list(subjects.values())), "subjects": subjects,
+               "categories": {name: pooled(parts) for name, parts in categories.items() if parts}}
+    if benchmark.task.name == "afrimmlu":                       # one task of the harness, whatever its subjects
+        summary["all"] = accuracy([result["correct"] for result in verdicts])
+        summary["weighted_f1"] = weighted_f1([question.gold for question in benchmark.questions],
+                                             [result["choice"] for result in verdicts])
+    return summary
