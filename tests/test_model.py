@@ -371,3 +371,27 @@ def test_window_only_matters_beyond_its_length():
     short = partial(llama.attend_causal, q[:, :5], k[:, :5], v[:, :5])
     torch.testing.assert_close(short(window=5), short())
     assert not torch.allclose(llama.attend_causal(q, k, v, window=3), llama.attend_causal(q, k, v))
+
+
+@pytest.mark.parametrize("window", [None, 5])
+def test_forks_behind_a_header_equal_whole_sequences(window):
+    model = random_model(window)
+    tokens, fork, branch, positions, parts = packed_row()
+    header = torch.randint(41, (4,), generator=torch.Generator().manual_seed(5))
+    prefix = llama.keys_and_values(model, header.tolist())
+    packed = model(tokens, positions, fork, branch, prefix=prefix)
+    for b, prompt, own in parts.values():
+        alone = model(torch.cat((header, tokens[b, prompt], tokens[b, own]))[None])[0, len(header):]
+        torch.testing.assert_close(torch.cat((packed[b, prompt], packed[b, own])), alone, rtol=0, atol=1e-10)
+    empty = model(tokens, positions, fork, branch, prefix=llama.keys_and_values(model, []))
+    torch.testing.assert_close(empty[fork >= 0], model(tokens, positions, fork, branch)[fork >= 0], rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("window", [None, 5])
+def test_the_mask_with_a_header_equals_the_unfolded_attention(window):
+    _, fork, branch, positions, _ = packed_row()
+    q, k, v = (torch.randn(2, 18, heads, 6, dtype=torch.float64) for heads in (4, 2, 2))
+    prefix = tuple(torch.randn(1, 3, 2, 6, dtype=torch.float64) for _ in range(2))
+    dense = llama.attend_dense(q, k, v, llama.visible(fork, branch, positions + 3, window, 3), prefix)
+    unfolded = llama.fork_attention(fork, branch, positions + 3, window, 3)(q, k, v, prefix=prefix)
+    torch.testing.assert_close(unfolded[fork >= 0], dense[fork >= 0], rtol=0, atol=1e-12)
