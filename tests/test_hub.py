@@ -165,6 +165,7 @@ def test_a_download_cut_in_the_middle_goes_on_where_it_broke_off(server, tmp_pat
     assert (directory / "model.safetensors").read_bytes() == weights
 
 
+@pytest.mark.slow
 def test_a_download_that_keeps_breaking_is_told_and_leaves_no_half_file(server, tmp_path, tiny):
     server.models["some/tiny"], server.cuts = tiny, {"model.safetensors": 99}
     result = call(server, tmp_path, "-c", LOCAL, "some/tiny")
@@ -177,6 +178,7 @@ def test_a_download_that_keeps_breaking_is_told_and_leaves_no_half_file(server, 
     assert done and not done & set(server.fetched())                                      # finished files are kept
 
 
+@pytest.mark.slow
 def test_ask_talks_to_a_model_of_the_hub(server, tmp_path, tiny):
     server.models["some/tiny"] = tiny
     result = call(server, tmp_path, ROOT / "eval.py", "ask", "--model", "some/tiny", "--max-tokens", "3", "Where is the lion?")
@@ -185,14 +187,41 @@ def test_ask_talks_to_a_model_of_the_hub(server, tmp_path, tiny):
     assert refused.returncode == 2 and refused.stderr.startswith("error: some/other") and refused.stderr.count("\n") == 1
 
 
+def oasst_tree(number: str, prompt: str, response: str) -> dict:
+    """A ready tree of one question and its only reply."""
+    reply = {"message_id": "r" + number, "parent_id": number, "text": response, "role": "assistant", "lang": "en", "replies": []}
+    return {"message_tree_id": number, "tree_state": "ready_for_export", "prompt": {
+        "message_id": number, "text": prompt, "role": "prompter", "lang": "en", "review_result": True, "replies": [reply]}}
+
+
 def test_oasst1_is_a_data_file(server, tmp_path):
-    prompt = {"message_id": "p", "text": "Which?", "role": "prompter", "lang": "en", "review_result": True, "replies": [
-        {"message_id": "r", "parent_id": "p", "text": "That.", "role": "assistant", "lang": "en", "replies": []}]}
-    tree = {"message_tree_id": "p", "tree_state": "ready_for_export", "prompt": prompt}
     name = hub.DATASETS["oasst1"][1]
-    server.datasets["OpenAssistant/oasst1"] = {name: gzip.compress(json.dumps(tree).encode()), "other.gz": b""}
+    server.datasets["OpenAssistant/oasst1"] = {name: gzip.compress(json.dumps(oasst_tree("1", "Which?", "That.")).encode()),
+                                               "other.gz": b""}
     result = call(server, tmp_path, ROOT / "data.py", "oasst1")
     assert "1 read, 1 kept" in result.stdout and server.fetched() == [name], result.stderr
+
+
+@pytest.mark.slow
+def test_a_whole_run_needs_nothing_but_names_of_the_hub(server, tmp_path):
+    """Model, translator and data by their ids; the adapter names its base by the id, and PEFT's users find it there."""
+    demo = ROOT / "demo"
+    if not (demo / "m2m100").is_dir():
+        pytest.skip("the demo's checkpoints are not built")
+    for name in ("llama", "m2m100"):
+        server.models[f"demo-owner/{name}"] = {path.name: path.read_bytes() for path in (demo / name).iterdir()}
+    lines = (demo / "english.jsonl").read_text(encoding="utf-8").splitlines()[:12]
+    trees = [oasst_tree(str(i), **json.loads(line)["en"]) for i, line in enumerate(lines)]
+    name = hub.DATASETS["oasst1"][1]
+    server.datasets["OpenAssistant/oasst1"] = {name: gzip.compress("\n".join(map(json.dumps, trees)).encode())}
+    result = call(server, tmp_path, ROOT / "clo.py", "--lang", "sw", "--model", "demo-owner/llama", "--translator",
+                  "demo-owner/m2m100", "--data", "oasst1", "--turns", "all", "--out", "run", "--beams", "1", "--epochs", "1",
+                  "--baseline", "none", "--max-new-tokens", "2", "--keep-failed", "--device", "cpu")
+    assert result.returncode == 0, result.stderr
+    adapter = json.loads((tmp_path / "run/clo/adapter/adapter_config.json").read_text())
+    assert adapter["base_model_name_or_path"] == "demo-owner/llama"
+    reply = call(server, tmp_path, ROOT / "eval.py", "ask", "--adapter", "run/clo/adapter", "--max-tokens", "3", "Who?")
+    assert reply.returncode == 0, reply.stderr
 
 
 def test_paths_stay_paths(tmp_path, monkeypatch):

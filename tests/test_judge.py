@@ -273,6 +273,7 @@ def call(server, tmp_path, *arguments):
                           capture_output=True, text=True)
 
 
+@pytest.mark.slow
 def test_judging_from_the_command_line_resumes_counts_tokens_and_writes_alpaca_evals_format(serve, tmp_path):
     answers = {f"instruction {i}": "good" if i % 4 else "bad" for i in range(8)}
     write_outputs(tmp_path / "clo" / "model_outputs.json", answers, "clo")

@@ -62,6 +62,7 @@ def test_amd_assembly_is_read_for_its_spills():
     assert amd_usage(notes) == (40, 15)
 
 
+@pytest.mark.slow
 def test_the_benchmark_prints_and_writes_the_same_table(tmp_path, capsys):
     file = tmp_path / "numbers.json"
     arguments = "--shapes 24x8x50 --modes frozen --rounds 1 --device cpu --dtype fp32 --only ours"
@@ -73,6 +74,7 @@ def test_the_benchmark_prints_and_writes_the_same_table(tmp_path, capsys):
     assert all(f"{row['ms']:.2f}" in printed for row in rows) and "peak MB" in printed
 
 
+@pytest.mark.slow
 def test_peak_memory_counts_what_a_call_touches():
     """Eager holds logits and log-probs, 8 MB each; ours one chunk of 256 rows, 4 MB."""
     case = (512, 16, 4000), torch.float32, torch.device("cpu"), "forward"
