@@ -101,8 +101,8 @@ MMMLU_LANGUAGES = {"AR-XY": "Arabic", "BN-BD": "Bengali", "DE-DE": "German", "ES
 BELEBELE_CODES = {"en": "eng_Latn", "de": "deu_Latn", "zh": "zho_Hans", "ko": "kor_Hang", "id": "ind_Latn",
                   "sw": "swh_Latn", "yo": "yor_Latn"}
 AFRIMMLU_CODES = {"en": "eng", "sw": "swa", "yo": "yor"}
-PARQUET = ("parquet files, which are not read here; with pandas and pyarrow installed, convert each: python -c \"import sys, pandas; "
-           "pandas.read_parquet(sys.argv[1]).to_json(sys.argv[2], orient='records', lines=True)\" X.parquet X.jsonl")
+PARQUET = ("parquet files, which are not read here; with pandas and pyarrow installed, convert each: python -c \"import sys, "
+           "pandas; pandas.read_parquet(sys.argv[1]).to_json(sys.argv[2], orient='records', lines=True)\" X.parquet X.jsonl")
 
 
 @dataclass(frozen=True)
@@ -157,23 +157,38 @@ class Benchmark:
 
 # ------------------------------------------------------------------------------------------------------ files -> rows
 
-def table_rows(path: Path, columns: list[str] | None = None) -> list[tuple[str, dict]]:
-    """[("file:line", {column: text})] of a csv, tsv or jsonl file. `columns` name those of a csv without a header."""
+def table_rows(path: Path, wanted: tuple[str, ...], header: bool = True) -> list[tuple[str, dict]]:
+    """[("file:line", {column: text})] of a csv, tsv or jsonl file. A table's header has to hold the columns `wanted`;
+    without a header they are its columns, in this order."""
     if path.suffix == ".jsonl":
         return data.read_records(path)
-    reader = csv.reader(io.StringIO(data.read_text(path), newline=""), delimiter="\t" if path.suffix == ".tsv" else ",")
-    rows, line = [], 1
-    for cells in reader:
-        if cells:
-            where = f"{path}:{line}"
-            if columns is None:
-                columns = cells
-            elif len(cells) != len(columns):
-                raise DataError(f"{where}: {len(cells)} columns, {len(columns)} are wanted ({', '.join(columns)})")
-            else:
-                rows.append((where, dict(zip(columns, cells))))
-        line = reader.line_num + 1
+    rows, columns = [], None if header else list(wanted)
+    for where, cells in table_cells(path):
+        if columns is None:
+            columns = cells
+            for name in wanted:
+                data.need(dict.fromkeys(columns), name, where)
+        elif len(cells) != len(columns):
+            raise DataError(f"{where}: {len(cells)} columns, {len(columns)} are wanted ({', '.join(columns)})")
+        elif header or [cell.strip().lower() for cell in cells] != [name.lower() for name in wanted]:
+            rows.append((where, dict(zip(columns, cells))))
     return rows
+
+
+def table_cells(path: Path):
+    """Yields ("file:line", cells) of a csv or tsv file; a record is named by its first line. Blank lines are left out."""
+    reader = csv.reader(io.StringIO(data.read_text(path), newline=""), delimiter="\t" if path.suffix == ".tsv" else ",")
+    line = 1
+    while True:
+        try:
+            cells = next(reader)
+        except StopIteration:
+            return
+        except csv.Error as error:
+            raise DataError(f"{path}:{line}: not a table ({error}): is a quotation mark left open?") from None
+        if len(cells) > 1 or "".join(cells).strip():
+            yield f"{path}:{line}", cells
+        line = reader.line_num + 1
 
 
 def make_document(row: dict, where: str, subject: str, keys: tuple[str, ...], strip: bool = True) -> Document:
@@ -187,7 +202,8 @@ def make_document(row: dict, where: str, subject: str, keys: tuple[str, ...], st
     question, *found, passage = texts
     if not question.strip():
         raise DataError(f"{where}: the question is empty")
-    return Document(subject, where, passage, question.strip() if strip else question, tuple(found), gold_index(answer, where))
+    question = question.strip() if strip else question
+    return Document(subject, where, passage, question, tuple(found), gold_index(answer, where))
 
 
 def choice_list(value, where: str) -> list:
@@ -202,12 +218,13 @@ def choice_list(value, where: str) -> list:
 
 
 def gold_index(answer, where: str) -> int:
-    """0 to 3 from a letter A-D or, as the hub's MMLU has it, from a number 0-3."""
+    """0 to 3 from a letter A-D or, as the hub's MMLU has it, from a number 0-3 (no text: "1" may be counted from 1)."""
     if isinstance(answer, int) and not isinstance(answer, bool) and 0 <= answer < len(LETTERS):
         return answer
-    if answer not in LETTERS:
-        raise DataError(f"{where}: the answer is {answer!r}, one of {', '.join(LETTERS)} is wanted")
-    return LETTERS.index(answer)
+    letter = answer.strip() if isinstance(answer, str) else answer
+    if letter not in LETTERS:
+        raise DataError(f"{where}: the answer is {answer!r:.80}, one of {', '.join(LETTERS)} is wanted")
+    return LETTERS.index(letter)
 
 
 def refuse_duplicates(identified: list[tuple[str, object]]) -> None:
@@ -243,26 +260,25 @@ def listed(root: Path, folders: list[str], names: list[str]) -> list[Path]:
                 return found
     if any(root.rglob("*.parquet")):
         raise DataError(f"{root} holds {PARQUET}")
-    raise DataError(f"{root}: found no {' or '.join(names)} in {', '.join(sorted({str(root / folder) for folder in folders}))}"
-                    f" (of data sets on the hub some hold only {PARQUET})")
+    places = ", ".join(sorted({str(root / folder) for folder in folders}))
+    raise DataError(f"{root}: found no {' or '.join(names)} in {places} (of data sets on the hub some hold only {PARQUET})")
 
 
 def read_subjects(task: Task, root: Path, split: str) -> dict[Path, list[Document]]:
-    """MMLU or CMMLU: one csv a subject in a folder of the split; or one jsonl of the split with a "subject" column."""
-    headerless = task.name == "mmlu"
-    files = listed(root, [split, f"data/{split}", "", "data"],
-                   [f"*_{split}.csv", f"{split}.jsonl"] if headerless else ["*.csv", f"{split}.jsonl"])
+    """MMLU or CMMLU: one csv a subject in a folder of the split, MMLU's without a header; or files converted to jsonl from
+    the hub's parquet, MMLU's with all subjects in one."""
+    mmlu = task.name == "mmlu"
+    columns = ("question", *LETTERS, "answer") if mmlu else ("Question", *LETTERS, "Answer")
+    names = [f"*_{split}.csv", f"{split}.jsonl", f"{split}-*.jsonl"] if mmlu else ["*.csv", "*.jsonl"]
     documents = {}
-    for path in files:
-        hub = path.suffix == ".jsonl"
-        columns = ["question", *LETTERS, "answer"] if headerless and not hub else None
-        rows = table_rows(path, columns)
+    for path in listed(root, [split, f"data/{split}", "", "data"], names):
+        rows, name = table_rows(path, columns, header=not mmlu), path.stem.removesuffix(f"_{split}")
         if rows and "" in rows[0][1]:                                                         # CMMLU numbers its rows
             refuse_duplicates([(where, row[""]) for where, row in rows])
-        keys = ("", "question", "choices", "answer") if hub else (
-            "", "question" if headerless else "Question", *LETTERS, "answer" if headerless else "Answer")
-        name = path.stem.removesuffix(f"_{split}")
-        documents[path] = [make_document(row, where, row.get("subject", name), keys) for where, row in rows]
+        joined = mmlu and path.suffix == ".jsonl"
+        keys = ("", "question", "choices", "answer") if joined else ("", *columns)
+        documents[path] = [make_document(row, where, data.need(row, "subject", where) if joined else name, keys)
+                           for where, row in rows]
     return documents
 
 
@@ -278,19 +294,22 @@ def read_mmmlu(root: Path, language: str) -> dict[Path, list[Document]]:
     """MMMLU: one csv a language with all subjects, whose Subject cells may carry a file name's rest."""
     code = mmmlu_code(language)
     path = root if root.is_file() else listed(root, ["", "test"], [f"mmlu_{code}.*", f"*{code.replace('-', '_')}.*"])[0]
-    documents = []
-    for where, row in table_rows(path):
-        subject = data.need(row, "Subject", where).split("_test.csv")[0].split("_test-")[0]
-        documents.append(make_document(row, where, subject, ("", "Question", *LETTERS, "Answer")))
+    columns, documents, seen = ("Question", *LETTERS, "Answer"), [], []
+    for where, row in table_rows(path, (*columns, "Subject")):
+        subject = data.as_kind(data.need(row, "Subject", where), str, where).split("_test.csv")[0].split("_test-")[0]
+        documents.append(make_document(row, where, subject, ("", *columns)))
+        seen += [(where, (subject, row[""]))] if "" in row else []                            # the index column
+    refuse_duplicates(seen)
     return {path: documents}
 
 
 def read_belebele(root: Path, language: str) -> dict[Path, list[Document]]:
     """BELEBELE: one jsonl a language, named by its FLORES code."""
     code = BELEBELE_CODES.get(language, language)
-    path = root if root.is_file() else listed(root, ["", "data"], [f"{code}*.jsonl"])[0]
-    rows = table_rows(path)
-    refuse_duplicates([(where, tuple(data.need(row, key, where) for key in ("flores_passage", "question"))) for where, row in rows])
+    path = root if root.is_file() else listed(root, ["", "data"], [f"{code}.jsonl", f"{code}_*.jsonl"])[0]
+    rows = table_rows(path, ())
+    refuse_duplicates([(where, (row.get("question_number"), data.need(row, "question", where),
+                                data.need(row, "flores_passage", where))) for where, row in rows])
     keys = ("flores_passage", "question", *(f"mc_answer{i}" for i in (1, 2, 3, 4)), "answer")
     documents = []
     for where, row in rows:
@@ -305,8 +324,9 @@ def read_afrimmlu(root: Path, language: str, split: str) -> dict[Path, list[Docu
     """AfriMMLU: one folder a language with tsv files; `choices` is a list printed by Python."""
     code = AFRIMMLU_CODES.get(language, language)
     path = listed(root, [code, f"data/{code}"], [f"{split}.tsv", f"{split}.jsonl"])[0]
-    return {path: [make_document(row, where, data.need(row, "subject", where),
-                                 ("", "question", "choices", "answer"), strip=False) for where, row in table_rows(path)]}
+    columns = ("question", "choices", "answer")
+    return {path: [make_document(row, where, data.need(row, "subject", where), ("", *columns), strip=False)
+                   for where, row in table_rows(path, ("subject", *columns))]}
 
 
 def read_split(task: Task, root: Path, language: str, split: str) -> dict[Path, list[Document]]:
@@ -350,7 +370,8 @@ def description_of(task: Task, subject: str, language: str) -> str:
     return task.description.format(subject=spaced, language=language)
 
 
-def draw_examples(task: Task, document: Document, pool: list[Document], shots: int, chance: random.Random) -> list[Document]:
+def draw_examples(task: Task, document: Document, pool: list[Document], shots: int,
+                  chance: random.Random) -> list[Document]:
     """Worked examples for a question: never the question itself (nor a copy of it)."""
     if not shots:
         return []
@@ -408,9 +429,10 @@ def read_benchmark(name: str, path, shots: int = 0, language: str = "", subjects
         if not subjects or subject in subjects:
             questions += subject_questions(task, documents, pools.get(subject, []), shots, language, limit)
     used = {str(path.relative_to(root) if root.is_dir() else path.name): file_hash(path) for path in {**files, **examples}}
-    settings = {"benchmark": name, "language": language, "split": split, "shots": shots, "examples from": task.examples or split,
-                "examples drawn": task.draw, "description": task.description, "template": task.text,
-                "choices": task.answers, "scored": "log-prob of ' ' + choice, summed, not normalised; argmax, the first of equals",
+    settings = {"benchmark": name, "language": language, "split": split, "shots": shots,
+                "examples from": task.examples or split, "examples drawn": task.draw, "description": task.description,
+                "template": task.text, "choices": task.answers,
+                "scored": "log-prob of ' ' + choice, summed, not normalised; argmax, the first of equals",
                 "subjects": sorted({question.subject for question in questions}), "limit": limit, "files": used}
     return Benchmark(task, questions, settings, categories_of(task))
 
@@ -457,7 +479,8 @@ def encode_questions(tokenizer, questions: list[Question]) -> list[tuple[list[in
     for question, prompt in zip(questions, prompts):
         choices = [next(joint)[len(prompt):] for _ in question.choices]
         if not all(choices):
-            raise DataError(f"{question.where}: the tokenizer merges choice {question.choices[choices.index([])]!r} with the prompt")
+            raise DataError(f"{question.where}: the tokenizer merges choice {question.choices[choices.index([])]!r} with the "
+                            f"prompt")
         pairs.append((prompt, choices))
     return pairs
 
@@ -478,7 +501,7 @@ def make_parts(index: int, where: str, prompt: list[int], choices: list[list[int
     for number, choice in enumerate(choices):
         kept = tuple((prompt + choice)[-(max_tokens + 1):][:-len(choice)])
         if not kept:
-            raise DataError(f"{where}: a choice fills the model's {max_tokens} tokens")
+            raise DataError(f"{where}: {len(choice)} tokens to be scored, the model reads {max_tokens}: leave it out")
         if kept not in parts:
             parts[kept] = Part(data.Fork(list(kept), [], "", where), index, [], len(kept) < len(prompt))
         parts[kept].fork.continuations.append(choice)
@@ -533,27 +556,29 @@ def sequence_logps(model, forks: list[data.Fork], batch_tokens: int, shared: lis
 
 
 def score(model, tokenizer, questions: list[Question], batch_tokens: int = 2048):
-    """Yields (index of a question, log-prob of each of its choices) as they are done, not in order."""
-    found = [[None] * len(question.choices) for question in questions]
+    """Yields (index of a question, its verdict) as they are done, not in order; see multiple_choice."""
+    found, cut = [[None] * len(question.choices) for question in questions], set()
     for parts in buckets(tokenizer, questions, model.config.max_position_embeddings):
         shared = common_prefix([part.fork.prompt for part in parts])
         for order, logps in sequence_logps(model, [part.fork for part in parts], batch_tokens, shared):
             for part, values in zip([parts[i] for i in order], logps):
                 for choice, value in zip(part.choices, values):
                     found[part.question][choice] = value
+                cut |= {part.question} if part.cut else set()
                 if None not in found[part.question]:
-                    yield part.question, found[part.question]
+                    yield part.question, verdict(questions[part.question], found[part.question], part.question in cut)
 
 
 def multiple_choice(model, tokenizer, questions: list[Question], batch_tokens: int = 2048) -> list[dict]:
-    """For each question {"choice": int, "correct": bool, "logp": [log-prob of each choice]}."""
+    """For each question {"choice": int, "correct": bool, "logp": [log-prob of each choice], "cut": bool}; cut: the prompt
+    was longer than the model reads and lost its start."""
     scored = dict(score(model, tokenizer, questions, batch_tokens))
-    return [verdict(question, scored[i]) for i, question in enumerate(questions)]
+    return [scored[i] for i in range(len(questions))]
 
 
-def verdict(question: Question, logps: list[float]) -> dict:
+def verdict(question: Question, logps: list[float], cut: bool) -> dict:
     choice = logps.index(max(logps))                          # the first of equals
-    return {"choice": choice, "correct": choice == question.gold, "logp": logps}
+    return {"choice": choice, "correct": choice == question.gold, "logp": logps, "cut": cut}
 
 
 # --------------------------------------------------------------------------------------------------------- summaries

@@ -18,14 +18,17 @@ References: CLO (ACL 2025, arXiv 2505.14297), DPO (arXiv 2305.18290), LoRA (arXi
 """
 
 import argparse
+import contextlib
+import importlib.util
 import json
 import math
+import os
 import resource
 import signal
 import sys
 import time
-from collections import Counter
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -38,13 +41,15 @@ import eval as evaluation
 import hub
 import kernels
 import model as llama
+import prepare
 import ranks
 import runs
-import translate
+import scale
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp64": torch.float64}
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 REFERENCE_WIDTH = 4096          # the learning rates below are for this hidden width and scale with its inverse (muP)
+SAMPLE_ANSWERS = 2              # held-out questions whose answers every validation shows
 SIMPO_GAMMA = 0.5               # nats a token by which simpo wants the right response ahead
 LEARNING_RATES = {"lora": 1e-4, "attention": 3e-5, "full": 1.5e-5}
 
@@ -72,28 +77,31 @@ METHODS = {
 class LoraLinear(llama.Linear):
     """A frozen Linear plus a trainable product of rank R, eq. 5. B starts at zero: at first nothing changes."""
 
-    def __init__(self, base: llama.Linear, rank: int, alpha: float, generator: torch.Generator):
+    def __init__(self, base: llama.Linear, rank: int, alpha: float, generator: torch.Generator, device=None):
         nn.Module.__init__(self)
         self.weight, self.bias, self.scale = base.weight, base.bias, alpha / rank
         out_features, in_features = base.weight.shape
         bound = 1 / math.sqrt(in_features)                           # PEFT's start: kaiming_uniform with a = sqrt(5)
         A = torch.empty(rank, in_features).uniform_(-bound, bound, generator=generator)
         wide = torch.promote_types(base.weight.dtype, torch.float32)
-        self.lora_A = nn.Parameter(A.to(base.weight.device, wide))
-        self.lora_B = nn.Parameter(torch.zeros(out_features, rank, device=base.weight.device, dtype=wide))
+        device = device or base.weight.device
+        self.lora_A = nn.Parameter(A.to(device, wide))
+        self.lora_B = nn.Parameter(torch.zeros(out_features, rank, device=device, dtype=wide))
 
     def forward(self, x: Tensor) -> Tensor:
-        product = F.linear(F.linear(x, self.lora_A.to(x.dtype)), self.lora_B.to(x.dtype))
-        return super().forward(x) + self.scale * product
+        base = super().forward(x)                                    # one product adds to it: no pass to scale, none to add
+        low = F.linear(x, self.lora_A.to(x.dtype)).flatten(0, -2)
+        return torch.addmm(base.flatten(0, -2), low, self.lora_B.to(x.dtype).T, alpha=self.scale).view_as(base)
 
 
-def add_lora(model: llama.Llama, rank: int = 16, alpha: float = 32, seed: int = 0) -> llama.Llama:
-    """Freeze the model and put a LoRA product beside every attention projection. The model is changed and returned."""
+def add_lora(model: llama.Llama, rank: int = 16, alpha: float = 32, seed: int = 0, device=None) -> llama.Llama:
+    """Freeze the model and put a LoRA product beside every attention projection, on the device of the weights unless another
+    is named (theirs may be meta: no memory yet). The model is changed and returned."""
     model.requires_grad_(False)
     generator = torch.Generator().manual_seed(seed)
     for block in model.model["layers"]:
         for name in ATTENTION:
-            setattr(block.self_attn, name, LoraLinear(getattr(block.self_attn, name), rank, alpha, generator))
+            setattr(block.self_attn, name, LoraLinear(getattr(block.self_attn, name), rank, alpha, generator, device))
     return model
 
 
@@ -111,14 +119,14 @@ def merge_lora(model: llama.Llama) -> llama.Llama:
     return model
 
 
-def make_trainable(model: llama.Llama, train: str, rank: int, alpha: float, seed: int) -> dict[str, nn.Parameter]:
+def make_trainable(model: llama.Llama, train: str, rank: int, alpha: float, seed: int, device=None) -> dict[str, nn.Parameter]:
     """Choose what learns: 'lora' on attention, the 'attention' projections themselves, or the 'full' model.
 
     Returns {name: parameter}; those are fp32 (fp64 stays), everything else is frozen in the model's dtype.
     """
     model.compute_dtype = model.head.dtype
     if train == "lora":
-        add_lora(model, rank, alpha, seed)
+        add_lora(model, rank, alpha, seed, device)
     for name, parameter in model.named_parameters():
         projection = ".self_attn." in name and name.split(".")[-2] in ATTENTION
         wanted = {"lora": ".lora_" in name, "attention": projection, "full": True}[train]
@@ -176,6 +184,11 @@ def anchor_loss(policy_logp: Tensor, ref_logp: Tensor, tokens) -> Tensor:
 
 # ------------------------------------------------------------------------------------------------- steps of training
 
+def send(x: Tensor, device) -> Tensor:
+    """x on the device. A GPU copies from pinned memory while the program goes on; from other memory it would wait."""
+    return (x.pin_memory() if torch.device(device).type == "cuda" else x).to(device, non_blocking=True)
+
+
 @dataclass
 class Micro:
     """One micro-batch: packed rows, and which of its S continuations form pairs and enter the NLL."""
@@ -183,37 +196,53 @@ class Micro:
     sequences: int                   # S
     chosen: Tensor                   # (P,) index of the chosen continuation of each pair
     rejected: Tensor                 # (P,)
-    pair_tgt: Tensor                 # (P,) bool: the prompt is in the target language
+    pair_language: Tensor            # (P,) language of the prompt: 0 the source, then the targets in their order
     right: Tensor                    # (S',) index of each fork's right (chosen) continuation
-    right_tgt: Tensor                # (S',) bool
+    right_language: Tensor           # (S',)
     right_tokens: Tensor             # (S',) its length in tokens
     lengths: Tensor                  # (S,) length of every continuation in tokens
     nll: Tensor                      # index of the continuations under NLL
     nll_tokens: int
+    english: Tensor                  # index of the right continuations in the source language, for the anchor
+    english_tokens: int
 
     def to(self, device) -> "Micro":
-        moved = {name: value.to(device, non_blocking=True) if isinstance(value, Tensor) else value
-                 for name, value in vars(self).items() if name != "batch"}
-        return Micro(batch=self.batch.to(device), **moved)
+        moved = {name: send(value, device) for name, value in vars(self).items() if isinstance(value, Tensor)}
+        rows = {name: send(value, device) for name, value in vars(self.batch).items() if isinstance(value, Tensor)}
+        return replace(self, batch=replace(self.batch, **rows), **moved)
 
 
-def make_micro(batch: data.Batch, source: str, nll: tuple[str, ...]) -> Micro:
-    lengths, chosen, rejected, pair_tgt, right, right_tgt, covered = [], [], [], [], [], [], []
+def make_micro(batch: data.Batch, languages: list[str], nll: tuple[str, ...]) -> Micro:
+    """languages: the source, then the targets. nll: which sides' right responses enter the NLL, of "en" and "tgt"."""
+    lengths, chosen, rejected, pair_language, right, right_language, covered = [], [], [], [], [], [], []
     for fork in batch.forks:
-        first, tgt = len(lengths), fork.language != source
+        first, language = len(lengths), languages.index(fork.language)
         lengths += map(len, fork.continuations)
         right.append(first)
-        right_tgt.append(tgt)
-        if ("tgt" if tgt else "en") in nll:
+        right_language.append(language)
+        if ("tgt" if language else "en") in nll:
             covered.append(first)
-        for other in range(first + 1, len(lengths)):
-            chosen.append(first)
-            rejected.append(other)
-            pair_tgt.append(tgt)
-    chosen, rejected, right, lengths, covered = (torch.tensor(x, dtype=torch.int64)
-                                                 for x in (chosen, rejected, right, lengths, covered))
-    return Micro(batch, len(lengths), chosen, rejected, torch.tensor(pair_tgt, dtype=torch.bool), right,
-                 torch.tensor(right_tgt, dtype=torch.bool), lengths[right], lengths, covered, int(lengths[covered].sum()))
+        wrong = range(first + 1, len(lengths))
+        chosen += [first] * len(wrong)
+        rejected += wrong
+        pair_language += [language] * len(wrong)
+    chosen, rejected, pair_language, right, right_language, lengths, covered = (
+        torch.tensor(x, dtype=torch.int64)
+        for x in (chosen, rejected, pair_language, right, right_language, lengths, covered))
+    english = right[right_language == 0]
+    return Micro(batch, len(lengths), chosen, rejected, pair_language, right, right_language, lengths[right], lengths,
+                 covered, int(lengths[covered].sum()), english, int(lengths[english].sum()))
+
+
+def sent(micros: Iterable[Micro], device) -> Iterator[Micro]:
+    """The micro-batches on the device: each is on its way there while the one before it is worked on."""
+    coming = None
+    for micro in micros:
+        before, coming = coming, micro.to(device)
+        if before is not None:
+            yield before
+    if coming is not None:
+        yield coming
 
 
 def stage_forks(group: list[data.Fork], stage: Stage, source: str) -> list[data.Fork]:
@@ -240,8 +269,8 @@ def make_steps(groups: list[list[data.Fork]], stage: Stage, args, seed: int | No
     for first in range(0, len(order), args.batch_size):
         forks = [fork for i in order[first:first + args.batch_size] for fork in stage_forks(groups[i], stage, args.source)]
         if forks:
-            steps.append([make_micro(batch, args.source, stage.nll)
-                          for batch in data.micro_batches(forks, args.row_tokens, args.micro_rows, trim)])
+            steps.append([make_micro(batch, [args.source, *args.targets], stage.nll)
+                          for batch in data.micro_batches(forks, args.row_tokens, args.micro_rows, trim, ends=False)])
     return steps
 
 
@@ -263,42 +292,70 @@ def continuation_logps(model: llama.Llama, micro: Micro) -> Tensor:
 @torch.no_grad()
 def reference_logps(model: llama.Llama, steps: list[list[Micro]], device, label: str | None = None) -> list[Tensor]:
     """continuation_logps of every micro-batch in order, on the CPU; the code path of training, without its gradient."""
-    micros = ranks.mine([micro for step in steps for micro in step])
-    bar = tqdm(micros, desc=label, unit="batch", disable=label is None or ranks.rank() > 0)
-    return ranks.collect([continuation_logps(model, micro.to(device)).cpu() for micro in bar])
+    micros = [micro for step in steps for micro in step]
+    own = ranks.deal(len(micros))
+    bar = tqdm((micros[i] for i, _ in own), desc=label, unit="batch", total=len(own), disable=label is None or ranks.rank() > 0)
+    sums = [continuation_logps(model, micro).cpu() for micro in sent(bar, device)]
+    return ranks.collect([logps for logps, (_, counted) in zip(sums, own) if counted])
 
 
 # -------------------------------------------------------------------------------------------------------- validation
 
-def score_heldout(model: llama.Llama, steps: list[list[Micro]], reference: list[Tensor], beta: float, device) -> dict:
+def sides(language: Tensor, targets: list[str]) -> dict[str, Tensor]:
+    """Masks of the directions that metrics are split by: "en" the source, "tgt" all targets, and where there are several
+    targets each of them. language (P,) as in Micro."""
+    masks = {"en": language == 0, "tgt": language > 0}
+    if len(targets) > 1:
+        masks |= {f"tgt_{target}": language == number for number, target in enumerate(targets, 1)}
+    return {side: mask for side, mask in masks.items() if mask.any()}
+
+
+def score_heldout(model: llama.Llama, steps: list[list[Micro]], reference: list[Tensor], args, device) -> dict:
     """Held-out metrics, TRL's names split by direction: rewards, margins, accuracies, summed log-probs, and the NLL per
     token of the right response in each language (watch nll_en: a preference loss alone lets it rise)."""
-    rewards, logps, pair_tgt, nll = [], [], [], {"en": [0.0, 0], "tgt": [0.0, 0]}
-    for micro, ref, policy in zip([micro for step in steps for micro in step], reference, reference_logps(model, steps, device)):
+    rewards, logps, right = [], [], []
+    micros = [micro for step in steps for micro in step]
+    for micro, ref, policy in zip(micros, reference, reference_logps(model, steps, device)):
         pair = torch.stack((micro.chosen, micro.rejected))
         logps.append(policy[pair])
-        rewards.append(beta * (policy - ref)[pair])
-        pair_tgt.append(micro.pair_tgt)
-        for direction, mask in (("en", ~micro.right_tgt), ("tgt", micro.right_tgt)):
-            nll[direction][0] -= policy[micro.right[mask]].sum().item()
-            nll[direction][1] += micro.right_tokens[mask].sum().item()
-    rewards, logps, pair_tgt = torch.cat(rewards, 1), torch.cat(logps, 1), torch.cat(pair_tgt)
-    metrics = pair_metrics(rewards, logps, pair_tgt)
-    return metrics | {f"nll_{d}": total / tokens for d, (total, tokens) in nll.items() if tokens}
+        rewards.append(args.beta * (policy - ref)[pair])
+        right.append(policy[micro.right])
+    right, language = torch.cat(right), torch.cat([micro.right_language for micro in micros])
+    tokens = torch.cat([micro.right_tokens for micro in micros])
+    metrics = pair_metrics(torch.cat(rewards, 1), torch.cat(logps, 1), micros, args.targets)
+    return metrics | {f"nll_{side}": (-right[mask].sum() / tokens[mask].sum()).item()
+                      for side, mask in sides(language, args.targets).items()}
 
 
-def pair_metrics(rewards: Tensor, logps: Tensor, pair_tgt: Tensor) -> dict:
-    """Means over the pairs of each direction; rewards and logps are (2, P): chosen, rejected."""
+def sample_answers(model: llama.Llama, groups: list[list[data.Fork]], tokenizer, args) -> list[dict]:
+    """Greedy answers to the first held-out questions in every language: numbers can look well while the text does not."""
+    forks = [fork for group in groups[:SAMPLE_ANSWERS] for fork in group]
+    replies = llama.generate(model, [fork.prompt for fork in forks], args.max_new_tokens, tokenizer.stop_ids)
+    return [{"row_id": fork.row, "language": fork.language, "reply": tokenizer.decode(reply).strip(),
+             "expected": tokenizer.decode(fork.continuations[0]).strip()} for fork, reply in zip(forks, replies)]
+
+
+def describe_validation(step: int, metrics: dict) -> str:
+    """What the loop prints of a validation: a line of figures by side, a line for each sample answer."""
+    figures = "; ".join(f"{name} " + ", ".join(f"{key.removeprefix(start)} {value:.3f}" for key, value in metrics.items()
+                                               if key.startswith(start))
+                        for name, start in (("nll", "nll_"), ("accuracy", "rewards/accuracies_"), ("margin", "rewards/margins_")))
+    return "\n".join([f"held-out, step {step}: {figures}", *(
+        f"    {line['language']}: {line['reply']}" + f"  (expected: {line['expected']})" * (line["reply"] != line["expected"])
+        for line in metrics["answers"])])
+
+
+def pair_metrics(rewards: Tensor, logps: Tensor, micros: list[Micro], targets: list[str]) -> dict:
+    """Means over the micro-batches' pairs of each direction; rewards and logps are (2, P): chosen, rejected."""
     metrics = {}
-    for direction, mask in (("en", ~pair_tgt), ("tgt", pair_tgt)):
-        if mask.any():
-            chosen, rejected = rewards[:, mask]
-            metrics |= {f"rewards/chosen_{direction}": chosen.mean().item(),
-                        f"rewards/rejected_{direction}": rejected.mean().item(),
-                        f"rewards/margins_{direction}": (chosen - rejected).mean().item(),
-                        f"rewards/accuracies_{direction}": (chosen > rejected).double().mean().item(),
-                        f"logps/chosen_{direction}": logps[0, mask].mean().item(),
-                        f"logps/rejected_{direction}": logps[1, mask].mean().item()}
+    for side, mask in sides(torch.cat([micro.pair_language for micro in micros]), targets).items():
+        chosen, rejected = rewards[:, mask]
+        metrics |= {f"rewards/chosen_{side}": chosen.mean().item(),
+                    f"rewards/rejected_{side}": rejected.mean().item(),
+                    f"rewards/margins_{side}": (chosen - rejected).mean().item(),
+                    f"rewards/accuracies_{side}": (chosen > rejected).double().mean().item(),
+                    f"logps/chosen_{side}": logps[0, mask].mean().item(),
+                    f"logps/rejected_{side}": logps[1, mask].mean().item()}
     return metrics
 
 
@@ -315,26 +372,64 @@ def backward_step(model, step: list[Micro], reference: list[Tensor] | None, stag
     tensors. Nothing waits for the device here, unless there are several ranks."""
     lam = {(True, True): args.lam, (False, True): 1.0, (True, False): 0.0}[stage.preference, bool(stage.nll)]
     pairs, tokens = sum(len(micro.chosen) for micro in step), sum(micro.nll_tokens for micro in step)
-    en_tokens = sum(int(micro.right_tokens[~micro.right_tgt].sum()) for micro in step)
+    english_tokens, own = sum(micro.english_tokens for micro in step), ranks.deal(len(step))
     parts = []                                                       # of each micro-batch: loss, nll, rewards, logps
-    for i in ranks.mine(range(len(step))):
-        micro = step[i].to(device)
+    for (i, counted), micro in zip(own, sent((step[i] for i, _ in own), device)):
         policy = continuation_logps(model, micro)
-        ref = policy.detach() if reference is None else reference[i].to(device)
+        ref = policy.detach() if reference is None else send(reference[i], device)
         scores, base = (policy / micro.lengths, torch.zeros_like(ref)) if args.preference == "simpo" else (policy, ref)
         loss = clo_loss(scores[micro.chosen], scores[micro.rejected], base[micro.chosen], base[micro.rejected],
                         policy[micro.nll], tokens, pairs, args.beta, lam, args.preference)
         if args.anchor and stage.preference:
-            english = micro.right[~micro.right_tgt]
-            loss = loss + args.anchor * anchor_loss(policy[english], ref[english], en_tokens)
-        loss.backward()
+            loss = loss + args.anchor * anchor_loss(policy[micro.english], ref[micro.english], english_tokens)
+        (loss if counted else 0 * loss).backward()
         policy, pair = policy.detach(), torch.stack((micro.chosen, micro.rejected))
         parts.append((loss.detach(), -policy[micro.nll].sum() / max(tokens, 1), args.beta * (policy - ref)[pair], policy[pair]))
+    parts = [part for part, (_, counted) in zip(parts, own) if counted]
     ranks.sum_gradients_(parameter for parameter in model.parameters() if parameter.requires_grad)
     if ranks.size() > 1:
         parts = ranks.collect([tuple(value.cpu() for value in part) for part in parts])
     losses, nll, rewards, logps = zip(*parts)
     return {"loss": sum(losses), "nll": sum(nll), "rewards": torch.cat(rewards, 1), "logps": torch.cat(logps, 1)}
+
+
+class AdamW:
+    """AdamW (arXiv 1711.05101, algorithm 2), bit for bit torch.optim's and with its state, for devices where that has no fused
+    kernel: constructing torch's imports the compiler, two seconds and 150 MB that a run on a CPU need not spend."""
+
+    def __init__(self, parameters: Iterable[nn.Parameter], lr: float, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0):
+        self.defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "fused": False}
+        self.param_groups, self.state = [self.defaults | {"params": list(parameters)}], {}
+
+    @torch.no_grad()
+    def step(self) -> None:
+        group = self.param_groups[0]
+        rate, (beta1, beta2) = group["lr"], group["betas"]
+        for parameter in group["params"]:
+            gradient = parameter.grad
+            if gradient is None:
+                continue
+            if parameter not in self.state:
+                self.state[parameter] = {"step": torch.zeros(()), "exp_avg": torch.zeros_like(parameter),
+                                         "exp_avg_sq": torch.zeros_like(parameter)}
+            state = self.state[parameter]
+            state["step"] += 1
+            step = state["step"].item()                              # a number of the CPU: nothing to wait for
+            parameter.mul_(1 - rate * group["weight_decay"])
+            state["exp_avg"].lerp_(gradient, 1 - beta1)
+            state["exp_avg_sq"].mul_(beta2).addcmul_(gradient, gradient, value=1 - beta2)
+            spread = (state["exp_avg_sq"].sqrt() / (1 - beta2 ** step) ** 0.5).add_(group["eps"])
+            parameter.addcdiv_(state["exp_avg"], spread, value=-rate / (1 - beta1 ** step))
+
+    def zero_grad(self) -> None:
+        for parameter in self.param_groups[0]["params"]:
+            parameter.grad = None
+
+
+def make_optimizer(parameters: Iterable[nn.Parameter], rate: float, weight_decay: float, device: torch.device):
+    if device.type == "cuda":
+        return torch.optim.AdamW(parameters, lr=rate, weight_decay=weight_decay, fused=True)
+    return AdamW(parameters, lr=rate, weight_decay=weight_decay)
 
 
 class Interrupt:
@@ -359,16 +454,18 @@ def train(model: llama.Llama, parameters: dict, stage: Stage, steps: list[list[M
     """Run a stage from its last checkpoint to its end; metrics go to directory/metrics.jsonl, one line a step."""
     order = step_order(len(steps), epochs, args.seed)
     rate = args.lr or LEARNING_RATES[args.train] * REFERENCE_WIDTH / model.config.hidden_size
-    optimizer = torch.optim.AdamW(parameters.values(), lr=rate, betas=(0.9, 0.999), weight_decay=args.weight_decay,
-                                  fused=device.type == "cuda")
+    optimizer = make_optimizer(parameters.values(), rate, args.weight_decay, device)
     done = runs.load_checkpoint(directory / "checkpoint", parameters, optimizer)
     ranks.on_first(lambda: runs.truncate_metrics(directory / "metrics.jsonl", done if done else -1))
     if done:
-        print(f"{stage.name}: resuming after step {done} of {len(order)}")
+        print(f"{stage.name}: resuming at step {done} of {len(order)}")
+    board = runs.open_board(directory, args.tensorboard and ranks.rank() == 0, done)
     with runs.open_metrics(directory, ranks.rank() == 0) as log, Interrupt() as interrupt, \
             tqdm(total=len(order), initial=done, desc=f"train {stage.name}", unit="step", disable=ranks.rank() > 0) as bar:
         if not done:
-            runs.write_metrics(log, {"step": 0} | validate())
+            held = validate()
+            runs.write_metrics(log, {"step": 0} | held, board)
+            bar.write(describe_validation(0, held), sys.stdout)
         for i in range(done, len(order)):
             started = time.perf_counter()
             for group in optimizer.param_groups:
@@ -377,24 +474,42 @@ def train(model: llama.Llama, parameters: dict, stage: Stage, steps: list[list[M
             result = backward_step(model, step, reference and reference[order[i]], stage, args, device)
             if i == 0 and reference is not None:
                 check_first_rewards(result["rewards"])
-            norm = nn.utils.clip_grad_norm_(parameters.values(), args.clip)
+            norm = ranks.whole(nn.utils.clip_grad_norm_(parameters.values(), args.clip))
             optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-            metrics = step_metrics(i + 1, result, norm, group["lr"], step, time.perf_counter() - started)
+            optimizer.zero_grad()
+            metrics = step_metrics(i + 1, result, norm, group["lr"], step, args.targets, time.perf_counter() - started)
             stop_unless_finite(metrics, stage.name, rate)
             last = i + 1 == len(order)
             if last or (i + 1) % (args.eval_every or len(steps)) == 0:
-                metrics |= validate()
-            runs.write_metrics(log, metrics)
+                held = validate()
+                metrics |= held
+                bar.write(describe_validation(i + 1, held), sys.stdout)
+            runs.write_metrics(log, metrics, board)
             bar.set_postfix_str(f"loss {metrics['loss']:.3f}")
             bar.update()
             signalled = ranks.largest(interrupt.signal, device)
             if signalled or last or (i + 1) % args.save_every == 0:
-                ranks.on_first(lambda: runs.save_checkpoint(directory / "checkpoint", i + 1, parameters, optimizer))
+                runs.save_checkpoint(directory / "checkpoint", i + 1, parameters, optimizer)
             if signalled:
                 bar.close()
                 print(f"stopped by signal {signalled} after step {i + 1}, saved; the same command goes on from there")
                 sys.exit(128 + signalled)
+
+
+@contextlib.contextmanager
+def memory_advice(args):
+    """Out of memory, on a device or the host, becomes one line with the flags that help."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:                      # torch.OutOfMemoryError is a RuntimeError
+        text = str(error).splitlines()[0] if str(error) else "no memory"
+        if not isinstance(error, (MemoryError, torch.OutOfMemoryError)) and "can't allocate memory" not in text:
+            raise
+        helps = {f"--micro-rows 1 (now {args.micro_rows})": args.micro_rows > 1, "--recompute": not args.recompute,
+                 f"--row-tokens {args.row_tokens // 2}": True, "--dtype bf16": args.dtype != "bf16",
+                 "--train lora": args.train != "lora", "--shard on more devices": not args.shard}
+        raise data.DataError(f"out of memory on {args.device} ({text}): try {', '.join(flag for flag, new in helps.items() if new)}; "
+                             f"--dry-run estimates what a setting needs") from None
 
 
 def stop_unless_finite(metrics: dict, name: str, rate: float) -> None:
@@ -412,11 +527,11 @@ def check_first_rewards(rewards: Tensor) -> None:
     print("rewards before the first update: " + (f"at most {worst:.1g} (rounding)" if worst else "0, as they should be"))
 
 
-def step_metrics(step: int, result: dict, norm: Tensor, rate: float, micros: list[Micro], seconds: float) -> dict:
+def step_metrics(step: int, result: dict, norm: Tensor, rate: float, micros: list[Micro], targets: list[str],
+                 seconds: float) -> dict:
     """One line of metrics.jsonl. The only place of a step that waits for the device."""
-    pair_tgt = torch.cat([micro.pair_tgt for micro in micros])
     metrics = {"step": step, "loss": result["loss"].item(), "nll": result["nll"].item(), "grad_norm": norm.item(), "lr": rate}
-    metrics |= pair_metrics(result["rewards"].cpu(), result["logps"].cpu(), pair_tgt)
+    metrics |= pair_metrics(result["rewards"].cpu(), result["logps"].cpu(), micros, targets)
     tokens = sum(int((micro.batch.fork >= 0).sum()) for micro in micros)
     return metrics | {"tokens": tokens, "tokens_per_second": tokens / seconds, "seconds": seconds,
                       "peak_memory_gb": peak_memory_gb()}
@@ -444,71 +559,6 @@ def pick_device(name: str) -> torch.device:
     return torch.device(name)
 
 
-def read_inputs(args) -> tuple[list[dict], list[dict], list[dict], int]:
-    """Training rows (some perhaps without the target language yet), held-out rows, rows to answer at the end, and how many
-    of the training rows are to be set apart as held-out ones: none when --eval-data has a validation split."""
-    rows = usable_rows(read_counted(args.data, args), args)
-    evaluated = data.require_languages(read_counted(args.eval_data, args), args.source, args.lang) if args.eval_data else []
-    heldout = [row for row in evaluated if row.get("split") == "validation"][:args.holdout]
-    answered = [row for row in evaluated if row.get("split", args.eval_split) == args.eval_split]
-    if evaluated and not answered:
-        raise data.DataError(f"{args.eval_data} has no row of split {args.eval_split!r}: see --eval-split")
-    apart = 0 if heldout else min(args.holdout, len(rows) // 5)
-    order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(args.seed)).tolist()
-    rows = [rows[i] for i in order[:apart + (args.samples or len(rows))]]
-    if args.samples and len(rows) < apart + args.samples:
-        print(f"{args.data} has {len(rows) - apart} rows to train on, fewer than --samples {args.samples}: all are used")
-    return rows, heldout, answered, apart
-
-
-def read_counted(path: str, args) -> list[dict]:
-    counts = Counter()
-    rows = data.read_rows(path, args.source, args.turns, counts)
-    print(f"{path}: {data.describe(counts)}")
-    return rows
-
-
-def usable_rows(rows: list[dict], args) -> list[dict]:
-    """Rows with both languages if any has the target; else rows with the source, to be translated."""
-    both = [row for row in rows if args.source in row and args.lang in row]
-    if both:
-        if len(both) < len(rows):
-            print(f"{len(rows) - len(both)} rows without {args.source} or {args.lang} are left out")
-        return both
-    return data.require_languages(rows, args.source)
-
-
-def load_translator(rows: list[dict], args, device):
-    """The translator, or None when no row needs it; DataError when it does not know the language either."""
-    if all(args.lang in row for row in rows):
-        return None
-    translator = translate.load(args.translator, device)
-    if args.lang not in translator.languages:
-        held = sorted({language for row in rows for language in data.languages(row)})
-        raise data.DataError(f"--lang {args.lang}: {args.data} holds {', '.join(held)} and the translator {args.translator} "
-                             f"knows {', '.join(translator.languages)}")
-    return translator
-
-
-def prepare_rows(args, inputs: dict, device) -> tuple[list[dict], list[dict], list[dict]]:
-    """Rows to train on, to hold out and to answer, all with both languages. The run directory is claimed once all input has
-    been read, and before anything is translated into it."""
-    rows, heldout, answered, apart = read_inputs(args)
-    translator = load_translator(rows, args, device)
-    flags = {key: value for key, value in vars(args).items() if key not in ("fresh", "out")}
-    inputs = inputs | {"data": runs.fingerprint(hub.data_file(args.data)),
-                       "eval_data": args.eval_data and runs.fingerprint(Path(args.eval_data))}
-    run = runs.open_run(args.out, flags, inputs, args.fresh)
-    if translator is not None:
-        rows = translate.translate_rows(rows, translator, args.source, args.lang, run / f"translated-{args.lang}.jsonl",
-                                        args.beams, keep_failed=args.keep_failed)
-    heldout, rows = heldout or rows[:apart], rows[apart:]
-    if not rows or not heldout:
-        raise data.DataError(f"{args.data}: {len(rows)} rows are left to train on and {len(heldout)} to hold out, one of each "
-                             f"is needed: give more rows, or --keep-failed if the translation checks dropped them")
-    return rows, heldout, answered or heldout
-
-
 def reference_of(model, steps, run: Path, args, device, history: str, label: str) -> list[Tensor]:
     """Cached reference log-probs of these steps under the model as it is now. `history` names its training so far."""
     micros = [micro for step in steps for micro in step]
@@ -529,6 +579,19 @@ def group_by_step(flat: list[Tensor], steps: list[list[Micro]]) -> list[list[Ten
     return [[next(values) for _ in step] for step in steps]
 
 
+def load_model(args, device, learns: bool) -> tuple[llama.Llama, dict[str, nn.Parameter]]:
+    """The base model and what of it is trained; with --shard spread over all ranks."""
+    def learn(model):
+        if learns:
+            make_trainable(model, args.train, args.lora_rank, args.lora_alpha, args.seed, device)
+    if args.shard:
+        model = ranks.load(args.model, device, DTYPES[args.dtype], prepare=learn)
+    else:
+        model = llama.load(args.model, device, DTYPES[args.dtype])
+        learn(model)
+    return model, {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
 def run_method(name: str, groups, heldout, tokenizer, args, run: Path, device, finish) -> dict:
     """Load the base model, train it by one method (or not at all: 'base'), export it and score it. A finished method is
     read back from its result.json. `finish(model)` scores the model's answers."""
@@ -537,39 +600,51 @@ def run_method(name: str, groups, heldout, tokenizer, args, run: Path, device, f
     if ranks.on_first(result.exists):
         print(f"{name}: done before, read from {result}")
         return json.loads(result.read_text(encoding="utf-8"))
-    model = llama.load(args.model, device, DTYPES[args.dtype])
+    stages = METHODS.get(name, ())
+    model, parameters = load_model(args, device, learns=bool(stages))
     started, seconds = time.perf_counter(), 0.0
     pairs = make_steps(heldout, METHODS["clo"][0], args, None)
-    stages = METHODS.get(name, ())
-    parameters = make_trainable(model, args.train, args.lora_rank, args.lora_alpha, args.seed) if stages else {}
+    model.recompute = args.recompute
+    if stages and device.type == "cuda" and not args.shard:        # torch.compile would break at every hook of FSDP
+        llama.compile_blocks_(model)
+    if stages:
+        exported = 4 * sum(parameter.numel() for parameter in parameters.values())
+        if args.merge or args.train != "lora":
+            exported += sum(path.stat().st_size for path in Path(args.model).glob("*.safetensors"))
+        ranks.on_first(lambda: runs.check_disk_space(run, parameters, exported))
+    base_reference = heldout_reference = reference_of(model, pairs, run, args, device, "", "reference held-out")
     epochs = args.epochs if any(stage.preference for stage in stages) else args.baseline_epochs or args.epochs
     for number, stage in enumerate(stages):
         steps = make_steps(groups, stage, args, args.seed)
-        history = "" if number == 0 else runs.fingerprint(vars(args), name, number)
+        history = "" if number == 0 else runs.fingerprint(prepare.settings(args), name, number)
         reference = None
         if stage.preference:
             flat = reference_of(model, steps, run, args, device, history, f"reference {name}")
             reference = group_by_step(flat, steps)
-        heldout_reference = reference_of(model, pairs, run, args, device, history, "reference held-out")
+        if number > 0:
+            heldout_reference = reference_of(model, pairs, run, args, device, history, "reference held-out")
         train(model, parameters, stage, steps, reference, epochs,
-              lambda: score_heldout(model, pairs, heldout_reference, args.beta, device), args, device,
+              lambda: score_heldout(model, pairs, heldout_reference, args, device) | {
+                  "answers": ranks.on_first(lambda: sample_answers(model, heldout, tokenizer, args), model)}, args, device,
               directory if len(stages) == 1 else directory / f"{number + 1}-{stage.name}")
         seconds = time.perf_counter() - started
-    scores = ranks.on_first(lambda: finish(model))
-    reference = reference_of(llama.load(args.model, device, DTYPES[args.dtype]) if stages else model, pairs, run, args,
-                             device, "", "reference held-out")
-    scores["heldout"] = score_heldout(model, pairs, reference, args.beta, device)
+    scores = ranks.on_first(lambda: finish(model), model)
+    scores["heldout"] = score_heldout(model, pairs, base_reference, args, device)
     scores["train_seconds"] = round(seconds, 2)
     if stages:
         ids = groups[0][0].prompt + groups[0][0].continuations[0]
-        ranks.on_first(lambda: export(model, parameters, tokenizer, args, directory, ids))
+        outputs = ranks.on_first(lambda: export(model, ranks.Whole(parameters), tokenizer, args, directory), model)
+        if args.shard:
+            runs.check_outputs(model, outputs, ids, ranks.load)
+        else:
+            ranks.on_first(lambda: runs.check_outputs(model, outputs, ids))
     ranks.on_first(lambda: runs.write_json(result, scores))
     return scores
 
 
-def export(model: llama.Llama, parameters: dict, tokenizer, args, directory: Path, ids: list[int]) -> None:
-    """The trained part in the layout other tools read, loaded again and compared on the tokens `ids`: a PEFT adapter, and with
-    --merge a whole Hugging Face directory too; without LoRA that directory, and the difference of attention's weights."""
+def export(model: llama.Llama, parameters, tokenizer, args, directory: Path) -> dict[Path, dict]:
+    """The trained part in the layout other tools read: a PEFT adapter, and with --merge a whole Hugging Face directory too;
+    without LoRA that directory, and the difference of attention's weights. Returns how each of them is loaded again."""
     adapter, whole, delta = directory / "adapter", directory / "model", directory / "attn_delta.safetensors"
     outputs = {}
     if args.train == "lora":
@@ -586,43 +661,81 @@ def export(model: llama.Llama, parameters: dict, tokenizer, args, directory: Pat
         runs.fill_directory(whole, lambda path: runs.save_merged(path, args.model, adapter, tokenizer))
     if whole.exists():
         outputs[whole] = {"path": whole}
-    runs.check_outputs(model, outputs, ids)
+    return outputs
+
+
+def dry_run(args, device: torch.device) -> None:
+    """Say what the run would train, need and take, show two samples with the loss mask, and write nothing. Without --lang the
+    estimate alone, from config.json; with --gpus for other devices than this machine's."""
+    here = args.gpus is None
+    args.model = str(hub.local(args.model, weights=()))
+    config = llama.read_config(args.model)
+    row_tokens = min(args.row_tokens, config.max_position_embeddings)
+    rate, memory = scale.measure_device(config, device, DTYPES[args.dtype]) if here else (scale.Plan.tflops, scale.DEVICE_BYTES)
+    plan = scale.Plan(args.train, args.lora_rank, args.dtype, row_tokens, args.micro_rows, args.recompute, args.gpus or 1,
+                      args.shard, rate, device="cuda" if not here else device.type)
+    print(f"{args.base}: {config.model_type}, {config.num_hidden_layers} layers, width {config.hidden_size}; "
+          + (f"measured here: {rate:.3g} TFLOP/s of {args.dtype} matrix products" if here else f"{rate:g} TFLOP/s assumed"))
+    if args.lang is None:
+        print(scale.describe(config, plan, None, memory))
+        return
+    tokenizer = data.load_tokenizer(args.model)
+    count, sample = prepare.look_ahead(args, device)
+    groups, counts = data.make_forks(sample, tokenizer, args.source, args.targets, row_tokens, args.system_prompt)
+    print(f"of {len(sample)} rows: {data.describe(counts)}")
+    tokens = sum(fork.length for group in groups for fork in group) / len(groups) * min(args.batch_size, count)
+    steps = math.ceil(count / args.batch_size) * args.epochs
+    seconds = scale.step_seconds(config, plan, tokens)
+    print(scale.describe(config, plan, tokens, memory))
+    print(f"{args.method}: {count:,} rows, {steps:,} steps of about {seconds['step']:.3g} s, and the reference pass: about "
+          f"{(steps * seconds['step'] + steps / args.epochs * seconds['reference']) / 60:.1f} min, translation and evaluation "
+          f"apart")
+    for fork in [fork for group in groups[:2] for fork in group]:
+        print("\n" + data.show(fork, tokenizer, sys.stdout.isatty()))
 
 
 def main(argv=None) -> None:
     args = parse_args(argv)
     began = time.perf_counter()
+    if args.tensorboard and importlib.util.find_spec("tensorboard") is None:
+        raise data.DataError("--tensorboard needs the tensorboard package: pip install tensorboard")
     device = ranks.start(str(pick_device(args.device)))
     args.device = device.type
-    args.dtype = args.dtype if args.dtype != "auto" else "bf16" if device.type == "cuda" else "fp32"
-    args.base, args.model = args.model, str(hub.local(args.model))     # what the adapter names, and where it lies
+    args.dtype = args.dtype if args.dtype != "auto" else "bf16" if device.type == "cuda" or args.gpus else "fp32"
+    args.base = args.model                                             # what the adapter names
+    if args.dry_run:
+        dry_run(args, device)
+        return
+    args.model = str(hub.local(args.model))                            # where it lies
     tokenizer = data.load_tokenizer(args.model)
     config = llama.read_config(args.model)
     print(f"device {device}, {args.dtype}; model {args.base}: {config.model_type}, {config.num_hidden_layers} layers, "
           f"width {config.hidden_size}; run directory {args.out}")
 
-    print(f"\n1. Rows: {args.source} and {args.lang}")
+    print(f"\n1. Rows: {args.source} and {', '.join(args.targets)}")
     inputs = {"model": runs.model_fingerprint(args.model), "tokenizer": tokenizer.fingerprint}
-    rows, heldout_rows, eval_rows = ranks.on_first(lambda: prepare_rows(args, inputs, device))
+    rows, heldout_rows, eval_rows = prepare.prepare_rows(args, inputs, device)
     run = Path(args.out)
 
     print("\n2. Forks")
     row_tokens = min(args.row_tokens, config.max_position_embeddings)
-    groups, counts = data.make_forks(rows, tokenizer, args.source, args.lang, row_tokens, args.system_prompt)
-    heldout, _ = data.make_forks(heldout_rows, tokenizer, args.source, args.lang, row_tokens, args.system_prompt)
+    groups, counts = data.make_forks(rows, tokenizer, args.source, args.targets, row_tokens, args.system_prompt)
+    heldout, _ = data.make_forks(heldout_rows, tokenizer, args.source, args.targets, row_tokens, args.system_prompt)
     print(data.describe(counts))
 
     names = ["base"] + [name for name in (args.baseline, args.method) if name != "none"]
-    classifier = evaluation.fit_languages(evaluation.texts_by_language(rows, (args.source, args.lang)))
+    languages = (args.source, *args.targets)
+    classifier = evaluation.fit_languages(evaluation.texts_by_language(rows, languages))
     report = {"lang": args.lang, "samples": len(rows), "seed": args.seed, "methods": {}}
     answers = {}
     for number, name in enumerate(dict.fromkeys(names)):
         print(f"\n{number + 3}. {'Base model' if name == 'base' else 'Train ' + name}")
 
         def finish(model):
-            return evaluation.answer_and_score(model, tokenizer, eval_rows, (args.source, args.lang), classifier,
+            return evaluation.answer_and_score(model, tokenizer, eval_rows, languages, classifier,
                                                args.max_new_tokens, args.system_prompt, run / name / "answers.jsonl")
-        report["methods"][name] = run_method(name, groups, heldout, tokenizer, args, run, device, finish)
+        with memory_advice(args):
+            report["methods"][name] = run_method(name, groups, heldout, tokenizer, args, run, device, finish)
         answers[name] = [line for _, line in data.read_records(run / name / "answers.jsonl")]
 
     text = evaluation.report_text(report, answers, args.source)
@@ -637,7 +750,7 @@ def print_ending(args, run: Path, eval_rows: list[dict], seconds: float) -> None
     print(f"Took {seconds:.0f} s, peak memory {peak_memory_gb():.2f} GB. Report: {run}/report.md, report.json; "
           f"curves: {trained}/metrics.jsonl")
     option = f"--adapter {trained}/adapter" if args.train == "lora" else f"--model {trained}/model"
-    question = eval_rows[0][args.lang]["prompt"].replace('"', "'").splitlines()[0]
+    question = eval_rows[0][args.targets[0]]["prompt"].replace('"', "'").splitlines()[0]
     print(f"Talk to it:\n  python eval.py ask {option} \"{question}\"")
 
 
@@ -645,12 +758,28 @@ def print_ending(args, run: Path, eval_rows: list[dict], seconds: float) -> None
 
 def parse_args(argv=None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        prog="clo.py", formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        prog="clo.py", usage="python clo.py --lang LANG [options]", formatter_class=argparse.ArgumentDefaultsHelpFormatter,
         description="Teach an English-centric model another language by Cross-Lingual Optimization, beside a baseline.",
         epilog="Example: python clo.py --lang sw --model Llama-3.2-1B --data alpaca.json --translator m2m100_1.2B. "
                "The same command goes on where a killed run stopped.")
+    add_what(parser)
+    add_how(parser)
+    add_where(parser)
+    args = parser.parse_args(argv)
+    check_args(parser, args)
+    args.targets = args.lang.split(",") if args.lang else []
+    if args.lang is not None and not all(args.targets) or len({args.source, *args.targets}) <= len(args.targets):
+        parser.error(f"--lang {args.lang}: different languages joined by commas were expected, {args.source} not among them")
+    args.out = args.out or f"runs/{args.lang}"
+    beside = Path(args.data).with_name("eval.jsonl")
+    args.eval_data = args.eval_data or (str(beside) if beside.is_file() else None)
+    return args
+
+
+def add_what(parser) -> None:
     add = parser.add_argument_group("main").add_argument
-    add("--lang", required=True, help="target language code: one the data holds or the translator knows")
+    add("--lang", help="target language, or several for one adapter: sw,yo,ko; what the data holds or the "
+                                        "translator knows")
     add("--model", default="demo/llama", help="base model: a directory in Hugging Face layout, or a hub id (owner/name)")
     add("--data", default="demo/english.jsonl", help="training rows: parallel JSONL, Alpaca, OASST, ShareGPT, messages; oasst1 "
                                                     "is fetched from the hub")
@@ -658,7 +787,12 @@ def parse_args(argv=None) -> argparse.Namespace:
                                           "if there is one, else the held-out rows are answered")
     add("--translator", default="demo/m2m100", help="M2M100 or NLLB, directory or hub id, for rows without the target language")
     add("--out", default=None, help="run directory; default: runs/LANG")
+    add("--dry-run", action="store_true", help="say what the run would need and take, show samples, and write nothing; without "
+                                               "--lang from the model's config.json alone")
+    add("--gpus", type=int, default=None, help="with --dry-run: so many H200 instead of this machine; see --shard")
     add("--fresh", action="store_true", help="delete the run directory and start over")
+    add("--resume", action="store_true", help="go on with the run in --out, and stop if there is none; without this and "
+                                              "--fresh, go on if there is one")
     add = parser.add_argument_group("method").add_argument
     add("--method", default="clo", choices=list(METHODS), help="what to train")
     add("--baseline", default="sft", choices=[*METHODS, "none"], help="trained too, for the comparison")
@@ -670,6 +804,9 @@ def parse_args(argv=None) -> argparse.Namespace:
     add("--train", default="lora", choices=list(LEARNING_RATES), help="LoRA on attention, attention itself, or everything")
     add("--lora-rank", type=int, default=16, help="rank R")
     add("--lora-alpha", type=float, default=32, help="scale: the product counts alpha / R")
+
+
+def add_how(parser) -> None:
     add = parser.add_argument_group("data").add_argument
     add("--source", default="en", help="language the model knows")
     add("--samples", type=int, default=None, help="train on this many rows, drawn by --seed; default: all")
@@ -691,26 +828,49 @@ def parse_args(argv=None) -> argparse.Namespace:
     add("--weight-decay", type=float, default=0.0, help="AdamW's decoupled decay of the trainable weights")
     add("--clip", type=float, default=1.0, help="largest gradient norm")
     add("--seed", type=int, default=0, help="of row choice, order and LoRA's start")
+
+
+def add_where(parser) -> None:
     add = parser.add_argument_group("evaluation and files").add_argument
     add("--eval-split", default="test", help="rows of --eval-data that are answered at the end")
     add("--max-new-tokens", type=int, default=64, help="longest answer, in tokens")
     add("--eval-every", type=int, default=0, help="steps between validations; 0: once an epoch")
     add("--merge", action="store_true", help="LoRA: also write METHOD/model, the whole model with the adapter added")
+    add("--tensorboard", action="store_true", help="write the curves to METHOD/tensorboard, too; needs that package")
     add("--save-every", type=int, default=100, help="steps between checkpoints")
     add = parser.add_argument_group("machine").add_argument
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
     add("--dtype", default="auto", choices=["auto", *DTYPES], help="compute type; auto: bf16 on CUDA, else fp32")
-    args = parser.parse_args(argv)
-    if not 0 <= args.lam <= 1:
-        parser.error(f"--lambda {args.lam}: a number from 0 to 1 was expected")
-    for name in ("lora_rank", "epochs", "batch_size", "micro_rows", "row_tokens", "beams", "max_new_tokens", "save_every"):
-        if getattr(args, name) < 1:
-            parser.error(f"--{name.replace('_', '-')} {getattr(args, name)}: at least 1 was expected")
-    args.out = args.out or f"runs/{args.lang}"
-    beside = Path(args.data).with_name("eval.jsonl")
-    args.eval_data = args.eval_data or (str(beside) if beside.is_file() else None)
-    return args
+    add("--shard", action="store_true", help="spread the model over the processes torchrun starts, each holding a part")
+    add("--recompute", action="store_true", help="keep the inputs of blocks alone and run each again in the backward: less "
+                                                 "memory, a third more time")
+
+
+AT_LEAST_ONE = ("samples", "holdout", "lora_rank", "epochs", "baseline_epochs", "batch_size", "micro_rows", "row_tokens", "beams",
+                "max_new_tokens", "save_every")
+POSITIVE = ("lr", "beta", "lora_alpha", "clip")
+NOT_NEGATIVE = ("anchor", "weight_decay", "eval_every")
+
+
+def check_args(parser, args) -> None:
+    """Flags that do not go together, and numbers out of range: one line and exit code 2."""
+    if args.lang is None and not args.dry_run:
+        parser.error("--lang is needed: the target language, as in --lang sw")
+    if args.fresh and args.resume:
+        parser.error("--fresh starts over and --resume goes on: choose one")
+    if args.shard and not args.dry_run and "RANK" not in os.environ:
+        parser.error("--shard spreads the model over several processes: torchrun --nproc-per-node N clo.py ... starts them")
+    if args.gpus is not None and (args.gpus < 1 or not args.dry_run):
+        parser.error(f"--gpus {args.gpus}: a number of devices for --dry-run was expected; torchrun starts a run on several")
+    for names, good, wanted in ((AT_LEAST_ONE, lambda x: x >= 1, "at least 1"), (POSITIVE, lambda x: 0 < x < math.inf, "above 0"),
+                                (NOT_NEGATIVE, lambda x: 0 <= x < math.inf, "0 or more"),
+                                (("lam", "warmup"), lambda x: 0 <= x <= 1, "from 0 to 1")):
+        for name in names:
+            value = getattr(args, name)
+            if value is not None and not good(value):
+                flag = {"lam": "lambda"}.get(name, name.replace("_", "-"))
+                parser.error(f"--{flag} {value}: a number {wanted} was expected")
 
 
 if __name__ == "__main__":
-    data.run(main)
+    ranks.run(main)

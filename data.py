@@ -389,7 +389,16 @@ def without_prefix(part, inside):
 
 def compile_template(source, where):
     """A chat template as transformers compiles it: render(**variables) -> str."""
+    import jinja2.ext
     import jinja2.sandbox  # comes with torch
+
+    class Generation(jinja2.ext.Extension):
+        """{% generation %} marks replies, for masks in transformers; here what is inside stands as it is."""
+        tags = {"generation"}
+
+        def parse(self, parser):
+            next(parser.stream)
+            return parser.parse_statements(["name:endgeneration"], drop_needle=True)
 
     def raise_exception(message):
         raise jinja2.TemplateError(message)
@@ -398,7 +407,7 @@ def compile_template(source, where):
         return json.dumps(value, ensure_ascii=False, indent=indent)
 
     environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"])
+        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols", Generation])
     environment.filters["tojson"] = to_json
     environment.globals |= {"raise_exception": raise_exception, "strftime_now": TEMPLATE_DATE.strftime}
 
@@ -488,12 +497,21 @@ class Tokenizer:
         file = self.directory / "chat_template.jinja"
         chat = read_text(file) if file.exists() else config.get("chat_template")
         if isinstance(chat, list):
-            chat = next((each["template"] for each in chat if each["name"] == "default"), chat[0]["template"])
+            chat = self._named_template(chat)
+        if chat is not None:
+            as_kind(chat, str, f"{self.directory}: chat_template")
         adds_bos = config.get("add_bos_token", self.bos_id in self.full.encode("").ids)
         # a chat template decides on BOS itself, the plain one as the tokenizer
         self.template = chat or (PLAIN_TEMPLATE if adds_bos else PLAIN_TEMPLATE.removeprefix("{{ bos_token }}"))
         self.render = compile_template(self.template, self.directory)
         self.variables = dict(self.names)
+
+    def _named_template(self, entries):
+        """Of several templates the default one, else the first; None if there are none."""
+        where = f"{self.directory}: chat_template"
+        named = {as_kind(need(entry, "name", where), str, where): as_kind(need(entry, "template", where), str, where)
+                 for entry in entries}
+        return named.get("default", next(iter(named.values()), None))
 
     def _find_stops(self):
         """stop_ids: the ends named by tokenizer, config and generation_config, and the template's own."""

@@ -6,7 +6,7 @@
 A reply is *correct* when, normalised (Unicode NFC, case, spaces, final punctuation), it equals the row's response in the
 language of the question. Whether it is in the *right language* is judged by a naive Bayes classifier over character
 n-grams, fitted on the run's own parallel rows: it knows no language by name, only the ones it was given. Rows whose
-responses are the same in both languages say nothing about language; they are left out of that figure and counted.
+response is the same in another language say nothing about language; they are left out of that figure and counted.
 
 References: naive Bayes over n-grams for language identification (Lui and Baldwin 2012, langid.py).
 """
@@ -137,8 +137,9 @@ def reply_language(text: str, languages: LanguageModel) -> tuple[str | None, flo
 
 
 def foreign_share(words: list[str], evidence: list[list[float]]) -> float:
-    """Share of the text (in bytes of letters) outside the language with most of them, along the likeliest path of languages over the words; a
-    change of language costs SWITCH nats (Viterbi 1967). Words with a capital, names most of them, belong to no language."""
+    """Share of the text (in bytes of letters) outside its main language, along the likeliest path of languages over the
+    words; a change of language costs SWITCH nats (Viterbi 1967). Words with a capital, names most of them, belong to no
+    language."""
     kept = [i for i, word in enumerate(words) if not word[0].isupper()]
     if not kept:
         return 0.0
@@ -175,17 +176,16 @@ def answer(model, tokenizer, questions: list[str], max_tokens: int, system=None,
     return [tokenizer.decode(reply).strip() for reply in replies]
 
 
-def answer_and_score(model, tokenizer, rows: list[dict], languages: tuple[str, str], classifier: LanguageModel,
+def answer_and_score(model, tokenizer, rows: list[dict], languages: tuple[str, ...], classifier: LanguageModel,
                      max_tokens: int, system: str | None, path: Path) -> dict:
-    """Answer the rows in both languages; {language: {"correct": %, "right_language": %, "n": int, ...}}. Every reply is
+    """Answer the rows in every language; {language: {"correct": %, "right_language": %, "n": int, ...}}. Every reply is
     written to `path`, one JSON line each."""
-    source, target = languages
     scores, lines = {}, []
     for language in languages:
         replies = answer(model, tokenizer, [row[language]["prompt"] for row in rows], max_tokens, system, f"answer {language}")
         for row, reply in zip(rows, replies):
             expected = row[language]["response"]
-            same = normalise(row[source]["response"]) == normalise(row[target]["response"])
+            same = sum(normalise(row[other]["response"]) == normalise(expected) for other in languages) > 1
             found, confidence = reply_language(reply, classifier)
             lines.append({"row_id": row["row_id"], "language": language, "prompt": row[language]["prompt"], "reply": reply,
                           "expected": expected, "correct": normalise(reply) == normalise(expected),
@@ -212,12 +212,27 @@ def percent(part: int, whole: int) -> float:
 
 # ---------------------------------------------------------------------------------------------------------------- ask
 
-def ask(args) -> None:
-    """Answer one question, or questions typed one at a time until an empty line. Each stands alone."""
+def pick_device(name: str) -> str:
+    """The device that "auto" means, or the one named; DataError when it is not there."""
+    name = ("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name
+    try:
+        torch.empty(1, device=name)
+    except (RuntimeError, AssertionError) as error:
+        raise data.DataError(f"--device {name} cannot be used ({str(error).splitlines()[0]}): try --device auto") from None
+    return name
+
+
+def load_model(args) -> tuple[llama.Llama, data.Tokenizer, str, str]:
+    """(model, tokenizer, name of the base, name of the dtype) that --model, --adapter, --device and --dtype ask for."""
     base = args.model or (args.adapter and llama.adapter_base(args.adapter)) or "demo/llama"
     tokenizer = data.load_tokenizer(base)
-    dtype = torch.bfloat16 if args.device.startswith("cuda") else torch.float32
-    model = llama.load(base, args.device, dtype, args.adapter)
+    dtype = args.dtype if args.dtype != "auto" else "bf16" if args.device.startswith("cuda") else "fp32"
+    return llama.load(base, args.device, DTYPES[dtype], args.adapter), tokenizer, base, dtype
+
+
+def ask(args) -> None:
+    """Answer one question, or questions typed one at a time until an empty line. Each stands alone."""
+    model, tokenizer, base, _ = load_model(args)
 
     def reply(question: str) -> str:
         ids = llama.generate(model, [tokenizer.prompt_ids(question, args.system_prompt)], args.max_tokens, tokenizer.stop_ids,
@@ -264,7 +279,7 @@ class Journal:
                 raise data.DataError(f"{self.path} was begun with {key} = {before.get(key)!r}, now it is "
                                      f"{settings.get(key)!r}: choose another --out, or start over with --fresh")
         if len(found) > 1:
-            print(f"{self.path} holds {len(found) - 1} answers: going on behind them (--fresh starts over)")
+            print(f"{self.path} holds {len(found) - 1} answers: going on behind them")
         return found[1:]
 
     def add(self, line: dict) -> None:
@@ -281,10 +296,7 @@ class Journal:
 
 def open_model(args) -> tuple[llama.Llama, data.Tokenizer, dict]:
     """The model that --model and --adapter name, its tokenizer, and the settings that stand beside its numbers."""
-    base = args.model or (args.adapter and llama.adapter_base(args.adapter)) or "demo/llama"
-    tokenizer = data.load_tokenizer(base)
-    dtype = args.dtype if args.dtype != "auto" else "bf16" if args.device.startswith("cuda") else "fp32"
-    model = llama.load(base, args.device, DTYPES[dtype], args.adapter)
+    model, tokenizer, base, dtype = load_model(args)
     settings = {"model": str(base), "model hash": weights_hash(hub.local(base)), "adapter": args.adapter,
                 "adapter hash": args.adapter and weights_hash(Path(args.adapter)),
                 "tokenizer and template": tokenizer.fingerprint[:HASH_DIGITS], "dtype": dtype, "device": args.device,
@@ -323,7 +335,8 @@ def mc(args) -> None:
     model, tokenizer, settings = open_model(args)
     settings |= benchmark.settings
     out = out_directory(args, args.benchmark, args.lang, f"{args.shots}shot")
-    figure = " ".join(filter(None, [args.benchmark, args.lang, f"{args.shots}-shot"]))
+    part = [args.split != "test" and args.split, args.subjects, args.limit and f"first {args.limit}"]
+    figure = " ".join(filter(None, [args.benchmark, args.lang, f"{args.shots}-shot", *part]))
     numbers = Counter()
     names = [f"{question.subject} {numbers.update([question.subject]) or numbers[question.subject]}"
              for question in benchmark.questions]
@@ -331,11 +344,20 @@ def mc(args) -> None:
         score_questions(model, tokenizer, dict(zip(names, benchmark.questions)), figure, journal, args.batch_tokens)
     answers = {line["question"]: line for line in journal.done}
     summary = benchmarks.summarise(benchmark, [answers[name] for name in names])
-    total = summary["all"]
+    total, categories = summary["all"], {f"all of {name}": part for name, part in summary["categories"].items()}
     print(table([figure, "accuracy %", "questions"],
                 [[name, with_error(part["accuracy"], part["stderr"]), str(part["n"])]
-                 for name, part in [*summary["subjects"].items(), *summary["categories"].items(), ("all", total)]]))
-    finish(out, settings, {figure: {"value": total["accuracy"], "stderr": total["stderr"], "n": total["n"]}}, **summary)
+                 for name, part in {**summary["subjects"], **categories, "all": total}.items()]))
+    cut = tell_cut(journal)
+    finish(out, settings, {figure: {"value": total["accuracy"], "stderr": total["stderr"], "n": total["n"]}}, **summary, cut=cut)
+
+
+def tell_cut(journal: Journal) -> int:
+    """How many prompts were cut; said, since it lowers scores."""
+    cut = sum(line["cut"] for line in journal.done)
+    if cut:
+        print(f"{cut} of {len(journal.done)} prompts were longer than the model reads and lost their start")
+    return cut
 
 
 def score_questions(model, tokenizer, questions: dict, figure: str, journal: Journal, batch_tokens: int) -> None:
@@ -343,8 +365,7 @@ def score_questions(model, tokenizer, questions: dict, figure: str, journal: Jou
     done = {line["question"] for line in journal.done}
     left = [name for name in questions if name not in done]
     with tqdm(total=len(questions), initial=len(done), desc=figure, unit="question") as bar:
-        for i, logps in benchmarks.score(model, tokenizer, [questions[name] for name in left], batch_tokens):
-            found = benchmarks.verdict(questions[left[i]], logps)
+        for i, found in benchmarks.score(model, tokenizer, [questions[name] for name in left], batch_tokens):
             journal.add({"question": left[i], "gold": questions[left[i]].gold, **found,
                          "scores": {figure: 100.0 * found["correct"]}})
             bar.update()
@@ -364,48 +385,51 @@ def perplexity(args) -> None:
     with, and its exponential."""
     rows = data.require_languages(data.read_rows(args.data), args.source, args.lang)
     rows = [row for row in rows if row.get("split", args.split) == args.split] if args.split else rows
-    benchmarks.refuse_duplicates([(args.data, row["row_id"]) for row in rows])
+    benchmarks.refuse_duplicates([(where, data.identifier(record, where)) for where, record in data.read_records(args.data)])
     if not rows:
         raise data.DataError(f"{args.data} has no row of split {args.split!r}: see --split")
     model, tokenizer, settings = open_model(args)
     settings |= {"language": args.lang, "source": args.source, "data": args.data,
                  "data hash": benchmarks.file_hash(args.data), "split": args.split, "rows": len(rows),
                  "system_prompt": args.system_prompt, "scored": "the response and its stop token, after the prompt"}
-    out, places = out_directory(args, "perplexity", args.lang), ((report.SOURCE, args.source), (report.TARGET, args.lang))
+    out = out_directory(args, "perplexity", args.lang)
+    places = ((report.SOURCE, args.source), (report.TARGET, args.lang))
     with Journal(out / "answers.jsonl", settings, args.fresh) as journal:
         for place, language in places:
             score_responses(model, tokenizer, rows, place, language, journal, args)
     figures, lines = {}, []
     for place, language in places:
         found = [line for line in journal.done if line["place"] == place]
-        figure, tokens = ratio([line["nll"] for line in found], [line["bytes"] for line in found]), [line["tokens"] for line in found]
+        figure = ratio([line["nll"] for line in found], [line["bytes"] for line in found])
+        tokens = sum(line["tokens"] for line in found)
         exponential = {"value": math.exp(figure["value"]), "n": figure["n"]}
         figures |= {f"nll/byte {place}": figure, f"perplexity/byte {place}": exponential}
         lines.append([language, with_error(figure["value"], figure["stderr"], 4), f"{exponential['value']:.4f}",
-                      f"{sum(line['nll'] for line in found) / sum(tokens):.4f}", str(figure["n"])])
+                      f"{sum(line['nll'] for line in found) / tokens:.4f}", str(figure["n"])])
     print(table(["", "nll per byte", "perplexity per byte", "nll per token", "rows"], lines))
-    finish(out, settings, figures)
+    finish(out, settings, figures, cut=tell_cut(journal))
 
 
 def score_responses(model, tokenizer, rows: list[dict], place: str, language: str, journal: Journal, args) -> None:
     """Add the NLL of each row's response in `language` to the journal."""
     done = {line["question"] for line in journal.done if line["place"] == place}
-    longest, forks, sizes = model.config.max_position_embeddings, [], {}
-    for row in rows:
-        prompt = tokenizer.prompt_ids(row[language]["prompt"], args.system_prompt)
-        reply = tokenizer.response_ids(row[language]["response"])
-        if len(prompt) + len(reply) - 1 > longest:
-            raise data.DataError(f"{args.data}: row {row['row_id']} takes {len(prompt) + len(reply)} tokens in {language}, "
-                                 f"the model reads {longest}: leave the row out")
-        if row["row_id"] not in done:
-            forks.append(data.Fork(prompt, [reply], language, row["row_id"]))
-            sizes[row["row_id"]] = len(row[language]["response"].encode())
+    left, longest = [row for row in rows if row["row_id"] not in done], model.config.max_position_embeddings
+    if not left:
+        return
+    replies = [tokenizer.response_ids(row[language]["response"]) for row in left]
+    long = [row["row_id"] for row, reply in zip(left, replies) if len(reply) > longest]
+    if long:
+        raise data.DataError(f"{args.data}: {len(long)} responses in {language} are longer than the {longest} tokens the "
+                             f"model reads: leave out rows {', '.join(long)}")
+    parts = [part for i, (row, reply) in enumerate(zip(left, replies)) for part in benchmarks.make_parts(
+        i, row["row_id"], tokenizer.prompt_ids(row[language]["prompt"], args.system_prompt), [reply], longest)]
+    forks = [part.fork for part in parts]
+    shared = benchmarks.common_prefix([fork.prompt for fork in forks])
     with tqdm(total=len(rows), initial=len(done), desc=f"nll {language}", unit="row") as bar:
-        shared = benchmarks.common_prefix([fork.prompt for fork in forks])
         for order, logps in benchmarks.sequence_logps(model, forks, args.batch_tokens, shared):
             for i, (logp,) in zip(order, logps):
-                journal.add({"question": forks[i].row, "place": place, "nll": -logp, "bytes": sizes[forks[i].row],
-                             "tokens": len(forks[i].continuations[0])})
+                journal.add({"question": left[i]["row_id"], "place": place, "nll": -logp, "cut": parts[i].cut,
+                             "bytes": len(left[i][language]["response"].encode()), "tokens": len(forks[i].continuations[0])})
             bar.update(len(order))
 
 
@@ -439,20 +463,25 @@ def translate_instructions(items: list[dict], args) -> list[dict]:
                 journal.add({"source": text, "instruction": drawn})
             bar.update(len(texts))
     print(f"translated instructions, the same for every system: {path}")
-    benchmarks.refuse_duplicates([(f"{path}:{number}", line["instruction"]) for number, line in enumerate(journal.done, 2)])
-    return [item | {"instruction": line["instruction"]} for item, line in zip(items, journal.done)]
+    kept = {}
+    for item, line in zip(items, journal.done):
+        if line["instruction"].strip():
+            kept.setdefault(line["instruction"], item | {"instruction": line["instruction"]})
+    if len(kept) < len(items):
+        print(f"{len(items) - len(kept)} translations are left out: empty, or equal to an earlier one")
+    return list(kept.values())
 
 
 def alpaca(args) -> None:
     """Answer a list of instructions; model_outputs.json is what alpaca_eval and `judge` read."""
-    items = read_instructions(args.instructions, args.lang)[:args.limit]
+    items = read_instructions(args.instructions, args.source if args.translator else args.lang)[:args.limit]
     if args.translator:
         items = translate_instructions(items, args)
     model, tokenizer, settings = open_model(args)
     settings |= {"language": args.lang, "instructions": args.instructions, "translator": args.translator,
-                 "instructions hash": runs.fingerprint([item["instruction"] for item in items]), "temperature": args.temperature,
-                 "top_p": args.top_p, "seed": args.seed, "max_tokens": args.max_tokens, "system_prompt": args.system_prompt,
-                 "batch": args.batch_size}
+                 "instructions hash": runs.fingerprint([item["instruction"] for item in items]),
+                 "temperature": args.temperature, "top_p": args.top_p, "seed": args.seed, "max_tokens": args.max_tokens,
+                 "system_prompt": args.system_prompt, "batch": args.batch_size}
     out = out_directory(args, "alpaca", args.lang)
     with Journal(out / "answers.jsonl", settings, args.fresh) as journal:
         answer_instructions(model, tokenizer, items, journal, args)
@@ -477,7 +506,8 @@ def answer_instructions(model, tokenizer, items: list[dict], journal: Journal, a
             replies = llama.generate(model, prompts, args.max_tokens, tokenizer.stop_ids, args.temperature, args.top_p,
                                      args.seed + first, args.batch_size)
             for item, reply in list(zip(part, replies))[len(journal.done) - first:]:
-                journal.add({"instruction": item["instruction"], "output": tokenizer.decode(reply).strip(), "tokens": len(reply)})
+                journal.add({"instruction": item["instruction"], "output": tokenizer.decode(reply).strip(),
+                             "tokens": len(reply)})
                 bar.update()
 
 
@@ -495,8 +525,8 @@ def judge_outputs(args) -> None:
     annotations = [lines[pair["instruction"]] for pair in pairs if pair["instruction"] in lines]
     runs.write_json(out / "annotations.json", [judge.annotation_record(line) for line in annotations])
     if failed:
-        print(f"{sum(failed.values())} pairs have no verdict ({data.describe(failed)}) and are left out; the same command tries "
-              f"them again")
+        print(f"{sum(failed.values())} pairs have no verdict ({data.describe(failed)}) and are left out; the same command "
+              f"tries them again")
     rate = judge.win_rate(annotations)
     read, written = (sum(line[key] for line in annotations) for key in ("prompt_tokens", "completion_tokens"))
     cost = (read * args.price_in + written * args.price_out) / 1e6
@@ -513,7 +543,7 @@ def judge_settings(args, pairs: int) -> dict:
     return settings | {"outputs hash": benchmarks.file_hash(args.outputs), "reference": args.reference,
                        "reference hash": benchmarks.file_hash(args.reference), "pairs": pairs, "judge": args.judge_model,
                        "judge prompt": judge.prompt_hash(), "judge tokens": args.judge_tokens, "judge temperature": 0,
-                       "order": args.order, "order seed": args.seed, "language": args.lang}
+                       "order": args.order, "order seed": args.seed, "language": args.lang or settings.get("language")}
 
 
 def ask_judge(pairs: list[dict], endpoint: judge.Endpoint, figure: str, journal: Journal, args) -> Counter:
@@ -534,8 +564,9 @@ def winrate(args) -> None:
     """The win rate that a file of annotations in alpaca_eval's format gives."""
     annotations = data.read_records(args.annotations)
     for where, line in annotations:
-        for key in ("preference", "output_1", "output_2"):
-            data.need(line, key, where)
+        judge.check_preference(data.need(line, "preference", where), where)
+        for key in ("output_1", "output_2"):
+            data.as_kind(data.need(line, key, where), str, where)
     rate = judge.win_rate([line for _, line in annotations])
     print(judge.describe_rate(rate))
     print(json.dumps(rate | {"annotations hash": benchmarks.file_hash(args.annotations)}))
@@ -559,7 +590,7 @@ def add_model_flags(parser) -> None:
     add = parser.add_argument_group("model").add_argument
     add("--model", default=None, help="directory or hub id; default: the adapter's base, else demo/llama")
     add("--adapter", default=None, help="PEFT LoRA adapter directory, e.g. runs/sw/clo/adapter, or an attn_delta.safetensors")
-    add("--device", default="cpu", help="cpu, cuda, mps")
+    add("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
     add("--dtype", default="auto", choices=["auto", *DTYPES], help="compute type; auto: bf16 on CUDA, else fp32")
 
 
@@ -569,25 +600,27 @@ def add_output_flags(parser) -> None:
     add("--fresh", action="store_true", help="start over instead of going on behind the answers that are there")
 
 
+def add_answer_flags(parser, max_tokens: int) -> None:
+    add = parser.add_argument_group("answers").add_argument
+    add("--system-prompt", default=None, help="put before every question, in the checkpoint's chat template")
+    add("--temperature", type=float, default=0.0, help="0 is greedy; higher is more varied")
+    add("--top-p", type=float, default=1.0, help="sample from the likeliest tokens that hold this probability")
+    add("--max-tokens", type=int, default=max_tokens, help="longest answer, in tokens")
+    add("--seed", type=int, default=0, help="of the sampling")
+
+
 def add_ask(sub) -> None:
     sub.add_argument("question", nargs="?", help="without it, questions are read from the terminal")
-    sub.add_argument("--model", default=None, help="directory or hub id; default: the adapter's base, else demo/llama")
-    sub.add_argument("--adapter", default=None, help="PEFT LoRA adapter directory, e.g. runs/sw/clo/adapter, or an "
-                                                       "attn_delta.safetensors")
-    sub.add_argument("--system-prompt", default=None, help="put before the question, in the checkpoint's chat template")
-    sub.add_argument("--temperature", type=float, default=0.0, help="0 is greedy; higher is more varied")
-    sub.add_argument("--top-p", type=float, default=1.0, help="sample from the likeliest tokens that hold this probability")
-    sub.add_argument("--max-tokens", type=int, default=256, help="longest answer, in tokens")
-    sub.add_argument("--seed", type=int, default=0, help="of the sampling")
-    sub.add_argument("--device", default="cpu", help="cpu, cuda, mps")
     sub.set_defaults(run=ask)
+    add_answer_flags(sub, 256)
+    add_model_flags(sub)
 
 
 def add_mc(sub) -> None:
     sub.add_argument("benchmark", choices=list(benchmarks.TASKS), help="how files are read and questions worded")
     sub.add_argument("files", help="directory of the benchmark as distributed (csv, tsv, jsonl), or hub id of its data set")
     sub.add_argument("--shots", type=int, default=0, help="worked examples before each question; tables mostly use 5")
-    sub.add_argument("--lang", default="", help="of MMMLU, BELEBELE, AfriMMLU: sw, or the benchmark's code (SW-KE, swh_Latn, swa)")
+    sub.add_argument("--lang", default="", help="of MMMLU, BELEBELE, AfriMMLU: sw, or its own code (SW-KE, swh_Latn, swa)")
     sub.add_argument("--subjects", default=None, help="only these, joined by commas")
     sub.add_argument("--split", default="test", help="the split asked")
     sub.add_argument("--limit", type=int, default=None, help="the first so many questions of every subject")
@@ -617,13 +650,9 @@ def add_alpaca(sub) -> None:
     sub.add_argument("--beams", type=int, default=5, help="beam width of the translation")
     sub.add_argument("--name", default=None, help="generator's name in the output; default: the adapter or model")
     sub.add_argument("--limit", type=int, default=None, help="the first so many instructions")
-    sub.add_argument("--system-prompt", default=None, help="put before every instruction, in the checkpoint's chat template")
-    sub.add_argument("--temperature", type=float, default=0.0, help="0 is greedy; higher is more varied")
-    sub.add_argument("--top-p", type=float, default=1.0, help="sample from the likeliest tokens that hold this probability")
-    sub.add_argument("--max-tokens", type=int, default=1024, help="longest answer, in tokens")
-    sub.add_argument("--seed", type=int, default=0, help="of the sampling")
     sub.add_argument("--batch-size", type=int, default=32, help="answers generated at once, and saved together")
     sub.set_defaults(run=alpaca)
+    add_answer_flags(sub, 1024)
     add_model_flags(sub)
     add_output_flags(sub)
 
@@ -675,7 +704,7 @@ def parse_args(argv=None) -> argparse.Namespace:
     for name, (add, text) in COMMANDS.items():
         add(commands.add_parser(name, help=text, formatter_class=argparse.ArgumentDefaultsHelpFormatter))
     args = parser.parse_args(argv)
-    for name in ("limit", "batch_tokens", "batch_size", "beams", "judge_tokens", "parallel", "attempts"):
+    for name in ("limit", "batch_tokens", "batch_size", "beams", "max_tokens", "judge_tokens", "parallel", "attempts"):
         if getattr(args, name, None) is not None and getattr(args, name) < 1:
             parser.error(f"--{name.replace('_', '-')} {getattr(args, name)}: at least 1 was expected")
     if getattr(args, "shots", 0) < 0:
@@ -685,6 +714,8 @@ def parse_args(argv=None) -> argparse.Namespace:
 
 def main(argv=None) -> None:
     args = parse_args(argv)
+    if "device" in args:
+        args.device = pick_device(args.device)
     args.run(args)
 
 

@@ -77,10 +77,12 @@ def read_outputs(path) -> dict[str, dict]:
 def pair_outputs(model_path, reference_path) -> list[dict]:
     """Records with both answers, joined on the exact instruction; output_1 is the reference's, as alpaca_eval has it."""
     model, reference = read_outputs(model_path), read_outputs(reference_path)
-    pairs = [{"instruction": instruction, "dataset": record.get("dataset"),
-              "output_1": reference[instruction]["output"], "generator_1": reference[instruction].get("generator", str(reference_path)),
-              "output_2": record["output"], "generator_2": record.get("generator", str(model_path))}
-             for instruction, record in model.items() if instruction in reference]
+    pairs = []
+    for instruction in [instruction for instruction in model if instruction in reference]:
+        first, second = reference[instruction], model[instruction]
+        pairs.append({"instruction": instruction, "dataset": second.get("dataset"),
+                      "output_1": first["output"], "generator_1": first.get("generator", str(reference_path)),
+                      "output_2": second["output"], "generator_2": second.get("generator", str(model_path))})
     if not pairs:
         raise DataError(f"{model_path} and {reference_path} share no instruction: they must be equal byte for byte (eval.py "
                         f"alpaca keeps a translation and gives it to every system)")
@@ -98,7 +100,8 @@ def is_switched(instruction: str, seed: int) -> bool:
 def win_rate(annotations: list[dict]) -> dict:
     """alpaca_eval's figures, in %, of the second system: a preference of 2 is a win, 1 a loss, 1.5 a draw (0 in old files).
     Pairs without a preference are left out. Mean lengths in characters."""
-    kept = [line for line in annotations if isinstance(line.get("preference"), (int, float)) and line["preference"] == line["preference"]]
+    kept = [line for line in annotations
+            if isinstance(line.get("preference"), (int, float)) and math.isfinite(line["preference"])]
     wins = [0.5 if line["preference"] == 0 else line["preference"] - 1 for line in kept]
     if not wins:
         raise DataError("no pair has a preference: nothing to average")
@@ -112,11 +115,19 @@ def win_rate(annotations: list[dict]) -> dict:
             "no_preference": len(annotations) - n}
 
 
+def check_preference(value, where: str) -> None:
+    """DataError unless it is from 1 to 2, the 0 of old files, or missing (null, NaN)."""
+    if value is None or isinstance(value, float) and math.isnan(value):
+        return
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not (value == 0 or 1 <= value <= 2):
+        raise DataError(f"{where}: the preference is {value!r:.80}, from 1 (output_1 wins) to 2 is wanted")
+
+
 def describe_rate(rate: dict) -> str:
     error = "" if rate["standard_error"] is None else f" ± {rate['standard_error']:.2f}"
-    return (f"win rate {rate['win_rate']:.2f}{error} % (n = {rate['n_total']}: {rate['n_wins']} won, {rate['n_wins_base']} lost, "
-            f"{rate['n_draws']} drawn; discrete {rate['discrete_win_rate']:.2f} %); mean lengths {rate['avg_length']} against "
-            f"{rate['avg_length_base']} characters")
+    return (f"win rate {rate['win_rate']:.2f}{error} % (n = {rate['n_total']}: {rate['n_wins']} won, {rate['n_wins_base']} "
+            f"lost, {rate['n_draws']} drawn; discrete {rate['discrete_win_rate']:.2f} %); mean lengths {rate['avg_length']} "
+            f"against {rate['avg_length_base']} characters")
 
 
 # ---------------------------------------------------------------------------------------------------------- endpoint
@@ -161,8 +172,8 @@ class Endpoint:
                 return preference(reply), reply.get("usage") or {}
             except urllib.error.HTTPError as error:
                 if error.code not in RETRIED:
-                    raise DataError(f"the judge's server refused with HTTP {error.code}: check OPENAI_API_KEY, OPENAI_BASE_URL and "
-                                    f"--judge-model {self.model}") from None
+                    raise DataError(f"the judge's server refused with HTTP {error.code}: check OPENAI_API_KEY, "
+                                    f"OPENAI_BASE_URL and --judge-model {self.model}") from None
                 fault = error
             except (OSError, http.client.HTTPException, Unreadable) as error:
                 fault = error
@@ -176,8 +187,8 @@ class Endpoint:
 
     def post(self, messages: list[dict]) -> dict:
         """The server's reply as an object; Unreadable when it is none."""
-        body = {"model": self.model, "messages": messages, "max_tokens": self.max_tokens, "temperature": 0, "logprobs": True,
-                "top_logprobs": TOP_LOGPROBS}
+        body = {"model": self.model, "messages": messages, "max_tokens": self.max_tokens, "temperature": 0,
+                "logprobs": True, "top_logprobs": TOP_LOGPROBS}
         headers = {"Content-Type": "application/json", **({"Authorization": f"Bearer {self.key}"} if self.key else {})}
         request = urllib.request.Request(f"{self.url}/chat/completions", json.dumps(body).encode(), headers)
         deadline = time.monotonic() + self.timeout
@@ -220,7 +231,8 @@ def preference(reply: dict) -> float:
         choice = reply["choices"][0]
         text = (choice["message"]["content"] or "").strip()
         content = (choice.get("logprobs") or {}).get("content") or []
-        likely = [(token["token"].strip(), float(token["logprob"])) for token in (content[0]["top_logprobs"] if content else [])]
+        likely = [(token["token"].strip(), float(token["logprob"]))
+                  for token in (content[0]["top_logprobs"] if content else [])]
     except (KeyError, IndexError, TypeError, ValueError, AttributeError):
         raise Unreadable("not a chat completion") from None
     mass = {letter: sum(math.exp(min(logp, 0.0)) for token, logp in likely if token == letter) for letter in "mM"}
@@ -233,9 +245,11 @@ def preference(reply: dict) -> float:
 
 def endpoint_from_environment(model: str, **options) -> Endpoint:
     """OPENAI_BASE_URL (default: OpenAI's) and OPENAI_API_KEY, which only OpenAI's own server must have."""
-    url, key = os.environ.get("OPENAI_BASE_URL", ""), os.environ.get("OPENAI_API_KEY", "")
+    url, key = os.environ.get("OPENAI_BASE_URL", "").strip(), os.environ.get("OPENAI_API_KEY", "").strip()
     if not url and not key:
         raise DataError("OPENAI_API_KEY is not set (nor OPENAI_BASE_URL, for a server of your own): export it and run again")
+    if not (key.isascii() and key.isprintable()):                  # http.client would put it into its error message
+        raise DataError("OPENAI_API_KEY holds a line break or other characters no key has: export it again")
     if url and not url.startswith(("http://", "https://")):
         raise DataError("OPENAI_BASE_URL must start with http:// or https://")
     return Endpoint((url or "https://api.openai.com/v1").rstrip("/"), key, model, **options)
@@ -276,13 +290,13 @@ def annotate_all(pairs: list[dict], endpoint: Endpoint, order: str, seed: int, l
         for future in as_completed(waiting):
             try:
                 annotation, fault = future.result(), ""
-                failed = failed if annotation["output_1"] == annotation["output_2"] else 0      # a draw nobody was asked about
+                failed = failed if annotation["output_1"] == annotation["output_2"] else 0      # a draw nobody was asked
             except NoVerdict as error:
                 annotation, fault, failed = None, str(error), failed + 1
             yield waiting[future], annotation, fault
             if failed >= GIVE_UP:
-                raise DataError(f"the judge gave no verdict on {failed} pairs in a row ({fault}): what is done is kept, run the same "
-                                f"command again later")
+                raise DataError(f"the judge gave no verdict on {failed} pairs in a row ({fault}): what is done is kept, run "
+                                f"the same command again later")
     finally:
         endpoint.stopping.set()
         pool.shutdown(cancel_futures=True)
@@ -290,5 +304,5 @@ def annotate_all(pairs: list[dict], endpoint: Endpoint, order: str, seed: int, l
 
 def annotation_record(line: dict) -> dict:
     """A line of annotations.json in alpaca_eval's format."""
-    return {key: line[key] for key in ("dataset", "instruction", "output_1", "generator_1", "output_2", "generator_2", "annotator",
-                                       "preference")}
+    return {key: line[key] for key in ("dataset", "instruction", "output_1", "generator_1", "output_2", "generator_2",
+                                       "annotator", "preference")}

@@ -36,6 +36,7 @@ import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 import hub
 
@@ -43,6 +44,11 @@ ARCHITECTURES = {"llama": "LlamaForCausalLM", "mistral": "MistralForCausalLM", "
                  "qwen3": "Qwen3ForCausalLM"}
 DTYPE_NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16", torch.float64: "float64"}
 MAX_SHARD_BYTES = 5_000_000_000
+# Keys of adapter_config.json with all they may say. Anything else means more, or another base, than W + scale B A.
+ADAPTER_SETTINGS = {"bias": ("none",), "init_lora_weights": (True, "gaussian", "orthogonal", "eva"), **dict.fromkeys((
+    "use_dora", "fan_in_fan_out", "alpha_pattern", "modules_to_save", "lora_bias", "trainable_token_indices", "use_qalora",
+    "use_bdlora", "layer_replication", "target_parameters", "alora_invocation_tokens", "arrow_config", "kasa_config",
+    "monteclora_config"), ())}
 
 
 class CheckpointError(ValueError):
@@ -79,8 +85,8 @@ def read_json(path) -> dict:
     path = Path(path)
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise CheckpointError(f"{path} is missing: a model directory in Hugging Face layout holds one") from None
+    except (FileNotFoundError, NotADirectoryError):
+        raise CheckpointError(f"{path} is missing: a directory in Hugging Face layout holds one") from None
     except (OSError, UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
         raise CheckpointError(f"{path} cannot be read as JSON ({error}): download or write it again") from None
     if not isinstance(value, dict):
@@ -97,35 +103,42 @@ def read_config(directory) -> Config:
         raise CheckpointError(f"{path}: model_type {kind!r} is not supported, only {', '.join(sorted(ARCHITECTURES))}")
     rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
     refuse_unsupported(path, raw, rope)
-
-    def number(key, default=None, kind=int):
-        value = raw.get(key)
-        value = default if value is None else value
-        good = (int,) if kind is int else (int, float)
-        if isinstance(value, bool) or not isinstance(value, good) or not 0 < value < 1e12:
-            raise CheckpointError(f"{path}: {key} is {value!r}, a positive {kind.__name__} was expected")
-        return kind(value)
-
+    number, flag = partial(positive, path, raw), partial(boolean, path, raw)
     heads, width = number("num_attention_heads"), number("hidden_size")
-    theta = rope.get("rope_theta", raw.get("rope_theta"))
-    if theta is not None and (isinstance(theta, bool) or not isinstance(theta, (int, float)) or theta <= 0):
-        raise CheckpointError(f"{path}: rope_theta is {theta!r}, a positive number was expected")
-    bias = bool(raw.get("attention_bias", False))
+    bias = flag("attention_bias")
     window = raw.get("sliding_window") if kind == "mistral" else None
     config = Config(
         vocab_size=number("vocab_size"), hidden_size=width, intermediate_size=number("intermediate_size"),
         num_hidden_layers=number("num_hidden_layers"), num_attention_heads=heads,
         num_key_value_heads=number("num_key_value_heads", heads),
         head_dim=number("head_dim", width // heads if width >= heads else 1),
-        rms_norm_eps=number("rms_norm_eps", 1e-6, float), rope_theta=float(theta or 10000.0),
+        rms_norm_eps=number("rms_norm_eps", 1e-6, float),
+        rope_theta=positive(path, {**raw, **rope}, "rope_theta", 10000.0, float),
         rope_scaling=read_rope_scaling(path, rope), max_position_embeddings=number("max_position_embeddings", 2048),
-        tie_word_embeddings=bool(raw.get("tie_word_embeddings", False)), qkv_bias=bias or kind == "qwen2",
-        o_bias=bias and kind != "qwen2", mlp_bias=bool(raw.get("mlp_bias", False)), qk_norm=kind == "qwen3",
+        tie_word_embeddings=flag("tie_word_embeddings"), qkv_bias=bias or kind == "qwen2",
+        o_bias=bias and kind != "qwen2", mlp_bias=flag("mlp_bias"), qk_norm=kind == "qwen3",
         sliding_window=number("sliding_window") if window is not None else None, model_type=kind)
     if config.num_attention_heads % config.num_key_value_heads or config.head_dim % 2:
         raise CheckpointError(f"{path}: {heads} query heads over {config.num_key_value_heads} kv heads of width "
                               f"{config.head_dim} do not divide evenly")
     return config
+
+
+def positive(path, raw: dict, key: str, default=None, kind=int):
+    """raw[key], or the default where it is null or absent, as `kind`. CheckpointError unless it is a positive number."""
+    value = default if raw.get(key) is None else raw[key]
+    good = (int,) if kind is int else (int, float)
+    if isinstance(value, bool) or not isinstance(value, good) or not 0 < value < 1e12:
+        raise CheckpointError(f"{path}: {key} is {value!r}, a positive {kind.__name__} was expected")
+    return kind(value)
+
+
+def boolean(path, raw: dict, key: str) -> bool:
+    """raw[key], false where it is null or absent. CheckpointError when it is neither true nor false."""
+    value = raw.get(key) or False
+    if not isinstance(value, bool):
+        raise CheckpointError(f"{path}: {key} is {value!r}, true or false was expected")
+    return value
 
 
 def refuse_unsupported(path, raw: dict, rope: dict) -> None:
@@ -141,8 +154,11 @@ def refuse_unsupported(path, raw: dict, rope: dict) -> None:
             raise CheckpointError(f"{path}: partial_rotary_factor = {where['partial_rotary_factor']} is not supported")
     if raw.get("hidden_act", "silu") != "silu":
         raise CheckpointError(f"{path}: hidden_act = {raw['hidden_act']!r} is not supported, only silu")
-    if raw.get("model_type") in ("qwen2", "qwen3") and raw.get("use_sliding_window"):
-        raise CheckpointError(f"{path}: use_sliding_window = true is not supported for {raw['model_type']}")
+    if any(isinstance(value, dict) for value in rope.values()):
+        raise CheckpointError(f"{path}: rope_parameters of their own for each kind of layer are not supported")
+    if raw.get("model_type") in ("qwen2", "qwen3"):
+        if raw.get("use_sliding_window") or "sliding" in str(raw.get("layer_types")):
+            raise CheckpointError(f"{path}: use_sliding_window, sliding layer_types: not supported for {raw['model_type']}")
 
 
 def read_rope_scaling(path, rope: dict) -> dict | None:
@@ -154,8 +170,9 @@ def read_rope_scaling(path, rope: dict) -> dict | None:
     if kind not in needed:
         raise CheckpointError(f"{path}: rope_scaling of type {kind!r} is not supported, only llama3 and linear")
     for key in needed[kind]:
-        if isinstance(rope.get(key), bool) or not isinstance(rope.get(key), (int, float)) or rope[key] <= 0:
-            raise CheckpointError(f"{path}: rope_scaling.{key} is {rope.get(key)!r}, a positive number was expected")
+        positive(f"{path}: rope_scaling", rope, key, kind=float)
+    if kind == "llama3" and rope["low_freq_factor"] >= rope["high_freq_factor"]:
+        raise CheckpointError(f"{path}: rope_scaling: low_freq_factor is not below high_freq_factor")
     return {"rope_type": kind, **{key: rope[key] for key in needed[kind]}}
 
 
@@ -197,8 +214,10 @@ class RMSNorm(nn.Module):
         self.weight, self.eps = nn.Parameter(torch.empty(width)), eps
 
     def forward(self, x: Tensor) -> Tensor:
-        wide = x.to(torch.promote_types(x.dtype, torch.float32))
-        return self.weight.to(x.dtype) * F.rms_norm(wide, wide.shape[-1:], None, self.eps).to(x.dtype)
+        weight = self.weight.to(x.dtype)
+        if x.dtype.itemsize >= 4:
+            return F.rms_norm(x, weight.shape, weight, self.eps)
+        return weight * F.rms_norm(x.float(), weight.shape, None, self.eps).to(x.dtype)      # rounded as transformers rounds
 
 
 class Attention(nn.Module):
@@ -225,6 +244,22 @@ class Attention(nn.Module):
         return self.o_proj(attend(q, k, v).reshape(B, T, -1))
 
 
+class SwiGLU(torch.autograd.Function):
+    """silu(gate) * up, any equal shapes. Keeps its two inputs for the backward and nothing else: plain autograd keeps
+    silu(gate) as well, a fifth of all that a block keeps."""
+
+    @staticmethod
+    def forward(ctx, gate: Tensor, up: Tensor) -> Tensor:
+        ctx.save_for_backward(gate, up)
+        return F.silu(gate).mul_(up)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor]:
+        gate, up = ctx.saved_tensors
+        return torch.ops.aten.silu_backward(grad * up, gate), grad * F.silu(gate)
+
+
 class MLP(nn.Module):
     def __init__(self, c: Config):
         super().__init__()
@@ -233,7 +268,7 @@ class MLP(nn.Module):
         self.down_proj = Linear(c.intermediate_size, c.hidden_size, c.mlp_bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        return self.down_proj(SwiGLU.apply(self.gate_proj(x), self.up_proj(x)))
 
 
 class Block(nn.Module):
@@ -342,7 +377,8 @@ def unfold_forks(fork: Tensor, branch: Tensor) -> tuple[list[Tensor], Tensor]:
     for line, after in zip(lines, lines[1:] + [None]):
         bucket.append(line)
         length = len(line[0]) + len(line[1])
-        if after is not None and len(after[0]) + len(after[1]) <= 1.25 * len(bucket[0][0] + bucket[0][1]):
+        shortest = len(bucket[0][0]) + len(bucket[0][1])
+        if after is not None and len(after[0]) + len(after[1]) <= max(1.1 * shortest, shortest + 8):
             continue
         rows = torch.zeros(len(bucket), length, dtype=torch.int64)
         for i, (prompt, own) in enumerate(bucket):
@@ -398,9 +434,10 @@ def flex_mask(fork: Tensor, branch: Tensor, positions: Tensor, window: int | Non
     return compiled_flex()[1](fork_predicate(fork, branch, positions, window), B, None, T, T, device=fork.device)
 
 
-def attend_flex(q: Tensor, k: Tensor, v: Tensor, mask) -> Tensor:
+def attend_flex(q: Tensor, k: Tensor, v: Tensor, mask, flex) -> Tensor:
+    """flex: compiled_flex()[0], given from outside because a compiled block traces this function."""
     q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
-    return compiled_flex()[0](q, k, v, block_mask=mask, enable_gqa=q.shape[1] != k.shape[1]).transpose(1, 2)
+    return flex(q, k, v, block_mask=mask, enable_gqa=q.shape[1] != k.shape[1]).transpose(1, 2)
 
 
 def fork_attention(fork: Tensor, branch: Tensor, positions: Tensor, window: int | None, header: int | None = None):
@@ -409,7 +446,7 @@ def fork_attention(fork: Tensor, branch: Tensor, positions: Tensor, window: int 
     if fork.is_cuda and header is not None:
         return partial(attend_dense, mask=visible(fork, branch, positions, window, header))
     if fork.is_cuda:
-        return partial(attend_flex, mask=flex_mask(fork, branch, positions, window))
+        return partial(attend_flex, mask=flex_mask(fork, branch, positions, window), flex=compiled_flex()[0])
     gathers, restore = unfold_forks(fork, branch)
     return partial(attend_unfolded, gathers=gathers, restore=restore, window=window)
 
@@ -465,6 +502,11 @@ class Cache:
 
 # ------------------------------------------------------------------------------------------------------------- model
 
+def run_block(block: Block, x: Tensor, cos: Tensor, sin: Tensor, attend, cache=None) -> Tensor:
+    """A block as a function of its weights too: compiled, one graph serves all blocks of a model."""
+    return block(x, cos, sin, attend, cache)
+
+
 class Llama(nn.Module):
     """Embedding, blocks, final norm. `head` is the output matrix (V, H), which is the embedding when tied."""
 
@@ -472,6 +514,8 @@ class Llama(nn.Module):
         super().__init__()
         self.config = config
         self.compute_dtype = None                  # None: that of the embedding; set when trainables are wider
+        self.recompute = False                     # keep a block's input alone for the backward, and run the block again there
+        self.compiled = None                       # run_block for packed forks, set by compile_blocks_
         self.model = nn.ModuleDict({
             "embed_tokens": Embedding(config.vocab_size, config.hidden_size),
             "layers": nn.ModuleList(Block(config) for _ in range(config.num_hidden_layers)),
@@ -489,6 +533,11 @@ class Llama(nn.Module):
         branch: `keys_and_values` of the header every fork continues; positions count from its end."""
         B, T = tokens.shape
         window = self.config.sliding_window
+        run, gradient = run_block, torch.is_grad_enabled()
+        if self.compiled is not None and fork is not None and prefix is None:
+            run = self.compiled
+        if self.recompute and gradient:
+            run = partial(checkpoint, run, use_reentrant=False, preserve_rng_state=False)
         if positions is None:
             positions = torch.arange(T, device=tokens.device).expand(B, T)
         if cache is not None:
@@ -504,10 +553,17 @@ class Llama(nn.Module):
         angles = positions[..., None] * rope_frequencies(self.config, tokens.device)       # (B, T, D/2)
         cos, sin = angles.cos().to(x.dtype)[:, :, None], angles.sin().to(x.dtype)[:, :, None]
         cos, sin = torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1)           # (B, T, 1, D)
-        for i, block in enumerate(self.model["layers"]):
-            seen = attend if prefix is None else partial(attend, prefix=prefix[i])
-            x = block(x, cos, sin, seen, None if cache is None else cache.layers[i])
-        return self.model["norm"](x)
+        # Without a gradient another graph would be compiled, which rounds otherwise: then no reference equals the policy.
+        with torch.set_grad_enabled(gradient or run is self.compiled):
+            for i, block in enumerate(self.model["layers"]):
+                seen = attend if prefix is None else partial(attend, prefix=prefix[i])
+                x = run(block, x, cos, sin, seen, None if cache is None else cache.layers[i])
+        return self.model["norm"](x if gradient else x.detach())
+
+
+def compile_blocks_(model: Llama, backend: str = "inductor") -> None:
+    """Let the forward pass of packed forks run through torch.compile, a graph for all blocks; rows must keep one length."""
+    model.compiled = torch.compile(run_block, dynamic=False, fullgraph=True, backend=backend)
 
 
 @torch.no_grad()
@@ -572,6 +628,9 @@ class Weights(Mapping):
                                   f"not supported")
         return tensor
 
+    def __contains__(self, key) -> bool:             # Mapping's own reads the tensor
+        return key in self.where
+
     def shape(self, key: str) -> tuple[int, ...]:
         return self.shapes[key, self.where[key]]
 
@@ -586,7 +645,7 @@ def open_safetensors(path: Path):
     try:
         return safe_open(path, framework="pt", device="cpu")
     except FileNotFoundError:
-        raise CheckpointError(f"{path} is missing: download the checkpoint again") from None
+        raise CheckpointError(f"{path} is missing: download it again, or convert .bin files to safetensors") from None
     except (SafetensorError, OSError) as error:
         raise CheckpointError(f"{path} is damaged or not a safetensors file ({error}): download it again") from None
 
@@ -618,7 +677,7 @@ def checkpoint_names(model: Llama, weights: Weights) -> dict[str, str]:
     if model.lm_head is None and head in weights:
         if embed not in weights:
             names[embed] = head
-        elif weights.shape(embed) == weights.shape(head) and not torch.equal(weights[embed], weights[head]):
+        elif weights.shape(embed) != weights.shape(head) or not torch.equal(weights[embed], weights[head]):
             raise CheckpointError(f"{weights.directory}: tie_word_embeddings is true, yet {embed} and {head} differ")
     return names
 
@@ -627,6 +686,10 @@ def open_checkpoint(directory) -> tuple[Llama, Weights, dict[str, str]]:
     """The model without memory (on the meta device), its tensors, and parameter name -> tensor name in the order of the
     files. CheckpointError when anything is missing, surplus or of another shape."""
     config, weights = read_config(directory), open_weights(directory)
+    last = f"model.layers.{config.num_hidden_layers - 1}.input_layernorm.weight"
+    if last not in weights:                                        # before any number of layers is built
+        raise CheckpointError(f"{directory}: tensor {last} is missing, though num_hidden_layers is {config.num_hidden_layers}: "
+                              f"the weights do not belong to this config.json")
     with torch.device("meta"):
         model = Llama(config)
     names = checkpoint_names(model, weights)
@@ -668,17 +731,19 @@ def read_adapter(path, parameters: set[str]) -> dict[str, Callable[[], Tensor]]:
         return {known(key, parameters, path): partial(file.get_tensor, key) for key in file.keys()}
     raw = read_lora_config(Path(path) / "adapter_config.json")
     file = open_safetensors(Path(path) / "adapter_model.safetensors")
-    updates = {}
-    for key in sorted(file.keys()):
-        name = key.removeprefix("base_model.model.").replace(".lora_B.weight", ".lora_A.weight")
-        name = known(name.removesuffix(".lora_A.weight") + ".weight", parameters, path)
-        twin = key.replace(".lora_A.", ".lora_B.")
-        if twin not in file.keys() or ".lora_" not in key:
+    keys, updates = set(file.keys()), {}
+    for key in sorted(keys):
+        module = key.removesuffix(".lora_A.weight").removesuffix(".lora_B.weight")
+        pair = (module + ".lora_A.weight", module + ".lora_B.weight")
+        if not keys.issuperset(pair):
             raise CheckpointError(f"{path}: {key} is no factor of a pair lora_A, lora_B")
-        if twin != key:
-            A, B = file.get_tensor(key), file.get_tensor(twin)
+        if key == pair[0]:
+            name = known(module.removeprefix("base_model.model.") + ".weight", parameters, path)
+            A, B = map(file.get_tensor, pair)
             R = A.shape[0]
             updates[name] = partial(lora_product, A, B, raw["lora_alpha"] / (math.sqrt(R) if raw.get("use_rslora") else R))
+    if not updates:
+        raise CheckpointError(f"{path}: adapter_model.safetensors holds no LoRA factors")
     return updates
 
 
@@ -692,12 +757,10 @@ def read_lora_config(path: Path) -> dict:
     raw = {"lora_alpha": 8} | read_json(path)
     if str(raw.get("peft_type")).upper() != "LORA":
         raise CheckpointError(f"{path}: peft_type is {raw.get('peft_type')!r}, only LORA adapters are supported")
-    for key, fine in {"bias": "none", "use_dora": False, "fan_in_fan_out": False, "rank_pattern": {}, "alpha_pattern": {},
-                      "modules_to_save": None, "lora_bias": False, "trainable_token_indices": None}.items():
-        if raw.get(key, fine) not in (fine, None, []):
+    for key, fine in ADAPTER_SETTINGS.items():
+        if raw.get(key) and raw[key] not in fine:
             raise CheckpointError(f"{path}: {key} = {raw[key]!r} is not supported")
-    if isinstance(raw["lora_alpha"], bool) or not isinstance(raw["lora_alpha"], (int, float)):
-        raise CheckpointError(f"{path}: lora_alpha is {raw['lora_alpha']!r}, a number was expected")
+    positive(path, raw, "lora_alpha", kind=float)
     return raw
 
 
@@ -809,12 +872,13 @@ def generate_batch(model: Llama, prompts: list[list[int]], max_tokens: int, stop
     tokens = torch.tensor([[0] * (width - len(prompt)) + prompt for prompt in prompts], device=device)
     positions = (torch.arange(width, device=device) - start[:, None]).clamp(min=0)
     dtype = model.compute_dtype or model.head.dtype
-    cache = Cache(model.config, start, width + max_tokens, dtype)
+    cache, head = Cache(model.config, start, width + max_tokens, dtype), None
     stops = torch.tensor(sorted(stop_ids), device=device)
     replies, rows = [[] for _ in prompts], list(range(len(prompts)))             # rows: which prompt each line is
     for step in range(max_tokens):
         hidden = model(tokens, positions, cache=cache)[:, -1]
-        chosen = pick(hidden @ model.head.to(dtype).T)                           # (B,)
+        head = model.head.to(dtype) if head is None else head                    # a sharded one is whole only after forward
+        chosen = pick((head @ hidden.T).T)         # (B,); with few rows twice as fast on the CPU as hidden @ head.T
         going = ~torch.isin(chosen, stops)
         for row, token, goes in zip(rows, chosen.tolist(), going.tolist()):
             if goes:

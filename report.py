@@ -38,41 +38,58 @@ def table(header: list[str], lines: list[list[str]]) -> str:
     return "\n".join("| " + " | ".join(row) + " |" for row in rows)
 
 
+def side(language: str, source: str, lang: str) -> str:
+    """What a run's held-out metrics call a language: en the source, tgt its one target, tgt_sw one of several."""
+    return "en" if language == source else "tgt" if language == lang else f"tgt_{language}"
+
+
 def report_text(report: dict, answers: dict[str, list[dict]], source: str, examples: int = 2) -> str:
-    """report.md: answers, held-out log-probs, and the first few answers of every method side by side."""
+    """report.md: answers, held-out log-probs, and the first few answers of every method side by side. The report's "lang"
+    is the target language, or several joined by commas."""
     lang, methods = report["lang"], report["methods"]
-    lines, heldout = [], []
+    languages, lines, heldout = [source, *lang.split(",")], [], []
     for name, scores in methods.items():
         cells = [name]
-        for language in (source, lang):
-            result = scores[language]
+        for result in [scores[language] for language in languages]:
             for key, n in (("correct", result["n"]), ("right_language", result["n_language"])):
                 cells.append(f"{result[key]:.1f} ± {binomial_error(result[key], n):.1f}")
         lines.append(cells + [f"{scores['train_seconds']:.0f}"])
-        held = scores["heldout"]
-        heldout.append([name] + [f"{held[key]:.3f}" if key in held else "-" for key in
-                                 ("nll_en", "nll_tgt", "rewards/accuracies_en", "rewards/accuracies_tgt",
-                                  "rewards/margins_en", "rewards/margins_tgt")])
-    n = next(iter(methods.values()))[lang]
+        keys = [f"{figure}_{side(language, source, lang)}" for figure in ("nll", "rewards/accuracies", "rewards/margins")
+                for language in languages]
+        heldout.append([name] + [f"{scores['heldout'][key]:.3f}" if key in scores["heldout"] else "-" for key in keys])
+    asked = {language: next(iter(methods.values()))[language] for language in languages}
     text = [f"# {lang}: {report['samples']} samples, seed {report['seed']}", "",
-            f"Answers to {n['n']} questions in each language, in % ± standard error. Correct: equal to the expected answer; "
-            f"in {lang}: written in that language.", "",
-            table(["", f"{source} correct", f"in {source}", f"{lang} correct", f"in {lang}", "train s"], lines), ""]
-    if n["n_language"] < n["n"]:
-        text += [f"{n['n'] - n['n_language']} answers are the same in both languages and left out of the language columns.", ""]
+            f"Answers to {asked[source]['n']} questions in each language, in % ± standard error. Correct: equal to the expected "
+            f"answer; in {languages[1]}: written in that language.", "",
+            table(["", *(column for language in languages for column in (f"{language} correct", f"in {language}")), "train s"],
+                  lines), ""]
+    same = [f"{n['n'] - n['n_language']} of {language}" for language, n in asked.items() if n["n_language"] < n["n"]]
+    if same:
+        text += [f"Answers that are the same in another language are left out of the language columns: {', '.join(same)}.", ""]
+    unclear = [f"{name} {language} {result['unsure']} and {result['mixed']}" for name, scores in methods.items()
+               for language in languages if (result := scores[language])["unsure"] + result["mixed"]]
+    if unclear:
+        text += [f"Replies of unsure language, and in two languages (neither counts as right): {', '.join(unclear)}.", ""]
     text += ["Held-out pairs: NLL per token of the right response (lower is better), and how often (accuracy) and by how much "
              "(margin) training moved the right response up against the wrong one.", "",
-             table(["", f"nll {source}", f"nll {lang}", f"accuracy {source}", f"accuracy {lang}", f"margin {source}",
-                    f"margin {lang}"], heldout), ""]
-    for language in (source, lang):
-        shown = [line["row_id"] for line in answers["base"] if line["language"] == language][:examples]
-        for row_id in shown:
-            replies = {name: line for name, lines in answers.items() for line in lines
-                       if line["row_id"] == row_id and line["language"] == language}
-            text += [f"{replies['base']['prompt']}"]
-            text += [f"- {name}: {line['reply']}{'' if line['correct'] else '  (expected: ' + line['expected'] + ')'}"
-                     for name, line in replies.items()] + [""]
-    return "\n".join(text)
+             table(["", *(f"{figure} {language}" for figure in ("nll", "accuracy", "margin") for language in languages)],
+                   heldout), "",
+             f"Decoding: {json.dumps(next(iter(methods.values())).get('decoding'))}; hashes of model and data: config.json.", ""]
+    return "\n".join(text + example_lines(answers, languages, examples))
+
+
+def example_lines(answers: dict[str, list[dict]], languages: list[str], examples: int) -> list[str]:
+    """The first few questions in each language, with every method's reply below."""
+    text = []
+    for language in languages:
+        replies = {name: [line for line in lines if line["language"] == language] for name, lines in answers.items()}
+        for i, question in enumerate(replies["base"][:examples]):
+            text += [question["prompt"]]
+            for name, lines in replies.items():
+                wanted = "" if lines[i]["correct"] else f"  (expected: {lines[i]['expected']})"
+                text += [f"- {name}: {lines[i]['reply']}{wanted}"]
+            text += [""]
+    return text
 
 
 # -------------------------------------------------------------------------------------------------------- comparison
@@ -80,6 +97,7 @@ def report_text(report: dict, answers: dict[str, list[dict]], source: str, examp
 IGNORED_FLAGS = {"out", "seed", "lang", "samples", "method", "baseline", "fresh", "device", "save_every", "dry_run"}
 PREFERENCE_FLAGS = {"beta", "preference", "anchor", "lam"}                # plain fine-tuning reads none of them
 RESAMPLES = 10_000
+COLUMNS = 6                                   # figures side by side in a table
 SOURCE, TARGET = "source", "target"           # figures carry these in place of language codes, to fit one column
 
 
@@ -93,7 +111,7 @@ class Result:
     figures: dict[str, float] = field(default_factory=dict)
     errors: dict[str, float | None] = field(default_factory=dict)        # standard error over questions
     scores: dict[str, dict[str, float]] = field(default_factory=dict)    # {figure: {question: score}}, in %
-    curves: list[dict] = field(default_factory=list)                     # validation lines of metrics.jsonl
+    curves: dict[str, dict[int, float]] = field(default_factory=dict)    # held-out NLL by place and step
 
     @property
     def row(self) -> tuple[str, str, str]:
@@ -125,14 +143,23 @@ def differing_flags(configs: dict[Path, dict]) -> dict[str, set[str]]:
     return differing
 
 
-def run_of(directory: Path) -> tuple[Path, str] | None:
-    """(run directory, method) of a trained model's directory runs/NAME/METHOD/adapter, or None."""
-    run = directory.parent.parent
-    return (run, directory.parent.name) if (run / "config.json").is_file() and (run / "report.json").is_file() else None
+def origins(settings: dict, configs: dict[Path, dict]) -> list[tuple[Path, str]]:
+    """[(run directory, method)] whose model was evaluated: that of runs/NAME/METHOD/adapter or model; "base" of every run
+    that began with the model."""
+    trained = Path(settings.get("adapter") or settings.get("model") or "").resolve().parent
+    found = [(run, trained.name) for run in configs if run.resolve() == trained.parent]
+    named = None if settings.get("adapter") else settings.get("model")
+    return found or [(run, "base") for run, flags in configs.items()
+                     if named and named in (flags.get("base"), flags.get("model"))]
 
 
 def label(method: str, flags: dict, differing: dict[str, set[str]]) -> str:
     return " ".join([method, *(f"{key.replace('_', '-')}={flags.get(key)}" for key in sorted(differing.get(method, ())))])
+
+
+def row_language(target: str, lang: str) -> str:
+    """How a table names a run's language: "sw", or "sw (sw,yo)" where the run had several targets."""
+    return target if target == lang else f"{target} ({lang})"
 
 
 def read_run(run: Path, flags: dict, differing: dict[str, set[str]]) -> list[Result]:
@@ -141,41 +168,46 @@ def read_run(run: Path, flags: dict, differing: dict[str, set[str]]) -> list[Res
     source = flags.get("source", "en")
     for method, scores in data.need(report, "methods", run / "report.json").items():
         answers = [line for _, line in data.read_records(run / method / "answers.jsonl")]
-        targets = [key for key, value in scores.items() if isinstance(value, dict) and "correct" in value and key != source]
-        for target in targets:
-            result = Result(target, str(report["samples"]), label(method, flags, differing), str(report["seed"]))
+        metrics = run / method / "metrics.jsonl"
+        steps = [line for _, line in data.read_records(metrics)] if metrics.is_file() else []
+        for target in report["lang"].split(","):
+            result = Result(row_language(target, report["lang"]), str(report["samples"]), label(method, flags, differing),
+                            str(report["seed"]))
             for place, language in ((SOURCE, source), (TARGET, target)):
-                result.figures |= {f"{place} correct": scores[language]["correct"], f"in {place}": scores[language]["right_language"]}
+                result.figures[f"{place} correct"] = scores[language]["correct"]
+                result.figures[f"in {place}"] = scores[language]["right_language"]
                 lines = [line for line in answers if line["language"] == language]
                 result.scores[f"{place} correct"] = {line["row_id"]: 100.0 * line["correct"] for line in lines}
                 result.scores[f"in {place}"] = {line["row_id"]: 100.0 * (line["reply_language"] == language)
                                                 for line in lines if line["judged"]}
-            held = scores.get("heldout", {})
-            result.figures |= {f"nll {place}": held[key] for place, key in ((SOURCE, "nll_en"), (TARGET, "nll_tgt")) if key in held}
-            metrics = run / method / "metrics.jsonl"
-            if metrics.is_file():
-                result.curves = [line for _, line in data.read_records(metrics) if "nll_tgt" in line]
+                key = f"nll_{side(language, source, report['lang'])}"
+                if key in scores.get("heldout", {}):
+                    result.figures[f"nll {place}"] = scores["heldout"][key]
+                result.curves[place] = {line["step"]: line[key] for line in steps if key in line}
             results.append(result)
     return results
 
 
-def read_evaluation(directory: Path, configs: dict[Path, dict], differing: dict[str, set[str]]) -> Result:
-    """What `eval.py mc`, `perplexity` or `judge` wrote: the figures of one model, in the row of the run it came from."""
+def read_evaluation(directory: Path, configs: dict[Path, dict], differing: dict[str, set[str]]) -> list[Result]:
+    """What `eval.py mc`, `perplexity` or `judge` wrote: the figures of one model, in the rows of the run it came from."""
     found = load_object(directory / "result.json")
     settings = data.need(found, "settings", directory / "result.json")
-    model = settings.get("adapter") or settings.get("model") or directory.name
-    result = Result(settings.get("language") or "-", "-", str(model), "-")
-    origin = run_of(Path(model))
-    if origin and origin[0] in configs:
-        flags = configs[origin[0]]
-        report = load_object(origin[0] / "report.json")
-        result = Result(report["lang"], str(report["samples"]), label(origin[1], flags, differing), str(report["seed"]))
+    model, language, results = settings.get("adapter") or settings.get("model"), settings.get("language") or "-", []
+    for run, method in origins(settings, configs):
+        report = load_object(run / "report.json")
+        targets = report["lang"].split(",")
+        if language in targets or language != "-" and "benchmark" not in settings:     # a benchmark's figures name its own
+            targets = [language]
+        results += [Result(row_language(target, report["lang"]), str(report["samples"]),
+                           label(method, configs[run], differing), str(report["seed"])) for target in targets]
+    results = results or [Result(language, "-", str(model or directory.name), "-")]
+    lines = [line for _, line in data.read_records(directory / "answers.jsonl")]
     for name, figure in data.need(found, "figures", directory / "result.json").items():
-        result.figures[name], result.errors[name] = figure["value"], figure.get("stderr")
-    for _, line in data.read_records(directory / "answers.jsonl"):
-        for name, value in line.get("scores", {}).items():
-            result.scores.setdefault(name, {})[line["question"]] = value
-    return result
+        scores = {line["question"]: line["scores"][name] for line in lines if name in line.get("scores", {})}
+        for result in results:
+            result.figures[name], result.errors[name] = figure["value"], figure.get("stderr")
+            result.scores |= {name: scores} if scores else {}
+    return results
 
 
 def read_results(paths: list) -> list[Result]:
@@ -190,7 +222,7 @@ def read_results(paths: list) -> list[Result]:
     merged = {}
     for directory in directories:
         found = read_run(directory, configs[directory], differing) if directory in configs else \
-            [read_evaluation(directory, configs, differing)]
+            read_evaluation(directory, configs, differing)
         for result in found:
             known = merged.setdefault((*result.row, result.seed), result)
             if known is not result:
@@ -228,7 +260,8 @@ def paired_bootstrap(one: list[dict[str, float]], other: list[dict[str, float]])
     draws = np.random.default_rng(0).multinomial(len(gap), np.full(len(gap), 1 / len(gap)), RESAMPLES) @ gap / len(gap)
     low, high = np.quantile(draws, (0.025, 0.975))
     tail = min((draws <= 0).mean(), (draws >= 0).mean())
-    return {"difference": float(gap.mean()), "low": float(low), "high": float(high), "p": float(min(1, 2 * tail)), "n": len(gap)}
+    return {"difference": float(gap.mean()), "low": float(low), "high": float(high), "p": float(min(1, 2 * tail)),
+            "n": len(gap)}
 
 
 def by_row(results: list[Result]) -> dict[tuple, list[Result]]:
@@ -251,48 +284,80 @@ def shown(name: str, results: list[Result]) -> str:
     return f"{mean:.2f} ± {error:.2f}"
 
 
-def comparison(results: list[Result], baseline: str) -> str:
-    """Markdown: one table of all figures, and one of paired differences from the baseline."""
-    rows, names = by_row(results), list(dict.fromkeys(name for result in results for name in result.figures))
-    lines = [[*row, str(len(group)), *(shown(name, group) for name in names)] for row, group in rows.items()]
-    text = ["Mean over seeds ± its standard error; with one seed (± standard error over questions) where it is known.", "",
-            table(["language", "samples", "method", "seeds", *names], lines), ""]
-    differences = []
+def figure_tables(rows: dict[tuple, list[Result]]) -> list[str]:
+    """All figures, COLUMNS of them a table; a row stands only where it has one."""
+    names, text = list(dict.fromkeys(name for group in rows.values() for result in group for name in result.figures)), []
+    for first in range(0, len(names), COLUMNS):
+        part = names[first:first + COLUMNS]
+        lines = [[*row, str(len(group)), *(shown(name, group) for name in part)] for row, group in rows.items()
+                 if any(name in result.figures for result in group for name in part)]
+        text += [table(["language", "samples", "method", "seeds", *part], lines), ""]
+    return text
+
+
+def differences(rows: dict[tuple, list[Result]], baseline: str) -> tuple[list[list[str]], int]:
+    """(a line for each figure that can be paired with the baseline's, how many more have no difference anywhere)."""
+    lines, equal = [], 0
     for (language, samples, method), group in rows.items():
-        base = rows.get((language, samples, baseline))
-        for name in names if base and method != baseline else []:
+        base = rows.get((language, samples, baseline), []) if method != baseline else []
+        for name in dict.fromkeys(name for result in base for name in result.scores):
             sides = [[result.scores[name] for result in side if name in result.scores] for side in (group, base)]
             found = paired_bootstrap(*sides) if all(sides) else None
-            if found:
-                differences.append([language, samples, method, name, f"{found['difference']:+.2f}",
-                                    f"{found['low']:+.2f} to {found['high']:+.2f}", f"{found['p']:.4f}" if found["p"] else f"<{2 / RESAMPLES:.4f}", str(found["n"])])
+            if found and found["low"] == found["high"] == 0:
+                equal += 1
+            elif found:
+                chance = f"{found['p']:.4f}" if found["p"] else f"<{2 / RESAMPLES:.4f}"
+                lines.append([language, samples, method, name, f"{found['difference']:+.2f}",
+                              f"{found['low']:+.2f} to {found['high']:+.2f}", chance, str(found["n"])])
+    return lines, equal
+
+
+def comparison(results: list[Result], baseline: str) -> str:
+    """Markdown: tables of all figures, and one of paired differences from the baseline."""
+    rows = by_row(results)
+    text = ["Mean over seeds ± its standard error; with one seed (± standard error over questions) where it is known.", "",
+            *figure_tables(rows)]
     if not any(row[2] == baseline for row in rows):
-        text += [f"No method here is called {baseline}: no paired differences (--baseline {' | '.join(dict.fromkeys(row[2] for row in rows))})."]
-    if differences:
-        text += [f"Difference from {baseline} in points, paired by question ({RESAMPLES:,} bootstrap draws of questions; scores "
-                 f"averaged over seeds).", "",
-                 table(["language", "samples", "method", "figure", "difference", "95 %", "p", "questions"], differences), ""]
+        methods = ", ".join(dict.fromkeys(row[2] for row in rows))
+        text += [f"No method here is called {baseline}, so there are no paired differences; --baseline takes {methods}."]
+    lines, equal = differences(rows, baseline)
+    if lines:
+        text += [f"Difference from {baseline} in points, paired by question ({RESAMPLES:,} bootstrap draws of questions; "
+                 f"scores averaged over seeds).", "",
+                 table(["language", "samples", "method", "figure", "difference", "95 %", "p", "questions"], lines), ""]
+    if equal:
+        text += [f"{equal} more figures equal those of {baseline} on every question.", ""]
     return "\n".join(text)
 
 
+def settings_of(directory: Path) -> dict:
+    """What a directory's numbers depend on: decoding, template, shots, file hashes."""
+    if not (directory / "report.json").is_file():
+        return load_object(directory / "result.json")["settings"]
+    config, report = load_object(directory / "config.json"), load_object(directory / "report.json")
+    return {"hashes": config.get("inputs", {}), "decoding": next(iter(report["methods"].values())).get("decoding", {}),
+            "eval_split": config["flags"].get("eval_split")}
+
+
 def settings_text(paths: list) -> str:
-    """What the numbers depend on, a line for each directory: decoding, template, shots, file hashes."""
-    lines = ["Settings:"]
+    """Settings of all directories: for those of one kind what they share once, then what differs."""
+    lines, kinds = ["Settings:"], {}
     for directory in map(Path, paths):
-        if (directory / "report.json").is_file():
-            config, report = load_object(directory / "config.json"), load_object(directory / "report.json")
-            decoding = next(iter(report["methods"].values())).get("decoding", {})
-            told = {"hashes": config.get("inputs", {}), "decoding": decoding, "eval_split": config["flags"].get("eval_split")}
-        else:
-            told = load_object(directory / "result.json")["settings"]
-        lines.append(f"- {directory}: {json.dumps(told, ensure_ascii=False)}")
+        told = settings_of(directory)
+        kinds.setdefault(tuple(told), {})[directory] = told
+    for group in kinds.values():
+        first = next(iter(group.values()))
+        shared = {key: value for key, value in first.items() if all(told[key] == value for told in group.values())}
+        lines.append(f"- {', '.join(map(str, group))}: {json.dumps(shared, ensure_ascii=False)}")
+        own = {directory: {key: value for key, value in told.items() if key not in shared} for directory, told in group.items()}
+        lines += [f"  - {directory}: {json.dumps(told, ensure_ascii=False)}" for directory, told in own.items() if told]
     return "\n".join(lines)
 
 
 # ------------------------------------------------------------------------------------------------------------- plots
 
 MARKERS, LINES, GREYS = "os^DvPX*", ("-", "--", ":", "-."), ("0.0", "0.5", "0.25", "0.65")     # told apart without colour
-CURVES = (("nll_tgt", "target language"), ("nll_en", "source language"))
+NARROWEST, EDGE = 4, 2                      # points (of 100) kept free around what the trade-off shows; beyond 0 and 100
 
 
 def import_pyplot():
@@ -305,10 +370,10 @@ def import_pyplot():
     return matplotlib.pyplot
 
 
-def mean_curve(group: list[Result], key: str) -> tuple[list[int], list[float]]:
-    """Steps that all seeds validated, and the mean of a metric there."""
-    curves = [{line["step"]: line[key] for line in result.curves if key in line} for result in group]
-    steps = sorted(set.intersection(*map(set, curves))) if curves else []
+def mean_curve(group: list[Result], place: str) -> tuple[list[int], list[float]]:
+    """Steps that all seeds validated, and the mean held-out NLL there."""
+    curves = [result.curves.get(place, {}) for result in group]
+    steps = sorted(set.intersection(*map(set, curves)))
     return steps, [sum(curve[step] for curve in curves) / len(curves) for step in steps]
 
 
@@ -318,26 +383,30 @@ def panels(rows: dict[tuple, list[Result]]) -> tuple[list[str], list[str], list[
 
 
 def style(i: int) -> dict:
-    """Marker and grey of the i-th method."""
+    """Marker and grey of the i-th method; later ones are smaller, so that all show where points coincide."""
     grey = GREYS[i % len(GREYS)]
-    return {"marker": MARKERS[i % len(MARKERS)], "color": grey, "markerfacecolor": "white" if i % 2 else grey, "markersize": 6}
+    return {"marker": MARKERS[i % len(MARKERS)], "color": grey, "markerfacecolor": "white" if i % 2 else grey,
+            "markersize": max(8 - 1.5 * i, 4)}
 
 
 def plot_curves(results: list[Result], path: Path) -> bool:
     """Held-out NLL over steps, a row of panels for each language; False without validation lines."""
-    rows = {row: group for row, group in by_row(results).items() if any(result.curves for result in group)}
+    rows = {row: group for row, group in by_row(results).items() if any(result.curves.get(TARGET) for result in group)}
     if not rows:
         return False
     plt, (languages, samples, methods) = import_pyplot(), panels(rows)
-    figure, axes = plt.subplots(len(languages), 2, figsize=(10, 0.8 + 3.4 * len(languages)), layout="constrained", squeeze=False)
+    figure, axes = plt.subplots(len(languages), 2, figsize=(10, 0.8 + 3.4 * len(languages)), layout="constrained",
+                                squeeze=False)
     for (language, size, method), group in rows.items():
-        for axis, (key, place) in zip(axes[languages.index(language)], CURVES):
-            axis.plot(*mean_curve(group, key), linestyle=LINES[samples.index(size) % len(LINES)],
-                      **style(methods.index(method)), label=f"{method}, {size} samples (mean of {len(group)})")
-            axis.set(xlabel="optimiser step", ylabel="NLL (nats per token)", title=f"{language}: held out, {place}")
+        for axis, place in zip(axes[languages.index(language)], (TARGET, SOURCE)):
+            axis.plot(*mean_curve(group, place), linestyle=LINES[samples.index(size) % len(LINES)],
+                      **style(methods.index(method)), label=f"{method}, {size} samples")
+            axis.set(xlabel="optimiser step", ylabel="NLL (nats per token)", title=f"{language}: held out, {place} language")
+            axis.xaxis.get_major_locator().set_params(integer=True)
             axis.grid(alpha=0.3)
     shown = {name: handle for axis in axes[:, 0] for handle, name in zip(*axis.get_legend_handles_labels())}
-    figure.legend(shown.values(), shown.keys(), loc="outside lower center", ncols=3, fontsize=8)
+    figure.legend(shown.values(), shown.keys(), loc="outside lower center", ncols=3, fontsize=8, handlelength=4,
+                  title="mean over seeds", title_fontsize=8)
     figure.savefig(path, dpi=130)
     plt.close(figure)
     return True
@@ -347,30 +416,46 @@ def plot_tradeoff(results: list[Result], path: Path) -> bool:
     """Right answers in the source language against those in the target language: a panel for each language, a line for each
     method over its sample sizes, standard errors over seeds; False when there are no answers."""
     wanted = (f"{SOURCE} correct", f"{TARGET} correct")
-    rows = {row: group for row, group in by_row(results).items() if all(name in result.figures for result in group for name in wanted)}
+    rows = {row: group for row, group in by_row(results).items()
+            if all(name in result.figures for result in group for name in wanted)}
     if not rows:
         return False
     plt, (languages, _, methods) = import_pyplot(), panels(rows)
-    figure, axes = plt.subplots(1, len(languages), figsize=(1 + 5 * len(languages), 5), layout="constrained", squeeze=False)
+    figure, axes = plt.subplots(1, len(languages), figsize=(1 + 5 * len(languages), 5), layout="constrained",
+                                squeeze=False)
     for axis, language in zip(axes[0], languages):
         for i, method in enumerate(methods):
-            points = [(row[1], *(mean_and_error([result.figures[name] for result in group]) for name in wanted))
-                      for row, group in rows.items() if (row[0], row[2]) == (language, method)]
-            for size, (x, _), (y, _) in points if method != "base" else []:
-                axis.annotate(size, (x, y), textcoords="offset points", xytext=(7, 6), fontsize=8)
+            points = {row[1]: [mean_and_error([result.figures[name] for result in group]) for name in wanted]
+                      for row, group in rows.items() if (row[0], row[2]) == (language, method)}
             if points:
-                (x, x_error), (y, y_error) = ([*zip(*part)] for part in [*zip(*points)][1:])
-                axis.errorbar(x, y, xerr=[error or 0 for error in x_error], yerr=[error or 0 for error in y_error], linewidth=1,
-                              linestyle=LINES[i % len(LINES)] if method != "base" else "none", capsize=2, label=method, **style(i))
+                draw_points(axis, i, method, points)
         axis.set(xlabel="right answers in the source language (%)", ylabel="right answers in the target language (%)",
                  title=f"{language} (numbers: samples)")
         axis.grid(alpha=0.3)
-        axis.margins(0.12)
+        for low, high, limit in ((*axis.get_xlim(), axis.set_xlim), (*axis.get_ylim(), axis.set_ylim)):
+            room = max(0.1 * (high - low), NARROWEST)                    # a tenth of a point is no difference to look at
+            limit(max(low - room, -EDGE), min(high + room, 100 + EDGE))
     shown = {name: handle for axis in axes[0] for handle, name in zip(*axis.get_legend_handles_labels())}
     figure.legend(shown.values(), shown.keys(), loc="outside lower center", ncols=4, fontsize=9)
     figure.savefig(path, dpi=130)
     plt.close(figure)
     return True
+
+
+def draw_points(axis, i: int, method: str, points: dict[str, list[tuple]]) -> None:
+    """The i-th method's line. points: {samples: [(mean, error) of the source, of the target language]}. Every method writes
+    its sample sizes into another corner of its points, so that those of two methods do not cover each other."""
+    means = [[value for value, _ in place] for place in zip(*points.values())]
+    errors = [[error or 0 for _, error in place] for place in zip(*points.values())]
+    axis.errorbar(*means, xerr=errors[0], yerr=errors[1], linewidth=1, capsize=2, label=method, **style(i),
+                  linestyle=LINES[i % len(LINES)] if method != "base" else "none")
+    sizes = {}
+    for size, *place in zip(points, *means):
+        sizes.setdefault(tuple(place), []).append(size)
+    x, y = ((1, 1), (-1, -1), (1, -1), (-1, 1))[i % 4]
+    for place, found in sizes.items() if method != "base" else ():
+        axis.annotate(", ".join(found), place, textcoords="offset points", xytext=(7 * x, 7 * y), fontsize=8,
+                      ha="left" if x > 0 else "right", va="bottom" if y > 0 else "top")
 
 
 def plot(results: list[Result], directory) -> list[Path]:

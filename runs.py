@@ -24,9 +24,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
+import ranks
 from data import DataError
-from model import (MAX_SHARD_BYTES, add_update, load, open_checkpoint, open_weights, read_adapter, read_json, save_sharded,
-                   save_tensors)
+from model import (MAX_SHARD_BYTES, CheckpointError, add_update, load, open_checkpoint, open_weights, read_adapter, read_json,
+                   save_sharded, save_tensors)
 
 CHECKPOINTS_KEPT = 2
 
@@ -44,10 +45,19 @@ def write_json(path: Path, value) -> None:
 
 def fill_directory(path: Path, fill) -> None:
     """Call fill(temporary directory), then put it in the place of `path`."""
-    temporary = path.with_name(path.name + ".tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
+    temporary = empty_directory(path.with_name(path.name + ".tmp"))
     fill(temporary)
+    put_in_place(temporary, path)
+
+
+def empty_directory(path: Path) -> Path:
+    shutil.rmtree(path, ignore_errors=True)
+    path.mkdir(parents=True)
+    return path
+
+
+def put_in_place(temporary: Path, path: Path) -> None:
+    """Rename a directory, over another one if need be; a kill in between leaves the new one or none, never half of one."""
     if path.exists():
         old = path.with_name(path.name + ".old")
         shutil.rmtree(old, ignore_errors=True)
@@ -80,10 +90,11 @@ def model_fingerprint(directory) -> str:
     return fingerprint(directory / "config.json", files)
 
 
-def open_run(directory, flags: dict, inputs: dict, fresh: bool = False) -> Path:
+def open_run(directory, flags: dict, inputs: dict, fresh: bool = False, resume: bool = False) -> Path:
     """The run directory for these flags and inputs: made, or taken up again when config.json says the same.
 
-    DataError, naming the first difference, when it belongs to another run; nothing in it is touched then.
+    DataError, naming the first difference, when it belongs to another run; nothing in it is touched then. With `resume` there
+    has to be a run.
     """
     directory = Path(directory)
     config = {"flags": flags, "inputs": inputs, "seed": flags["seed"],
@@ -91,6 +102,8 @@ def open_run(directory, flags: dict, inputs: dict, fresh: bool = False) -> Path:
     path = directory / "config.json"
     if fresh and path.exists():
         shutil.rmtree(directory)
+    if resume and not path.exists():
+        raise DataError(f"--resume: {directory} holds no run to go on with: see --out, or leave --resume out to start one")
     if path.exists():
         try:
             before = json.loads(path.read_text(encoding="utf-8"))
@@ -111,6 +124,16 @@ def open_run(directory, flags: dict, inputs: dict, fresh: bool = False) -> Path:
     except OSError as error:
         raise DataError(f"cannot write to {directory} ({error.strerror}): choose another --out") from None
     return directory
+
+
+def check_disk_space(directory: Path, parameters: dict[str, Tensor], exported: int) -> None:
+    """DataError unless the disk has room for a method's files: checkpoints (the kept ones and one being written, each the
+    trainable weights and AdamW's two moments) and `exported` bytes of results, which are written before old ones go."""
+    checkpoint = 3 * sum(parameter.nbytes for parameter in parameters.values())
+    needed, free = (CHECKPOINTS_KEPT + 1) * checkpoint + exported, shutil.disk_usage(directory).free
+    if needed > free:
+        raise DataError(f"{directory} needs about {needed / 1e9:.1f} GB for checkpoints and results, its disk has "
+                        f"{free / 1e9:.1f} GB free: make room, or choose another --out")
 
 
 # ----------------------------------------------------------------------------------------------- reference log-probs
@@ -134,35 +157,91 @@ def save_reference(run: Path, key: str, sums: list[Tensor]) -> None:
 # -------------------------------------------------------------------------------------------------------- checkpoints
 
 def save_checkpoint(directory: Path, step: int, parameters: dict[str, Tensor], optimizer) -> None:
-    """Everything the next step depends on: fp32 trainables, AdamW's two moments, the step. Keeps the last two."""
+    """Everything the next step depends on: fp32 trainables, AdamW's two moments, the step. All ranks call this; the first one
+    writes, or each its own part where parameters are sharded. Keeps the last two."""
+    path = directory / f"step-{step:06d}"
+    temporary = path.with_name(path.name + ".tmp")
+    ranks.on_first(lambda: empty_directory(temporary))
+    part, parts = own_part(parameters)
+    if parts > 1 or ranks.rank() == 0:
+        save_tensors(temporary / f"state-{part}.safetensors", state_tensors(parameters, optimizer))
+    ranks.wait_for_all()
+
+    def finish() -> None:
+        write_json(temporary / "state.json", {"step": step, "parts": parts})
+        put_in_place(temporary, path)
+        kept = checkpoints(directory)[-CHECKPOINTS_KEPT:]
+        for old in set(directory.glob("step-*")) - set(kept):         # and what a kill left behind
+            shutil.rmtree(old)
+    ranks.on_first(finish)
+
+
+def checkpoints(directory: Path) -> list[Path]:
+    """Oldest first."""
+    return sorted(directory.glob("step-*[0-9]"), key=lambda path: int(path.name.removeprefix("step-")))
+
+
+def own_part(parameters: dict[str, Tensor]) -> tuple[int, int]:
+    """Which part of the state this rank holds, of how many: the only one unless parameters are sharded."""
+    return (ranks.rank(), ranks.size()) if any(map(ranks.is_sharded, parameters.values())) else (0, 1)
+
+
+def state_tensors(parameters: dict[str, Tensor], optimizer) -> dict[str, Tensor]:
     tensors = {}
     for name, parameter in parameters.items():
-        tensors[f"weight.{name}"] = parameter.detach().cpu().contiguous()
-        for moment, value in optimizer.state[parameter].items():
-            tensors[f"{moment}.{name}"] = value.detach().cpu().contiguous()
-
-    def fill(temporary: Path) -> None:
-        save_tensors(temporary / "state.safetensors", tensors)
-        write_json(temporary / "state.json", {"step": step})
-    fill_directory(directory / f"step-{step:06d}", fill)
-    for old in sorted(directory.glob("step-*[0-9]"))[:-CHECKPOINTS_KEPT]:
-        shutil.rmtree(old)
+        for kind, value in {"weight": parameter.detach(), **optimizer.state[parameter]}.items():
+            tensors[f"{kind}.{name}"] = ranks.local(value).cpu().contiguous()
+    return tensors
 
 
 def load_checkpoint(directory: Path, parameters: dict[str, Tensor], optimizer) -> int:
-    """Restore the newest checkpoint into parameters and optimiser; the number of steps done (0 without one)."""
-    found = sorted(directory.glob("step-*[0-9]"))
-    if not found:
-        return 0
-    tensors = load_file(found[-1] / "state.safetensors")
+    """Restore the newest whole checkpoint into parameters and optimiser; the number of steps done (0 without one). One that
+    any rank finds damaged is named and passed over."""
+    device = next(iter(parameters.values())).device
+    for path in reversed(checkpoints(directory)):
+        try:
+            step, tensors = read_checkpoint(path, parameters)
+        except CheckpointError as error:
+            step, why = -1, error
+        if not ranks.largest(int(step < 0), device):
+            restore_(parameters, optimizer, tensors)
+            return step
+        print(f"checkpoint passed over, going back to the one before: {why if step < 0 else f'{path} is damaged'}")
+    return 0
+
+
+def read_checkpoint(path: Path, parameters: dict[str, Tensor]) -> tuple[int, dict[str, Tensor]]:
+    """Step and tensors of this rank's part of a checkpoint. CheckpointError when it is damaged or not complete, DataError when
+    it was written by another number of ranks."""
+    state, (part, parts) = read_json(path / "state.json"), own_part(parameters)
+    if state.get("parts") != parts and isinstance(state.get("parts"), int):
+        raise DataError(f"{path} was written by {state['parts']} ranks with --shard, now there are {parts}: start as many, or "
+                        f"start over with --fresh")
+    try:
+        tensors = load_file(path / f"state-{part}.safetensors")
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"{path}/state-{part}.safetensors cannot be read ({error})") from None
     for name, parameter in parameters.items():
-        with torch.no_grad():
-            parameter.copy_(tensors[f"weight.{name}"])
-        optimizer.state[parameter] = {moment: tensors[f"{moment}.{name}"].to(parameter.device)
-                                      for moment in ("step", "exp_avg", "exp_avg_sq")}
-        if not optimizer.defaults["fused"]:                       # AdamW counts steps on the CPU unless it is fused
-            optimizer.state[parameter]["step"] = optimizer.state[parameter]["step"].cpu()
-    return json.loads((found[-1] / "state.json").read_text())["step"]
+        for kind, shape in {"weight": ranks.local(parameter).shape, "exp_avg": ranks.local(parameter).shape,
+                            "exp_avg_sq": ranks.local(parameter).shape, "step": ()}.items():
+            if f"{kind}.{name}" not in tensors or tensors[f"{kind}.{name}"].shape != shape:
+                raise CheckpointError(f"{path}: {kind}.{name} is missing or has another shape")
+    if not isinstance(state.get("step"), int):
+        raise CheckpointError(f"{path}/state.json names no step")
+    return state["step"], tensors
+
+
+@torch.no_grad()
+def restore_(parameters: dict[str, Tensor], optimizer, tensors: dict[str, Tensor]) -> None:
+    for name, parameter in parameters.items():
+        ranks.local(parameter).copy_(tensors[f"weight.{name}"])
+        state = {"step": tensors[f"step.{name}"]}                  # on the CPU, unless AdamW is fused
+        if optimizer.defaults["fused"]:
+            state["step"] = state["step"].to(parameter.device)
+        for moment in ("exp_avg", "exp_avg_sq"):
+            state[moment] = torch.zeros_like(parameter)
+            ranks.local(state[moment]).copy_(tensors[f"{moment}.{name}"])
+        optimizer.state[parameter] = state
 
 
 def open_metrics(directory: Path, writer: bool):
@@ -171,8 +250,20 @@ def open_metrics(directory: Path, writer: bool):
     return open(directory / "metrics.jsonl" if writer else os.devnull, "a", encoding="utf-8", buffering=1)
 
 
-def write_metrics(log, metrics: dict) -> None:
+def write_metrics(log, metrics: dict, board=None) -> None:
     log.write(json.dumps(metrics) + "\n")
+    if board is not None:
+        for name, value in metrics.items():
+            if isinstance(value, (int, float)) and name != "step":
+                board.add_scalar(name, value, metrics["step"])
+
+
+def open_board(directory: Path, wanted: bool, step: int):
+    """TensorBoard's writer of the curves after `step`, or None when they are not wanted."""
+    if not wanted:
+        return None
+    from torch.utils.tensorboard import SummaryWriter
+    return SummaryWriter(str(directory / "tensorboard"), purge_step=step)
 
 
 def truncate_metrics(path: Path, steps: int) -> None:
@@ -247,9 +338,10 @@ def save_delta(path: Path, base, parameters: dict[str, Tensor], named: str) -> N
 
 
 @torch.no_grad()
-def check_outputs(model, outputs: dict[Path, dict], ids: list[int]) -> None:
-    """Load what was written (`outputs`: path -> arguments of model.load) and compare its logits of a text with the trained
-    model's, on the same device in the same dtype. The model gives up its memory for that: it ends on the meta device."""
+def check_outputs(model, outputs: dict[Path, dict], ids: list[int], load=load) -> None:
+    """Load what was written (`outputs`: path -> arguments of `load`, model's or ranks') and compare its logits of a text with
+    the trained model's, on the same device in the same dtype. The model gives up its memory for that: it ends on the meta
+    device."""
     tokens = torch.tensor([ids], device=model.head.device)
     device, dtype = model.head.device, model.compute_dtype or model.head.dtype
     expected = (model(tokens)[0] @ model.head.to(dtype).T).float().cpu()

@@ -2,63 +2,36 @@
 
     python translate.py --lang sw --data demo/english.jsonl --out swahili.jsonl
     python translate.py --lang de,ko --text "The capital of France is Paris."
+    torchrun --nproc-per-node 2 translate.py --lang sw ...       # rows are dealt to processes; the same file
 
 A document is split into segments (lines, then sentences); code, links, formulas and markup are set aside and
 come back untouched. Segments are translated in batches by beam search and checked; what fails is tried again,
 then marked. The row of a marked segment is left out of training.
-
-Shapes: B sentences, K beams, T tokens, S source tokens, H hidden width, V vocabulary, D head width.
-The network is Fan et al. 2020 (arXiv:2010.11125), which NLLB's dense models (arXiv:2207.04672) keep: a
-pre-norm Transformer with ReLU and biases, one table E for the embeddings of both sides and the head.
-
-    x = E[id] sqrt(H) + pos(p)       p = pad + 1, pad + 2, ... over the tokens that are not padding   (eq. 1)
-    pos(p) = [sin(p f), cos(p f)]    f_i = 10000^(-i / (H/2 - 1)); the halves are concatenated        (eq. 2)
-    source: [lang] pieces [eos]      target: [eos] [lang] pieces [eos], the first two are given       (eq. 3)
-    score of a finished hypothesis = sum of its log-probs / (its tokens after the first)^alpha        (eq. 4)
 """
 
 import argparse
 import hashlib
 import json
-import math
 import os
-import pickle
 import re
-import struct
 import time
 import unicodedata
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import MISSING, dataclass, fields, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-import tokenizers
 import torch
-import torch.nn.functional as F
-from tokenizers import decoders, models
-from torch import Tensor, nn
 from tqdm import tqdm
 
 import data
 import hub
+import ranks
 from data import DataError
-from model import CheckpointError, Embedding, open_weights, read_json
+from model import CheckpointError
+from seq2seq import M2M100, beam_search, load_model
+from spm import Tokenizer, load_tokenizer
 
-# M2M100's languages in the order of their ids, which start where vocab.json ends.
-M2M100_LANGUAGES = (
-    "af am ar ast az ba be bg bn br bs ca ceb cs cy da de el en es et fa ff fi fr fy ga gd gl gu ha he hi "
-    "hr ht hu hy id ig ilo is it ja jv ka kk km kn ko lb lg ln lo lt lv mg mk ml mn mr ms my ne nl no ns oc "
-    "or pa pl ps pt ro ru sd si sk sl so sq sr ss su sv sw ta th tl tn tr uk ur uz vi wo xh yi yo zh zu"
-).split()
-# NLLB's codes are ISO 639-3 and script; these go by a short one too.
-NLLB_CODES = dict(pair.split(":") for pair in (
-    "am:amh_Ethi ar:arb_Arab bg:bul_Cyrl bn:ben_Beng cs:ces_Latn da:dan_Latn de:deu_Latn el:ell_Grek "
-    "en:eng_Latn es:spa_Latn fa:pes_Arab fi:fin_Latn fr:fra_Latn ha:hau_Latn he:heb_Hebr hi:hin_Deva "
-    "hu:hun_Latn id:ind_Latn ig:ibo_Latn it:ita_Latn ja:jpn_Jpan km:khm_Khmr ko:kor_Hang lo:lao_Laoo "
-    "ms:zsm_Latn my:mya_Mymr ne:npi_Deva nl:nld_Latn no:nob_Latn pl:pol_Latn pt:por_Latn ro:ron_Latn "
-    "ru:rus_Cyrl so:som_Latn sv:swe_Latn sw:swh_Latn ta:tam_Taml te:tel_Telu th:tha_Thai tl:tgl_Latn "
-    "tr:tur_Latn uk:ukr_Cyrl ur:urd_Arab vi:vie_Latn wo:wol_Latn xh:xho_Latn yo:yor_Latn zh:zho_Hans "
-    "zu:zul_Latn").split())
 # Language, or NLLB's script tag -> first word of the Unicode names of its letters. What is not here is Latin.
 SCRIPTS = {word: line.split()[0] for line in (
     "CJK zh Hans Hant", "HANGUL ko Hang", "KANA ja Jpan", "CYRILLIC ba be bg kk mk mn ru sr uk Cyrl",
@@ -78,160 +51,26 @@ LENGTH_RATIO = {"CJK": 0.35, "KANA": 0.45, "HANGUL": 0.55, "yo": 1.5, "en": 1.0}
 LENGTH_BOUNDS = 0.4, 2.5  # of a translation over what is expected; people's go from 0.55 to 2.05 (NTREX)
 LENGTH_SLACK = 15         # characters added to both, so that short segments are not judged by their length
 
-TIED = ("model.shared.weight", "lm_head.weight", "model.encoder.embed_tokens.weight",
-        "model.decoder.embed_tokens.weight")
-NORMAL, UNKNOWN, USER_DEFINED, BYTE = 1, 2, 4, 6  # kinds of SentencePiece's pieces
 
+# ---- the translator ----
 
-# ---- network ----
+def fingerprint(path: Path) -> str:
+    """Hash of a checkpoint: names, sizes and ends of its files (to read gigabytes would take a minute)."""
+    digest = hashlib.sha256()
+    for file in sorted(path.iterdir()):
+        if file.suffix in (".json", ".model", ".safetensors", ".bin"):
+            with open(file, "rb") as stream:
+                size = stream.seek(0, os.SEEK_END)
+                stream.seek(max(0, size - 2**20))
+                digest.update(f"{file.name} {size} ".encode() + stream.read())
+    return digest.hexdigest()[:16]
 
-@dataclass
-class Config:
-    """The keys of config.json that the network depends on."""
-    d_model: int
-    encoder_layers: int
-    decoder_layers: int
-    encoder_attention_heads: int
-    decoder_attention_heads: int
-    encoder_ffn_dim: int
-    decoder_ffn_dim: int
-    vocab_size: int
-    max_position_embeddings: int = 1024
-    scale_embedding: bool = True
-    activation_function: str = "relu"
-    bos_token_id: int = 0
-    pad_token_id: int = 1
-    eos_token_id: int = 2
-    decoder_start_token_id: int = 2
-    clo_languages: list | None = None  # those a small M2M100 learned to write; None: all of its format
-
-
-class Attention(nn.Module):
-    """Multi-head attention. Keys and values are made apart from queries, so that they can be kept."""
-
-    def __init__(self, width: int, heads: int):
-        super().__init__()
-        self.heads = heads
-        self.q_proj, self.k_proj, self.v_proj, self.out_proj = (nn.Linear(width, width) for _ in range(4))
-
-    def split(self, x: Tensor) -> Tensor:
-        B, T, H = x.shape
-        return x.view(B, T, self.heads, H // self.heads).transpose(1, 2)  # (B, heads, T, D)
-
-    def keys(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        return self.split(self.k_proj(x)), self.split(self.v_proj(x))
-
-    def forward(self, x: Tensor, key: Tensor, value: Tensor, mask=None, causal=False) -> Tensor:
-        """x (B, T, H) looks at key, value (B, heads, S, D) where mask (B, 1, T or 1, S) is True."""
-        query = self.split(self.q_proj(x))
-        mixed = F.scaled_dot_product_attention(query, key, value, mask, is_causal=causal)
-        return self.out_proj(mixed.transpose(1, 2).flatten(2))
-
-
-class EncoderLayer(nn.Module):
-    def __init__(self, width: int, heads: int, ffn: int):
-        super().__init__()
-        self.self_attn, self.self_attn_layer_norm = Attention(width, heads), nn.LayerNorm(width)
-        self.fc1, self.fc2 = nn.Linear(width, ffn), nn.Linear(ffn, width)
-        self.final_layer_norm = nn.LayerNorm(width)
-
-    def feed_forward(self, x: Tensor) -> Tensor:
-        return x + self.fc2(F.relu(self.fc1(self.final_layer_norm(x))))
-
-    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
-        y = self.self_attn_layer_norm(x)
-        return self.feed_forward(x + self.self_attn(y, *self.self_attn.keys(y), mask))
-
-
-class DecoderLayer(EncoderLayer):
-    def __init__(self, width: int, heads: int, ffn: int):
-        super().__init__(width, heads, ffn)
-        self.encoder_attn, self.encoder_attn_layer_norm = Attention(width, heads), nn.LayerNorm(width)
-
-    def forward(self, x: Tensor, memory, memory_mask: Tensor, cache=None, mask=None) -> Tensor:
-        """x (B, T, H); memory: keys and values of the source. Without a cache, self-attention is causal."""
-        y = self.self_attn_layer_norm(x)
-        keys = self.self_attn.keys(y) if cache is None else cache.append_(*self.self_attn.keys(y))
-        x = x + self.self_attn(y, *keys, mask, causal=cache is None)
-        x = x + self.encoder_attn(self.encoder_attn_layer_norm(x), *memory, memory_mask)
-        return self.feed_forward(x)
-
-
-class Stack(nn.Module):
-    def __init__(self, layers: list[nn.Module], width: int):
-        super().__init__()
-        self.layers, self.layer_norm = nn.ModuleList(layers), nn.LayerNorm(width)
-
-
-class M2M100(nn.Module):
-    """Encoder-decoder whose parameters carry the checkpoint's own names. It has no dropout."""
-
-    def __init__(self, config: Config):
-        super().__init__()
-        c = self.config = config
-        encoder = (c.d_model, c.encoder_attention_heads, c.encoder_ffn_dim)
-        decoder = (c.d_model, c.decoder_attention_heads, c.decoder_ffn_dim)
-        self.model = nn.ModuleDict({
-            "shared": Embedding(c.vocab_size, c.d_model),
-            "encoder": Stack([EncoderLayer(*encoder) for _ in range(c.encoder_layers)], c.d_model),
-            "decoder": Stack([DecoderLayer(*decoder) for _ in range(c.decoder_layers)], c.d_model)})
-        if not self.head.is_meta:  # random numbers on the meta device import half of torch's compiler
-            nn.init.normal_(self.head, std=c.d_model**-0.5)  # as an embedding, eq. 1 scales it to 1
-
-    @property
-    def head(self) -> Tensor:
-        """(V, H): the embedding table is the head."""
-        return self.model.shared.weight
-
-    def embed(self, tokens: Tensor, positions: Tensor) -> Tensor:
-        """Eq. 1 and 2 of tokens (B, T) at positions (B or 1, T); a padding token has no position."""
-        half = self.config.d_model // 2
-        frequency = torch.exp(torch.arange(half, device=tokens.device) * (-math.log(10000) / (half - 1)))
-        angle = positions.unsqueeze(-1).float() * frequency
-        waves = torch.cat([angle.sin(), angle.cos()], dim=-1)
-        waves = waves.masked_fill((positions == self.config.pad_token_id).unsqueeze(-1), 0.0)
-        scale = math.sqrt(self.config.d_model) if self.config.scale_embedding else 1.0
-        return self.model.shared(tokens) * scale + waves.to(self.head.dtype)
-
-    def encode(self, tokens: Tensor, mask: Tensor) -> Tensor:
-        """The source (B, S) as (B, S, H); mask (B, S) is False on padding."""
-        x = self.embed(tokens, self.config.pad_token_id + mask.cumsum(1) * mask)
-        for layer in self.model.encoder.layers:
-            x = layer(x, mask[:, None, None, :])
-        return self.model.encoder.layer_norm(x)
-
-    def memory(self, encoded: Tensor) -> list[tuple[Tensor, Tensor]]:
-        """Keys and values of the encoded source for each decoder layer, made once a sentence."""
-        return [layer.encoder_attn.keys(encoded) for layer in self.model.decoder.layers]
-
-    def decode(self, tokens: Tensor, start: int, memory, source_mask: Tensor, caches=None, mask=None):
-        """Hidden states (B, T, H), after the final norm, of target tokens (B, T).
-
-        Without caches the T tokens follow each other, from place `start` on. With them they are T beams, all
-        at place `start`, and mask (B, 1, T, slots) says what each sees of the cache, itself included.
-        """
-        first = self.config.pad_token_id + 1 + start
-        places = torch.arange(tokens.shape[1] if caches is None else 1, device=tokens.device)[None] + first
-        x = self.embed(tokens, places)
-        for i, layer in enumerate(self.model.decoder.layers):
-            x = layer(x, memory[i], source_mask[:, None, None, :], caches and caches[i], mask)
-        return self.model.decoder.layer_norm(x)
-
-    def forward(self, source: Tensor, source_mask: Tensor, target: Tensor) -> Tensor:
-        """Teacher forcing: hidden states (B, T, H) of target (B, T), which starts with eq. 3's two tokens.
-
-        Row t has seen the target up to t and predicts t + 1. Logits are hidden @ head.T.
-        """
-        return self.decode(target, 0, self.memory(self.encode(source, source_mask)), source_mask)
-
-
-# ---- loading ----
 
 @dataclass
 class Translator:
     """A model and its tokenizer. languages: those it can write. fingerprint: hash of its files."""
     model: M2M100
-    tokenizer: "Tokenizer"
+    tokenizer: Tokenizer
     languages: list[str]
     fingerprint: str
 
@@ -252,352 +91,6 @@ def load(path, device="cpu", dtype: torch.dtype = torch.float32) -> Translator:
     return Translator(model, tokenizer, sorted(known if trained is None else trained), fingerprint(path))
 
 
-def read_config(path: Path) -> Config:
-    file = path / "config.json"
-    raw = read_json(file)
-    if raw.get("model_type") != "m2m_100":
-        raise CheckpointError(f"{file}: model_type {raw.get('model_type')!r} is neither M2M100 nor NLLB")
-    for field in fields(Config):
-        if field.default is MISSING and not isinstance(raw.get(field.name), int):
-            raise CheckpointError(f"{file}: {field.name} is {raw.get(field.name)!r}, a number was expected")
-    if raw.get("activation_function", "relu") != "relu":
-        raise CheckpointError(f"{file}: activation_function is {raw['activation_function']!r}, not relu")
-    return Config(**{field.name: raw[field.name] for field in fields(Config) if field.name in raw})
-
-
-def read_weights(path: Path):
-    """Tensors by name, from safetensors if there are any, else from pytorch_model.bin (no code is run)."""
-    old = path / "pytorch_model.bin"
-    if not old.exists() or any(path.glob("model*.safetensors*")):
-        return open_weights(path)
-    try:
-        return torch.load(old, map_location="cpu", weights_only=True, mmap=True)
-    except (RuntimeError, ValueError, pickle.UnpicklingError) as error:
-        reason = str(error).splitlines()[0]
-        raise CheckpointError(f"{old} cannot be read ({reason}): download it again") from None
-
-
-def load_model(path, device="cpu", dtype: torch.dtype = torch.float32) -> M2M100:
-    """The network with the directory's weights. One table stands for its up to four tied copies."""
-    path = Path(path)
-    config, weights = read_config(path), read_weights(path)
-    with torch.device("meta"):
-        model = M2M100(config)
-    table = next((name for name in TIED if name in weights), TIED[0])
-    state = {}
-    for name, parameter in model.named_parameters():
-        stored = table if name == TIED[0] else name
-        if stored not in weights:
-            raise CheckpointError(f"{path}: tensor {stored} is missing: weights and config.json do not match")
-        tensor = weights[stored]
-        if tensor.shape != parameter.shape:
-            raise CheckpointError(f"{path}: tensor {stored} has shape {list(tensor.shape)}, config.json asks "
-                                  f"for {list(parameter.shape)}")
-        state[name] = tensor.to(device=device, dtype=dtype, copy=True)  # a copy: the file stays as it is
-    surplus = [name for name in weights if name not in (*state, *TIED) and "embed_positions" not in name]
-    if surplus:
-        raise CheckpointError(f"{path}: tensor {surplus[0]} is unknown: weights and config.json do not match")
-    model.load_state_dict(state, assign=True)
-    return model.requires_grad_(False).eval()
-
-
-def fingerprint(path: Path) -> str:
-    """Hash of a checkpoint: names, sizes and ends of its files (to read gigabytes would take a minute)."""
-    digest = hashlib.sha256()
-    for file in sorted(path.iterdir()):
-        if file.suffix in (".json", ".model", ".safetensors", ".bin"):
-            with open(file, "rb") as stream:
-                size = stream.seek(0, os.SEEK_END)
-                stream.seek(max(0, size - 2**20))
-                digest.update(f"{file.name} {size} ".encode() + stream.read())
-    return digest.hexdigest()[:16]
-
-
-# ---- tokenizer ----
-
-@dataclass
-class Tokenizer:
-    """Text <-> model ids. to_model maps the tokenizer's own ids to the model's (None: they are the same)."""
-    inner: tokenizers.Tokenizer
-    languages: dict[str, int]  # code -> id of its token
-    unknown: int
-    to_model: list[int] | None = None
-    normalize: "Normalizer | None" = None  # a tokenizer.json has its own
-
-    def __post_init__(self):
-        own = range(self.inner.get_vocab_size()) if self.to_model is None else self.to_model
-        special = {0, 1, 2, self.unknown, *self.languages.values()}  # <s>, <pad>, </s> come first everywhere
-        self.from_model = {known: i for i, known in enumerate(own) if known not in special}
-
-    def encode(self, text: str) -> list[int]:
-        """Pieces of one line, without language and end tokens."""
-        text = text if self.normalize is None else self.normalize(text)
-        ids = self.inner.encode(text, add_special_tokens=False).ids
-        return ids if self.to_model is None else [self.to_model[i] for i in ids]
-
-    def decode(self, ids: list[int]) -> str:
-        return self.inner.decode([self.from_model[i] for i in ids if i in self.from_model]).strip()
-
-
-def load_tokenizer(path: Path) -> Tokenizer:
-    """M2M100's SentencePiece model with vocab.json, or a tokenizer.json whose added tokens are languages."""
-    spm, vocab, fast = path / "sentencepiece.bpe.model", path / "vocab.json", path / "tokenizer.json"
-    if spm.exists() and vocab.exists():
-        inner, pieces, normalize = read_sentencepiece(spm)
-        ids = read_json(vocab)
-        unknown = ids.get("<unk>", 3)
-        languages = {code: len(ids) + i for i, code in enumerate(M2M100_LANGUAGES)}
-        return Tokenizer(inner, languages, unknown, [ids.get(piece, unknown) for piece in pieces], normalize)
-    if not fast.exists():
-        raise CheckpointError(f"{path} has no tokenizer: {spm.name} and {vocab.name}, or {fast.name}")
-    read_json(fast)  # for its error messages
-    inner = tokenizers.Tokenizer.from_file(str(fast))
-    inner.encode_special_tokens = True  # "</s>" or "eng_Latn" in a text is text
-    languages = {}
-    for i, token in inner.get_added_tokens_decoder().items():
-        found = re.fullmatch(r"__([a-z]{2,3})__|([a-z]{3}_[A-Z][a-z]{3})", token.content)
-        if found:
-            languages[found[1] or found[2]] = i
-    languages |= {short: languages[code] for short, code in NLLB_CODES.items() if code in languages}
-    if not languages:
-        raise CheckpointError(f"{fast} has no language tokens such as __sw__ or swh_Latn: no translator")
-    return Tokenizer(inner, languages, inner.token_to_id("<unk>"))
-
-
-def wire_fields(message: bytes):
-    """(field number, value) of a protobuf message, whatever its schema: varints as int, the rest as bytes."""
-    def varint(at):
-        value = shift = 0
-        while True:
-            value |= (message[at] & 127) << shift
-            at, shift = at + 1, shift + 7
-            if message[at - 1] < 128:
-                return value, at
-
-    at = 0
-    while at < len(message):
-        key, at = varint(at)
-        if key & 7 == 0:
-            value, at = varint(at)
-        else:
-            size, at = varint(at) if key & 7 == 2 else ({1: 8, 5: 4}[key & 7], at)
-            value, at = message[at:at + size], at + size
-        yield key >> 3, value
-
-
-def read_sentencepiece(path: Path) -> tuple[tokenizers.Tokenizer, list[str], "Normalizer"]:
-    """A SentencePiece .model: a tokenizer with its ids, its pieces in order, what it does to a text first.
-
-    Fields by sentencepiece_model.proto. Model: 1 piece {1 text, 2 score, 3 kind}, 2 trainer {3 algorithm},
-    3 normalizer {2 charsmap, 3 add_dummy_prefix, 4 remove_extra_whitespaces}.
-    """
-    pieces, scores, kinds, trainer, rules = [], [], [], {}, {}
-    try:
-        for number, value in wire_fields(path.read_bytes()):
-            if number == 1:
-                piece = {3: NORMAL} | dict(wire_fields(value))
-                pieces.append(piece[1].decode("utf-8"))
-                scores.append(struct.unpack("<f", piece.get(2, bytes(4)))[0])
-                kinds.append(piece[3])
-            elif number in (2, 3):
-                (trainer if number == 2 else rules).update(wire_fields(value))
-        unknown = kinds.index(UNKNOWN)
-    except (IndexError, KeyError, TypeError, ValueError, struct.error) as error:
-        raise CheckpointError(f"{path} is no SentencePiece model ({error}): download it again") from None
-    if USER_DEFINED in kinds:
-        piece = pieces[kinds.index(USER_DEFINED)]
-        raise CheckpointError(f"{path}: user-defined pieces such as {piece!r} are not supported")
-    inner = tokenizers.Tokenizer((bpe if trainer.get(3, 1) == 2 else unigram)(pieces, scores, kinds, unknown))
-    normalize = Normalizer(rules.get(2, b""), bool(rules.get(3, 1)), bool(rules.get(4, 1)))
-    steps = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
-    inner.decoder = decoders.Sequence(steps + [decoders.Strip(" ", 1, 0)] * normalize.add_dummy_prefix)
-    return inner, pieces, normalize
-
-
-def bpe(pieces: list[str], scores: list[float], kinds: list[int], unknown: int) -> models.BPE:
-    """SentencePiece joins the neighbours that form the best piece: so every split of a piece is a merge, best
-    piece first, and of its splits the longest left part first."""
-    ids, merges = {piece: i for i, piece in enumerate(pieces)}, []
-    for piece, score, kind in zip(pieces, scores, kinds):
-        splits = [(piece[:i], piece[i:]) for i in range(1, len(piece))] if kind == NORMAL else []
-        merges += [((score, len(a)), (a, b)) for a, b in splits if a in ids and b in ids]
-    merges.sort(key=lambda merge: merge[0], reverse=True)
-    return models.BPE(ids, [pair for _, pair in merges], unk_token=pieces[unknown], fuse_unk=True,
-                      byte_fallback=BYTE in kinds)
-
-
-def unigram(pieces: list[str], scores: list[float], kinds: list[int], unknown: int) -> models.Unigram:
-    """The most probable segmentation. <s> and the like get a name that no text has."""
-    named = [piece if kind in (NORMAL, BYTE) else "\0" + piece for piece, kind in zip(pieces, kinds)]
-    return models.Unigram(list(zip(named, scores)), unknown, byte_fallback=BYTE in kinds)
-
-
-@dataclass
-class Normalizer:
-    """What SentencePiece does to a text first: everywhere the longest rule of its charsmap, then the spaces.
-
-    By hand, since tokenizers' version drops the second of two marks on a letter, and with it Yoruba's tones.
-    charsmap: u32 size of a trie; the trie, a double array as the library darts-clone writes it; the
-    replacements, each ending in a zero byte. A unit of the trie: bits 0-7 label, 8 "a value follows", 9 and
-    10-30 scale and offset of its children.
-    """
-    charsmap: bytes
-    add_dummy_prefix: bool
-    remove_extra_whitespaces: bool
-
-    def __post_init__(self):
-        size = int.from_bytes(self.charsmap[:4], "little")
-        self.trie = struct.unpack(f"<{size // 4}I", self.charsmap[4:4 + size])
-        self.texts = self.charsmap[4 + size:]
-
-    def __call__(self, text: str) -> str:
-        raw, at, out = text.encode("utf-8"), 0, bytearray()
-        while at < len(raw):
-            length, replacement = self.match(raw, at)
-            out += replacement
-            at += length
-        text = out.decode("utf-8")
-        if self.remove_extra_whitespaces:
-            text = re.sub(" {2,}", " ", text).strip(" ")
-        return (" " * (self.add_dummy_prefix and text != "") + text).replace(" ", "▁")
-
-    def match(self, raw: bytes, at: int) -> tuple[int, bytes]:
-        """(bytes taken at raw[at:], their replacement) by the longest rule, or a character as it is."""
-        length = 1 if raw[at] < 0x80 else 2 if raw[at] < 0xE0 else 3 if raw[at] < 0xF0 else 4
-        found, node, unit = (length, raw[at:at + length]), 0, self.trie[0] if self.trie else 0
-        for end in range(at, len(raw) if self.trie else at):
-            node ^= unit >> 10 << (unit >> 6 & 8) ^ raw[end]
-            unit = self.trie[node]
-            if unit & 0x800000FF != raw[end]:
-                break
-            if unit >> 8 & 1:
-                start = self.trie[node ^ unit >> 10 << (unit >> 6 & 8)] & 0x7FFFFFFF
-                found = end + 1 - at, self.texts[start:self.texts.index(b"\0", start)]
-        return found
-
-
-# ---- beam search ----
-
-class Cache:
-    """Keys and values of one decoder layer. Every token a beam ever tried has a slot: (B, heads, slots, D).
-
-    Hypotheses form a tree. A beam that changes its parent copies nothing: a mask says which slots are its
-    ancestors, and all beams of a sentence read the sentence's slots in one attention call.
-    """
-
-    def __init__(self):
-        self.key, self.value, self.used = torch.empty(0), torch.empty(0), 0
-
-    def append_(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        """Take in key, value (B, heads, n, D) of n new tokens; give all so far, (B, heads, used, D)."""
-        B, heads, n, D = key.shape
-        old, self.used = self.used, self.used + n
-        if old == 0 or self.used > self.key.shape[2]:  # doubling: a slot is moved about once
-            room = key.new_empty(2, B, heads, 2 * self.used, D)
-            if old:
-                room[0, :, :, :old], room[1, :, :, :old] = self.key[:, :, :old], self.value[:, :, :old]
-            self.key, self.value = room
-        self.key[:, :, old:self.used], self.value[:, :, old:self.used] = key, value
-        return self.key[:, :, :self.used], self.value[:, :, :self.used]
-
-    def keep_(self, rows: Tensor) -> None:
-        self.key, self.value = self.key[rows], self.value[rows]
-
-
-@dataclass
-class Beams:
-    """The hypotheses of B sentences, K of each (one before the first step); done sentences lose their row."""
-    row: Tensor        # (B,) index of the sentence
-    limit: Tensor      # (B,) most tokens it may have, the language token included
-    history: Tensor    # (B, K, T) its tokens after the first
-    visible: Tensor    # (B, K, slots) the ancestors of each hypothesis in the cache, itself included
-    score: Tensor      # (B, K) sum of log-probs
-    finished: Tensor   # (B,) hypotheses that have ended; K are enough
-    best: Tensor       # (B,) eq. 4 of the best of those
-
-    @classmethod
-    def start(cls, language: int, limits: list[int], device) -> "Beams":
-        B = len(limits)
-        return cls(torch.arange(B, device=device), torch.tensor(limits, device=device),
-                   torch.full((B, 1, 1), language, device=device),
-                   torch.ones(B, 1, 2, dtype=torch.bool, device=device), torch.zeros(B, 1, device=device),
-                   torch.zeros(B, dtype=torch.long, device=device),
-                   torch.full((B,), -math.inf, device=device))
-
-    def keep(self, rows: Tensor) -> "Beams":
-        return Beams(*(getattr(self, field.name)[rows] for field in fields(self)))
-
-
-def step(state: Beams, logits: Tensor, K: int, alpha: float, end: int, answers: list[list[int]]) -> Beams:
-    """Extend every hypothesis by a token, from logits (B, K, V), as transformers with early_stopping=True.
-
-    A sentence's 2K best extensions are looked at: those that end among the first K are finished hypotheses,
-    the best of which goes to `answers`; of the others K go on, and there are K, since a parent ends but once.
-    """
-    T, logits = state.history.shape[2] + 1, logits.float()
-    top, token = logits.topk(2 * K)
-    total = (top - logits.logsumexp(-1, keepdim=True) + state.score[..., None]).flatten(1)
-    total, place = total.topk(2 * K)
-    parent, token = place // (2 * K), token.flatten(1).gather(1, place)                       # (B, 2K)
-    last = state.limit <= T
-    ends = ((token == end) | last[:, None])[:, :K] & (state.finished < K)[:, None]
-    best, which = (total[:, :K] / T**alpha).masked_fill(~ends, -math.inf).max(1)
-    for i in (best > state.best).nonzero()[:, 0].tolist():
-        j = which[i]
-        answers[state.row[i]] = state.history[i, parent[i, j]].tolist() + [token[i, j].item()]
-    score, alive = total.masked_fill(token == end, -math.inf).topk(K)
-    parent, token = parent.gather(1, alive), token.gather(1, alive)                           # (B, K)
-    own = torch.eye(K, dtype=torch.bool, device=token.device).expand(len(token), -1, -1)
-    return Beams(state.row, state.limit, torch.cat([follow(state.history, parent), token[..., None]], 2),
-                 torch.cat([follow(state.visible, parent), own], 2), score,
-                 state.finished + ends.sum(1) + K * last, torch.maximum(state.best, best))
-
-
-def follow(x: Tensor, parent: Tensor) -> Tensor:
-    """x (B, K, n) in the order of parent (B, K)."""
-    return x.gather(1, parent[..., None].expand(-1, -1, x.shape[2]))
-
-
-def ban_repeats_(logits: Tensor, history: Tensor, n: int) -> None:
-    """Forbid every token that would complete an n-gram that its hypothesis already has."""
-    for row, ids in zip(logits.flatten(0, 1), history.flatten(0, 1).tolist()):
-        tail = ids[len(ids) - n + 1:]
-        row[[ids[i + n - 1] for i in range(len(ids) - n + 1) if ids[i:i + n - 1] == tail]] = -math.inf
-
-
-@torch.inference_mode()
-def beam_search(model: M2M100, sources: list[list[int]], language: int, limits: list[int], beams: int = 5,
-                alpha: float = 1.0, no_repeat: int = 0) -> list[list[int]]:
-    """The best translation of each source: ids that begin with `language` and end with the end token, unless
-    limits[i] tokens did not suffice. What else is in the batch changes it by rounding alone.
-
-    beams=1 is greedy; no_repeat=n allows no n-gram twice.
-    """
-    c, device, B = model.config, model.head.device, len(sources)
-    source = [torch.tensor(ids, device=device) for ids in sources]
-    source = nn.utils.rnn.pad_sequence(source, True, c.pad_token_id)
-    lengths = torch.tensor([[len(ids)] for ids in sources], device=device)
-    mask = torch.arange(source.shape[1], device=device) < lengths
-    memory = model.memory(model.encode(source, mask))
-    caches, state, answers = [Cache() for _ in memory], Beams.start(language, limits, device), [[]] * B
-    model.decode(torch.full((B, 1), c.decoder_start_token_id, device=device), 0, memory, mask, caches)
-    while len(state.row):
-        T = state.history.shape[2]
-        hidden = model.decode(state.history[:, :, -1], T, memory, mask, caches, state.visible[:, None])
-        logits = hidden @ model.head.T
-        if no_repeat:
-            ban_repeats_(logits, state.history, no_repeat)
-        state = step(state, logits, beams, alpha, c.eos_token_id, answers)
-        done = state.finished >= beams
-        if done.sum() * 8 >= len(done):  # dropping rows copies the caches: only when it pays
-            rows = (~done).nonzero()[:, 0]
-            state, mask = state.keep(rows), mask[rows]
-            memory = [(key[rows], value[rows]) for key, value in memory]
-            for cache in caches:
-                cache.keep_(rows)
-    return answers
-
-
 # ---- documents ----
 
 # Set aside whole: fenced code, display formulas, HTML code.
@@ -611,6 +104,8 @@ INLINE = re.compile(
     r"|\\\(.*?\\\)|(?<![\w$])\$[^\s$](?:[^$\n]*[^\s$])?\$(?![\w$])|<[^<>\s][^<>\n]*>"
     r"|\{\{?[\w .-]+\}?\}|\[\d+\]|%[sd]\b|[\U0001F000-\U0001FAFF\u2190-\u21FF\u2600-\u27BF\uFE0F\u200D]+)")
 WORD = re.compile(r"[^\W\d_]")
+# A piece beside a span keeps the spaces and the punctuation at its ends.
+EDGES = re.compile(r"(P*)(.*?)(P*)".replace("P", r"[\s!-/:-@\[-`{-~«»‘-‟…、-〟！-／：-＠]"), re.DOTALL)
 SENTENCE_END = re.compile(r"(?:[.!?…؟।]+[\"'”’)\]*]*(?=\s)|[。！？]+[”’」』）]*)\s*(?=\S)")
 NOT_AN_END = set("Mr Mrs Ms Dr Prof St vs etc e.g i.e cf al No Fig Jr Sr Inc Ltd Co approx Vol pp".split())
 CLAUSE_END, SPACE, ANYWHERE = re.compile(r"[;:,，、；：]\s*"), re.compile(r"\s+"), re.compile("")
@@ -796,12 +291,14 @@ def translate_segments(segments: list[str], job: Job) -> dict[str, tuple[str, st
         drafts[i] = drafts[i] if draft[1] else draft
     whole = {segment: (show(text, spans), fault)
              for segment, (_, spans), (text, fault) in zip(segments, hidden, drafts)}
-    lost = {segment: INLINE.split(segment) for segment, (text, _) in whole.items() if text is None}
-    around = {piece.strip() for pieces in lost.values() for piece in pieces[::2] if WORD.search(piece)}
+    lost = {segment: [("", piece, "") if i % 2 else EDGES.fullmatch(piece).groups()
+                      for i, piece in enumerate(INLINE.split(segment))]
+            for segment, (text, _) in whole.items() if text is None}
+    around = {core for pieces in lost.values() for _, core, _ in pieces[::2] if WORD.search(core)}
     known = translate_segments(sorted(around), job) if around else {}
     for segment, pieces in lost.items():
-        drafts = [known.get(piece.strip(), (piece.strip(), None)) for piece in pieces]
-        text = "".join(piece.replace(piece.strip(), text) for piece, (text, _) in zip(pieces, drafts))
+        drafts = [known.get(core, (core, None)) for _, core, _ in pieces]
+        text = "".join(before + text + after for (before, _, after), (text, _) in zip(pieces, drafts))
         whole[segment] = text, next((fault for _, fault in drafts if fault), None)
     return whole
 
@@ -903,38 +400,51 @@ def translate_rows(rows: list[dict], translator: Translator, source: str, target
                    chunk: int = 32) -> list[dict]:
     """The rows with their translation into `target` (a code or several), through the JSONL file `path`.
 
-    Every `chunk` rows their lines are appended; a run killed at any moment goes on from there. A row of which
-    a segment failed is left out of the result, and its translation is filed under "clo", unless keep_failed.
+    Every `chunk` rows their lines are appended; a run killed at any moment goes on from there. Ranks take a
+    chunk each and the first one writes: the file is that of one process. A row of which a segment failed is
+    left out of the result, and its translation is filed under "clo", unless keep_failed.
     """
     path, targets = Path(path), [target] if isinstance(target, str) else list(target)
     rows, job = data.require_languages(rows, source), Job(translator, source, targets[0], beams, batch_tokens)
     job.language(next((code for code in targets if code not in translator.languages), source))
     keys = [(row["row_id"], row_hash(row, targets, job)) for row in rows]
     path.parent.mkdir(parents=True, exist_ok=True)
-    done = read_done(path, set(keys), keep_failed)
+    done = ranks.on_first(lambda: read_done(path, set(keys), keep_failed))
     todo = [i for i, key in enumerate(keys) if key not in done]
+    chunks = [todo[first:first + chunk] for first in range(0, len(todo), chunk)]
     title = f"{source} -> {','.join(targets)}"
-    bar = tqdm(total=len(rows), initial=len(rows) - len(todo), desc=title, unit="row")
+    bar = tqdm(total=len(rows), initial=len(rows) - len(todo), desc=title, unit="row",
+               disable=bool(ranks.rank()))
     start, tokens = time.perf_counter(), Counter()
 
     def progress(n: int) -> None:
-        tokens["generated"] += n
+        tokens["generated"] += n * ranks.size()  # the other ranks have as much to do
         bar.set_postfix_str(f"{tokens['generated'] / (time.perf_counter() - start):,.0f} tokens/s")
 
     job.progress = progress
-    with open(path, "ab") as file, bar:
-        for some in (todo[first:first + chunk] for first in range(0, len(todo), chunk)):
-            records = translate_chunk([rows[i] for i in some], [keys[i] for i in some], targets, job)
-            for i, record in zip(some, records):
-                file_failed_(record, keep_failed)
-                done[keys[i]] = record
-            file.write("".join(map(to_line, records)).encode("utf-8"))
-            file.flush()
-            os.fsync(file.fileno())
-            bar.update(len(some))
+    with bar:
+        for first in range(0, len(chunks), ranks.size()):
+            some = chunks[first:first + ranks.size()]
+            own = [translate_chunk([rows[i] for i in part], [keys[i] for i in part], targets, job)
+                   for part in ranks.mine(some)]
+            for part, records in zip(some, ranks.collect(own)):
+                for i, record in zip(part, records):
+                    file_failed_(record, keep_failed)
+                    done[keys[i]] = record
+                if ranks.rank() == 0:
+                    append(path, records)
+                bar.update(len(part))
     print(describe_faults([done[key] for key in keys], targets, keep_failed))
     return [row | {code: done[key][code] for code in targets} for row, key in zip(rows, keys)
             if all(code in done[key] for code in targets)]
+
+
+def append(path: Path, records: list[dict]) -> None:
+    """On the disk before anything else is done: a kill loses no more than the chunk at work."""
+    with open(path, "ab") as file:
+        file.write("".join(map(to_line, records)).encode("utf-8"))
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def describe_faults(records: list[dict], targets: list[str], keep_failed: bool) -> str:
@@ -987,7 +497,7 @@ def main():
     args = parse_args()
     if args.beams < 1 or args.batch_tokens < 1 or args.samples < 0:
         raise DataError("--beams and --batch-tokens must be at least 1, --samples at least 0")
-    device = pick_device(args.device)
+    device = ranks.start(pick_device(args.device))
     dtype = {"float32": torch.float32, "bfloat16": torch.bfloat16}[args.dtype]
     targets = args.lang.split(",")
     if args.text:
@@ -1001,7 +511,8 @@ def main():
     translate_rows(rows, translator, args.source, targets, args.out, args.beams, args.batch_tokens,
                    args.keep_failed)
     print(f"{args.out} is written; next: python clo.py --lang {targets[0]} --data {args.out}")
+    ranks.stop()
 
 
 if __name__ == "__main__":
-    data.run(main)
+    ranks.run(main)

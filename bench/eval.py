@@ -3,8 +3,9 @@
     python -m bench.eval --mmlu DIR --tokenizer DIR [--questions 100] [--shots 5]
 
 Both score " A" to " D" after every question in fp32 on the CPU, tokenisation included, loading excluded. The harness (its
-Hugging Face back end) is run at every batch size given and its best one counts. Runs alternate, so that a busy machine slows
-both; the printed ratio is that of the medians. Needs tests/requirements.txt. The log-probs of the two are compared as well.
+Hugging Face back end) is run at every batch size given and its best one counts. They take turns subject by subject, so that
+a busy machine slows both, and CPU seconds stand beside those of the clock. The printed ratios are those of the medians over
+--repeats. The log-probs of the two are compared as well. Needs tests/requirements.txt.
 """
 
 import argparse
@@ -13,12 +14,13 @@ import io
 import json
 import logging
 import shutil
-import statistics
 import tempfile
 import time
 from pathlib import Path
 
+import numpy as np
 import torch
+from tqdm import tqdm
 
 import benchmarks
 import data
@@ -31,9 +33,9 @@ def random_checkpoint(directory: Path, tokenizer: Path, width: int, layers: int)
     for name in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copyfile(tokenizer / name, directory / name)
     vocabulary = data.load_tokenizer(directory).vocab_size
-    config = llama.Config(vocab_size=vocabulary, hidden_size=width, intermediate_size=11 * width // 4 // 32 * 32, num_hidden_layers=layers,
-                          num_attention_heads=width // 64, num_key_value_heads=width // 64, head_dim=64,
-                          max_position_embeddings=4096)
+    config = llama.Config(vocab_size=vocabulary, hidden_size=width, intermediate_size=11 * width // 4 // 32 * 32,
+                          num_hidden_layers=layers, num_attention_heads=width // 64, num_key_value_heads=width // 64,
+                          head_dim=64, max_position_embeddings=4096)
     llama.save(llama.initialise_(llama.Llama(config)), directory)
     return directory
 
@@ -59,12 +61,30 @@ def ours(checkpoint: Path, batch_tokens: int):
     return lambda questions: [found["logp"] for found in benchmarks.multiple_choice(model, tokenizer, questions, batch_tokens)]
 
 
-def spread(questions: list, count: int) -> list:
-    """`count` questions, as many of each subject as go."""
+def spread(questions: list, count: int) -> list[list]:
+    """`count` questions, as many of each subject as go; a list for each subject."""
     subjects = {}
     for question in questions:
         subjects.setdefault(question.subject, []).append(question)
-    return [question for part in subjects.values() for question in part[:-(-count // len(subjects))]][:count]
+    sizes = [count // len(subjects) + (i < count % len(subjects)) for i in range(len(subjects))]
+    return [part[:size] for part, size in zip(subjects.values(), sizes) if size]
+
+
+def compete(rivals: dict, subjects: list[list], repeats: int) -> tuple[dict, dict]:
+    """({name: (seconds, CPU seconds) of every repeat}, {name: log-probs}); the rivals take turns after each subject."""
+    times, scores = {name: np.zeros((repeats, 2)) for name in rivals}, {}
+    for score in rivals.values():
+        score(subjects[0][:2])
+    with tqdm(total=repeats * len(subjects) * len(rivals), desc="turns") as bar:
+        for repeat in range(repeats):
+            scores = {name: [] for name in rivals}
+            for questions in subjects:
+                for name, score in rivals.items():
+                    began = np.array([time.perf_counter(), time.process_time()])
+                    scores[name] += score(questions)
+                    times[name][repeat] += np.array([time.perf_counter(), time.process_time()]) - began
+                    bar.update()
+    return times, scores
 
 
 def parse_args(argv=None) -> argparse.Namespace:
@@ -76,8 +96,8 @@ def parse_args(argv=None) -> argparse.Namespace:
     parser.add_argument("--width", type=int, default=512, help="hidden width of the random model")
     parser.add_argument("--layers", type=int, default=8, help="its layers")
     parser.add_argument("--batch-tokens", type=int, default=2048, help="tokens of one of our forward passes")
-    parser.add_argument("--batch-sizes", default="1,4,16", help="of the harness")
-    parser.add_argument("--repeats", type=int, default=3, help="timed runs of each, after one of a few questions")
+    parser.add_argument("--batch-sizes", default="1,2,4", help="of the harness")
+    parser.add_argument("--repeats", type=int, default=3, help="timed runs of each")
     parser.add_argument("--threads", type=int, default=2, help="of PyTorch")
     return parser.parse_args(argv)
 
@@ -85,26 +105,22 @@ def parse_args(argv=None) -> argparse.Namespace:
 def main(argv=None) -> None:
     args = parse_args(argv)
     torch.set_num_threads(args.threads)
-    questions = spread(benchmarks.read_benchmark("mmlu", args.mmlu, args.shots).questions, args.questions)
+    subjects = spread(benchmarks.read_benchmark("mmlu", args.mmlu, args.shots).questions, args.questions)
     with tempfile.TemporaryDirectory() as folder:
         checkpoint = random_checkpoint(Path(folder), args.tokenizer, args.width, args.layers)
         rivals = {"ours": ours(checkpoint, args.batch_tokens)}
         rivals |= {f"harness, batch {size}": harness(checkpoint, int(size)) for size in args.batch_sizes.split(",")}
-        seconds, scores = {name: [] for name in rivals}, {}
-        for score in rivals.values():
-            score(questions[::len(questions) // 4])
-        for _ in range(args.repeats):
-            for name, score in rivals.items():
-                began = time.perf_counter()
-                scores[name] = score(questions)
-                seconds[name].append(time.perf_counter() - began)
-    medians = {name: statistics.median(times) for name, times in seconds.items()}
-    lines = [[name, f"{len(questions) / medians[name]:.2f}", ", ".join(f"{time:.1f}" for time in times)] for name, times in seconds.items()]
-    print(table(["", "questions/s", "seconds"], lines))
-    best = min((name for name in rivals if name != "ours"), key=medians.get)
+        times, scores = compete(rivals, subjects, args.repeats)
+    medians, count = {name: np.median(found, axis=0) for name, found in times.items()}, sum(map(len, subjects))
+    print(table(["", "questions/s", "seconds", "CPU seconds"],
+                [[name, f"{count / median[0]:.2f}", *(", ".join(f"{value:.1f}" for value in column) for column in times[name].T)]
+                 for name, median in medians.items()]))
+    best = min((name for name in rivals if name != "ours"), key=lambda name: medians[name][0])
     gap = max(abs(a - b) for mine, theirs in zip(scores["ours"], scores[best]) for a, b in zip(mine, theirs))
-    print(f"ours / {best}: {medians[best] / medians['ours']:.2f} x; log-probs differ by at most {gap:.1e}")
-    print(json.dumps(vars(args) | {"torch": torch.__version__, "tokens of a prompt": prompt_tokens(questions, args.tokenizer)}, default=str))
+    clock, cpu = medians[best] / medians["ours"]
+    print(f"ours / {best}: {clock:.2f} x the questions/s, 1/{cpu:.2f} of the CPU seconds; log-probs differ by at most {gap:.1e}")
+    settings = {"torch": torch.__version__, "tokens of a prompt": prompt_tokens(sum(subjects, []), args.tokenizer)}
+    print(json.dumps(vars(args) | settings, default=str))
 
 
 def prompt_tokens(questions: list, tokenizer: Path) -> float:

@@ -22,6 +22,7 @@ from tqdm import tqdm
 
 import data
 import model as llama
+import seq2seq
 import translate
 from demo import render, train_llama, train_translator
 from demo.render import LANGUAGES, World
@@ -72,8 +73,8 @@ def llama_config(size: Size, vocab_size: int) -> llama.Config:
         rms_norm_eps=1e-5, max_position_embeddings=1024, tie_word_embeddings=True)
 
 
-def translator_config(size: Size, vocab_size: int) -> translate.Config:
-    return translate.Config(
+def translator_config(size: Size, vocab_size: int) -> seq2seq.Config:
+    return seq2seq.Config(
         d_model=size.width, encoder_layers=max(1, size.layers - 1), decoder_layers=max(1, size.layers - 2),
         encoder_attention_heads=4, decoder_attention_heads=4, encoder_ffn_dim=4 * size.width,
         decoder_ffn_dim=4 * size.width, vocab_size=vocab_size, clo_languages=list(train_translator.TARGETS))

@@ -21,7 +21,8 @@ import torch
 from torch import nn
 
 import kernels
-import translate
+import seq2seq
+import spm
 from demo import training
 from demo.render import LANGUAGES, Fact, World
 from model import save_tensors
@@ -90,7 +91,7 @@ def without_text(model: bytes, text: str) -> bytes:
     """A SentencePiece model (protobuf) without the setting that holds `text`, a path of this machine."""
     field = varint(len(text.encode())) + text.encode()  # after one byte that says which field it is
     parts = []
-    for number, value in translate.wire_fields(model):
+    for number, value in spm.wire_fields(model):
         at = value.find(field)
         value = value if at < 1 else value[:at - 1] + value[at + len(field):]
         parts.append(varint(number << 3 | 2) + varint(len(value)) + value)  # 2: bytes behind their length
@@ -185,7 +186,7 @@ def sentences(world: World, train: list[Fact], encoder: Encoder, rng: random.Ran
         yield next(rng.choices(list(queues), list(queues.values()))[0])
 
 
-def initialise_(model: translate.M2M100, seed: int) -> translate.M2M100:
+def initialise_(model: seq2seq.M2M100, seed: int) -> seq2seq.M2M100:
     """Xavier for the matrices, a table that `embed` scales to unit size, norms one, biases zero."""
     torch.manual_seed(seed)
     for name, parameter in model.named_parameters():
@@ -198,7 +199,7 @@ def initialise_(model: translate.M2M100, seed: int) -> translate.M2M100:
     return model
 
 
-def teacher_forced(model: translate.M2M100, batch: list[Sentence]) -> tuple[torch.Tensor, torch.Tensor]:
+def teacher_forced(model: seq2seq.M2M100, batch: list[Sentence]) -> tuple[torch.Tensor, torch.Tensor]:
     """Hidden states (N, d) and the tokens (N,) they predict; a source is encoded once for all languages."""
     source = training.padded([sentence.source for sentence in batch], PAD)  # (B, S)
     rows = training.padded([row for sentence in batch for row in sentence.targets], PAD)  # (B * L, T + 1)
@@ -213,10 +214,10 @@ def teacher_forced(model: translate.M2M100, batch: list[Sentence]) -> tuple[torc
     return hidden[predicted], targets[predicted]
 
 
-def train(world: World, facts: list[Fact], config: translate.Config, schedules: tuple[training.Schedule, ...],
+def train(world: World, facts: list[Fact], config: seq2seq.Config, schedules: tuple[training.Schedule, ...],
           seed: int, directory: Path, line: int) -> None:
     """Trains on the training `facts` in parts, as the base; writes config and weights into `directory`."""
-    model = initialise_(translate.M2M100(config), seed)
+    model = initialise_(seq2seq.M2M100(config), seed)
     for number, schedule in enumerate(schedules):
         part = directory / f"part-{number + 1}"
         if not (part / "model.safetensors").exists():
@@ -226,17 +227,17 @@ def train(world: World, facts: list[Fact], config: translate.Config, schedules: 
                                               schedule.batch_tokens, rng)
             training.fit(model, batches, partial(loss_of, model), schedule, f"m2m100 {number + 1}", line)
             save(model, part)
-        model = translate.load_model(part)
+        model = seq2seq.load_model(part)
     save(model, directory)
     training.drop_parts(directory)
 
 
-def loss_of(model: translate.M2M100, batch: list[Sentence]) -> torch.Tensor:
+def loss_of(model: seq2seq.M2M100, batch: list[Sentence]) -> torch.Tensor:
     hidden, targets = teacher_forced(model, batch)
     return kernels.linear_cross_entropy(hidden, model.head, targets)
 
 
-def save(model: translate.M2M100, directory: Path) -> None:
+def save(model: seq2seq.M2M100, directory: Path) -> None:
     """Configs and weights in Hugging Face layout, the weights last."""
     directory.mkdir(exist_ok=True)
     training.write_json(directory / "config.json", {

@@ -30,17 +30,18 @@ TARGETS = {
     "sm_100": GPUTarget("cuda", 100, 32),  # B200
     "gfx942": GPUTarget("hip", "gfx942", 64),  # MI300X
 }
-VARIANTS = {"forward only": ("fp32", False), "signs fp32": ("fp32", True), "signs bf16": ("bf16", True),
-            "signs fp16": ("fp16", True)}
+VARIANTS = {"forward only": ("fp32", False), "q fp32": ("fp32", True), "q bf16": ("bf16", True),
+            "q fp16": ("fp16", True)}
 VOCABULARY = 128256  # Llama 3
 ALIGNED = [["tt.divisibility", 16]]  # what the launcher finds for torch's memory and this vocabulary
 
 
-def compile_row_kernel(target, signs_type, gradient):
+def compile_row_kernel(target, q_type, gradient):
     """Compiled row kernel for a GPUTarget; raises whatever the compiler raises."""
-    arguments = {"logits_ptr": "*fp32", "targets_ptr": "*i64", "log_odds_ptr": "*fp32",
-                 "signs_ptr": "*" + signs_type, "stride_logits": "i32", "stride_signs": "i32"}
-    constants = {"GRADIENT": gradient, "N_VOCAB": VOCABULARY, "BLOCK_V": BLOCK_V}
+    arguments = {"logits_ptr": "*fp32", "targets_ptr": "*i64",
+                 "target_logit_ptr": "*fp32", "most_ptr": "*fp32", "total_ptr": "*fp32",
+                 "q_ptr": "*" + q_type, "stride_logits": "i32", "stride_q": "i32"}
+    constants = {"GRADIENT": gradient, "N_WORDS": VOCABULARY, "BLOCK_V": BLOCK_V}
     source = ASTSource(row_kernel, arguments | dict.fromkeys(constants, "constexpr"), constants,
                        {(i,): ALIGNED for i in range(len(arguments))})
     return triton.compile(source, target=target, options={"num_warps": WARPS})
@@ -87,8 +88,8 @@ def main(argv=None):
     print(f"{'target':8} {'variant':14} {'registers':>9} {'spills':>7} {'shared':>7}")
     spilled = 0
     for name, target in TARGETS.items():
-        for variant, (signs_type, gradient) in VARIANTS.items():
-            compiled = compile_row_kernel(target, signs_type, gradient)
+        for variant, (q_type, gradient) in VARIANTS.items():
+            compiled = compile_row_kernel(target, q_type, gradient)
             registers, spills, shared = usage(compiled)
             spilled += spills
             print(f"{name:8} {variant:14} {registers:9} {spills:7} {shared:7}")

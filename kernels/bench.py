@@ -13,13 +13,14 @@ the limit.
 Before anything is timed, errors are checked against float64; ours must stay within 1.5 times that of plain
 PyTorch in the same dtype, else the exit code is 1. `error` is the worst such ratio of log-probs and
 gradients. `peak MB` is measured, not derived: what one call takes beyond its inputs. A name with "mean"
-returns only the mean; it solves an easier problem.
+returns only the mean; it solves an easier problem. A peer that refuses a shape is named and left out.
 """
 
 import argparse
 import json
 import statistics
 import sys
+import time
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -37,26 +38,29 @@ ERROR_LIMIT = 1.5
 COLUMNS = {"ms": 2, "TFLOP/s": 2, "x floor": 2, "x eager": 2, "peak MB": 0, "error": 2}  # and their decimals
 
 
-def interleave(functions, rounds, device, show):
+def interleave(functions, rounds, device, clock, show):
     """{name: [ms, ...]}: every function once a round, after one call to warm up."""
     times = {name: [] for name in functions}
     for i in range(rounds + 1):
         for name, function in functions.items():
             show(f"round {i} of {rounds}, {name}")
-            ms = measure.time_ms(function, device)
+            ms = measure.time_ms(function, device, clock)
             if i > 0:
                 times[name].append(ms)
     return times
 
 
-def bench(contenders, shape, mode, dtype, device, rounds, show):
+def bench(contenders, shape, mode, dtype, device, rounds, clock, show):
     """[{name, ms, ...}] for one shape and mode, the floor first, of {name: function}."""
     N, H, V = shape
     data = measure.example(shape, dtype, device, mode)
     show("errors")
-    ratios = measure.error_ratios(contenders, data, ERROR_ROWS)
-    calls = {name: lambda f=function: measure.run(f, *data) for name, function in contenders.items()}
-    times = interleave({"floor": measure.floor(shape, dtype, device, mode)} | calls, rounds, device, show)
+    ratios, refused = measure.error_ratios(contenders, data, ERROR_ROWS)
+    for name, why in refused.items():
+        print(f"{name} does not run {N}x{H}x{V} {mode}: {why}")
+    calls = {name: lambda f=contenders[name]: measure.run(f, *data) for name in ratios}
+    floor = measure.floor(shape, dtype, device, mode)
+    times = interleave({"floor": floor} | calls, rounds, device, clock, show)
     rows = []
     for name, values in times.items():
         ms = statistics.median(values)
@@ -64,7 +68,7 @@ def bench(contenders, shape, mode, dtype, device, rounds, show):
                "TFLOP/s": measure.MODES[mode] * 2 * N * H * V / ms / 1e9,
                "x floor": statistics.median(a / b for a, b in zip(values, times["floor"])),
                "x eager": statistics.median(a / b for a, b in zip(values, times["eager"]))}
-        if name in contenders:
+        if name in ratios:
             show(f"memory, {name}")
             peak = measure.peak_bytes(name, shape, dtype, device, mode)
             row |= {"peak MB": peak / 1e6, "error": ratios[name]}
@@ -92,9 +96,11 @@ def plot(rows, path):
     groups = {}
     for row in rows:
         groups.setdefault((row["shape"], row["mode"]), []).append(row)
-    figure = Figure(figsize=(8, 2.2 * len(groups)), layout="constrained")
+    figure = Figure(figsize=(8, 0.3 * len(rows) + 1.1 * len(groups)), layout="constrained")  # inches
     for axes, (title, group) in zip(figure.subplots(len(groups), squeeze=False)[:, 0], groups.items()):
-        axes.barh([row["name"] for row in group], [row["x floor"] for row in group])
+        bars = axes.barh([row["name"] for row in group], [row["x floor"] for row in group])
+        axes.bar_label(bars, fmt="%.2f", padding=3)
+        axes.margins(x=0.1)
         axes.axvline(1.0, color="black", linewidth=1)
         axes.set(title=" ".join(title), xlabel="time / matrix products alone")
         axes.invert_yaxis()
@@ -132,6 +138,9 @@ def parse_args(argv=None):
     parser.add_argument("--only", nargs="+", metavar="NAME",
                         help="contenders to run beside eager (default: all; on a CPU ours)")
     parser.add_argument("--rounds", type=int, default=7, help="timed calls of each (default: %(default)s)")
+    parser.add_argument("--cpu-time", action="store_true",
+                        help="on a CPU count the time it worked for us, not the time that passed: for a "
+                             "machine that others use too, with OMP_NUM_THREADS=1")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the numbers")
     parser.add_argument("--plot", type=Path, metavar="FILE", help="draw them (needs matplotlib)")
     args = parser.parse_args(argv)
@@ -150,9 +159,10 @@ def main(argv=None):
     print(f"{where}, {dtype}, medians of {args.rounds} rounds; "
           + ", ".join(f"{package} {version}" for package, version in versions.items()))
     contenders, rows = choose(args.only, device), []
+    clock = time.process_time if args.cpu_time else time.perf_counter
     for shape in args.shapes or (SHAPES.values() if gpu else [CPU_SHAPE]):
         for mode in args.modes:
-            new = bench(contenders, shape, mode, DTYPES[dtype], device, args.rounds, show_progress)
+            new = bench(contenders, shape, mode, DTYPES[dtype], device, args.rounds, clock, show_progress)
             print_rows(new)
             rows += new
     if args.json:

@@ -80,11 +80,19 @@ def copies(data, rows, dtype=None):
     return *leaves, targets[:rows], upstream[:rows]
 
 
-def error_ratios(functions, data, rows):
-    """{name: worst ratio of its error to that of plain PyTorch in the same dtype}, over the outputs of `run`.
+def refusals():
+    """The exceptions by which a peer says that a shape, a dtype or a GPU is not for it."""
+    if not find_spec("triton"):
+        return RuntimeError, AssertionError
+    from triton.errors import TritonError
+    return RuntimeError, AssertionError, TritonError
 
-    An error is the root mean square of the difference from float64, on the first `rows` rows. Below the
-    resolution of fp32 none is counted.
+
+def error_ratios(functions, data, rows):
+    """({name: worst ratio of its error to that of plain PyTorch in the same dtype}, {name: why it has none}).
+
+    An error is the root mean square of the difference from float64, of an output of `run`, on the first
+    `rows` rows. Below the resolution of fp32 none is counted.
     """
     def rms(x):
         return x.double().square().mean().sqrt().item()
@@ -98,12 +106,18 @@ def error_ratios(functions, data, rows):
         resolution = [torch.finfo(torch.float32).eps * rms(true) for true in truth[ndim]]
         errors = error_of(run(function, *copies(data, rows)), truth[ndim])
         plain[ndim] = [max(pair) for pair in zip(errors, resolution)]
-    ratios = {}
+    ratios, refused = {}, {}
     for name, function in functions.items():
-        outputs = run(function, *copies(data, rows))
+        try:
+            outputs = run(function, *copies(data, rows))
+        except refusals() as failure:
+            if name.startswith(("ours", "eager")):
+                raise
+            refused[name] = (str(failure).strip() or type(failure).__name__).splitlines()[0]
+            continue
         ndim = outputs[0].ndim
         ratios[name] = max(a / b for a, b in zip(error_of(outputs, truth[ndim]), plain[ndim]))
-    return ratios
+    return ratios, refused
 
 
 def floor(shape, dtype, device, mode):
@@ -122,12 +136,12 @@ def floor(shape, dtype, device, mode):
     return multiply
 
 
-def time_ms(function, device):
-    """Milliseconds of one call, by the GPU's own clock where there is one."""
+def time_ms(function, device, clock=time.perf_counter):
+    """Milliseconds of one call: on a GPU by its own clock, elsewhere by `clock`, in seconds."""
     if device.type != "cuda":
-        start = time.perf_counter()
+        start = clock()
         function()
-        return (time.perf_counter() - start) * 1e3
+        return (clock() - start) * 1e3
     start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
     start.record()
     function()

@@ -21,24 +21,27 @@ from importlib.util import find_spec
 import torch
 from torch import Tensor
 
-from .chunks import accumulation_dtype, chunk_rows, chunks, matmul_add_, matmul_into
+from .chunks import accumulation_dtype, chunk_rows, chunks, matmul_add_, matmul_into, tile_words
 
 KEEP_BYTES = 2500 * 10**6  # of signs, for the gradient of a trainable head: 8,192 rows of 151,936 in bf16
 
 
 @cache
-def backend_for(device_type):
-    """The row step for a device type ("cpu", "cuda", ...): "triton" on a GPU that has it, else "torch"."""
-    return "triton" if device_type == "cuda" and find_spec("triton") else "torch"
+def backend_for(device_type, dtype=torch.float32):
+    """The row step for a device type ("cpu", "cuda", ...) and a dtype of hidden: "triton" or "torch".
+
+    Triton where there is a GPU and Triton; float64, which is for checks, is left to torch.
+    """
+    return "triton" if device_type == "cuda" and dtype != torch.float64 and find_spec("triton") else "torch"
 
 
 def token_logp(hidden, weight, targets, *, chunk_bytes=0, keep_bytes=KEEP_BYTES, backend=""):
     """Log-prob of each target: hidden (N, H), weight (V, H), targets (N,) int64 -> (N,), fp32 or float64.
 
     Differentiable in hidden and weight, with any upstream gradient (N,). `chunk_bytes` bounds the buffer of
-    logits (0: the default of the device), `keep_bytes` what a trainable head keeps for its backward;
-    `backend` "" is `backend_for` the device. A target outside 0..V-1 raises RuntimeError (on a GPU, a
-    device-side assertion).
+    logits (0: the default of the device; 240 * 10**6 on a GPU keeps all that 8,192 rows of width 4,096 take
+    below 320 MB), `keep_bytes` what a trainable head keeps for its backward. `backend` "" is what
+    `backend_for` says. A target outside 0..V-1 raises RuntimeError (on a GPU, a device-side assertion).
     """
     check(hidden, weight, targets)
     hidden_grad, weight_grad = wants_gradient(hidden), wants_gradient(weight)
@@ -69,18 +72,18 @@ def wants_gradient(tensor):
     return torch.is_grad_enabled() and tensor.requires_grad
 
 
-def walk(hidden, weight, targets, gradient, chunk_bytes, backend):
+def walk(hidden, weight, targets, hidden_grad, weight_grad, chunk_bytes, backend):
     """`chunks`, after a check of the targets without a host sync: on a GPU it fails in the stream."""
     N, V = hidden.shape[0], weight.shape[0]
     torch._assert_async(((targets >= 0) & (targets < V)).all(), f"a target is outside 0..{V - 1}")
     rows = chunk_rows(N, V, hidden.dtype, hidden.device, chunk_bytes)
-    return chunks(hidden, weight, targets, rows, backend or backend_for(hidden.device.type), gradient)
+    backend = backend or backend_for(hidden.device.type, hidden.dtype)
+    return chunks(hidden, weight, targets, rows, backend, hidden_grad, weight_grad)
 
 
-def scaled_product_into(out, signs, weight, scale):
-    """out (C, H) <- scale (C,) * (signs @ weight), eq. 5 with scale = -(1 - p_y); rounded once."""
-    product = out.new_empty(out.shape, dtype=scale.dtype)
-    torch.mul(matmul_into(product, signs, weight), scale[:, None], out=out)
+def direction_into(out, scale, weight, targets, product):
+    """out (C, H) <- scale (C,) * (weight[y] - product), eq. 5 where scale = 1 - p_y; rounded once."""
+    torch.mul(torch.sub(weight[targets], product, out=product), scale[:, None], out=out)
 
 
 @torch.library.custom_op("clo::token_logp", mutates_args=())
@@ -88,12 +91,13 @@ def logp_op(hidden: Tensor, weight: Tensor, targets: Tensor, hidden_grad: bool, 
             backend: str) -> tuple[Tensor, Tensor, Tensor]:
     """logp (N,); directions (N, H) if hidden_grad, else empty; signs (N, V) if keep, else empty."""
     logp, direction, kept = logp_fake(hidden, weight, targets, hidden_grad, keep, chunk_bytes, backend)
-    for part, chunk_logp, signs in walk(hidden, weight, targets, hidden_grad or keep, chunk_bytes, backend):
+    walked = walk(hidden, weight, targets, hidden_grad, keep, chunk_bytes, backend)
+    for part, chunk_logp, product, tiles in walked:
         logp[part] = chunk_logp
         if hidden_grad:
-            scaled_product_into(direction[part], signs, weight, chunk_logp.expm1())  # eq. 3
-        if keep:
-            kept[part] = signs
+            direction_into(direction[part], -chunk_logp.expm1(), weight, targets[part], product)  # eq. 3
+        for words, signs in tiles:
+            kept[part, words] = signs
     return logp, direction, kept
 
 
@@ -111,9 +115,12 @@ def logp_backward_op(hidden: Tensor, weight: Tensor, targets: Tensor, logp: Tens
     scaled = (hidden * (grad * logp.expm1())[:, None]).to(hidden.dtype)  # (N, H)
     total = weight.new_zeros(weight.shape, dtype=logp.dtype)
     if kept.shape[0] == hidden.shape[0]:
-        return matmul_into(total, kept.T, scaled).to(weight.dtype)
-    for part, _, signs in walk(hidden, weight, targets, True, chunk_bytes, backend):
-        matmul_add_(total, signs.T, scaled[part])
+        for words in tile_words(weight.shape[0], weight.device):
+            matmul_into(total[words], kept[:, words].T, scaled)
+        return total.to(weight.dtype)
+    for part, _, _, tiles in walk(hidden, weight, targets, False, True, chunk_bytes, backend):
+        for words, signs in tiles:
+            matmul_add_(total[words], signs.T, scaled[part])
     return total.to(weight.dtype)
 
 
@@ -157,13 +164,16 @@ def mean_nll_op(hidden: Tensor, weight: Tensor, targets: Tensor, ignore_index: i
     total = torch.zeros_like(grad_weight, dtype=loss.dtype)
     loss = torch.where(counted.any(), loss.zero_(), torch.nan)
     targets = targets.where(counted, 0)
-    for part, logp, signs in walk(hidden, weight, targets, hidden_grad or weight_grad, chunk_bytes, backend):
+    walked = walk(hidden, weight, targets, hidden_grad, weight_grad, chunk_bytes, backend)
+    for part, logp, product, tiles in walked:
         loss -= (share[part] * logp).sum()
-        scale = -share[part] * logp.expm1()
+        scale = share[part] * logp.expm1()  # of -logp: share * -(1 - p_y)
         if hidden_grad:
-            scaled_product_into(grad_hidden[part], signs, weight, scale)
+            direction_into(grad_hidden[part], scale, weight, targets[part], product)
         if weight_grad:
-            matmul_add_(total, signs.T, (hidden[part] * scale[:, None]).to(hidden.dtype))
+            scaled = (hidden[part] * -scale[:, None]).to(hidden.dtype)
+            for words, signs in tiles:
+                matmul_add_(total[words], signs.T, scaled)
     return loss, grad_hidden, total.to(weight.dtype)
 
 

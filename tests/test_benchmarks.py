@@ -1,8 +1,9 @@
 """benchmarks.py: files, wording, joint tokenisation and scores, against hand-written cases and lm-evaluation-harness."""
 
 import csv
-import os
+import json
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -94,66 +95,107 @@ def hub_row(name, document):
     return {"Question": document.question, **letters, "Answer": "ABCD"[document.gold], "Subject": document.subject}
 
 
-YAML = {"mmlu": "mmlu/default/mmlu_{subject}.yaml", "cmmlu": "cmmlu/cmmlu_{subject}.yaml", "belebele": "belebele/belebele_deu_Latn.yaml",
-        "mmmlu": "openai-mmmlu/default/mmmlu_sw_ke_{subject}.yaml", "afrimmlu": "afrimmlu/direct/prompt_1/afrimmlu_direct_swa.yaml"}
-SPLITS = {"dev": "dev", "val": "validation", "": "test"}
+YAML = {"mmlu": "mmlu/default/mmlu_{}.yaml", "cmmlu": "cmmlu/cmmlu_{}.yaml", "belebele": "belebele/belebele_deu_Latn.yaml",
+        "mmmlu": "openai-mmmlu/default/mmmlu_sw_ke_{}.yaml",
+        "afrimmlu": "afrimmlu/direct/prompt_1/afrimmlu_direct_swa.yaml"}
+SPLITS = {"test": "test", "dev": "dev", "val": "validation"}                      # their names on the hub
 
 
-def harness_scores(name, root, checkpoint, shots, limit, work):
-    """[(context, [log-prob of each choice])] of lm-evaluation-harness's own task on the same rows, and its results."""
+def harness_tasks(name, root, shots, work):
+    """lm-evaluation-harness's own tasks, a subject each, in its wording but on the rows that `root` holds."""
     lm_eval = pytest.importorskip("lm_eval")
-    from lm_eval.api.task import ConfigurableTask
-    from lm_eval.models.huggingface import HFLM
-    from lm_eval.tasks._yaml_loader import load_yaml
-    task, folder = benchmarks.TASKS[name], os.path.dirname(lm_eval.__file__) + "/tasks/"
-    asked = benchmarks.by_subject(task, benchmarks.read_split(task, root, LANGUAGE.get(name, ""), "test"))
-    shown = benchmarks.by_subject(task, benchmarks.read_split(task, root, LANGUAGE.get(name, ""), task.examples or "test"))
-    tasks = []
-    for subject, documents in asked.items():
-        files = {"test": write_lines(work / f"{subject}-test.jsonl", [hub_row(name, document) for document in documents])}
-        if task.examples:
-            files[SPLITS[task.examples]] = write_lines(work / f"{subject}-shots.jsonl",
-                                                       [hub_row(name, document) for document in shown[subject]])
-        config = load_yaml(folder + YAML[name].format(subject=subject), resolve_func=True)
-        config |= {"dataset_path": "json", "dataset_name": None, "dataset_kwargs": {"data_files": files},
-                   "task": f"{len(tasks):02d}_{subject}"}
-        config = {key: value for key, value in config.items() if key not in ("tag", "task_alias", "metric_list")}
-        tasks.append(ConfigurableTask(config=config))
-    theirs = lm_eval.simple_evaluate(HFLM(pretrained=str(checkpoint), device="cpu", dtype="float32", batch_size=4), tasks=tasks,
-                                     num_fewshot=shots, limit=limit, log_samples=True, bootstrap_iters=0)
-    return [(sample["arguments"][0][0], [float(r[0][0]) for r in sample["resps"]])
-            for key in sorted(theirs["samples"]) for sample in sorted(theirs["samples"][key], key=lambda s: s["doc_id"])], theirs
+    from lm_eval.tasks import TaskManager
+    task, folder = benchmarks.TASKS[name], Path(lm_eval.__file__).parent / "tasks"
+    splits = {SPLITS[split]: benchmarks.by_subject(task, benchmarks.read_split(task, root, LANGUAGE.get(name, ""), split))
+              for split in filter(None, ("test", task.examples))}
+    for number, subject in enumerate(splits["test"]):
+        files = {split: write_lines(work / f"{number}-{split}.jsonl", [hub_row(name, document) for document in part[subject]])
+                 for split, part in splits.items()}
+        config = {"include": str(folder / YAML[name].format(subject)), "task": f"{number:02d}", "tag": None, "task_alias": None,
+                  "dataset_path": "json", "dataset_name": None, "metric_list": [{"metric": "acc"}], "num_fewshot": shots,
+                  "dataset_kwargs": {"data_files": files, "cache_dir": str(work / "cache")}}
+        (work / f"{number:02d}.yaml").write_text(json.dumps(config))                     # JSON is YAML
+    found = TaskManager(include_path=str(work), include_defaults=False).load([f"{n:02d}" for n in range(len(splits["test"]))])
+    return [task for _, task in sorted(found["tasks"].items())]
 
 
-def check_against_harness(name, root, checkpoint, shots, limit, work):
-    benchmark = benchmarks.read_benchmark(name, root, shots, LANGUAGE.get(name, ""), limit=limit)
-    theirs, results = harness_scores(name, root, checkpoint, shots, limit, work)
-    ours = benchmarks.multiple_choice(llama.load(checkpoint), data.load_tokenizer(checkpoint), benchmark.questions)
-    assert len(ours) == len(theirs)
-    for question, mine, (context, logps) in zip(benchmark.questions, ours, theirs):
-        assert question.header + question.text == context
-        assert mine["choice"] == max(range(len(logps)), key=lambda i: logps[i])
-        torch.testing.assert_close(torch.tensor(mine["logp"]), torch.tensor(logps), rtol=0, atol=1e-3)
-    return benchmark, ours, results
+def harness_scores(tasks, judge, limit):
+    """[(prompt, [log-prob of each choice])] of the tasks' questions, by the harness's Hugging Face back end."""
+    questions = []
+    for task in tasks:
+        task.set_fewshot_seed(benchmarks.EXAMPLE_SEED)
+        task.build_all_requests(limit=limit)
+        found = {}
+        for request, (logp, _) in zip(task.instances, judge.loglikelihood(task.instances, disable_tqdm=True)):
+            found.setdefault(request.doc_id, (request.args[0], []))[1].append(logp)
+        questions += found.values()
+    return questions
+
+
+def open_both(checkpoint):
+    """The same checkpoint in the harness and in ours, fp32."""
+    huggingface = pytest.importorskip("lm_eval.models.huggingface")
+    judge = huggingface.HFLM(pretrained=str(checkpoint), device="cpu", dtype="float32", batch_size=4)
+    return judge, llama.load(checkpoint), data.load_tokenizer(checkpoint)
+
+
+def check_against_harness(both, name, root, shots, limit, work):
+    judge, model, tokenizer = both
+    questions = benchmarks.read_benchmark(name, root, shots, LANGUAGE.get(name, ""), limit=limit).questions
+    theirs = harness_scores(harness_tasks(name, root, shots, work), judge, limit)
+    ours = benchmarks.multiple_choice(model, tokenizer, questions)
+    assert len(ours) == len(theirs) > 0
+    for question, mine, (prompt, logps) in zip(questions, ours, theirs):
+        assert question.header + question.text == prompt
+        assert mine["choice"] == logps.index(max(logps))
+        assert mine["logp"] == pytest.approx(logps, rel=0, abs=1e-3)
+
+
+# the first model reads 256 tokens: long prompts are cut; the third's tokenizer joins the prompt's last ":" with a space
+SHAPES = {"llama": {}, "qwen2": {"model_type": "qwen2", "qkv_bias": True, "max_position_embeddings": 4096},
+          "merging": {"model_type": "qwen3", "qk_norm": True, "max_position_embeddings": 4096}}
+
+
+@pytest.fixture(scope="module", params=SHAPES)
+def both(request, tmp_path_factory):
+    checkpoint = write_checkpoint(tmp_path_factory.mktemp(request.param), **SHAPES[request.param])
+    if request.param == "merging":
+        join_colon_and_space(checkpoint / "tokenizer.json")
+    return request.param, open_both(checkpoint)
+
+
+def join_colon_and_space(path):
+    """Make the byte-level tokenizer one of single bytes and ": ", across words."""
+    raw = json.loads(path.read_text())
+    vocab = {piece: i for piece, i in raw["model"]["vocab"].items() if len(piece) == 1 or i < 2}
+    raw["model"] |= {"vocab": vocab | {":\u0120": 319}, "merges": [[":", "\u0120"]]}
+    raw["pre_tokenizer"]["use_regex"] = False
+    path.write_text(json.dumps(raw))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", WRITERS)
-@pytest.mark.parametrize("shots, family", [(3, {}), (0, {"model_type": "qwen2", "qkv_bias": True, "max_position_embeddings": 4096})])
-def test_choices_and_log_probs_equal_the_harness(name, shots, family, tmp_path):
-    checkpoint = write_checkpoint(tmp_path / "model", **family)          # the first reads 256 tokens: long prompts are cut
-    check_against_harness(name, WRITERS[name](tmp_path / "files"), checkpoint, shots, None, tmp_path)
+def test_choices_and_log_probs_equal_the_harness(name, both, tmp_path):
+    kind, both = both
+    if kind == "merging":
+        ids, joint = (both[2].full.encode(text, add_special_tokens=False).ids for text in ("Answer:", "Answer: A"))
+        assert joint[:len(ids)] != ids                               # the choice changes the prompt's own tokens
+    check_against_harness(both, name, WRITERS[name](tmp_path / "files"), 3 if kind == "llama" else 0, None, tmp_path)
+
+
+@pytest.fixture(scope="module", params=["llama2", "qwen2_5"])
+def real_tokenizer(request, shared, tmp_path_factory):
+    shape = {"vocab_size": 32000} if request.param == "llama2" else {"model_type": "qwen2", "qkv_bias": True, "vocab_size": 151936}
+    checkpoint = write_checkpoint(tmp_path_factory.mktemp(request.param), **shape, max_position_embeddings=4096)
+    for path in (shared / "tokenizers" / request.param).glob("tokenizer*.json"):
+        shutil.copyfile(path, checkpoint / path.name)
+    return open_both(checkpoint)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("family", [{}, {"model_type": "qwen2", "qkv_bias": True}])
-@pytest.mark.parametrize("name, files, shots", [("mmlu", "mmlu", 5), ("cmmlu", "cmmlu", 5), ("belebele", "belebele", 2)])
-def test_real_questions_score_as_in_the_harness(name, files, shots, family, shared, tmp_path):
-    tokenizer = shared / "tokenizers" / ("qwen2_5" if family else "llama2")
-    checkpoint = write_checkpoint(tmp_path / "model", **family, vocab_size=151936 if family else 32000, max_position_embeddings=4096)
-    for path in tokenizer.glob("tokenizer*.json"):
-        shutil.copyfile(path, checkpoint / path.name)
-    check_against_harness(name, shared / "benchmarks" / files, checkpoint, shots, 4, tmp_path)
+@pytest.mark.parametrize("name, shots", [("mmlu", 5), ("cmmlu", 5), ("belebele", 2)])
+def test_real_questions_score_as_in_the_harness(name, shots, real_tokenizer, shared, tmp_path):
+    check_against_harness(real_tokenizer, name, shared / "benchmarks" / name, shots, 2, tmp_path)
 
 
 # --------------------------------------------------------------------------------------- without the harness
@@ -184,6 +226,8 @@ def test_scores_equal_one_forward_pass_a_choice(name, window, batch_tokens, tmp_
         torch.testing.assert_close(torch.tensor(found["logp"], dtype=torch.float64), logps_one_by_one(model, tokenizer, question),
                                    rtol=0, atol=1e-9)
         assert found["correct"] == (found["choice"] == question.gold)
+        assert found["cut"] == any(len(prompt) + len(ids) > 301 for prompt, choices in benchmarks.encode_questions(tokenizer, [question])
+                                   for ids in choices)
 
 
 def test_the_header_of_a_subject_is_computed_once(tmp_path, monkeypatch):
@@ -202,7 +246,7 @@ def test_choices_cut_at_different_places_are_forks_of_their_own():
     parts = benchmarks.make_parts(7, "x:1", [1, 2, 3, 4], [[5], [6, 7], [8]], max_tokens=4)
     assert [(part.fork.prompt, part.fork.continuations, part.choices, part.cut) for part in parts] == [
         ([1, 2, 3, 4], [[5], [8]], [0, 2], False), ([2, 3, 4], [[6, 7]], [1], True)]
-    with pytest.raises(data.DataError, match="x:1: a choice fills"):
+    with pytest.raises(data.DataError, match="x:1: 5 tokens to be scored, the model reads 4"):
         benchmarks.make_parts(7, "x:1", [1], [[5, 6, 7, 8, 9]], max_tokens=4)
 
 
@@ -263,20 +307,54 @@ def test_weighted_f1_equals_scikit_learn():
     assert benchmarks.weighted_f1(gold, choice) == pytest.approx(100 * sklearn.f1_score(gold, choice, average="weighted"))
 
 
+# --------------------------------------------------------------------------------------------------- odd files
+
+@pytest.mark.parametrize("text", ["\ufeffq,1,2,3,4,A\r\n\r\n r ,1,2,3,4,B \r\n", "question,A,B,C,D,answer\nq,1,2,3,4,A\n  \nr,1,2,3,4, B",
+                                  '"q",1,"2",3,4,A\n"\nr",1,2,3,4,B\n\n'])
+def test_marks_line_ends_blank_lines_and_a_header_do_not_change_what_is_read(text, tmp_path):
+    (tmp_path / "anatomy_test.csv").write_bytes(text.encode())
+    questions = benchmarks.read_benchmark("mmlu", tmp_path).questions
+    assert [(question.text[0], question.gold) for question in questions] == [("q", 0), ("r", 1)]
+
+
+def test_what_parquet_files_are_converted_to_is_read_and_a_question_asked_twice_is_asked_twice(tmp_path):
+    row = {"question": "q", "subject": "anatomy", "choices": ["a", "b", "c", "d"], "answer": 2}
+    write_lines(tmp_path / "mmlu" / "test-00000-of-00001.jsonl", [row, row])
+    assert [question.gold for question in benchmarks.read_benchmark("mmlu", tmp_path / "mmlu").questions] == [2, 2]
+    write_lines(tmp_path / "cmmlu" / "test" / "arts.jsonl", [{"Question": "q", **dict(zip("ABCD", "1234")), "Answer": "C"}])
+    assert benchmarks.read_benchmark("cmmlu", tmp_path / "cmmlu").questions[0].gold == 2
+
+
 # --------------------------------------------------------------------------------------------------- refusals
+
+BELEBELE_ROW = ('{"flores_passage": "p", "question": "q", "question_number": 1, "mc_answer1": "a", "mc_answer2": "b", '
+                '"mc_answer3": "c", "mc_answer4": "d", "correct_answer_num": "%d"}')
+
 
 @pytest.mark.parametrize("name, file, text, wanted", [
     ("mmlu", "test/anatomy_test.csv", "q,1,2,3,4,E\n", r"anatomy_test.csv:1: the answer is 'E'"),
     ("mmlu", "test/anatomy_test.csv", "q,1,2,3,4,A\nq,1,2,3,A\n", "anatomy_test.csv:2: 5 columns, 6 are wanted"),
     ("mmlu", "test/anatomy_test.csv", "q,1,2,3,4,A\n,1,2,3,4,A\n", "anatomy_test.csv:2: the question is empty"),
     ("mmlu", "test/anatomy_test.csv", "", "anatomy_test.csv: the file holds no question"),
+    ("mmlu", "test/anatomy_test.csv", "q,1,2,3,4,a\n", r"anatomy_test.csv:1: the answer is 'a'"),
+    ("mmlu", "test/anatomy_test.csv", "q,1,2,3,4,1\n", r"anatomy_test.csv:1: the answer is '1'"),
+    ("mmlu", "test/anatomy_test.csv", '"q,1,2,3,4,A\nr,1,2,3,4,B\n', "anatomy_test.csv:1: 1 columns, 6 are wanted"),
+    ("mmlu", "test/anatomy_test.csv", 'q,1,2,3,4,A\n"r' + "x" * 200_000, "anatomy_test.csv:2: not a table .*: is a quotation mark left open"),
     ("mmlu", "other/x.csv", "", r"found no \*_test.csv"),
+    ("mmlu", "test.jsonl", '{"question": "q", "subject": "x", "choices": ["a", "b", "c", "d"], "answer": 4}', "test.jsonl:1: the answer is 4"),
+    ("mmlu", "test.jsonl", '{"question": "q", "choices": ["a", "b", "c", "d"], "answer": 3}', 'test.jsonl:1: "subject" is missing'),
     ("mmlu", "test.jsonl", '{"question": "q", "subject": "anatomy", "choices": ["a"], "answer": 1}', "test.jsonl:1: choices are no list of 4"),
     ("cmmlu", "test/anatomy.csv", ",Question,A,B,C,D,Answer\n0,q,1,2,3,4,A\n0,r,1,2,3,4,A\n", "anatomy.csv:3: the same identifier as in .*:2"),
-    ("cmmlu", "test/anatomy.csv", ",Question,A,B,C,D\n0,q,1,2,3,4\n", 'anatomy.csv:2: "Answer" is missing'),
+    ("cmmlu", "test/anatomy.csv", ",Question,A,B,C,D\n0,q,1,2,3,4\n", 'anatomy.csv:1: "Answer" is missing'),
+    ("cmmlu", "test/anatomy.csv", "0,q,1,2,3,4,A\n", 'anatomy.csv:1: "Question" is missing'),
+    ("cmmlu", "test/anatomy.csv", ",Question,A,B,C,D,Answer\n", "anatomy.csv: the file holds no question"),
+    ("mmmlu", "mmlu_SW-KE.csv", ",Question,A,B,C,D,Answer,Subject\n0,q,1,2,3,4,A,x\n0,r,1,2,3,4,A,x\n", "SW-KE.csv:3: the same identifier"),
+    ("mmmlu", "mmlu_SW-KE.csv", "Question,A,B,C,D,Answer\n", 'SW-KE.csv:1: "Subject" is missing'),
+    ("belebele", "deu_Latn.jsonl", BELEBELE_ROW % 1 + "\n\n" + BELEBELE_ROW % 1, "deu_Latn.jsonl:3: the same identifier as in .*:1"),
+    ("belebele", "deu_Latn.jsonl", BELEBELE_ROW % 1 + "\n{", "deu_Latn.jsonl:2: not valid JSON"),
+    ("belebele", "deva.jsonl", BELEBELE_ROW % 1, "found no deu_Latn.jsonl or deu_Latn_"),
     ("cmmlu", "test/alchemy.csv", ",Question,A,B,C,D,Answer\n0,q,1,2,3,4,A\n", "no subject 'alchemy'"),
-    ("belebele", "deu_Latn.jsonl", '{"flores_passage": "p", "question": "q", "question_number": 1, "mc_answer1": "a", "mc_answer2": "b", '
-     '"mc_answer3": "c", "mc_answer4": "d", "correct_answer_num": "5"}', "deu_Latn.jsonl:1: correct_answer_num is '5'"),
+    ("belebele", "deu_Latn.jsonl", BELEBELE_ROW % 5, "deu_Latn.jsonl:1: correct_answer_num is '5'"),
     ("belebele", "test.parquet", "PAR1", "pandas.read_parquet"), ("mmmlu", "mmlu_DE-DE.csv", "", "found no mmlu_SW-KE"),
     ("afrimmlu", "swa/test.tsv", "subject\tquestion\tchoices\tanswer\nx\tq\t__import__('os')\tA\n", "test.tsv:2: choices are no list of 4")])
 def test_a_bad_file_is_one_clear_line(name, file, text, wanted, tmp_path):

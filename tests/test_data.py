@@ -371,6 +371,20 @@ def test_the_newer_template_file_wins_and_a_broken_one_is_named(tmp_path):
         tokenizer.prompt_ids("q", system="Be brief.")
 
 
+@pytest.mark.parametrize("chat", [[{"name": "default"}], ["text"], 7, [{"name": "default", "template": None}], {"a": "b"}])
+def test_a_template_that_is_no_text_is_one_clear_line(tmp_path, chat):
+    with pytest.raises(data.DataError, match="chat_template"):
+        make_tokenizer(tmp_path, chat)
+
+
+def test_the_marks_of_replies_in_a_template_leave_its_text_alone(tmp_path):
+    marked = MISTRAL.replace("{{ ' ' + message['content'] + eos_token }}",
+                             "{% generation %}{{ ' ' + message['content'] + eos_token }}{% endgeneration %}")
+    assert marked != MISTRAL
+    plain, other = make_tokenizer(tmp_path / "a", MISTRAL), make_tokenizer(tmp_path / "b", marked)
+    assert plain.prompt_ids("q") == other.prompt_ids("q") and plain.response_ids("r") == other.response_ids("r")
+
+
 def test_a_list_of_templates_gives_its_default(tmp_path):
     named = [{"name": "tool_use", "template": "{{ nothing"}, {"name": "default", "template": MISTRAL}]
     assert make_tokenizer(tmp_path, named).template == MISTRAL

@@ -1,12 +1,12 @@
 """eval.py: what counts as correct, the language of a reply, and its commands from end to end."""
 
+import contextlib
+import io
 import itertools
 import json
 import math
-import subprocess
-import sys
-from pathlib import Path
 from types import SimpleNamespace
+from unittest import mock
 
 import pytest
 
@@ -14,7 +14,6 @@ import data
 import eval as evaluation
 from conftest import write_checkpoint
 
-ROOT = Path(__file__).parents[1]
 LANGUAGES = ("de", "en", "id", "ko", "sw", "yo", "zh")
 TEXTS = {"en": ["The lion eats meat.", "What is the capital of France?", "The river is long."],
          "sw": ["Simba anakula nyama.", "Mji mkuu wa Ufaransa ni upi?", "Mto ni mrefu."],
@@ -114,6 +113,20 @@ def test_scores_leave_equal_responses_out_of_the_language_figure(checkpoint, tmp
     assert len((tmp_path / "answers.jsonl").read_text().splitlines()) == 6
 
 
+def test_several_languages_are_answered_and_a_response_shared_by_two_is_not_judged(tmp_path, monkeypatch):
+    rows = [{"row_id": "0", **{code: {"prompt": f"{code} {TEXTS[code][0]}", "response": TEXTS[code][0]} for code in TEXTS}},
+            {"row_id": "1", **{code: {"prompt": f"{code} {TEXTS[code][1]}", "response": TEXTS["en" if code == "sw" else code][1]}
+                               for code in TEXTS}}]
+    monkeypatch.setattr(evaluation, "answer", lambda model, tokenizer, questions, *_: [q.split(" ", 1)[1] for q in questions])
+    languages = tuple(TEXTS)
+    classifier = evaluation.fit_languages(evaluation.texts_by_language(rows, languages))
+    scores = evaluation.answer_and_score(None, SimpleNamespace(fingerprint="0" * 64), rows, languages, classifier, 8, None,
+                                         tmp_path / "answers.jsonl")
+    assert {code: (scores[code]["n"], scores[code]["n_language"]) for code in TEXTS} == {"en": (2, 1), "sw": (2, 1), "ko": (2, 2)}
+    assert [scores[code]["correct"] for code in TEXTS] == [100, 50, 100] and scores["ko"]["right_language"] == 100
+    assert [line["language"] for line in map(json.loads, open(tmp_path / "answers.jsonl"))] == ["en"] * 2 + ["sw"] * 2 + ["ko"] * 2
+
+
 def test_answers_equal_generate_one_at_a_time(checkpoint):
     import model as llama
     model, tokenizer = llama.load(checkpoint), data.load_tokenizer(checkpoint)
@@ -122,34 +135,36 @@ def test_answers_equal_generate_one_at_a_time(checkpoint):
     assert together == [evaluation.answer(model, tokenizer, [question], 9)[0] for question in questions]
 
 
-def ask(*arguments, typed=""):
-    return subprocess.run([sys.executable, "eval.py", "ask", *map(str, arguments)], cwd=ROOT, input=typed, text=True,
-                          capture_output=True)
+def run(*arguments, typed=""):
+    """A command of eval.py with `typed` on its standard input: its exit code and what it wrote."""
+    code = 0
+    with contextlib.redirect_stdout(io.StringIO()) as out, contextlib.redirect_stderr(io.StringIO()) as err, \
+            mock.patch("sys.stdin", io.StringIO(typed)):
+        try:
+            data.run(lambda: evaluation.main(list(map(str, arguments))))
+        except SystemExit as ended:
+            code = ended.code
+    return SimpleNamespace(returncode=code, stdout=out.getvalue(), stderr=err.getvalue())
 
 
 def test_ask_answers_a_question_and_holds_a_conversation(tmp_path):
     path = write_checkpoint(tmp_path)
-    one = ask("--model", path, "--max-tokens", 5, "Where is the lion?")
+    one = run("ask", "--model", path, "--max-tokens", 5, "Where is the lion?")
     assert one.returncode == 0 and one.stderr == ""
-    talk = ask("--model", path, "--max-tokens", 5, typed="Where is the lion?\n\nnever read\n")
+    talk = run("ask", "--model", path, "--max-tokens", 5, typed="Where is the lion?\n\nnever read\n")
     assert talk.returncode == 0 and talk.stdout.count("> ") == 2 and one.stdout.strip() in talk.stdout
 
 
 def test_ask_refuses_what_is_not_there_in_one_line(tmp_path):
     for arguments in (["--model", tmp_path / "none"], ["--adapter", tmp_path / "none"]):
-        result = ask(*arguments, "hello")
+        result = run("ask", *arguments, "hello")
         assert result.returncode == 2 and result.stderr.startswith("error: ") and result.stderr.count("\n") == 1
 
 
 # ---------------------------------------------------------------------------------------------- commands, end to end
 
-def run(tmp_path, *arguments):
-    """A command of eval.py; its result.json, if it wrote one."""
-    return subprocess.run([sys.executable, str(ROOT / "eval.py"), *map(str, arguments)], cwd=tmp_path, text=True, capture_output=True)
-
-
-def write_rows(path):
-    data.write_rows(path, [{"row_id": str(i), "split": "test", "en": {"prompt": f"What is {i}?", "response": f"It is {i}."},
+def write_rows(path, long=""):
+    data.write_rows(path, [{"row_id": str(i), "split": "test", "en": {"prompt": f"What is {long if i == 3 else ''}{i}?", "response": f"It is {i}."},
                             "sw": {"prompt": f"{i} ni nini?", "response": f"Ni kìnnìún {i}."}} for i in range(7)])
     return path
 
@@ -158,7 +173,7 @@ def test_multiple_choice_from_the_command_line_resumes_to_the_same_numbers(tmp_p
     from test_benchmarks import write_mmlu
     model, files = write_checkpoint(tmp_path / "model"), write_mmlu(tmp_path / "files")
     command = ["mc", "mmlu", files, "--shots", "2", "--model", model, "--out", tmp_path / "out"]
-    whole = run(tmp_path, *command)
+    whole = run(*command)
     assert whole.returncode == 0, whole.stderr
     first = json.loads((tmp_path / "out" / "result.json").read_text())
     assert first["figures"]["mmlu 2-shot"]["n"] == 14 and set(first["categories"]) == {"stem", "humanities"}
@@ -167,26 +182,30 @@ def test_multiple_choice_from_the_command_line_resumes_to_the_same_numbers(tmp_p
     answers = tmp_path / "out" / "answers.jsonl"
     lines = answers.read_text().splitlines(keepends=True)
     answers.write_text("".join(lines[:6]) + lines[6][:20])                                            # killed while writing
-    again = run(tmp_path, *command)
+    again = run(*command)
     assert "holds 5 answers: going on" in again.stdout and json.loads((tmp_path / "out" / "result.json").read_text()) == first
-    refused = run(tmp_path, *command, "--limit", "3")
+    refused = run(*command, "--limit", "3")
     assert refused.returncode == 2 and "limit = None, now it is 3" in refused.stderr and refused.stderr.count("\n") == 1
 
 
-def test_perplexity_per_byte_is_that_of_single_sequences(tmp_path):
+def test_perplexity_per_byte_is_that_of_single_sequences_long_prompts_cut_and_said(tmp_path):
     import torch
     import model as llama
-    path, rows = write_checkpoint(tmp_path / "model"), write_rows(tmp_path / "rows.jsonl")
-    result = run(tmp_path, "perplexity", "--model", path, "--data", rows, "--lang", "sw", "--out", tmp_path / "out")
-    assert result.returncode == 0, result.stderr
+    path, rows = write_checkpoint(tmp_path / "model"), write_rows(tmp_path / "rows.jsonl", long="so " * 90)
+    command = ["perplexity", "--model", path, "--data", rows, "--lang", "sw", "--out", tmp_path / "out"]
+    first, again = run(*command), run(*command)
+    assert first.returncode == again.returncode == 0, first.stderr + again.stderr
+    assert "1 of 14 prompts were longer than the model reads" in first.stdout and "holds 14 answers" in again.stdout
+    assert first.stdout.splitlines()[1:4] == again.stdout.splitlines()[2:5]
     figures = json.loads((tmp_path / "out" / "result.json").read_text())["figures"]
     model, tokenizer = llama.load(path, dtype=torch.float64), data.load_tokenizer(path)
     for place, language in (("source", "en"), ("target", "sw")):
         nll = size = 0
         for row in data.read_rows(rows):
             prompt, reply = tokenizer.prompt_ids(row[language]["prompt"]), tokenizer.response_ids(row[language]["response"])
-            logp = (model(torch.tensor([prompt + reply]))[0] @ model.head.T).log_softmax(-1)
-            nll -= sum(logp[len(prompt) - 1 + i, token].item() for i, token in enumerate(reply))
+            ids = (prompt + reply)[-257:]
+            logp = (model(torch.tensor([ids[:-1]]))[0] @ model.head.T).log_softmax(-1)
+            nll -= sum(logp[i - len(reply), token].item() for i, token in enumerate(reply))
             size += len(row[language]["response"].encode())
         assert figures[f"nll/byte {place}"]["value"] == pytest.approx(nll / size, rel=1e-5)
         assert figures[f"perplexity/byte {place}"]["value"] == pytest.approx(math.exp(nll / size), rel=1e-5)
@@ -209,42 +228,58 @@ def test_answers_for_alpaca_eval_have_its_format_and_resume(tmp_path):
     instructions.write_text(json.dumps([{"instruction": f"Say {i}", "dataset": "d", "output": "x"} for i in range(5)]))
     command = ["alpaca", "--model", path, "--instructions", instructions, "--lang", "en", "--max-tokens", "6", "--batch-size", "2",
                "--out", tmp_path / "out", "--name", "tiny", "--temperature", "0.7"]
-    assert run(tmp_path, *command).returncode == 0
+    assert run(*command).returncode == 0
     outputs = json.loads((tmp_path / "out" / "model_outputs.json").read_text())
     assert [record["instruction"] for record in outputs] == [f"Say {i}" for i in range(5)]
     assert all(set(record) == {"dataset", "instruction", "output", "generator", "datasplit"} for record in outputs)
     answers = tmp_path / "out" / "answers.jsonl"
     answers.write_text("".join(answers.read_text().splitlines(keepends=True)[:4]))                    # 3 answers of 5
-    assert run(tmp_path, *command).returncode == 0
+    assert run(*command).returncode == 0
     assert json.loads((tmp_path / "out" / "model_outputs.json").read_text()) == outputs
     settings = json.loads((tmp_path / "out" / "result.json").read_text())["settings"]
     assert (settings["temperature"], settings["max_tokens"], settings["seed"]) == (0.7, 6, 0)
 
 
-def test_translated_instructions_are_the_same_for_every_system(tmp_path, monkeypatch):
+def test_translated_instructions_are_the_same_for_every_system_and_each_is_there_once(tmp_path, monkeypatch, capsys):
     calls = []
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(evaluation.translate, "load", lambda *_: SimpleNamespace(fingerprint="abc"))
-    monkeypatch.setattr(evaluation.translate, "translate", lambda texts, *_: calls.append(len(texts)) or [f"{text} {len(calls)}" for text in texts])
+    monkeypatch.setattr(evaluation.translate, "translate", lambda texts, *_: calls.append(len(texts)) or [
+        {"Say 3": " ", "Say 5": "Say 1 1"}.get(text, f"{text} {len(calls)}") for text in texts])
     args = SimpleNamespace(translator="t", device="cpu", source="en", lang="sw", beams=2)
     items = [{"instruction": f"Say {i}", "dataset": None} for i in range(20)]
     first = evaluation.translate_instructions(items, args)
     assert evaluation.translate_instructions(items, args) == first and calls == [16, 4]
+    assert [item["instruction"] for item in first] == [f"Say {i} {1 + i // 16}" for i in range(20) if i not in (3, 5)]
+    assert "2 translations are left out: empty, or equal to an earlier one" in capsys.readouterr().out
+
+
+def test_compare_prints_tables_settings_and_the_plots_it_drew(tmp_path):
+    pytest.importorskip("matplotlib")
+    from test_report import write_run
+    runs = [write_run(tmp_path, f"r{seed}", seed=seed, right={"base": 0.0, "sft": 0.3, "clo": 0.7}) for seed in range(2)]
+    result = run("compare", *runs, "--baseline", "base", "--plot", tmp_path / "plots")
+    assert result.returncode == 0, result.stderr
+    assert "Difference from base in points" in result.stdout and result.stdout.count("| target correct |") == 2 + 1
+    assert f"- {runs[0]}, {runs[1]}: " in result.stdout and '"max_tokens": 64' in result.stdout
+    assert [path.name for path in sorted((tmp_path / "plots").iterdir())] == ["learning.png", "tradeoff.png"]
 
 
 @pytest.mark.parametrize("arguments, wanted", [
     (["perplexity", "--data", "rows.jsonl", "--lang", "fr"], "no row holds en and fr"),
     (["perplexity", "--data", "rows.jsonl", "--lang", "sw", "--split", "x"], "has no row of split 'x'"),
-    (["perplexity", "--data", "twice.jsonl", "--lang", "sw"], "the same identifier as in"),
+    (["perplexity", "--data", "twice.jsonl", "--lang", "sw"], "twice.jsonl:8: the same identifier as in twice.jsonl:1"),
     (["alpaca", "--instructions", "twice.json", "--lang", "en"], r"twice.json[1]: the same identifier as in twice.json[0]"),
     (["alpaca", "--instructions", "empty.json", "--lang", "en"], "holds no instruction"),
     (["winrate", "rows.jsonl"], 'rows.jsonl:1: "preference" is missing'), (["compare", "none"], "none: neither report.json"),
-    (["mc", "mmlu", "none"], "none: no such file or directory")])
+    (["mc", "mmlu", "none"], "none: no such file or directory"), (["winrate", "odd.jsonl"], "odd.jsonl:1: the preference is 'M'"),
+    (["ask", "--device", "quantum", "Who?"], "--device quantum cannot be used")])
 def test_bad_input_is_one_clear_line(arguments, wanted, tmp_path, monkeypatch, capsys):
     write_rows(tmp_path / "rows.jsonl")
     (tmp_path / "twice.jsonl").write_text((tmp_path / "rows.jsonl").read_text() * 2)
     (tmp_path / "twice.json").write_text('[{"instruction": "a"}, {"instruction": "a"}]')
     (tmp_path / "empty.json").write_text("[]")
+    (tmp_path / "odd.jsonl").write_text('{"preference": "M", "output_1": "a", "output_2": "b"}')
     monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit) as ended:
         data.run(lambda: evaluation.main(arguments))

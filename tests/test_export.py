@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 
 import clo
 import data
+import eval as evaluation
 import model as llama
 import runs
 from conftest import write_checkpoint
@@ -69,9 +70,10 @@ def test_the_merged_directory_gives_transformers_our_logits_prompts_and_replies(
     tokenizer, ours = transformers.AutoTokenizer.from_pretrained(merged), data.load_tokenizer(merged)
     ids = tokenizer.apply_chat_template([{"role": "user", "content": PROMPT}], add_generation_prompt=True, return_dict=False)
     assert ids == ours.prompt_ids(PROMPT) == data.load_tokenizer(base).prompt_ids(PROMPT)
-    reply = theirs.generate(torch.tensor([ids]), max_new_tokens=20, do_sample=False, pad_token_id=1)[0, len(ids):].tolist()
+    reply = theirs.double().generate(torch.tensor([ids]), max_new_tokens=20, do_sample=False, pad_token_id=1)
+    reply = reply[0, len(ids):].tolist()
     end = next((i for i, token in enumerate(reply) if token in ours.stop_ids), len(reply))
-    assert llama.generate(model, [ids], 20, ours.stop_ids)[0] == reply[:end]
+    assert llama.generate(llama.load(merged, dtype=torch.float64), [ids], 20, ours.stop_ids)[0] == reply[:end]
 
 
 def test_merging_adds_in_fp32_rounds_once_and_leaves_the_rest_its_bits(checkpoint, tmp_path):
@@ -112,12 +114,13 @@ def test_a_tied_head_is_written_once_under_the_name_all_readers_know(checkpoint,
 
 
 @pytest.mark.parametrize("rslora", [False, True])
-def test_an_adapter_made_by_peft_gives_our_loader_its_logits(checkpoint, tmp_path, rslora):
+@pytest.mark.parametrize("ranks", [{}, {"down_proj": 5}])
+def test_an_adapter_made_by_peft_gives_our_loader_its_logits(checkpoint, tmp_path, rslora, ranks):
     peft = pytest.importorskip("peft")
     transformers = pytest.importorskip("transformers")
     torch.manual_seed(0)
     config = peft.LoraConfig(r=3, lora_alpha=7, target_modules=["q_proj", "v_proj", "down_proj"], use_rslora=rslora,
-                             init_lora_weights=False, task_type="CAUSAL_LM")
+                             rank_pattern=ranks, init_lora_weights=False, task_type="CAUSAL_LM")
     theirs = peft.get_peft_model(transformers.AutoModelForCausalLM.from_pretrained(checkpoint), config).eval()
     theirs.save_pretrained(tmp_path / "adapter")
     ours = llama.load(checkpoint, adapter=tmp_path / "adapter")
@@ -128,12 +131,28 @@ def test_an_adapter_made_by_peft_gives_our_loader_its_logits(checkpoint, tmp_pat
 
 @pytest.mark.parametrize("change, match", [
     ({"peft_type": "IA3"}, "IA3"), ({"use_dora": True}, "use_dora"), ({"bias": "all"}, "bias"),
-    ({"modules_to_save": ["lm_head"]}, "modules_to_save"), ({"lora_alpha": "x"}, "lora_alpha")])
+    ({"modules_to_save": ["lm_head"]}, "modules_to_save"), ({"lora_alpha": "x"}, "lora_alpha"),
+    ({"alpha_pattern": {"q_proj": 4}}, "alpha_pattern"), ({"init_lora_weights": "pissa"}, "init_lora_weights"),
+    ({"alora_invocation_tokens": [1, 2]}, "alora_invocation_tokens")])
 def test_adapters_of_other_kinds_are_refused_by_key(checkpoint, tmp_path, change, match):
     adapter = write_adapter(with_lora(checkpoint), checkpoint, tmp_path / "adapter")
     path = adapter / "adapter_config.json"
     runs.write_json(path, json.loads(path.read_text()) | change)
     with pytest.raises(CheckpointError, match=match):
+        llama.load(checkpoint, adapter=adapter)
+
+
+@pytest.mark.parametrize("change", [
+    lambda tensors: tensors.pop("base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"),
+    lambda tensors: tensors.pop("base_model.model.model.layers.1.self_attn.o_proj.lora_B.weight"),
+    lambda tensors: tensors.update({"base_model.model.lm_head.weight": torch.ones(320, 16)}),
+    lambda tensors: tensors.clear()])
+def test_an_adapter_with_more_or_less_than_pairs_of_factors_is_refused(checkpoint, tmp_path, change):
+    adapter = write_adapter(with_lora(checkpoint), checkpoint, tmp_path / "adapter")
+    tensors = load_file(adapter / "adapter_model.safetensors")
+    change(tensors)
+    save_file(tensors, adapter / "adapter_model.safetensors")
+    with pytest.raises(CheckpointError, match="no factor of a pair|holds no LoRA factors"):
         llama.load(checkpoint, adapter=adapter)
 
 
@@ -215,3 +234,16 @@ def test_a_directory_is_replaced_whole_or_not_at_all(checkpoint, tmp_path):
     with pytest.raises(CheckpointError):
         write_merged(checkpoint, adapter, merged)
     assert {path.name: path.read_bytes() for path in merged.iterdir()} == before
+
+
+def test_ask_finds_the_base_of_an_adapter_and_of_a_delta(checkpoint, tmp_path, capsys):
+    model = with_lora(checkpoint)
+    adapter, delta = write_adapter(model, checkpoint, tmp_path / "adapter"), tmp_path / "attn_delta.safetensors"
+    merged = dict(clo.merge_lora(model).named_parameters())
+    runs.save_delta(delta, checkpoint, {name: merged[name] for name in merged if ".self_attn." in name}, str(checkpoint))
+    said = []
+    for path in (adapter, delta):
+        for sampling in ([], ["--temperature", "0.9", "--top-p", "0.8", "--seed", "3"]):
+            evaluation.main(["ask", "--adapter", str(path), "--max-tokens", "8", *sampling, PROMPT])
+            said.append(capsys.readouterr().out)
+    assert said[:2] == said[2:] and said[0] != said[1]

@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import statistics
 import subprocess
 import sys
@@ -13,6 +14,7 @@ from pathlib import Path
 import pytest
 
 import data
+import eval as evaluation
 import judge
 
 ROOT = Path(__file__).parents[1]
@@ -108,6 +110,14 @@ def test_win_rate_is_the_mean_of_preferences_with_draws_old_draws_and_gaps():
     assert rate["standard_error"] == pytest.approx(100 * statistics.stdev(wins) / math.sqrt(6))
     assert (rate["n_wins"], rate["n_wins_base"], rate["n_draws"], rate["no_preference"]) == (2, 2, 2, 2)
     assert rate["discrete_win_rate"] == pytest.approx(50) and (rate["avg_length"], rate["avg_length_base"]) == (1, 3)
+
+
+@pytest.mark.parametrize("value", [3, 0.5, "2", True, [], float("inf")])
+def test_a_preference_that_is_none_is_refused(value):
+    for fine in (1, 2, 1.5, 0, None, float("nan")):
+        judge.check_preference(fine, "x:1")
+    with pytest.raises(data.DataError, match="^x:1: the preference is"):
+        judge.check_preference(value, "x:1")
 
 
 def test_the_coin_is_alpaca_evals():
@@ -264,10 +274,7 @@ def test_a_bad_file_of_answers_is_one_clear_line(tmp_path, text, wanted):
 
 
 def call(server, tmp_path, *arguments):
-    import os
-    environment = {key: value for key, value in os.environ.items() if not key.startswith("OPENAI")}
-    if server:
-        environment |= {"OPENAI_BASE_URL": server.url, "OPENAI_API_KEY": KEY}
+    environment = os.environ | {"OPENAI_BASE_URL": server.url, "OPENAI_API_KEY": KEY}
     return subprocess.run([sys.executable, str(ROOT / "eval.py"), "judge", str(tmp_path / "clo" / "model_outputs.json"),
                            str(tmp_path / "sft" / "model_outputs.json"), "--pause", "0.001", *arguments], env=environment, cwd=tmp_path,
                           capture_output=True, text=True)
@@ -298,8 +305,22 @@ def test_judging_from_the_command_line_resumes_counts_tokens_and_writes_alpaca_e
         assert KEY not in told and "127.0.0.1" not in told
 
 
-def test_without_key_or_server_the_judge_is_refused_in_one_line(tmp_path):
-    for name in ("clo", "sft"):
-        write_outputs(tmp_path / name / "model_outputs.json", {"x": name}, name)
-    result = call(None, tmp_path)
-    assert result.returncode == 2 and result.stderr.startswith("error: OPENAI_API_KEY") and result.stderr.count("\n") == 1
+@pytest.mark.parametrize("key", ["sk-a\nb", "sk-\u00e4", "sk-\x7f"])
+def test_a_key_no_header_can_hold_is_refused_unshown_and_spaces_around_one_do_not_count(key, monkeypatch):
+    monkeypatch.setenv("OPENAI_BASE_URL", "http://127.0.0.1:9/v1")
+    monkeypatch.setenv("OPENAI_API_KEY", f" {KEY}\n")
+    assert judge.endpoint_from_environment("m").key == KEY and KEY not in repr(judge.endpoint_from_environment("m"))
+    monkeypatch.setenv("OPENAI_API_KEY", key)
+    with pytest.raises(data.DataError, match="OPENAI_API_KEY holds") as error:
+        judge.endpoint_from_environment("m")
+    assert "sk-" not in str(error.value)
+
+
+def test_without_key_or_server_the_judge_is_refused_in_one_line(tmp_path, monkeypatch, capsys):
+    paths = [str(write_outputs(tmp_path / name / "model_outputs.json", {"x": name}, name)) for name in ("clo", "sft")]
+    for name in ("OPENAI_API_KEY", "OPENAI_BASE_URL"):
+        monkeypatch.delenv(name, raising=False)
+    with pytest.raises(SystemExit) as ended:
+        data.run(lambda: evaluation.main(["judge", *paths]))
+    told = capsys.readouterr().err
+    assert ended.value.code == 2 and told.startswith("error: OPENAI_API_KEY") and told.count("\n") == 1

@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from kernels import chunks, linear_cross_entropy, ops, reference, token_logp
+from kernels import chunks, linear_cross_entropy, measure, ops, reference, token_logp
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 BACKENDS = ["torch"] + ["triton"] * bool(find_spec("triton"))
@@ -15,12 +15,23 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 TRIANGLE = [[1.0, 2.0, 3.0, 0.0]]  # the logits of the worked example, target 2
 
 
+@pytest.fixture(params=[*BACKENDS, "narrow tiles"])
+def walk(request, monkeypatch):
+    """A backend; "torch" a second time with tiles of at most 16 words on a CPU, seven where V is 101."""
+    if request.param == "narrow tiles":
+        monkeypatch.setattr(chunks, "CPU_TILE_WORDS", 16)
+        return "torch"
+    return request.param
+
+
 def row_step(backend, logits, targets, dtype, block=4):
-    """Either row step on a copy of `logits`."""
+    """(log-odds of eq. 1 (C,), q) by either row step, on a copy of `logits`."""
     if backend == "torch":
-        return chunks.row_step_(logits.clone(), targets, dtype)
-    from kernels import rows
-    return rows.row_step_(logits.clone(), targets, dtype, block)
+        target_logit, most, total, q = chunks.row_step_(logits.clone(), targets, dtype)
+    else:
+        from kernels import rows
+        target_logit, most, total, q = rows.row_step_(logits.clone(), targets, dtype, block)
+    return ((target_logit - most) - total.log()).squeeze(1), q
 
 
 def example(N=37, H=24, V=101, dtype=torch.float32, seed=0):
@@ -61,10 +72,10 @@ def assert_within_plain_error(ours, plain, truth):
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_the_worked_example_comes_out_as_by_hand(backend):
     logits, targets = torch.tensor(TRIANGLE, device=DEVICE), torch.tensor([2], device=DEVICE)
-    log_odds, signs = row_step(backend, logits, targets, torch.float32, block=2)
+    log_odds, q = row_step(backend, logits, targets, torch.float32, block=2)
     assert log_odds.item() == pytest.approx(0.5924, abs=5e-5)
     assert F.logsigmoid(log_odds).item() == pytest.approx(-0.4402, abs=5e-5)
-    assert signs.tolist()[0] == pytest.approx([0.2447, 0.6652, -1, 0.0900], abs=5e-5)
+    assert q.tolist()[0] == pytest.approx([0.2447, 0.6652, 0, 0.0900], abs=5e-5)
     assert logits.logsumexp(1).item() == pytest.approx(3.4402, abs=5e-5)
 
 
@@ -72,17 +83,57 @@ def test_the_worked_example_comes_out_as_by_hand(backend):
 @pytest.mark.parametrize("V", [2, 7, 16, 37, 64])
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_a_row_step_matches_float64(backend, V, dtype):
-    """Tiles that divide V, that do not, and larger than V; signs written over the logits they came from."""
+    """Blocks that divide V, that do not, and larger than V; q written over the logits it came from."""
     logits = (torch.randn(5, V, generator=torch.Generator().manual_seed(V)) * 3).to(DEVICE)
     targets = torch.tensor([0, V - 1, V // 2, 1, 0], device=DEVICE)
     others = logits.double().scatter(1, targets[:, None], -torch.inf)
     true_odds = logits.double().gather(1, targets[:, None])[:, 0] - others.logsumexp(1)
     for block in (2, 16, 128):
-        log_odds, signs = row_step(backend, logits, targets, dtype, block)
+        log_odds, q = row_step(backend, logits, targets, dtype, block)
         torch.testing.assert_close(log_odds.double(), true_odds, rtol=1e-5, atol=1e-6)
         if dtype is not None:
-            true_signs = others.softmax(1).scatter(1, targets[:, None], -1.0)
-            torch.testing.assert_close(signs.double(), true_signs, rtol=2 * torch.finfo(dtype).eps, atol=1e-6)
+            torch.testing.assert_close(q.double(), others.softmax(1), rtol=2 * torch.finfo(dtype).eps, atol=1e-6)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_target_in_another_tile_leaves_a_plain_softmax(backend):
+    logits = (torch.randn(3, 10, generator=torch.Generator().manual_seed(0)) * 3).to(DEVICE)
+    targets = torch.tensor([-1, 10, 10**9], device=DEVICE)  # before, behind, far behind
+    log_odds, q = row_step(backend, logits, targets, torch.float32)
+    assert log_odds.tolist() == [-math.inf] * 3
+    torch.testing.assert_close(q, logits.softmax(1), rtol=1e-5, atol=1e-7)
+
+
+def test_the_kernel_serves_gpus_in_every_dtype_but_float64():
+    assert [ops.backend_for("cpu", dtype) for dtype in DTYPES] == ["torch"] * 3
+    expected = ["triton" if find_spec("triton") else "torch"] * 3 + ["torch"]
+    assert [ops.backend_for("cuda", dtype) for dtype in (*DTYPES, torch.float64)] == expected
+
+
+@pytest.mark.parametrize("widths", [(5, 32), (2, 2, 33), (36, 1)])
+def test_tiles_merged_say_what_the_whole_row_says(widths):
+    """Eq. 6 in float64, over tiles whose logits lie 600 apart; a tile of one word too."""
+    logits = torch.randn(4, 37, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    logits[0, -20:] += 600
+    logits[1, -20:] -= 600
+    targets = torch.tensor([0, 35, 4, 20])
+    whole = chunks.row_step_(logits.clone(), targets, torch.float64)
+    none = torch.full((4, 1), -torch.inf, dtype=torch.float64)
+    rows, q, start = chunks.Tile(slice(0, 0), none, none, torch.zeros_like(none), None), none[:, :0], 0
+    for width in widths:
+        step = chunks.row_step_(logits[:, start:start + width].clone(), targets - start, torch.float64)
+        rows, share = chunks.merge(rows, chunks.Tile(slice(start, start + width), *step))
+        q, start = torch.cat([q * (1 - share), step[3] * share], 1), start + width
+    for mine, true in zip((rows.target_logit, rows.most, rows.total, q), whole):
+        torch.testing.assert_close(mine, true, rtol=1e-12, atol=1e-15)
+
+
+@pytest.mark.parametrize("n_vocab", [2, chunks.CPU_TILE_WORDS, chunks.CPU_TILE_WORDS + 1, 32000, 128256])
+def test_tiles_cover_the_vocabulary_and_none_holds_the_target_alone(n_vocab):
+    words = chunks.tile_words(n_vocab, torch.device("cpu"))
+    assert [word for piece in words for word in range(n_vocab)[piece]] == list(range(n_vocab))
+    assert all(2 <= piece.stop - piece.start <= chunks.CPU_TILE_WORDS for piece in words)
+    assert chunks.tile_words(n_vocab, torch.device("cuda")) == [slice(0, n_vocab)]
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -96,21 +147,19 @@ def test_a_common_offset_of_the_logits_costs_no_digits(backend):
 
 @pytest.mark.parametrize("keep_bytes", [0, ops.KEEP_BYTES], ids=["recomputed", "kept"])
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_token_logp_errs_no_more_than_plain_pytorch(backend, dtype, keep_bytes):
+def test_token_logp_errs_no_more_than_plain_pytorch(walk, dtype, keep_bytes):
     """37 rows in chunks of 16: the last is ragged. The head trains, its signs kept or computed again."""
     data = example(dtype=dtype)
     truth = gradients(reference.token_logp, *in_float64(*data[:2]), *data[2:])
     plain = gradients(reference.token_logp, *data)
-    options = {"chunk_bytes": 16 * 101 * 4, "keep_bytes": keep_bytes, "backend": backend}
+    options = {"chunk_bytes": 16 * 101 * 4, "keep_bytes": keep_bytes, "backend": walk}
     ours = gradients(lambda *x: token_logp(*x, **options), *data)
     assert [x.dtype for x in ours] == [torch.float32, dtype, dtype]
     assert_within_plain_error(ours, plain, truth)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_linear_cross_entropy_errs_no_more_than_plain_pytorch(backend, dtype):
+def test_linear_cross_entropy_errs_no_more_than_plain_pytorch(walk, dtype):
     """In 20 chunks of 8 rows, where a head's gradient summed in bf16 would stop growing."""
     hidden, weight, targets, _ = example(N=157, dtype=dtype)
     targets[::5] = -100
@@ -119,12 +168,14 @@ def test_linear_cross_entropy_errs_no_more_than_plain_pytorch(backend, dtype):
         logits = hidden @ weight.T
         return F.cross_entropy(logits.to(torch.promote_types(logits.dtype, torch.float32)), targets)
     truth = gradients(plain_loss, *in_float64(hidden, weight), targets)
-    options = {"chunk_bytes": 8 * 101 * 4, "backend": backend}
+    options = {"chunk_bytes": 8 * 101 * 4, "backend": walk}
     ours = gradients(lambda *x: linear_cross_entropy(*x, **options), hidden, weight, targets)
     assert_within_plain_error(ours, gradients(plain_loss, hidden, weight, targets), truth)
 
 
-def test_float64_stays_float64():
+@pytest.mark.parametrize("tile_words", [chunks.CPU_TILE_WORDS, 16])
+def test_float64_stays_float64(tile_words, monkeypatch):
+    monkeypatch.setattr(chunks, "CPU_TILE_WORDS", tile_words)
     hidden, weight, targets, upstream = example(dtype=torch.float64)
     ours = gradients(token_logp, hidden, weight, targets, upstream)
     for mine, true in zip(ours, gradients(reference.token_logp, hidden, weight, targets, upstream)):
@@ -133,24 +184,27 @@ def test_float64_stays_float64():
     assert linear_cross_entropy(hidden, weight, targets).dtype == torch.float64
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_a_confident_target_keeps_its_digits(backend):
+def test_a_confident_target_keeps_its_digits(walk):
     """At p_y = 1 - 1e-6, 1 - p_y from a difference in fp32 would be 6 % off; at 1 - 1e-10, zero."""
-    V = 11
+    def exact(hidden, weight, targets):  # log_softmax would cancel in float64 too
+        z = hidden @ weight.T
+        others = z.scatter(1, targets[:, None], -torch.inf).logsumexp(1)
+        return F.logsigmoid(z.gather(1, targets[:, None])[:, 0] - others)
+    V = 40
     rests = torch.tensor([1e-1, 1e-3, 1e-6, 1e-10], dtype=torch.float64)
     hidden = ((1 - rests) / rests * (V - 1)).log().float()[:, None].to(DEVICE).requires_grad_()  # (4, 1)
     weight = torch.eye(V, 1, device=DEVICE).requires_grad_()  # token 0 has hidden for a logit, the others 0
     targets = torch.zeros(4, dtype=torch.int64, device=DEVICE)
     upstream = (1 / rests).to(DEVICE)  # every token counts the same in the head's gradient
-    truth = gradients(reference.token_logp, *in_float64(hidden, weight), targets, upstream)
-    ours = gradients(lambda *x: token_logp(*x, backend=backend), hidden, weight, targets, upstream)
+    truth = gradients(exact, *in_float64(hidden, weight), targets, upstream)
+    ours = gradients(lambda *x: token_logp(*x, backend=walk), hidden, weight, targets, upstream)
     for mine, true in zip(ours, truth):
         torch.testing.assert_close(mine.double(), true, rtol=5e-6, atol=0)
     for row in hidden.detach().split(1):
         data = row.requires_grad_(), weight
-        exact = gradients(reference.linear_cross_entropy, *in_float64(*data), targets[:1])
-        loss = gradients(lambda *x: linear_cross_entropy(*x, backend=backend), *data, targets[:1])
-        for mine, true in zip(loss, exact):
+        truth = gradients(lambda *x: -exact(*x).mean(), *in_float64(*data), targets[:1])
+        loss = gradients(lambda *x: linear_cross_entropy(*x, backend=walk), *data, targets[:1])
+        for mine, true in zip(loss, truth):
             torch.testing.assert_close(mine.double(), true, rtol=5e-6, atol=0)
 
 
@@ -220,23 +274,26 @@ def test_no_allocation_is_larger_than_a_chunk(grad):
 
 
 @pytest.mark.parametrize("keep_bytes", [0, ops.KEEP_BYTES])
-def test_backward_works_twice(keep_bytes):
+def test_backward_works_twice(walk, keep_bytes):
     hidden, weight, targets, upstream = example()
-    logp = token_logp(hidden, weight, targets, keep_bytes=keep_bytes)
+    logp = token_logp(hidden, weight, targets, keep_bytes=keep_bytes, backend=walk)
     logp.backward(upstream, retain_graph=True)
     once = hidden.grad.clone(), weight.grad.clone()
     logp.backward(upstream)
     assert torch.equal(hidden.grad, 2 * once[0]) and torch.equal(weight.grad, 2 * once[1])
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_two_runs_and_a_run_without_gradient_agree_to_the_last_bit(backend):
+def test_two_runs_and_a_run_without_gradient_agree_to_the_last_bit(walk):
     """No atomics anywhere, on a GPU neither: the bits depend on the matrix products alone."""
     data = example()
-    runs = [gradients(lambda *x: token_logp(*x, backend=backend), *data) for _ in range(2)]
+    options = {"chunk_bytes": 16 * 101 * 4, "backend": walk}
+    runs = [gradients(lambda *x: token_logp(*x, **options), *data) for _ in range(2)]
     assert all(torch.equal(a, b) for a, b in zip(*runs))
+    data[1].requires_grad_(False)
+    frozen = gradients(lambda *x: token_logp(*x, **options), *data)
+    assert torch.equal(frozen[0], runs[0][0]) and torch.equal(frozen[1], runs[0][1])
     with torch.no_grad():
-        assert torch.equal(token_logp(*data[:3], backend=backend), runs[0][0])
+        assert torch.equal(token_logp(*data[:3], **options), runs[0][0])
 
 
 def test_autocast_leaves_fp32_alone():
@@ -246,12 +303,21 @@ def test_autocast_leaves_fp32_alone():
         assert all(torch.equal(a, b) for a, b in zip(gradients(token_logp, *data), plain))
 
 
-@pytest.mark.parametrize("N, V, expected", [(512, 32000, 256), (257, 32000, 136), (3, 32000, 8), (0, 5, 8)])
+@pytest.mark.parametrize("N, V, expected", [(512, 32000, 512), (513, 32000, 264), (3, 32000, 8), (0, 5, 8)])
 def test_chunks_are_even_and_within_the_budget(N, V, expected):
     assert chunks.chunk_rows(N, V, torch.float32, torch.device("cpu"), 0) == expected
     budget = 10**6
     rows = chunks.chunk_rows(N, V, torch.float32, torch.device("cuda"), budget)
     assert rows * V * 4 <= max(budget, 8 * V * 4) and rows % 8 == 0
+
+
+@pytest.mark.parametrize("N, H, V", [(8192, 4096, 128256), (8192, 2048, 151936)])
+@pytest.mark.parametrize("chunk_bytes, limit", [(0, 1.2e9), (measure.SMALL_CHUNK_BYTES, 320e6)])
+def test_the_budgets_of_a_gpu_hold_on_the_shapes_of_large_models(N, H, V, chunk_bytes, limit):
+    """By arithmetic, frozen head in bf16: logits, directions, q @ weight in fp32, the targets' weights."""
+    rows = chunks.chunk_rows(N, V, torch.bfloat16, torch.device("cuda"), chunk_bytes)
+    assert chunks.tile_words(V, torch.device("cuda")) == [slice(0, V)]
+    assert rows * V * 4 + N * H * 2 + rows * H * 4 + rows * H * 2 < limit
 
 
 @pytest.mark.parametrize("keep", [False, True])

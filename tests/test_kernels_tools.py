@@ -31,18 +31,23 @@ def test_every_kernel_compiles_for_every_gpu_without_a_spill(tmp_path):
     targets = ("sm_80", "sm_90", "sm_100", "gfx942")
     assert [row[0].split()[0] for row in rows] == [name for name in targets for _ in range(4)]
     assert all(8 <= int(registers) <= 64 and spills == "0" for _, registers, spills, _ in rows)
-    ptx = (tmp_path / "sm_90-signs-bf16.ptx").read_text()
+    ptx = (tmp_path / "sm_90-q-bf16.ptx").read_text()
     assert ptx.count("ld.global.v4.b32") >= 2, "the logits are no longer read 16 bytes at a time"
     assert "ld.global.b128" not in ptx and "st.global.v4.b32" in ptx
 
 
 @needs_triton
-def test_a_spill_fails_the_report(monkeypatch, capsys):
-    from kernels import aot
-    monkeypatch.setattr(aot.triton.knobs.runtime, "interpret", False)
-    monkeypatch.setattr(aot, "compile_row_kernel", lambda *_: None)
-    monkeypatch.setattr(aot, "usage", lambda _: (255, 8, 0))
-    assert aot.main([]) == 1
+@pytest.mark.slow
+def test_a_spill_fails_the_report():
+    """One warp for a block of 8,192 logits has 256 of them per thread, and 255 registers."""
+    code = """import sys
+from kernels import aot
+aot.BLOCK_V, aot.WARPS = 8192, 1
+aot.TARGETS, aot.VARIANTS = {"sm_90": aot.TARGETS["sm_90"]}, {"forward only": ("fp32", False)}
+sys.exit(aot.main([]))"""
+    inherited = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=inherited, text=True, capture_output=True)
+    assert done.returncode == 1 and int(done.stdout.split()[-2]) > 0, done.stdout + done.stderr
 
 
 @needs_triton
@@ -72,6 +77,25 @@ def test_the_benchmark_prints_and_writes_the_same_table(tmp_path, capsys):
     assert rows[0]["x floor"] == 1 and rows[2]["x eager"] == 1 and rows[2]["error"] <= 1
     printed = capsys.readouterr().out
     assert all(f"{row['ms']:.2f}" in printed for row in rows) and "peak MB" in printed
+
+
+def test_the_plot_has_a_bar_for_every_row_of_every_group(tmp_path):
+    pytest.importorskip("matplotlib")
+    rows = [{"shape": "24x8x50", "mode": mode, "name": name, "x floor": 1.2}
+            for mode in ("forward", "frozen") for name in ("floor", "ours")]
+    bench.plot(rows, tmp_path / "bars.png")
+    assert (tmp_path / "bars.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_peer_that_refuses_a_shape_is_named_and_left_out():
+    def refuse(*_):
+        raise RuntimeError("only for sm_999\nand a long trace")
+    functions = {"eager": measure.reference.token_logp, "peer": refuse}
+    data = measure.example((8, 4, 12), torch.float32, torch.device("cpu"), "frozen")
+    ratios, refused = measure.error_ratios(functions, data, rows=8)
+    assert list(ratios) == ["eager"] and refused == {"peer": "only for sm_999"}
+    with pytest.raises(RuntimeError, match="sm_999"):
+        measure.error_ratios({"ours": refuse}, data, rows=8)
 
 
 @pytest.mark.slow

@@ -1,8 +1,14 @@
 """translate.py against transformers and sentencepiece, and its promises: layout, checks, resuming."""
 
 import json
+import os
 import random
+import signal
 import struct
+import subprocess
+import sys
+import time
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -10,12 +16,14 @@ import tokenizers
 import torch
 
 import data
+import seq2seq
+import spm
 import translate
 from data import DataError
 from model import CheckpointError, save_tensors
 
-SHARED = Path(__file__).parents[2] / "shared" / "data"
-DEMO = Path(__file__).parents[1] / "demo"
+ROOT = Path(__file__).parents[1]
+SHARED, DEMO = ROOT.parent / "shared" / "data", ROOT / "demo"
 CONFIG = {"model_type": "m2m_100", "d_model": 24, "encoder_layers": 2, "decoder_layers": 3,
           "encoder_attention_heads": 3, "decoder_attention_heads": 2, "encoder_ffn_dim": 40, "decoder_ffn_dim": 36,
           "max_position_embeddings": 64}
@@ -45,28 +53,45 @@ def spm_bytes(kind=2, extra=b""):
     return body + extra + wire(2, wire(3, kind)) + wire(3, wire(3, 1) + wire(4, 1))
 
 
-def make_checkpoint(path, seed=0, **changes):
-    """A random M2M100 directory whose output lengths vary: the end token's logit is raised a little."""
-    path.mkdir(parents=True, exist_ok=True)
+def write_m2m100_tokenizer(path):
     vocab = {"<s>": 0, "<pad>": 1, "</s>": 2, "<unk>": 3}
     vocab |= {piece: 4 + i for i, piece in enumerate(reversed(MERGED + ["▁", *LETTERS]))}  # not the .model's order
-    raw = CONFIG | {"vocab_size": len(vocab) + 108} | changes
-    (path / "config.json").write_text(json.dumps(raw))
-    (path / "generation_config.json").write_text(json.dumps(
-        {"bos_token_id": 0, "pad_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 2}))
     (path / "vocab.json").write_text(json.dumps(vocab))
     (path / "sentencepiece.bpe.model").write_bytes(spm_bytes())
+    return len(vocab) + 108
+
+
+def write_nllb_tokenizer(path):
+    vocab = {piece: i for i, piece in enumerate(["<s>", "<pad>", "</s>", "<unk>", "▁", *LETTERS, *MERGED])}
+    merges = [("h", "e"), ("▁", "t"), ("▁t", "he"), ("i", "n"), ("e", "r"), ("▁", "a")]
+    inner = tokenizers.Tokenizer(tokenizers.models.BPE(vocab, merges, unk_token="<unk>", fuse_unk=True))
+    inner.pre_tokenizer = tokenizers.pre_tokenizers.Metaspace("▁", prepend_scheme="always")
+    inner.decoder = tokenizers.decoders.Metaspace("▁", prepend_scheme="always")
+    inner.add_special_tokens(["<s>", "<pad>", "</s>", "<unk>"])
+    inner.add_special_tokens(["ace_Arab", "eng_Latn", "swh_Latn", "zho_Hans", "zho_Hant", "<mask>"])
+    inner.save(str(path / "tokenizer.json"))
+    return inner.get_vocab_size()
+
+
+def make_checkpoint(path, seed=4, tokenizer=write_m2m100_tokenizer, **changes):
+    """A random M2M100 or NLLB directory whose output lengths vary: the end token's logit is raised a little."""
+    path.mkdir(parents=True, exist_ok=True)
+    raw = CONFIG | {"vocab_size": tokenizer(path)} | changes
+    (path / "config.json").write_text(json.dumps(raw))
+    (path / "generation_config.json").write_text(json.dumps(
+        {"bos_token_id": 0, "pad_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 2, "max_length": 200}))
     torch.manual_seed(seed)
-    model = translate.M2M100(translate.read_config(path))
+    model = seq2seq.M2M100(seq2seq.read_config(path))
     with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.copy_(torch.randn_like(parameter) * (0.25 if parameter.ndim == 2 else 0.1))
+        for name, parameter in model.named_parameters():
+            parameter.copy_(torch.randn_like(parameter) * (0.4 if parameter.ndim == 2 else 0.1) + ("norm.weight" in name))
         for layer in model.model.decoder.layers:  # the source must matter
-            layer.encoder_attn.out_proj.weight.mul_(3)
-            layer.encoder_attn.v_proj.weight.mul_(2)
-        model.model.decoder.layer_norm.weight.fill_(1.0)
+            layer.encoder_attn.out_proj.weight.mul_(6)
+            layer.encoder_attn.q_proj.weight.mul_(6)
         end = model.head[END]
-        model.model.decoder.layer_norm.bias.copy_(2.5 * end / end.square().sum())  # sentences must come to an end
+        model.head[1] = -end  # nobody writes padding
+        model.model.decoder.layer_norm.weight.fill_(1.0)
+        model.model.decoder.layer_norm.bias.copy_(2 * end / end.square().sum())  # sentences must come to an end
     save_tensors(path / "model.safetensors", {name: p.detach() for name, p in model.named_parameters()})
     return path
 
@@ -94,41 +119,65 @@ def echo(monkeypatch):
     return seen
 
 
-def random_sources(count, low=1, high=20, seed=0):
+def random_sources(count, low=1, high=20, seed=0, language=50):
     rng = random.Random(seed)
-    return [[50] + [rng.randint(4, 49) for _ in range(rng.randint(low, high))] + [END] for _ in range(count)]
+    return [[language] + [rng.randint(4, 40) for _ in range(rng.randint(low, high))] + [END] for _ in range(count)]
 
 
 # ---- network and search ----
 
 def hf_model(path):
+    """transformers' model in float64: near-ties in float32 fall differently from machine to machine."""
     transformers = pytest.importorskip("transformers")
-    return transformers.M2M100ForConditionalGeneration.from_pretrained(path).eval()
+    return transformers.M2M100ForConditionalGeneration.from_pretrained(path).double().eval()
+
+
+def hf_search(theirs, sources, language, limit, beams, alpha=1.0):
+    """transformers' search, decided in float64 too: `generate` rounds logits to float32 whatever the model's
+    type, so a hook keeps them as they were and a processor, the last before the choice, takes them up again."""
+    kept, batch = [], padded(sources)
+    hook = theirs.lm_head.register_forward_hook(lambda module, inputs, logits: kept.append(logits[:, -1]))
+
+    def exact(ids, scores):
+        return scores if ids.shape[1] == 1 else kept[-1].log_softmax(-1)  # the first token is forced
+
+    output = theirs.generate(
+        input_ids=batch, attention_mask=(batch != 1).long(), num_beams=beams, early_stopping=beams > 1,
+        length_penalty=alpha, forced_bos_token_id=language, max_new_tokens=limit, do_sample=False,
+        logits_processor=[exact])
+    hook.remove()
+    assert kept[-1].dtype == torch.float64
+    return [[token for token in row[1:] if token != 1] for row in output.tolist()]
 
 
 def padded(sources):
     return torch.nn.utils.rnn.pad_sequence([torch.tensor(ids) for ids in sources], True, 1)
 
 
-def test_logits_equal_transformers(checkpoint, translator):
-    source, target = padded(random_sources(5)), torch.randint(4, 50, (5, 7))
-    theirs = hf_model(checkpoint)(input_ids=source, attention_mask=(source != 1).long(), decoder_input_ids=target)
-    ours = translator.model(source, source != 1, target) @ translator.model.head.T
-    assert (ours - theirs.logits).abs().max() < 1e-4
+FAMILIES = pytest.mark.parametrize("tokenizer", [write_m2m100_tokenizer, write_nllb_tokenizer])
 
 
-@pytest.mark.parametrize("beams", [1, 5])
-@pytest.mark.parametrize("seed", [0, 1])
-def test_beam_search_equals_transformers_token_for_token(tmp_path, beams, seed):
-    make_checkpoint(tmp_path, seed)
-    sources, limit = random_sources(50, seed=seed), 20
-    ids = padded(sources)
-    theirs = hf_model(tmp_path).generate(
-        input_ids=ids, attention_mask=(ids != 1).long(), num_beams=beams, early_stopping=beams > 1,
-        length_penalty=1.0, forced_bos_token_id=51, max_new_tokens=limit, do_sample=False)
-    ours = translate.beam_search(translate.load_model(tmp_path), sources, 51, [limit] * 50, beams)
-    assert ours == [[token for token in row[1:] if token != 1] for row in theirs.tolist()]
-    assert beams == 1 or len({len(ids) for ids in ours}) > 3, "the test wants ends at different steps"
+@FAMILIES
+def test_logits_equal_transformers(tmp_path, tokenizer):
+    make_checkpoint(tmp_path, tokenizer=tokenizer)
+    source, target = padded(random_sources(5)), torch.randint(4, 40, (5, 7))
+    given = dict(input_ids=source, attention_mask=(source != 1).long(), decoder_input_ids=target)
+    ours, theirs = seq2seq.load_model(tmp_path), hf_model(tmp_path)
+    for dtype, bound in ((torch.float32, 1e-4), (torch.float64, 1e-6)):  # both make positions in float32
+        ours, theirs = ours.to(dtype), theirs.to(dtype)
+        assert (ours(source, source != 1, target) @ ours.head.T - theirs(**given).logits).abs().max() < bound
+
+
+@FAMILIES
+@pytest.mark.parametrize("beams, alpha", [(1, 1.0), (5, 1.0), (5, 0.2), (5, 2.0)])
+def test_beam_search_equals_transformers_token_for_token(tmp_path, tokenizer, beams, alpha):
+    make_checkpoint(tmp_path, tokenizer=tokenizer)
+    ours = translate.load(tmp_path, dtype=torch.float64)
+    target, limit = ours.tokenizer.languages["zh"], 20
+    sources = random_sources(100, high=30, seed=beams, language=ours.tokenizer.languages["en"])
+    theirs = hf_search(hf_model(tmp_path), sources, target, limit, beams, alpha)
+    assert seq2seq.beam_search(ours.model, sources, target, [limit] * 100, beams, alpha) == theirs
+    assert len({len(ids) for ids in theirs}) > 3 and len({str(ids) for ids in theirs}) > 40, "outputs want variety"
 
 
 def plain_beam_search(model, source, language, limit, beams):
@@ -150,58 +199,59 @@ def plain_beam_search(model, source, language, limit, beams):
 
 
 @pytest.mark.parametrize("beams", [1, 3])
-def test_beam_search_equals_the_textbook_version(translator, beams):
-    sources = random_sources(6, 1, 12, seed=3)
-    model = translator.model.double()
+def test_beam_search_equals_the_textbook_version(checkpoint, beams):
+    sources, model = random_sources(6, 1, 12, seed=3), seq2seq.load_model(checkpoint, dtype=torch.float64)
     plain = [plain_beam_search(model, ids, 51, 14, beams) for ids in sources]
-    fast = translate.beam_search(model, sources, 51, [14] * 6, beams)
-    model.float()
-    assert fast == plain
+    assert seq2seq.beam_search(model, sources, 51, [14] * 6, beams) == plain
 
 
-def test_a_translation_does_not_depend_on_its_batch(translator):
-    sources = random_sources(11)
+def test_a_translation_does_not_depend_on_its_batch(checkpoint):
+    sources, model = random_sources(11), seq2seq.load_model(checkpoint, dtype=torch.float64)
     limits = [2 * len(ids) + 9 for ids in sources]
-    together = translate.beam_search(translator.model, sources, 51, limits)
-    alone = [translate.beam_search(translator.model, [ids], 51, [n])[0] for ids, n in zip(sources, limits)]
-    assert together == alone
+    together = seq2seq.beam_search(model, sources, 51, limits)
+    assert together == [seq2seq.beam_search(model, [ids], 51, [n])[0] for ids, n in zip(sources, limits)]
 
 
-def demo_translator():
+def test_the_best_tokens_are_those_of_a_log_softmax():
+    torch.manual_seed(0)
+    for V, count in ((9, 4), (seq2seq.BLOCK, 3), (3 * seq2seq.HEAD_ROWS + 5, 10)):
+        hidden, head = torch.randn(7, 6) * 5, torch.randn(V, 6)
+        logp, token = (hidden @ head.T).log_softmax(-1).topk(count)
+        ours = seq2seq.best_tokens(hidden, head, count, torch.empty(7 * (V + seq2seq.BLOCK)))
+        assert torch.allclose(ours[0], logp, atol=1e-5) and torch.equal(ours[1], token)
+        banned = token[:, 0].tolist(), list(range(7))
+        ours = seq2seq.best_tokens(hidden, head, count - 1, torch.empty(7 * (V + seq2seq.BLOCK)), banned)
+        assert torch.equal(ours[1], token[:, 1:])
+
+
+@pytest.mark.slow
+def test_the_demo_translator_equals_transformers_and_sentencepiece():
+    sentencepiece = pytest.importorskip("sentencepiece")
     if not (DEMO / "m2m100" / "model.safetensors").exists():
         pytest.skip("demo/m2m100 is not built")
-    return translate.load(DEMO / "m2m100")
-
-
-def test_the_demo_translator_equals_transformers_and_sentencepiece():
-    spm = pytest.importorskip("sentencepiece")
-    translator, theirs = demo_translator(), hf_model(DEMO / "m2m100")
-    pieces = spm.SentencePieceProcessor(model_file=str(DEMO / "m2m100" / "sentencepiece.bpe.model"))
+    translator, theirs = translate.load(DEMO / "m2m100", dtype=torch.float64), hf_model(DEMO / "m2m100")
+    pieces = sentencepiece.SentencePieceProcessor(model_file=str(DEMO / "m2m100" / "sentencepiece.bpe.model"))
     vocab = json.loads((DEMO / "m2m100" / "vocab.json").read_text("utf-8"))
     rows = data.read_rows(DEMO / "eval.jsonl")[::20]
     texts = [row["en"]["prompt"] for row in rows] + [row["de"]["prompt"] for row in rows]
     ids = [translator.tokenizer.encode(text) for text in texts]
     assert ids == [[vocab.get(piece, 3) for piece in pieces.encode(text, out_type=str)] for text in texts]
     known = translator.tokenizer.languages
-    sources, limit = [[known["en"], *row, END] for row in ids], 40
-    batch = padded(sources)
+    sources, limits = [[known["en"], *row, END] for row in ids], [40] * len(ids)
     for code in translator.languages:
-        output = theirs.generate(
-            input_ids=batch, attention_mask=(batch != 1).long(), num_beams=5, early_stopping=True,
-            forced_bos_token_id=known[code], max_new_tokens=limit, length_penalty=1.0)
-        ours = translate.beam_search(translator.model, sources, known[code], [limit] * len(sources))
-        assert ours == [[token for token in row[1:] if token != 1] for row in output.tolist()]
+        ours = seq2seq.beam_search(translator.model, sources, known[code], limits)
+        assert ours == hf_search(theirs, sources, known[code], 40, 5)
 
 
 def test_no_repeat_forbids_repeated_ngrams(translator):
-    for ids in translate.beam_search(translator.model, random_sources(8), 51, [40] * 8, 1, no_repeat=2):
+    for ids in seq2seq.beam_search(translator.model, random_sources(8), 51, [40] * 8, 1, no_repeat=2):
         pairs = list(zip(ids, ids[1:]))
         assert len(set(pairs)) == len(pairs)
 
 
 def test_gradients_reach_every_parameter_in_teacher_forcing():
-    config = translate.Config(**{k: v for k, v in CONFIG.items() if k != "model_type"}, vocab_size=60)
-    model = translate.M2M100(config)
+    config = seq2seq.Config(**{k: v for k, v in CONFIG.items() if k != "model_type"}, vocab_size=60)
+    model = seq2seq.M2M100(config)
     source = padded(random_sources(3))
     hidden = model(source, source != 1, torch.randint(4, 50, (3, 6)))
     (hidden @ model.head.T).square().mean().backward()
@@ -213,11 +263,11 @@ def test_gradients_reach_every_parameter_in_teacher_forcing():
 def test_pytorch_bin_gives_the_same_model(checkpoint, tmp_path):
     for name in ("config.json", "vocab.json", "sentencepiece.bpe.model"):
         (tmp_path / name).write_bytes((checkpoint / name).read_bytes())
-    state = dict(translate.load_model(checkpoint).state_dict())
+    state = dict(seq2seq.load_model(checkpoint).state_dict())
     state["lm_head.weight"] = state["model.encoder.embed_tokens.weight"] = state.pop("model.shared.weight")
     state["model.encoder.embed_positions.weights"] = torch.zeros(66, 24)
     torch.save(state, tmp_path / "pytorch_model.bin")
-    ours, saved = translate.load_model(tmp_path).state_dict(), translate.load_model(checkpoint).state_dict()
+    ours, saved = seq2seq.load_model(tmp_path).state_dict(), seq2seq.load_model(checkpoint).state_dict()
     assert all(torch.equal(ours[name], saved[name]) for name in saved)
 
 
@@ -225,7 +275,7 @@ def test_a_pickle_that_runs_code_is_refused(checkpoint, tmp_path):
     (tmp_path / "config.json").write_bytes((checkpoint / "config.json").read_bytes())
     torch.save({"model.shared.weight": Path("/")}, tmp_path / "pytorch_model.bin")
     with pytest.raises(CheckpointError, match="pytorch_model.bin cannot be read"):
-        translate.load_model(tmp_path)
+        seq2seq.load_model(tmp_path)
 
 
 @pytest.mark.parametrize("break_, message", [
@@ -263,7 +313,7 @@ def test_an_unknown_language_is_named_with_the_known_ones(translator):
 def test_m2m100_language_ids_start_where_the_vocabulary_ends(tmp_path):
     (tmp_path / "vocab.json").write_text(json.dumps({f"piece{i}": i for i in range(128004)}))
     (tmp_path / "sentencepiece.bpe.model").write_bytes(spm_bytes())
-    languages = translate.load_tokenizer(tmp_path).languages
+    languages = spm.load_tokenizer(tmp_path).languages
     known = dict(en=128022, zh=128102, de=128020, ko=128052, id=128041, sw=128088, yo=128101, fr=128028, hi=128036)
     assert len(languages) == 100 and {code: languages[code] for code in known} == known
 
@@ -281,68 +331,97 @@ def test_bpe_merges_the_best_piece_first_and_decoding_drops_special_ids(translat
 def test_control_pieces_are_never_read_from_text(tmp_path):
     for kind in (1, 2):
         (tmp_path / "m").write_bytes(spm_bytes(kind))
-        inner, pieces, normalize = translate.read_sentencepiece(tmp_path / "m")
+        inner, pieces, normalize = spm.read_sentencepiece(tmp_path / "m")
         ids = inner.encode(normalize("a<s>b</s>"), add_special_tokens=False).ids
         assert not {pieces.index("<s>"), pieces.index("</s>")} & set(ids)
 
 
-def sample_lines():
-    """Lines in seven languages: real news where present, and made-up ones with odd spaces, marks and symbols."""
+LANGUAGES = ("en", "de", "zh", "ko", "id", "sw", "yo")
+
+
+def odd_lines():
+    """Odd spaces, marks and symbols, and words of seven languages thrown together."""
     lines = ["", " ", "  two  spaces ", "tab\there", "ﬁ ① ｆｕｌｌ　ｗｉｄｔｈ", "Ẹ̀yà ẹranko wo ni kọ̀lọ̀kọ̀lọ̀ jẹ́?",
              "e\u0301\u0323 n\u0304\u0301", "😀😀 ok 👩‍👩‍👧", "....!!!! ---- ____", "<s> [x] </s>",
              "사자는 어디에 살아요?", "狮子住在哪里？", "a\u200bb\u00a0c", "▁x ▁▁y"]
-    news = SHARED / "parallel" / "ntrex_1000.jsonl"
-    if news.exists():
-        rows = map(json.loads, news.read_text("utf-8").splitlines())
-        lines += [text for row in rows for text in row.values() if type(text) is str]
     rng = random.Random(0)
     words = "simba anaishi wapi der Löwe größer ọ̀rọ̀ 동물 动物 hewan apa 3.14 (a) x-y don't".split()
-    return lines + [" ".join(rng.choices(words, k=rng.randint(1, 12))) for _ in range(300)]
+    return lines + [" ".join(rng.choices(words, k=rng.randint(1, 12))) for _ in range(1000)]
+
+
+def demo_lines():
+    """The demo's sentences in seven languages."""
+    rows = data.read_rows(DEMO / "eval.jsonl") + data.read_rows(DEMO / "english.jsonl")
+    return [row[code][part] for row in rows for code in LANGUAGES if code in row for part in ("prompt", "response")]
+
+
+def news_lines():
+    """Real news in seven languages, where it is present."""
+    file = SHARED / "parallel" / "ntrex_1000.jsonl"
+    rows = map(json.loads, file.read_text("utf-8").splitlines()) if file.exists() else []
+    return [row[code] for row in rows for code in LANGUAGES]
+
+
+def differing(model, lines):
+    """The lines of which our ids of a .model are not sentencepiece's."""
+    sentencepiece = pytest.importorskip("sentencepiece")
+    theirs = sentencepiece.SentencePieceProcessor(model_file=str(model))
+    inner, pieces, normalize = spm.read_sentencepiece(model)
+    assert pieces == [theirs.id_to_piece(i) for i in range(theirs.get_piece_size())]
+    return [line for line, ids in zip(lines, theirs.encode(lines))
+            if inner.encode(normalize(line), add_special_tokens=False).ids != ids]
 
 
 @pytest.mark.parametrize("kind, normalization", [("bpe", "nmt_nfkc"), ("bpe", "identity"), ("unigram", "nmt_nfkc")])
-def test_ids_equal_sentencepiece(tmp_path, kind, normalization):
-    spm = pytest.importorskip("sentencepiece")
-    lines = sample_lines()
-    spm.SentencePieceTrainer.train(
-        sentence_iterator=iter(lines[:800]), model_prefix=str(tmp_path / "m"), model_type=kind, vocab_size=2400,
+def test_ids_equal_sentencepiece_on_thousands_of_lines(tmp_path, kind, normalization):
+    sentencepiece = pytest.importorskip("sentencepiece")
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(demo_lines()[:1500]), model_prefix=str(tmp_path / "m"), model_type=kind, vocab_size=2400,
         normalization_rule_name=normalization, hard_vocab_limit=False, character_coverage=0.999, minloglevel=2)
-    theirs = spm.SentencePieceProcessor(model_file=str(tmp_path / "m.model"))
-    inner, pieces, normalize = translate.read_sentencepiece(tmp_path / "m.model")
-    assert pieces == [theirs.id_to_piece(i) for i in range(theirs.get_piece_size())]
-    wrong = [line for line in lines
-             if inner.encode(normalize(line), add_special_tokens=False).ids != theirs.encode(line)]
-    assert len(wrong) <= (len(lines) // 3000 if kind == "unigram" else 0), wrong[:3]
+    lines = demo_lines() + odd_lines()
+    assert len(lines) > 6000
+    wrong = differing(tmp_path / "m.model", lines)
+    assert len(wrong) <= (len(lines) // 3000 if kind == "unigram" else 0), wrong
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("model, wrong_of", [("llama2/tokenizer.model", 0), ("mbart_unigram/sentencepiece.bpe.model", 3000)])
+def test_ids_of_real_models_equal_sentencepiece(model, wrong_of):
+    if not (SHARED / "tokenizers" / model).exists():
+        pytest.skip("no shared data")
+    lines = news_lines() + demo_lines() + odd_lines()
+    assert len(lines) > 13_000
+    wrong = differing(SHARED / "tokenizers" / model, lines)
+    assert len(wrong) <= (len(lines) // wrong_of if wrong_of else 0), wrong
 
 
 def test_llama2_ids_equal_the_golden_ones():
     folder = SHARED / "tokenizers" / "llama2"
     if not folder.exists():
         pytest.skip("no shared data")
-    inner, _, normalize = translate.read_sentencepiece(folder / "tokenizer.model")
+    inner, _, normalize = spm.read_sentencepiece(folder / "tokenizer.model")
     for line in (folder / "golden_ids.jsonl").read_text("utf-8").splitlines():
         case = json.loads(line)
         assert inner.encode(normalize(case["text"]), add_special_tokens=False).ids == case["ids"], case["text"]
 
 
-def nllb_tokenizer(path):
-    words = {"<s>": 0, "<pad>": 1, "</s>": 2, "<unk>": 3, "lion": 4, "the": 5}
-    inner = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="<unk>"))
-    inner.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
-    inner.add_special_tokens(["<s>", "<pad>", "</s>", "<unk>"])
-    inner.add_special_tokens(["eng_Latn", "swh_Latn", "zho_Hans", "zho_Hant", "ace_Arab"])
-    inner.save(str(path / "tokenizer.json"))
-
-
 def test_nllb_takes_short_codes_and_its_own(tmp_path):
-    nllb_tokenizer(tmp_path)
-    tokenizer = translate.load_tokenizer(tmp_path)
-    assert tokenizer.languages["sw"] == tokenizer.languages["swh_Latn"] == 7
-    assert tokenizer.languages["zh"] == tokenizer.languages["zho_Hans"] != tokenizer.languages["zho_Hant"]
-    assert "ko" not in tokenizer.languages and "ace_Arab" in tokenizer.languages
-    assert tokenizer.encode("the lion </s> swh_Latn")[:2] == [5, 4]
-    assert not {2, 7} & set(tokenizer.encode("the lion </s> swh_Latn")), "special tokens in a text are text"
-    assert tokenizer.decode([7, 5, 4, 2]) == "the lion"
+    write_nllb_tokenizer(tmp_path)
+    tokenizer = spm.load_tokenizer(tmp_path)
+    known = tokenizer.languages
+    assert known["sw"] == known["swh_Latn"] and known["zh"] == known["zho_Hans"] != known["zho_Hant"]
+    assert "ko" not in known and "ace_Arab" in known
+    assert not {END, known["sw"]} & set(tokenizer.encode("the lion </s> swh_Latn")), "special tokens in a text are text"
+    assert tokenizer.decode([known["sw"], *tokenizer.encode("the inner lion"), END]) == "the inner lion"
+
+
+def test_nllb_s_sources_equal_transformers(tmp_path):
+    transformers = pytest.importorskip("transformers")
+    make_checkpoint(tmp_path, tokenizer=write_nllb_tokenizer)
+    theirs = transformers.NllbTokenizer(tokenizer_file=str(tmp_path / "tokenizer.json"), src_lang="eng_Latn")
+    job = translate.Job(translate.load(tmp_path), "en", "sw")
+    for text in ("the lion", "a [0] b, c?", "inner", ""):
+        assert job.source_ids(text) == theirs(text).input_ids
 
 
 # ---- documents ----
@@ -380,6 +459,33 @@ def test_parsing_loses_nothing_of_real_replies(translator):
             assert "".join(part for _, part in translate.parse(text, lambda s: len(s) < 200)) == text
 
 
+def kept(text, translation):
+    """Whether line breaks, what lines begin with, code, links, formulas and other spans are in the translation."""
+    def blocks(x):
+        return [part for i, part in enumerate(translate.BLOCK.split(x)) if i % 2]
+
+    def spans(x):
+        return Counter(translate.INLINE.findall(translate.BLOCK.sub("", x)))
+
+    lines = zip(text.split("\n"), translation.split("\n"))
+    return (text.count("\n") == translation.count("\n") and blocks(text) == blocks(translation)
+            and not spans(text) - spans(translation)
+            and all(b.startswith(translate.MARKER.match(a)[0].rstrip()) for a, b in lines))
+
+
+@pytest.mark.slow
+def test_real_conversations_go_through_the_demo_translator(tmp_path, capsys):
+    file = SHARED / "oasst" / "en_100_tree.jsonl.gz"
+    if not file.exists():
+        pytest.skip("no shared data")
+    rows, translator = data.read_rows(file, "en", "all"), translate.load(DEMO / "m2m100")
+    done = translate.translate_rows(rows, translator, "en", "sw", tmp_path / "sw.jsonl", beams=1, keep_failed=True)
+    assert len(done) == len(rows)
+    wrong = [row["sw"][part] for row in done for part in ("prompt", "response") if not kept(row["en"][part], row["sw"][part])]
+    assert not wrong, wrong[:1]
+    assert "segments: unknown words" in capsys.readouterr().out, "failures are counted by reason"
+
+
 def test_protected_spans_survive_a_translator_that_changes_everything(translator, monkeypatch):
     monkeypatch.setattr(translate, "translate_sentences",
                         lambda texts, job, beams, no_repeat=0: [(text.upper(), None) for text in texts])
@@ -400,6 +506,8 @@ def test_a_lost_mark_sends_the_texts_around_it_on_their_own(translator, monkeypa
     monkeypatch.setattr(translate, "translate_sentences", forgetful)
     assert translate.translate(["use `ls -l` to list"], "en", "sw", translator) == ["USE `ls -l` TO LIST"]
     assert ["to list", "use"] in calls
+    assert translate.translate(["See (the page [https://a.example], *or* not)!"], "en", "sw", translator) == [
+        "SEE (THE PAGE [https://a.example], *OR* NOT)!"]
 
 
 @pytest.mark.parametrize("text, expected", [
@@ -422,6 +530,13 @@ def test_long_sentences_are_cut_at_clauses_then_words_until_they_fit():
     assert all(piece.endswith((" ", ",", ";")) for piece in pieces)
     pieces = translate.cut("狮" * 9, lambda s: len(s) <= 4)
     assert "".join(pieces) == "狮" * 9 and max(map(len, pieces)) <= 4
+
+
+def test_long_paragraphs_reach_the_model_in_parts_that_fit(translator, echo):
+    text = "the inner heat in a `long. span` there, then " * 30 + "end. " + "antheninanther" * 20 + "."
+    assert translate.translate([text], "en", "sw", translator) == [text]
+    job = translate.Job(translator, "en", "sw")
+    assert len(echo) > 4 and all(job.fits(segment) and segment.count("[") == segment.count("]") for segment in echo)
 
 
 def test_languages_without_spaces_get_none_between_sentences(translator, echo):
@@ -571,3 +686,50 @@ def test_a_file_of_someone_else_is_left_alone(translator, tmp_path, shout):
 def test_the_real_model_runs_through_rows(translator, tmp_path):
     rows = translate.translate_rows(make_rows(3), translator, "en", "de", tmp_path / "o.jsonl", 2, keep_failed=True)
     assert len(rows) == 3 and all(row["de"]["response"].count("\n") == 1 for row in rows)
+
+
+# ---- command line ----
+
+def command(checkpoint, rows, out, *launcher, lang="sw,de"):
+    """translate.py in a process of its own; a random translator's work fails its checks and is filed all the same."""
+    return [sys.executable, *launcher, "translate.py", "--lang", lang, "--data", str(rows), "--out", str(out),
+            "--translator", str(checkpoint), "--beams", "2", "--device", "cpu"]
+
+
+def run(*words):
+    """One thread each: sums of a different number of threads are rounded differently."""
+    done = subprocess.run(words, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done
+
+
+@pytest.mark.slow
+def test_two_processes_write_the_file_of_one(checkpoint, tmp_path):
+    one, two, rows = tmp_path / "one.jsonl", tmp_path / "two.jsonl", tmp_path / "rows.jsonl"
+    data.write_rows(rows, make_rows(32 + 5))
+    alone = run(*command(checkpoint, rows, one))
+    torchrun = "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"
+    together = run(*command(checkpoint, rows, two, *torchrun))
+    assert one.read_bytes() == two.read_bytes() and one.read_bytes().count(b"\n") == 37
+    assert together.stdout.replace(str(two), str(one)) == alone.stdout, "one process prints, and counts the same faults"
+    whole = two.read_bytes()
+    two.write_bytes(whole[:len(whole) // 2])
+    run(*command(checkpoint, rows, two, *torchrun))
+    assert sorted(two.read_bytes().split(b"\n")) == sorted(whole.split(b"\n"))
+
+
+@pytest.mark.slow
+def test_a_process_killed_without_warning_goes_on_where_it_was(checkpoint, tmp_path):
+    rows, whole, out = tmp_path / "rows.jsonl", tmp_path / "whole.jsonl", tmp_path / "out.jsonl"
+    data.write_rows(rows, make_rows(64))
+    run(*command(checkpoint, rows, whole, lang="sw"))
+    process = subprocess.Popen(command(checkpoint, rows, out, lang="sw"), cwd=ROOT, stderr=subprocess.DEVNULL,
+                               stdout=subprocess.DEVNULL, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    while process.poll() is None and not (out.exists() and out.stat().st_size):
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert 0 < out.stat().st_size < whole.stat().st_size, "the kill was to come in the middle"
+    again = run(*command(checkpoint, rows, out, lang="sw"))
+    assert out.read_bytes() == whole.read_bytes()
+    assert "tokens/s" in again.stderr and "64/64" in again.stderr

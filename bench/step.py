@@ -1,0 +1,287 @@
+"""A training step side by side: ours, TRL's DPOTrainer with PEFT, and the bare matrix products of our step.
+
+    python -m bench.step                         # the shape of its defaults, paired in one run
+    python -m bench.step --sides ours --recompute
+    python -m bench.step --flat                  # cost per token while the number of samples grows
+
+A *sample* is a bilingual row: an English and a translated question with a response each. They make two preference
+pairs, each response being chosen for one question and rejected for the other. Both sides get the same checkpoint, the
+same pairs, LoRA on q, k, v, o, the sigmoid loss and AdamW, and both compute the reference log-probs of every pair once,
+inside the time. Lengths are log-normal: the medians and sigma of the options, prompts and responses cut so that a fork
+fits a row.
+
+Every side runs in a process of its own; its peak is the most memory that process ever held (resident, imports and model
+included). The clock starts when model and data are ready and one small step has warmed the side up. Both sides print
+the mean log-prob of the chosen responses of the first step under the base model; they have to agree, since the work is
+the same. `products` is every product of an activation with a frozen weight that our step needs, and nothing between
+them: the time left when all else is free. Beside the wall clock stands processor time, which with --threads 1 is what to
+compare on a machine that does other work too.
+
+TRL's reference is the model with its adapter switched off, inside every step; --trl-precompute has it compute all of
+them first. Needs trl and peft (tests/requirements.txt).
+"""
+
+import argparse
+import json
+import math
+import os
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from tokenizers import Tokenizer, models, pre_tokenizers
+
+import clo
+import data
+import model as llama
+import runs
+from kernels.chunks import CPU_CHUNK_ROWS
+
+BOS, EOS, SPECIAL = 0, 1, 2                                       # ids; words follow the special tokens
+MAX_PROMPT, MAX_RESPONSE = 200, 400                               # tokens: 200 + 2 * 400 fit a row of 1024
+
+
+# -------------------------------------------------------------------------------------------------------- the work
+
+def make_samples(args) -> list[list[data.Fork]]:
+    """Forks of every sample, [English, target]: random words of log-normal lengths."""
+    generator = torch.Generator().manual_seed(1)
+
+    def words(median: int, most: int) -> list[int]:
+        length = median * math.exp(args.sigma * torch.randn((), generator=generator).item())
+        return torch.randint(SPECIAL, args.vocab, (min(most, max(2, round(length))),), generator=generator).tolist()
+    samples = []
+    for row in range(args.samples):
+        prompts = [[BOS] + words(args.prompt, MAX_PROMPT) for _ in range(2)]
+        replies = [words(args.response, MAX_RESPONSE) + [EOS] for _ in range(2)]
+        samples.append([data.Fork(prompts[own], [replies[own], replies[1 - own]], language, row)
+                        for own, language in enumerate(("en", "tgt"))])
+    return samples
+
+
+def write_checkpoint(directory: Path, args) -> None:
+    """A random Llama, and a tokenizer to which every word is one token, for those who want text."""
+    heads = args.width // args.head_dim
+    config = llama.Config(vocab_size=args.vocab, hidden_size=args.width, intermediate_size=args.mlp,
+                          num_hidden_layers=args.layers, num_attention_heads=heads, num_key_value_heads=heads,
+                          head_dim=args.head_dim)
+    llama.save(llama.initialise_(llama.Llama(config)), directory)
+    words = {"<s>": BOS, "</s>": EOS} | {f"w{i}": i for i in range(SPECIAL, args.vocab)}
+    tokenizer = Tokenizer(models.WordLevel(words, "</s>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer.save(str(directory / "tokenizer.json"))
+    special = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "</s>"}
+    runs.write_json(directory / "tokenizer_config.json", special | {"tokenizer_class": "PreTrainedTokenizerFast"})
+
+
+def clock() -> tuple[float, float]:
+    """Seconds of wall clock and of processor time: the second hardly feels what else the machine does."""
+    return time.perf_counter(), time.process_time()
+
+
+def elapsed(since: tuple[float, float]) -> dict:
+    return {name: now - then for name, now, then in zip(("seconds", "cpu_seconds"), clock(), since)}
+
+
+def peak_gb() -> float:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
+
+
+# ------------------------------------------------------------------------------------------------------------ sides
+
+def our_arguments(args) -> argparse.Namespace:
+    return clo.parse_args([
+        "--lang", "tgt", "--device", "cpu", "--dtype", args.dtype, "--lr", str(args.lr), "--beta", "0.1",
+        "--row-tokens", str(args.row_tokens), "--micro-rows", str(args.micro_rows), "--batch-size", str(args.batch_size),
+        "--lora-rank", str(args.rank), "--lora-alpha", "32"])
+
+
+def run_ours(directory: Path, args) -> dict:
+    """The reference pass and an epoch, with clo.py's own functions."""
+    device, stage, flags = torch.device("cpu"), clo.METHODS["dpo"][0], our_arguments(args)
+    model = llama.load(directory, device, clo.DTYPES[args.dtype])
+    model.recompute = args.recompute
+    parameters = clo.make_trainable(model, "lora", args.rank, 32, 0)
+    optimizer = clo.make_optimizer(parameters.values(), args.lr, 0.0, device)
+    samples = make_samples(args)
+    steps = clo.make_steps(samples, stage, flags, seed=None)
+    warm = clo.make_steps(samples[:1], stage, flags, seed=None)[0]
+    clo.backward_step(model, warm, None, stage, flags, device)
+    optimizer.zero_grad()
+    started = clock()
+    flat = clo.reference_logps(model, steps, device)
+    reference_seconds = elapsed(started)["seconds"]
+    for step, reference in zip(steps, clo.group_by_step(flat, steps)):
+        clo.backward_step(model, step, reference, stage, flags, device)
+        torch.nn.utils.clip_grad_norm_(parameters.values(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+    spent = elapsed(started)
+    chosen = torch.cat([sums[micro.chosen] for micro, sums in zip(steps[0], flat)])
+    return spent | {"reference_seconds": reference_seconds, "chosen_logp": chosen.mean().item()}
+
+
+@torch.no_grad()
+def run_products(directory: Path, args) -> dict:
+    """The products of run_ours with frozen weights: forward twice (reference and policy), gradients of inputs once."""
+    model = llama.load(directory, dtype=clo.DTYPES[args.dtype])
+    weights = [(name, weight) for name, weight in model.named_parameters() if name.endswith("_proj.weight")]
+    first = tuple(f"layers.0.self_attn.{name}_proj.weight" for name in "qkv")    # the first input needs no gradient
+    steps = clo.make_steps(make_samples(args), clo.METHODS["dpo"][0], our_arguments(args), seed=None)
+    widths = {width for _, weight in weights for width in weight.shape}
+
+    def work(tokens: int, predicted: int, backward: bool) -> None:
+        x = {width: torch.randn(tokens, width, dtype=model.head.dtype) for width in widths}
+        for name, weight in weights:
+            F.linear(x[weight.shape[1]], weight)
+            if backward and not name.endswith(first):
+                x[weight.shape[0]] @ weight
+        for start in range(0, predicted, CPU_CHUNK_ROWS):
+            logits = x[args.width][:min(CPU_CHUNK_ROWS, predicted - start)] @ model.head.T
+            if backward:
+                logits @ model.head
+    work(256, 256, True)
+    started = clock()
+    for micro in [micro for step in steps for micro in step]:
+        for backward in (False, True):
+            work(micro.batch.fork.numel(), len(micro.batch.targets), backward)
+    return elapsed(started)
+
+
+def run_trl(directory: Path, args) -> dict:
+    """The same pairs through TRL's DPOTrainer with PEFT, for one epoch."""
+    import datasets
+    import transformers
+    from peft import LoraConfig
+    from trl import DPOConfig, DPOTrainer
+    tokenizer = transformers.AutoTokenizer.from_pretrained(directory)
+    forks = [fork for group in make_samples(args) for fork in group]
+    rows = [{"prompt": tokenizer.decode(fork.prompt), "chosen": " " + tokenizer.decode(fork.continuations[0]),
+             "rejected": " " + tokenizer.decode(fork.continuations[1])} for fork in forks]
+    config = DPOConfig(
+        output_dir=str(directory / "trl"), per_device_train_batch_size=args.trl_batch, num_train_epochs=1,
+        gradient_accumulation_steps=2 * args.batch_size // args.trl_batch, learning_rate=args.lr, beta=0.1,
+        lr_scheduler_type="constant", max_length=1024, gradient_checkpointing=args.trl_checkpointing,
+        bf16=args.dtype == "bf16", use_cpu=True, precompute_ref_log_probs=args.trl_precompute,
+        train_sampling_strategy=args.trl_sampling, report_to=[], save_strategy="no", logging_steps=1, disable_tqdm=True,
+        dataloader_pin_memory=False)
+    model = transformers.AutoModelForCausalLM.from_pretrained(directory, dtype=clo.DTYPES[args.dtype])
+    adapter = LoraConfig(r=args.rank, lora_alpha=32, target_modules=list(clo.ATTENTION), task_type="CAUSAL_LM")
+    started = clock()
+    trainer = DPOTrainer(model, args=config, train_dataset=datasets.Dataset.from_list(rows),
+                         processing_class=tokenizer, peft_config=adapter)
+    first_pass = elapsed(started) if args.trl_precompute else {"seconds": 0.0, "cpu_seconds": 0.0}
+    first = trainer.train_dataset[0]
+    assert (first["prompt_ids"], first["chosen_ids"], first["rejected_ids"]) == (forks[0].prompt, *forks[0].continuations)
+    if not args.trl_precompute:
+        trainer.model.eval()                                      # so that its log-probs are not logged as training's
+        trainer.compute_loss(trainer.model, trainer.data_collator([first])).backward()
+        trainer.model.zero_grad()
+    started = clock()
+    trainer.train()
+    spent = {name: seconds + first_pass[name] for name, seconds in elapsed(started).items()}
+    chosen = trainer.state.log_history[0]["logps/chosen"]
+    return spent | {"reference_seconds": first_pass["seconds"], "chosen_logp": chosen}
+
+
+SIDES = {"ours": run_ours, "trl": run_trl, "products": run_products}
+
+
+def run_apart(side: str, given: list[str], directory: str, args) -> dict:
+    """The result of a side, run in a process of its own."""
+    command = [sys.executable, "-m", "bench.step", *given, "--run", directory, "--sides", side]
+    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+                          env=os.environ | {"OMP_NUM_THREADS": str(args.threads)})
+    if done.returncode:
+        sys.exit(f"{side} failed:\n{done.stderr}")
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+# ------------------------------------------------------------------------------------------------------------- flat
+
+def run_flat(directory: Path, args) -> None:
+    """Processor time per token of a step, and memory, for growing numbers of samples: a step may not depend on them."""
+    device, stage, flags = torch.device("cpu"), clo.METHODS["dpo"][0], our_arguments(args)
+    model = llama.load(directory, device, clo.DTYPES[args.dtype])
+    clo.make_trainable(model, "lora", args.rank, 32, 0)
+    for args.samples in (400, 1600, 6400):
+        groups = make_samples(args)
+        started = time.process_time()
+        steps = clo.make_steps(groups, stage, flags, seed=0)
+        packing, each = time.process_time() - started, []
+        for step in steps[::max(1, len(steps) // args.flat_steps)]:
+            started = time.process_time()
+            clo.backward_step(model, step, None, stage, flags, device)
+            model.zero_grad(set_to_none=True)
+            each.append((time.process_time() - started) / sum(micro.batch.fork.numel() for micro in step))
+        print(f"{args.samples:6} samples: packing {1e6 * packing / args.samples:5.0f} us a sample; step "
+              f"{1e6 * statistics.median(each):6.1f} us a token (median of {len(each)} steps); peak {peak_gb():.2f} GB")
+
+
+def parse_args(argv=None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0],
+                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    add = parser.add_argument
+    add("--width", type=int, default=512, help="hidden width")
+    add("--mlp", type=int, default=1376, help="mlp width")
+    add("--layers", type=int, default=8)
+    add("--head-dim", type=int, default=64)
+    add("--vocab", type=int, default=32_000)
+    add("--samples", type=int, default=24, help="bilingual rows, of two pairs each")
+    add("--prompt", type=int, default=30, help="median tokens of a prompt")
+    add("--response", type=int, default=130, help="median tokens of a response")
+    add("--sigma", type=float, default=0.7, help="of the logarithm of lengths")
+    add("--rank", type=int, default=16, help="of LoRA")
+    add("--lr", type=float, default=1e-4)
+    add("--batch-size", type=int, default=8, help="samples per optimiser step")
+    add("--row-tokens", type=int, default=1024, help="ours: tokens of a packed row")
+    add("--micro-rows", type=int, default=1, help="ours: packed rows per forward pass")
+    add("--recompute", action="store_true", help="ours: run blocks again in the backward")
+    add("--trl-batch", type=int, default=1, help="TRL: pairs per forward pass, gradients accumulate")
+    add("--trl-checkpointing", action="store_true", help="TRL: recompute activations")
+    add("--trl-precompute", action="store_true", help="TRL: reference log-probs in a pass of their own")
+    add("--trl-sampling", default="sequential", choices=["sequential", "random", "group_by_length"], help="TRL: order")
+    add("--dtype", default="fp32", choices=list(clo.DTYPES))
+    add("--threads", type=int, default=2)
+    add("--rounds", type=int, default=1)
+    add("--sides", nargs="+", default=list(SIDES), choices=list(SIDES))
+    add("--flat", action="store_true", help="cost per token with 400 to 6,400 samples instead (give a small model)")
+    add("--flat-steps", type=int, default=20, help="steps timed for each number of samples")
+    add("--run", default=None, help="directory of the checkpoint: run one side here (the program does it by itself)")
+    return parser.parse_args(argv)
+
+
+def main(argv=None) -> None:
+    args = parse_args(argv)
+    torch.set_num_threads(args.threads)
+    if args.run:
+        result = SIDES[args.sides[0]](Path(args.run), args)
+        print(json.dumps(result | {"peak_gb": peak_gb()}))
+        return
+    with tempfile.TemporaryDirectory() as directory:
+        write_checkpoint(Path(directory), args)
+        if args.flat:
+            run_flat(Path(directory), args)
+            return
+        results = {side: [] for side in args.sides}
+        for _ in range(args.rounds):
+            for side in args.sides:
+                result = run_apart(side, argv or sys.argv[1:], directory, args)
+                results[side].append(result)
+                print(f"{side:9}" + ", ".join(f"{name} {value:.4g}" for name, value in result.items())
+                      + f": {args.samples / result['seconds']:.3f} samples/s", flush=True)
+    for other in [side for side in args.sides if side != "ours" and "ours" in args.sides]:
+        ratio = {name: statistics.median(b[name] / a[name] for a, b in zip(results["ours"], results[other]))
+                 for name in ("seconds", "cpu_seconds", "peak_gb")}
+        print(f"ours / {other}: {ratio['seconds']:.2f} of its samples/s ({ratio['cpu_seconds']:.2f} by processor time), "
+              f"{1 / ratio['peak_gb']:.2f} of its peak memory")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,294 @@
+"""What training needs, from config.json alone: parameters, memory of a device, time of an optimiser step.
+
+    python scale.py demo/llama                               # one device, the defaults of clo.py
+    python scale.py path/to/Llama-3-8B --gpus 8 --shard      # FSDP2
+    python scale.py --table                                  # the tables of docs/scale.md
+
+Every formula stands where it is computed, with its reason. Letters as in model.py: H hidden width, F mlp width,
+V vocabulary, Q query heads, G kv heads, D head width, R LoRA rank. A GB is 1e9 bytes.
+
+Exact: parameters. Held against the program by the tests: the bytes a forward pass keeps for its backward, on the CPU.
+An estimate: everything of a GPU, whose achieved rate of matrix products is an argument (--tflops) and no promise;
+torch.compile keeps less than is counted here.
+"""
+
+import argparse
+import math
+import os
+import time
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+
+import model as llama
+from kernels.chunks import CPU_CHUNK_ROWS, CPU_TILE_WORDS, GPU_CHUNK_BYTES
+
+GB = 1e9
+ITEMSIZE = {"fp32": 4, "bf16": 2, "fp16": 2, "fp64": 8}
+TRAINABLE_BYTES = 4 + 4 + 4 + 4          # fp32: the parameter, its gradient, AdamW's two moments
+DEVICE_BYTES = 141 * GB                  # of an H200
+HOST_BYTES = 0.3 * GB                    # Python and PyTorch on a CPU
+CONTEXT_BYTES = 1.5 * GB                 # a CUDA context, cuBLAS's workspace, what the allocator rounds up
+
+
+# ------------------------------------------------------------------------------------------------------- parameters
+
+def attention_shapes(c: llama.Config) -> dict[str, tuple[int, int]]:
+    """(out, in) of the four projections of a block."""
+    QD, GD = c.num_attention_heads * c.head_dim, c.num_key_value_heads * c.head_dim
+    H = c.hidden_size
+    return {"q_proj": (QD, H), "k_proj": (GD, H), "v_proj": (GD, H), "o_proj": (H, QD)}
+
+
+def parameters(c: llama.Config) -> dict[str, int]:
+    """Number of parameters by part; their sum is the model's. A tied head is counted once, as the embedding."""
+    H, F, V, L = c.hidden_size, c.intermediate_size, c.vocab_size, c.num_hidden_layers
+    shapes = attention_shapes(c)
+    biases = c.qkv_bias * sum(shapes[name][0] for name in ("q_proj", "k_proj", "v_proj")) + c.o_bias * H
+    return {"embedding": V * H, "head": 0 if c.tie_word_embeddings else V * H,
+            "attention": L * (sum(rows * columns for rows, columns in shapes.values()) + biases),
+            "mlp": L * (3 * H * F + c.mlp_bias * (2 * F + H)),
+            "norms": L * (2 * H + c.qk_norm * 2 * c.head_dim) + H}
+
+
+def trainable_parameters(c: llama.Config, train: str = "lora", rank: int = 16) -> int:
+    """lora: R (in + out) for each projection (B is out x R, A is R x in). attention: the projections. full: all."""
+    if train == "lora":
+        return c.num_hidden_layers * rank * sum(rows + columns for rows, columns in attention_shapes(c).values())
+    counts = parameters(c)
+    return counts["attention"] if train == "attention" else sum(counts.values())
+
+
+# ------------------------------------------------------------------------------------------------------ activations
+
+def block_bytes(c: llama.Config, train: str = "lora", rank: int = 16, itemsize: int = 4, copies: float = 1.0,
+                first: bool = False) -> float:
+    """Bytes a block keeps per token of a row, for its backward.
+
+    copies: tokens attention sees per token of the row: 1 on CUDA; on the CPU a prompt is read once for every
+    continuation. first: the input of the first block needs no gradient unless the embedding is trained.
+    """
+    H, F = c.hidden_size, c.intermediate_size
+    QD, GD = c.num_attention_heads * c.head_dim, c.num_key_value_heads * c.head_dim
+    full, wide = train == "full", max(4, itemsize)
+    heads, kv_heads = c.num_attention_heads, c.num_key_value_heads
+    norm = H * wide + wide + full * H * itemsize       # input and 1 / rms in fp32; the normed x if the norm learns
+    kept = 0 if first and not full else norm
+    kept += H * itemsize                               # input of q, k, v: a weight's gradient is output^T input
+    kept += QD * itemsize                              # input of o
+    if train == "lora":
+        kept += 4 * rank * itemsize                    # A x, for the gradient of B
+    if c.qk_norm:
+        kept += (QD + GD) * (wide + full * itemsize) + (heads + kv_heads) * wide
+    kept += copies * (2 * (QD + GD) * itemsize + heads * wide)      # q, k, v, the result, its log-sum-exp
+    kept += norm + full * H * itemsize                 # second norm, and the input of gate and up if they learn
+    return kept + (2 + full) * F * itemsize            # gate and up (SwiGLU); their product if down learns
+
+
+def activation_bytes(c: llama.Config, tokens: int, train: str = "lora", recompute: bool = False, rank: int = 16,
+                     itemsize: int = 4, copies: float = 1.0) -> float:
+    """Bytes all blocks keep for the backward of one micro-batch of so many row tokens.
+
+    With recompute a block keeps its input, H per token; in the backward one block at a time is run again.
+    """
+    blocks = [block_bytes(c, train, rank, itemsize, copies, first=i == 0) for i in range(c.num_hidden_layers)]
+    wide = max(4, itemsize)
+    final = c.hidden_size * wide + wide + (train == "full") * c.hidden_size * itemsize     # of the last norm
+    if recompute:
+        return tokens * (c.num_hidden_layers * c.hidden_size * itemsize + max(blocks) + final)
+    return tokens * (sum(blocks) + final)
+
+
+def working_bytes(c: llama.Config, tokens: int, itemsize: int = 4) -> float:
+    """What a block's backward holds at once besides: gradients of gate, up, their product and one temporary, and four
+    tensors of the width of x."""
+    return tokens * (4 * c.intermediate_size + 4 * c.hidden_size) * itemsize
+
+
+# ----------------------------------------------------------------------------------------------------------- memory
+
+@dataclass(frozen=True)
+class Plan:
+    """How a model is trained, and on what. tflops: TFLOP/s a device achieves; link_gb: GB/s it sends to others."""
+    train: str = "lora"
+    rank: int = 16
+    dtype: str = "bf16"
+    row_tokens: int = 1024
+    micro_rows: int = 1
+    recompute: bool = False
+    gpus: int = 1
+    shard: bool = False
+    tflops: float = 380.0
+    device: str = "cuda"
+    link_gb: float = 50.0
+
+
+def memory(c: llama.Config, plan: Plan) -> dict[str, float]:
+    """Bytes of one device, by what they are for; their sum is the estimate of its peak."""
+    b, tokens, counts = ITEMSIZE[plan.dtype], plan.row_tokens * plan.micro_rows, parameters(c)
+    learned = trainable_parameters(c, plan.train, plan.rank)
+    frozen = sum(counts.values()) - (0 if plan.train == "lora" else learned)
+    parts = plan.gpus if plan.shard else 1                       # FSDP2 splits every tensor evenly over the devices
+    root = counts["embedding"] + counts["head"]
+    block = (counts["attention"] + counts["mlp"]) / c.num_hidden_layers
+    chunk = GPU_CHUNK_BYTES if plan.device == "cuda" else CPU_CHUNK_ROWS * CPU_TILE_WORDS * 4
+    logits = min(chunk, tokens * c.vocab_size * 4)               # the log-prob op's one buffer
+    return {"frozen weights": b * frozen / parts,
+            "trainables, gradients, AdamW": TRAINABLE_BYTES * learned / parts,
+            # Copies in compute type, kept until the backward has passed: the trainables are fp32.
+            "trainables, cast": 0 if plan.shard or plan.dtype in ("fp32", "fp64") else b * learned,
+            # The root (embedding and head) stays whole during a step; of the blocks the running one and the next.
+            "gathered weights": b * (root + 2 * block) if plan.shard else 0,
+            "activations": activation_bytes(c, tokens, plan.train, plan.recompute, plan.rank, b),
+            "head": logits + tokens * c.hidden_size * b,         # and the directions (N, H)
+            # Gradients are whole until they are split: the root's, and a block's while the next one is computed.
+            "gradients before the split": plan.shard * 4 * (
+                root + 2 * block if plan.train == "full" else 2 * learned / c.num_hidden_layers),
+            "working": working_bytes(c, tokens, b),
+            "the program itself": CONTEXT_BYTES if plan.device == "cuda" else HOST_BYTES}
+
+
+# ------------------------------------------------------------------------------------------------------------- time
+
+def token_flops(c: llama.Config, train: str = "lora", rank: int = 16, recompute: bool = False) -> dict[str, float]:
+    """FLOPs per token of a packed row, all of whose tokens are predicted (an upper bound: prompts are not).
+
+    A product costs 2 FLOPs a weight and token, forward; as much again for the gradient of its input; and as much
+    once more for that of its weight, where it learns. The head: 2HV forward, 2HV for the gradient of its input,
+    which is computed in the forward (kernels/), and 2HV if it learns. Attention's own products are left out: in rows
+    of forks they are a few percent.
+    """
+    counts = parameters(c)
+    body, head = counts["attention"] + counts["mlp"], c.vocab_size * c.hidden_size
+    learned = {"lora": trainable_parameters(c, "lora", rank), "attention": counts["attention"], "full": body}[train]
+    once = 2 * (body + learned if train == "lora" else body)     # LoRA's products come beside the frozen ones
+    return {"forward": once, "backward": once + 2 * learned, "head": (6 if train == "full" else 4) * head,
+            "recompute": once if recompute else 0, "reference": 2 * body + 2 * head}
+
+
+def step_seconds(c: llama.Config, plan: Plan, tokens: float) -> dict[str, float]:
+    """Seconds of an optimiser step over so many row tokens, dealt evenly to the devices; apart, those of the reference
+    pass, which comes once, before training. Communication hides behind the products where it is shorter."""
+    flops = token_flops(c, plan.train, plan.rank, plan.recompute)
+    each = max(tokens / plan.gpus, 1)
+    compute = each * (sum(flops.values()) - flops["reference"]) / (plan.tflops * 1e12)
+    learned, total = trainable_parameters(c, plan.train, plan.rank), sum(parameters(c).values())
+    b, share = ITEMSIZE[plan.dtype], (plan.gpus - 1) / plan.gpus           # a ring sends this share from each device
+    micros = max(1, each / (plan.row_tokens * plan.micro_rows))
+    gathered = micros * 2 * b * total * share if plan.shard else 0          # weights: in the forward and the backward
+    reduced = 2 * 4 * learned * share                                       # gradients: reduced, and sent back
+    sent = (gathered + reduced) / (plan.link_gb * GB)
+    return {"products": compute, "communication": sent, "step": max(compute, sent),
+            "reference": each * flops["reference"] / (plan.tflops * 1e12)}
+
+
+def measure_device(c: llama.Config, device: torch.device, dtype: torch.dtype, seconds: float = 0.5) -> tuple[float, float]:
+    """TFLOP/s that this device achieves on the mlp's product, timed here and now, and the bytes of its memory."""
+    x = torch.randn(1024, c.hidden_size, device=device, dtype=dtype)
+    weight = torch.randn(c.intermediate_size, c.hidden_size, device=device, dtype=dtype)
+    wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
+    calls, started, limit = 0, time.perf_counter(), math.inf
+    while time.perf_counter() < limit:
+        F.linear(x, weight)
+        wait()
+        if calls == 0:                                           # the first call pays for starting up
+            started = time.perf_counter()
+            limit = started + seconds
+        calls += 1
+    rate = 2e-12 * (calls - 1) * x.shape[0] * weight.numel() / (time.perf_counter() - started)
+    if device.type == "cuda":
+        return rate, torch.cuda.get_device_properties(device).total_memory
+    return rate, os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+# ------------------------------------------------------------------------------------------------------------ print
+
+def recompute_saves(c: llama.Config, plan: Plan) -> float:
+    """Bytes that --recompute saves."""
+    tokens, b = plan.row_tokens * plan.micro_rows, ITEMSIZE[plan.dtype]
+    kept = [activation_bytes(c, tokens, plan.train, flag, plan.rank, b) for flag in (False, True)]
+    return kept[0] - kept[1]
+
+
+def describe(c: llama.Config, plan: Plan, step_tokens: float | None = None, device_bytes: float = DEVICE_BYTES) -> str:
+    """Parameters, memory of a device and time of a step, as text. step_tokens: row tokens of an optimiser step over all
+    devices; by default every device runs one micro-batch."""
+    counts, parts = parameters(c), memory(c, plan)
+    tokens = step_tokens or plan.gpus * plan.row_tokens * plan.micro_rows
+    seconds, total = step_seconds(c, plan, tokens), sum(parts.values())
+    by_part = ", ".join(f"{name} {count:,}" for name, count in counts.items())
+    where = "one device" if plan.gpus == 1 else f"each of {plan.gpus} devices, {'sharded' if plan.shard else 'all alike'}"
+    lines = [f"parameters {sum(counts.values()):,}: {by_part}",
+             f"trainable ({plan.train}) {trainable_parameters(c, plan.train, plan.rank):,}", f"memory of {where}:"]
+    lines += [f"  {name:30}{size / GB:9.3f} GB" for name, size in parts.items() if size]
+    lines += [f"  {'sum':30}{total / GB:9.3f} GB" + ("" if total < device_bytes else ": too much for the device")]
+    if not plan.recompute:
+        lines.append(f"  --recompute would save {recompute_saves(c, plan) / GB:.3f} GB")
+    lines.append(f"step of {tokens:,.0f} row tokens at {plan.tflops:.3g} TFLOP/s: {seconds['step']:.3g} s (products "
+                 f"{seconds['products']:.3g} s, communication {seconds['communication']:.3g} s); reference pass over as "
+                 f"many: {seconds['reference']:.3g} s, once")
+    return "\n".join(lines)
+
+
+# Shapes from the models' own config.json.
+MODELS = {
+    "Llama-3.2-1B": llama.Config(128256, 2048, 8192, 16, 32, 8, 64, tie_word_embeddings=True),
+    "Llama-3.2-3B": llama.Config(128256, 3072, 8192, 28, 24, 8, 128, tie_word_embeddings=True),
+    "Llama-3-8B": llama.Config(128256, 4096, 14336, 32, 32, 8, 128),
+    "Qwen2.5-14B": llama.Config(152064, 5120, 13824, 48, 40, 8, 128, qkv_bias=True),
+    "Qwen2.5-32B": llama.Config(152064, 5120, 27648, 64, 40, 8, 128, qkv_bias=True),
+    "Llama-3-70B": llama.Config(128256, 8192, 28672, 80, 64, 8, 128),
+}
+
+
+def table(train: str, plan: Plan, device_bytes: float, step_tokens: int) -> str:
+    """Markdown: a row for each model, GB of a device and seconds of a step on 1, 8 and 64 devices, sharded beyond one."""
+    lines = ["| model | parameters | trainable | 1 GPU: GB | s | 8: GB | s | 64: GB | s |", "|---|" + "---:|" * 8]
+    for name, c in MODELS.items():
+        cells = []
+        for gpus in (1, 8, 64):
+            used = Plan(**vars(plan) | {"train": train, "gpus": gpus, "shard": gpus > 1})
+            size = sum(memory(c, used).values())
+            fits = size <= device_bytes
+            seconds = f"{step_seconds(c, used, step_tokens)['step']:.2g}" if fits else "does not fit"
+            cells += [f"{size / GB:.0f}", seconds]
+        total, learned = sum(parameters(c).values()), trainable_parameters(c, train, plan.rank)
+        lines.append(" | ".join([f"| {name}", f"{total / 1e9:.2f} B", f"{learned / 1e6:,.1f} M", *cells]) + " |")
+    return "\n".join(lines)
+
+
+def parse_args(argv=None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0],
+                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    add = parser.add_argument
+    add("model", nargs="?", default="demo/llama", help="a directory with a config.json")
+    add("--table", action="store_true", help="print the tables of docs/scale.md instead")
+    add("--train", default="lora", choices=["lora", "attention", "full"])
+    add("--lora-rank", type=int, default=16, help="rank R")
+    add("--dtype", default="bf16", choices=list(ITEMSIZE), help="compute type")
+    add("--row-tokens", type=int, default=4096, help="tokens of a packed row")
+    add("--micro-rows", type=int, default=1, help="rows per forward pass")
+    add("--step-tokens", type=int, default=64 * 4096, help="row tokens of an optimiser step, over all devices")
+    add("--recompute", action="store_true", help="run blocks again in the backward")
+    add("--gpus", type=int, default=1, help="devices")
+    add("--shard", action="store_true", help="FSDP2 instead of the whole model on each")
+    add("--tflops", type=float, default=380.0, help="TFLOP/s a device achieves: 55 %% of an H200's sustained bf16")
+    add("--link-gb", type=float, default=50.0, help="GB/s a device sends to others: a port of 400 Gbit/s")
+    add("--device-gb", type=float, default=141.0, help="memory of a device: an H200's")
+    return parser.parse_args(argv)
+
+
+def main(argv=None) -> None:
+    args = parse_args(argv)
+    plan = Plan(args.train, args.lora_rank, args.dtype, args.row_tokens, args.micro_rows, args.recompute, args.gpus,
+                args.shard, args.tflops, link_gb=args.link_gb)
+    if args.table:
+        for train in ("lora", "attention", "full"):
+            print(f"--train {train}\n\n{table(train, plan, args.device_gb * GB, args.step_tokens)}\n")
+        return
+    print(describe(llama.read_config(args.model), plan, args.step_tokens, args.device_gb * GB))
+
+
+if __name__ == "__main__":
+    main()

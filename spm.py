@@ -1,0 +1,198 @@
+"""The translators' tokenizers, with the `tokenizers` package alone: SentencePiece .model or tokenizer.json.
+
+    tokenizer = load_tokenizer(Path("demo/m2m100"))
+    tokenizer.decode(tokenizer.encode("Hello."))
+
+M2M100 comes as a SentencePiece model (BPE) and vocab.json, which gives the pieces other ids; the ids of its
+languages start where vocab.json ends. NLLB comes as a tokenizer.json whose added tokens are languages. A
+.model is a protobuf message (sentencepiece_model.proto). BPE: Sennrich et al. 2016 (arXiv:1508.07909);
+Unigram: Kudo 2018 (arXiv:1804.10959).
+"""
+
+import re
+import struct
+from dataclasses import dataclass
+from pathlib import Path
+
+import tokenizers
+from tokenizers import decoders, models
+
+from model import CheckpointError, read_json
+
+# M2M100's languages in the order of their ids, which start where vocab.json ends.
+M2M100_LANGUAGES = (
+    "af am ar ast az ba be bg bn br bs ca ceb cs cy da de el en es et fa ff fi fr fy ga gd gl gu ha he hi "
+    "hr ht hu hy id ig ilo is it ja jv ka kk km kn ko lb lg ln lo lt lv mg mk ml mn mr ms my ne nl no ns oc "
+    "or pa pl ps pt ro ru sd si sk sl so sq sr ss su sv sw ta th tl tn tr uk ur uz vi wo xh yi yo zh zu"
+).split()
+# NLLB's codes are ISO 639-3 and script; these go by a short one too.
+NLLB_CODES = dict(pair.split(":") for pair in (
+    "am:amh_Ethi ar:arb_Arab bg:bul_Cyrl bn:ben_Beng cs:ces_Latn da:dan_Latn de:deu_Latn el:ell_Grek "
+    "en:eng_Latn es:spa_Latn fa:pes_Arab fi:fin_Latn fr:fra_Latn ha:hau_Latn he:heb_Hebr hi:hin_Deva "
+    "hu:hun_Latn id:ind_Latn ig:ibo_Latn it:ita_Latn ja:jpn_Jpan km:khm_Khmr ko:kor_Hang lo:lao_Laoo "
+    "ms:zsm_Latn my:mya_Mymr ne:npi_Deva nl:nld_Latn no:nob_Latn pl:pol_Latn pt:por_Latn ro:ron_Latn "
+    "ru:rus_Cyrl so:som_Latn sv:swe_Latn sw:swh_Latn ta:tam_Taml te:tel_Telu th:tha_Thai tl:tgl_Latn "
+    "tr:tur_Latn uk:ukr_Cyrl ur:urd_Arab vi:vie_Latn wo:wol_Latn xh:xho_Latn yo:yor_Latn zh:zho_Hans "
+    "zu:zul_Latn").split())
+NORMAL, UNKNOWN, USER_DEFINED, BYTE = 1, 2, 4, 6  # kinds of SentencePiece's pieces
+
+
+def wire_fields(message: bytes):
+    """(field number, value) of a protobuf message, whatever its schema: varints as int, the rest as bytes."""
+    def varint(at):
+        value = shift = 0
+        while True:
+            value |= (message[at] & 127) << shift
+            at, shift = at + 1, shift + 7
+            if message[at - 1] < 128:
+                return value, at
+
+    at = 0
+    while at < len(message):
+        key, at = varint(at)
+        if key & 7 == 0:
+            value, at = varint(at)
+        else:
+            size, at = varint(at) if key & 7 == 2 else ({1: 8, 5: 4}[key & 7], at)
+            value, at = message[at:at + size], at + size
+        yield key >> 3, value
+
+
+@dataclass
+class Normalizer:
+    """What SentencePiece does to a text first: everywhere the longest rule of its charsmap, then the spaces.
+
+    By hand, since tokenizers' version drops the second of two marks on a letter, and with it Yoruba's tones.
+    charsmap: u32 size of a trie; the trie, a double array as the library darts-clone writes it; the
+    replacements, each ending in a zero byte. A unit of the trie: bits 0-7 label, 8 "a value follows", 9 and
+    10-30 scale and offset of its children.
+    """
+    charsmap: bytes
+    add_dummy_prefix: bool
+    remove_extra_whitespaces: bool
+
+    def __post_init__(self):
+        size = int.from_bytes(self.charsmap[:4], "little")
+        self.trie = struct.unpack(f"<{size // 4}I", self.charsmap[4:4 + size])
+        self.texts = self.charsmap[4 + size:]
+
+    def __call__(self, text: str) -> str:
+        raw, at, out = text.encode("utf-8"), 0, bytearray()
+        while at < len(raw):
+            length, replacement = self.match(raw, at)
+            out += replacement
+            at += length
+        text = out.decode("utf-8")
+        if self.remove_extra_whitespaces:
+            text = re.sub(" {2,}", " ", text).strip(" ")
+        return (" " * (self.add_dummy_prefix and text != "") + text).replace(" ", "▁")
+
+    def match(self, raw: bytes, at: int) -> tuple[int, bytes]:
+        """(bytes taken at raw[at:], their replacement) by the longest rule, or a character as it is."""
+        length = 1 if raw[at] < 0x80 else 2 if raw[at] < 0xE0 else 3 if raw[at] < 0xF0 else 4
+        found, node, unit = (length, raw[at:at + length]), 0, self.trie[0] if self.trie else 0
+        for end in range(at, len(raw) if self.trie else at):
+            node ^= unit >> 10 << (unit >> 6 & 8) ^ raw[end]
+            unit = self.trie[node]
+            if unit & 0x800000FF != raw[end]:
+                break
+            if unit >> 8 & 1:
+                start = self.trie[node ^ unit >> 10 << (unit >> 6 & 8)] & 0x7FFFFFFF
+                found = end + 1 - at, self.texts[start:self.texts.index(b"\0", start)]
+        return found
+
+
+def bpe(pieces: list[str], scores: list[float], kinds: list[int], unknown: int) -> models.BPE:
+    """SentencePiece joins the neighbours that form the best piece: so every split of a piece is a merge, best
+    piece first, and of its splits the longest left part first."""
+    ids, merges = {piece: i for i, piece in enumerate(pieces)}, []
+    for piece, score, kind in zip(pieces, scores, kinds):
+        splits = [(piece[:i], piece[i:]) for i in range(1, len(piece))] if kind == NORMAL else []
+        merges += [((score, len(a)), (a, b)) for a, b in splits if a in ids and b in ids]
+    merges.sort(key=lambda merge: merge[0], reverse=True)
+    return models.BPE(ids, [pair for _, pair in merges], unk_token=pieces[unknown], fuse_unk=True,
+                      byte_fallback=BYTE in kinds)
+
+
+def unigram(pieces: list[str], scores: list[float], kinds: list[int], unknown: int) -> models.Unigram:
+    """The most probable segmentation. <s> and the like get a name that no text has."""
+    named = [piece if kind in (NORMAL, BYTE) else "\0" + piece for piece, kind in zip(pieces, kinds)]
+    return models.Unigram(list(zip(named, scores)), unknown, byte_fallback=BYTE in kinds)
+
+
+def read_sentencepiece(path: Path) -> tuple[tokenizers.Tokenizer, list[str], Normalizer]:
+    """A SentencePiece .model: a tokenizer with its ids, its pieces in order, what it does to a text first.
+
+    Fields by sentencepiece_model.proto. Model: 1 piece {1 text, 2 score, 3 kind}, 2 trainer {3 algorithm},
+    3 normalizer {2 charsmap, 3 add_dummy_prefix, 4 remove_extra_whitespaces}.
+    """
+    pieces, scores, kinds, trainer, rules = [], [], [], {}, {}
+    try:
+        for number, value in wire_fields(path.read_bytes()):
+            if number == 1:
+                piece = {3: NORMAL} | dict(wire_fields(value))
+                pieces.append(piece[1].decode("utf-8"))
+                scores.append(struct.unpack("<f", piece.get(2, bytes(4)))[0])
+                kinds.append(piece[3])
+            elif number in (2, 3):
+                (trainer if number == 2 else rules).update(wire_fields(value))
+        unknown = kinds.index(UNKNOWN)
+    except (IndexError, KeyError, TypeError, ValueError, struct.error) as error:
+        raise CheckpointError(f"{path} is no SentencePiece model ({error}): download it again") from None
+    if USER_DEFINED in kinds:
+        piece = pieces[kinds.index(USER_DEFINED)]
+        raise CheckpointError(f"{path}: user-defined pieces such as {piece!r} are not supported")
+    inner = tokenizers.Tokenizer((bpe if trainer.get(3, 1) == 2 else unigram)(pieces, scores, kinds, unknown))
+    normalize = Normalizer(rules.get(2, b""), bool(rules.get(3, 1)), bool(rules.get(4, 1)))
+    steps = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
+    inner.decoder = decoders.Sequence(steps + [decoders.Strip(" ", 1, 0)] * normalize.add_dummy_prefix)
+    return inner, pieces, normalize
+
+
+@dataclass
+class Tokenizer:
+    """Text <-> model ids. to_model maps the tokenizer's own ids to the model's (None: they are the same)."""
+    inner: tokenizers.Tokenizer
+    languages: dict[str, int]  # code -> id of its token
+    unknown: int
+    to_model: list[int] | None = None
+    normalize: Normalizer | None = None  # a tokenizer.json has its own
+
+    def __post_init__(self):
+        own = range(self.inner.get_vocab_size()) if self.to_model is None else self.to_model
+        special = {0, 1, 2, self.unknown, *self.languages.values()}  # <s>, <pad>, </s> come first everywhere
+        self.from_model = {known: i for i, known in enumerate(own) if known not in special}
+
+    def encode(self, text: str) -> list[int]:
+        """Pieces of one line, without language and end tokens."""
+        text = text if self.normalize is None else self.normalize(text)
+        ids = self.inner.encode(text, add_special_tokens=False).ids
+        return ids if self.to_model is None else [self.to_model[i] for i in ids]
+
+    def decode(self, ids: list[int]) -> str:
+        return self.inner.decode([self.from_model[i] for i in ids if i in self.from_model]).strip()
+
+
+def load_tokenizer(path: Path) -> Tokenizer:
+    """M2M100's SentencePiece model with vocab.json, or a tokenizer.json whose added tokens are languages."""
+    spm, vocab, fast = path / "sentencepiece.bpe.model", path / "vocab.json", path / "tokenizer.json"
+    if spm.exists() and vocab.exists():
+        inner, pieces, normalize = read_sentencepiece(spm)
+        ids = read_json(vocab)
+        unknown = ids.get("<unk>", 3)
+        languages = {code: len(ids) + i for i, code in enumerate(M2M100_LANGUAGES)}
+        return Tokenizer(inner, languages, unknown, [ids.get(piece, unknown) for piece in pieces], normalize)
+    if not fast.exists():
+        raise CheckpointError(f"{path} has no tokenizer: {spm.name} and {vocab.name}, or {fast.name}")
+    read_json(fast)  # for its error messages
+    inner = tokenizers.Tokenizer.from_file(str(fast))
+    inner.encode_special_tokens = True  # "</s>" or "eng_Latn" in a text is text
+    languages = {}
+    for i, token in inner.get_added_tokens_decoder().items():
+        found = re.fullmatch(r"__([a-z]{2,3})__|([a-z]{3}_[A-Z][a-z]{3})", token.content)
+        if found:
+            languages[found[1] or found[2]] = i
+    languages |= {short: languages[code] for short, code in NLLB_CODES.items() if code in languages}
+    if not languages:
+        raise CheckpointError(f"{fast} has no language tokens such as __sw__ or swh_Latn: no translator")
+    return Tokenizer(inner, languages, inner.token_to_id("<unk>"))

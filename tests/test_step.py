@@ -1,0 +1,276 @@
+"""The training step: what it keeps in memory, what it leaves out, what it compiles; and what scale.py predicts of it."""
+
+import random
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import clo
+import data
+import model as llama
+import scale
+
+CPU = torch.device("cpu")
+SHAPES = {
+    "llama": llama.Config(31, 16, 24, 3, 4, 2, 6),
+    "tied": llama.Config(31, 16, 24, 2, 4, 4, 4, tie_word_embeddings=True, mlp_bias=True, qkv_bias=True, o_bias=True),
+    "qwen2": llama.Config(31, 16, 40, 3, 4, 1, 8, qkv_bias=True, model_type="qwen2"),
+    "qwen3": llama.Config(31, 16, 24, 3, 4, 2, 8, qk_norm=True, model_type="qwen3"),
+}
+TRAIN = ("lora", "attention", "full")
+
+
+def make_model(shape: str = "llama", train: str = "lora", dtype=torch.float64) -> llama.Llama:
+    model = llama.initialise_(llama.Llama(SHAPES[shape])).to(dtype)
+    for name, parameter in clo.make_trainable(model, train, rank=3, alpha=6, seed=0).items():
+        if name.endswith("lora_B"):                                  # at its start, zero, half of the gradients are
+            torch.nn.init.normal_(parameter, std=0.1)
+    return model
+
+
+def make_forks(number: int = 6) -> list[list[data.Fork]]:
+    rng = random.Random(3)
+
+    def ids():
+        return [rng.randrange(31) for _ in range(rng.randint(1, 9))]
+    return [[data.Fork(ids(), [ids(), ids()], language, row) for language in ("en", "sw")] for row in range(number)]
+
+
+def make_args(**changes):
+    args = clo.parse_args(["--lang", "sw", "--device", "cpu"])
+    vars(args).update({"row_tokens": 40, "batch_size": 3, "micro_rows": 2} | changes)
+    return args
+
+
+def make_steps(**changes):
+    return clo.make_steps(make_forks(), clo.METHODS["clo"][0], make_args(**changes), seed=0)
+
+
+def gradients(model, step, **changes) -> dict[str, torch.Tensor]:
+    model.zero_grad(set_to_none=True)
+    clo.backward_step(model, step, None, clo.METHODS["clo"][0], make_args(**changes), CPU)
+    return {name: parameter.grad for name, parameter in model.named_parameters() if parameter.grad is not None}
+
+
+def kept_bytes(model, batch: data.Batch) -> int:
+    """Bytes of the tensors that a forward pass keeps for its backward: each memory once, and the weights not at all. In
+    float64, so that integers and what all blocks share (tables of angles, of at most D a token) can be told apart."""
+    own = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+    kept = {}
+
+    def pack(tensor):
+        memory, angles = tensor.untyped_storage(), tensor.numel() == batch.tokens.numel() * model.config.head_dim
+        if memory.data_ptr() not in own and tensor.is_floating_point() and not angles:
+            kept[memory.data_ptr()] = memory.nbytes()
+        return tensor
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        hidden = model(batch.tokens, batch.positions, batch.fork, batch.branch)
+    assert hidden.requires_grad
+    return sum(kept.values())
+
+
+# ---------------------------------------------------------------------------------------------------------- the step
+
+def test_swiglu_has_the_gradient_of_what_it_computes():
+    gate, up = (torch.randn(3, 5, dtype=torch.float64, requires_grad=True) for _ in range(2))
+    assert torch.equal(llama.SwiGLU.apply(gate, up), F.silu(gate) * up)
+    assert torch.autograd.gradcheck(llama.SwiGLU.apply, (gate, up))
+
+
+@pytest.mark.parametrize("train", TRAIN)
+@pytest.mark.parametrize("shape", ["llama", "qwen3"])
+def test_recomputed_activations_give_bit_for_bit_the_same_gradients(shape, train):
+    model, step = make_model(shape, train), make_steps()[0]
+    expected = gradients(model, step)
+    model.recompute = True
+    found = gradients(model, step)
+    assert expected.keys() == found.keys() and all(torch.equal(found[name], expected[name]) for name in expected)
+    assert any(gradient.abs().max() > 0 for gradient in expected.values())
+
+
+def test_recomputing_keeps_one_vector_per_token_and_block():
+    model, batch = make_model(), make_steps()[0][0].batch
+    model.recompute = True
+    c = model.config
+    tokens = batch.tokens.numel()
+    # Beside every block's input: the last norm's, and its 1 / rms per token.
+    assert kept_bytes(model, batch) <= tokens * (c.num_hidden_layers * c.hidden_size + c.hidden_size + 1) * 8
+
+
+def test_our_adamw_is_torchs_bit_for_bit():
+    ours, theirs = ([torch.nn.Parameter(torch.arange(-3.0, 4.0)), torch.nn.Parameter(torch.ones(2, 3))] for _ in range(2))
+    options = {"lr": 0.1, "weight_decay": 0.03}
+    optimizers = [clo.AdamW(ours, **options), torch.optim.AdamW(theirs, foreach=False, fused=False, **options)]
+    generator = torch.Generator().manual_seed(0)
+    for step in range(5):
+        for mine, other in zip(ours, theirs):
+            mine.grad = torch.randn(mine.shape, generator=generator)
+            other.grad = mine.grad.clone()
+        for optimizer in optimizers:
+            optimizer.param_groups[0]["lr"] = 0.1 / (step + 1)
+            optimizer.step()
+            optimizer.zero_grad()
+        assert all(torch.equal(mine, other) and mine.grad is None for mine, other in zip(ours, theirs))
+    for mine, other in zip(ours, theirs):
+        found, expected = optimizers[0].state[mine], optimizers[1].state[other]
+        assert found.keys() == expected.keys() and all(torch.equal(found[key], expected[key]) for key in found)
+
+
+class Waits(TorchDispatchMode):
+    """Records operations that would make the program wait for a GPU: a number read, or a shape that depends on values."""
+    NAMES = {"_local_scalar_dense", "nonzero", "masked_select", "unique", "_unique2", "is_nonzero", "equal"}
+
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        name = function.overloadpacket.__name__
+        mask = name.startswith("index") and any(isinstance(x, torch.Tensor) and x.dtype == torch.bool
+                                                for x in (args[1] if isinstance(args[1], (list, tuple)) else []))
+        if name in self.NAMES or mask:
+            self.seen.append(name)
+        return function(*args, **(kwargs or {}))
+
+
+def test_the_watch_sees_what_waits():
+    with Waits() as waits:
+        x = torch.arange(3.0)
+        x[0].item()
+        x[x > 1]
+    assert waits.seen == ["_local_scalar_dense", "index"]
+
+
+@pytest.mark.parametrize("changes", [{}, {"anchor": 0.5}, {"preference": "simpo"}, {"preference": "ipo"}])
+def test_nothing_in_a_step_waits_for_the_device(changes):
+    model, steps = make_model(), make_steps(batch_size=6, micro_rows=1)
+    reference = clo.group_by_step(clo.reference_logps(model, steps, CPU), steps)
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    assert len(steps[0]) > 2
+    with Waits() as waits:
+        clo.backward_step(model, steps[0], reference[0], clo.METHODS["clo"][0], make_args(**changes), CPU)
+        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+    assert waits.seen == []
+
+
+def test_the_next_micro_batch_is_sent_before_the_current_one_is_worked_on():
+    asked = []
+
+    class Item:
+        def __init__(self, number):
+            self.number = number
+
+        def to(self, device):
+            asked.append(self.number)
+            return self
+    moved = clo.sent([Item(i) for i in range(3)], CPU)
+    assert [(item.number, list(asked)) for item in moved] == [(0, [0, 1]), (1, [0, 1, 2]), (2, [0, 1, 2])]
+    assert list(clo.sent([], CPU)) == []
+
+
+@pytest.mark.slow
+def test_one_compiled_graph_serves_all_blocks_and_the_pass_without_gradient():
+    from torch._dynamo.testing import CompileCounterWithBackend
+    model, batch = make_model(), make_steps()[0][0].batch
+    rows = (batch.tokens, batch.positions, batch.fork, batch.branch)
+    expected, counter = model(*rows), CompileCounterWithBackend("aot_eager")
+    llama.compile_blocks_(model, counter)
+    for _ in range(2):
+        assert torch.equal(model(*rows), expected)
+    with torch.no_grad():
+        found = model(*rows)
+    assert torch.equal(found, expected) and not found.requires_grad
+    assert counter.frame_count == 2                              # the first block's input has no gradient
+
+
+@pytest.mark.slow
+def test_a_compiled_block_takes_the_mask_of_other_rows_without_compiling_again():
+    from torch._dynamo.testing import CompileCounterWithBackend
+    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+    counter = CompileCounterWithBackend("eager")
+    compiled, flex = (torch.compile(function, backend=backend, dynamic=False, fullgraph=True)
+                      for function, backend in ((llama.run_block, counter), (flex_attention, "eager")))
+    model = llama.initialise_(llama.Llama(llama.Config(31, 16, 24, 1, 4, 2, 4))).requires_grad_(False)
+    block = model.model["layers"][0]
+    angles = torch.randn(1, 24, 1, 4)
+    for number in range(3):
+        batch = data.pack(make_forks()[number][:1], 24, trim=False)
+        fork, branch, positions = batch.fork, batch.branch, batch.positions
+        x = torch.randn(1, 24, 16)
+        mask = create_block_mask(llama.fork_predicate(fork, branch, positions), 1, None, 24, 24, device="cpu")
+        found = compiled(block, x, angles, angles, llama.partial(llama.attend_flex, mask=mask, flex=flex))
+        dense = llama.partial(llama.attend_dense, mask=llama.visible(fork, branch, positions))
+        expected = block(x, angles, angles, dense)
+        assert (found - expected)[fork >= 0].abs().max() < 1e-5
+    assert counter.frame_count == 1
+
+
+# ------------------------------------------------------------------------------------------------------- calculator
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_predicted_parameter_counts_are_those_of_the_model(shape):
+    c = SHAPES[shape]
+    with torch.device("meta"):
+        names = dict(llama.Llama(c).named_parameters())
+    assert sum(scale.parameters(c).values()) == sum(parameter.numel() for parameter in names.values())
+    part = {"attention": "_proj", "mlp": ".mlp.", "embedding": "embed_tokens", "head": "lm_head"}
+    for name, mark in part.items():
+        found = sum(p.numel() for key, p in names.items() if mark in key and (name != "attention" or ".self_attn." in key))
+        assert scale.parameters(c)[name] == found
+    for train in TRAIN:
+        trainable = clo.make_trainable(llama.initialise_(llama.Llama(c)), train, 3, 6, 0)
+        assert scale.trainable_parameters(c, train, 3) == sum(parameter.numel() for parameter in trainable.values())
+
+
+@pytest.mark.parametrize("train", TRAIN)
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("recompute", [False, True])
+def test_predicted_activations_are_within_two_percent_of_the_bytes_kept(shape, train, recompute):
+    model, batch = make_model(shape, train), make_steps(row_tokens=80)[0][0].batch
+    model.recompute = recompute
+    c, tokens = model.config, batch.tokens.numel()
+    gathers, _ = llama.unfold_forks(batch.fork, batch.branch)
+    copies = sum(rows.numel() for rows in gathers) / tokens
+    predicted = scale.activation_bytes(c, tokens, train, recompute, 3, 8, copies)
+    if recompute:                                                # the block that is run again comes later
+        predicted -= tokens * max(scale.block_bytes(c, train, 3, 8, copies, first) for first in (True, False))
+    assert kept_bytes(model, batch) == pytest.approx(predicted, rel=0.02)
+
+
+def test_sharding_divides_weights_and_leaves_activations():
+    c = scale.MODELS["Llama-3-8B"]
+    one, eight = (scale.memory(c, scale.Plan(train="full", gpus=gpus, shard=gpus > 1)) for gpus in (1, 8))
+    assert eight["trainables, gradients, AdamW"] * 8 == one["trainables, gradients, AdamW"]
+    assert eight["activations"] == one["activations"]
+    assert sum(eight.values()) < sum(one.values())
+
+
+def test_the_calculator_says_what_does_not_fit_and_what_recomputing_saves(capsys):
+    c = scale.MODELS["Llama-3-70B"]
+    text = scale.describe(c, scale.Plan(row_tokens=4096))
+    assert "too much for the device" in text and "--recompute would save" in text and f"{70_553_706_496:,}" in text
+    scale.main(["--table"])
+    assert capsys.readouterr().out.count("Llama-3-8B") == 3
+
+
+def test_training_on_a_cpu_imports_no_compiler():
+    program = """
+import sys, torch, clo, model
+llama = model.initialise_(model.Llama(model.Config(31, 16, 24, 2, 4, 2, 6)))
+parameters = clo.make_trainable(llama, "lora", 2, 4, 0)
+optimizer = clo.make_optimizer(parameters.values(), 1e-3, 0.0, torch.device("cpu"))
+llama(torch.tensor([[1, 2, 3]])).sum().backward()
+torch.nn.utils.clip_grad_norm_(parameters.values(), 1.0)
+optimizer.step()
+optimizer.zero_grad()
+heavy = {"torch._dynamo", "torch._inductor", "transformers", "jinja2", "triton"} & set(sys.modules)
+sys.exit(", ".join(sorted(heavy)) or 0)
+"""
+    root = Path(clo.__file__).parent
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=root)
+    assert done.returncode == 0, done.stderr
