@@ -564,8 +564,9 @@ def reference_of(model, steps, run: Path, args, device, history: str, label: str
     micros = [micro for step in steps for micro in step]
     content = [[fork.prompt, fork.continuations] for micro in micros for fork in micro.batch.forks]
     shapes = [list(micro.batch.tokens.shape) for micro in micros]
+    code = [Path(llama.__file__), *sorted(Path(kernels.__file__).parent.glob("*.py"))]     # other sums, other last bits
     key = runs.fingerprint(runs.model_fingerprint(args.model), history, content, shapes, args.train, args.dtype,
-                           device.type, torch.__version__, torch.get_num_threads())
+                           device.type, torch.__version__, torch.get_num_threads(), *code)
     sizes = [micro.sequences for micro in micros]
     sums = ranks.on_first(lambda: runs.load_reference(run, key, sizes))
     if sums is None:

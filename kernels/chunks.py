@@ -42,7 +42,7 @@ from torch import Tensor
 
 GPU_CHUNK_BYTES = 1200 * 10**6  # of fp32 logits (C, V): 8,192 rows of 128,256 in four chunks
 CPU_CHUNK_ROWS = 512
-CPU_TILE_WORDS = 8192  # with CPU_CHUNK_ROWS and fp32: 16 MB
+CPU_TILE_WORDS = 16384  # with CPU_CHUNK_ROWS and fp32: 32 MB
 ROW_MULTIPLE = 8  # matrix products like round sizes
 
 

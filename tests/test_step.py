@@ -264,7 +264,8 @@ import sys, torch, clo, model
 llama = model.initialise_(model.Llama(model.Config(31, 16, 24, 2, 4, 2, 6)))
 parameters = clo.make_trainable(llama, "lora", 2, 4, 0)
 optimizer = clo.make_optimizer(parameters.values(), 1e-3, 0.0, torch.device("cpu"))
-llama(torch.tensor([[1, 2, 3]])).sum().backward()
+hidden = llama(torch.tensor([[1, 2, 3]]))[0]
+clo.kernels.token_logp(hidden, llama.head, torch.tensor([2, 3, 4])).sum().backward()
 torch.nn.utils.clip_grad_norm_(parameters.values(), 1.0)
 optimizer.step()
 optimizer.zero_grad()
