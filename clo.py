@@ -547,18 +547,6 @@ def peak_memory_gb() -> float:
 
 # ------------------------------------------------------------------------------------------------------------ stages
 
-def pick_device(name: str) -> torch.device:
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-        if torch.backends.mps.is_available():
-            print("device: an Apple GPU is there, but MPS has not passed the tests; using the CPU (--device mps tries it)")
-    try:
-        torch.empty(1, device=name)
-    except (RuntimeError, AssertionError) as error:
-        raise data.DataError(f"--device {name} cannot be used ({str(error).splitlines()[0]}): try --device auto") from None
-    return torch.device(name)
-
-
 def reference_of(model, steps, run: Path, args, device, history: str, label: str) -> list[Tensor]:
     """Cached reference log-probs of these steps under the model as it is now. `history` names its training so far."""
     micros = [micro for step in steps for micro in step]
@@ -700,7 +688,7 @@ def main(argv=None) -> None:
     began = time.perf_counter()
     if args.tensorboard and importlib.util.find_spec("tensorboard") is None:
         raise data.DataError("--tensorboard needs the tensorboard package: pip install tensorboard")
-    device = ranks.start(str(pick_device(args.device)))
+    device = ranks.start(ranks.pick_device(args.device))
     args.device = device.type
     args.dtype = args.dtype if args.dtype != "auto" else "bf16" if device.type == "cuda" or args.gpus else "fp32"
     args.base = args.model                                             # what the adapter names

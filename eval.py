@@ -28,6 +28,7 @@ import data
 import hub
 import judge
 import model as llama
+import ranks
 import report
 import runs
 import translate
@@ -211,16 +212,6 @@ def percent(part: int, whole: int) -> float:
 
 
 # ---------------------------------------------------------------------------------------------------------------- ask
-
-def pick_device(name: str) -> str:
-    """The device that "auto" means, or the one named; DataError when it is not there."""
-    name = ("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name
-    try:
-        torch.empty(1, device=name)
-    except (RuntimeError, AssertionError) as error:
-        raise data.DataError(f"--device {name} cannot be used ({str(error).splitlines()[0]}): try --device auto") from None
-    return name
-
 
 def load_model(args) -> tuple[llama.Llama, data.Tokenizer, str, str]:
     """(model, tokenizer, name of the base, name of the dtype) that --model, --adapter, --device and --dtype ask for."""
@@ -715,7 +706,7 @@ def parse_args(argv=None) -> argparse.Namespace:
 def main(argv=None) -> None:
     args = parse_args(argv)
     if "device" in args:
-        args.device = pick_device(args.device)
+        args.device = ranks.pick_device(args.device)
     args.run(args)
 
 

@@ -32,6 +32,19 @@ LONGEST_RUN = timedelta(days=365)
 FAILED = "clo/failed"                        # key in torchrun's store: the first rank that failed
 
 
+def pick_device(name: str) -> str:
+    """The device that "auto" means, or the one named; DataError when it is not there."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+        if torch.backends.mps.is_available():
+            print("device: an Apple GPU is there, but MPS has not passed the tests; using the CPU (--device mps tries it)")
+    try:
+        torch.empty(1, device=name)
+    except (RuntimeError, AssertionError) as error:
+        raise data.DataError(f"--device {name} cannot be used ({str(error).splitlines()[0]}): try --device auto") from None
+    return name
+
+
 def start(device: str) -> torch.device:
     """Join the other processes; this one's device: its own GPU of `device` cuda. Only the first rank prints."""
     if "RANK" not in os.environ:

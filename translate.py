@@ -484,20 +484,11 @@ def parse_args(argv=None):
     return parser.parse_args(argv)
 
 
-def pick_device(name: str) -> str:
-    name = name if name != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        torch.empty(1, device=name)
-    except (RuntimeError, AssertionError) as error:
-        raise DataError(f"--device {name} cannot be used ({str(error).splitlines()[0]}): try cpu") from None
-    return name
-
-
 def main():
     args = parse_args()
     if args.beams < 1 or args.batch_tokens < 1 or args.samples < 0:
         raise DataError("--beams and --batch-tokens must be at least 1, --samples at least 0")
-    device = ranks.start(pick_device(args.device))
+    device = ranks.start(ranks.pick_device(args.device))
     dtype = {"float32": torch.float32, "bfloat16": torch.bfloat16}[args.dtype]
     targets = args.lang.split(",")
     if args.text:
