@@ -361,6 +361,18 @@ def pair_metrics(rewards: Tensor, logps: Tensor, micros: list[Micro], targets: l
 
 # ---------------------------------------------------------------------------------------------------------- training
 
+def fix_order_of_sums() -> None:
+    """Have CUDA add in one order every time, so that a resumed run equals an undisturbed one and the first rewards are 0.
+
+    Otherwise two of our ops add by atomics, in any order: `index_add` (log-probs of a continuation) and the gradient of
+    `index_select` (the last prompt token predicts the first of every continuation). FlexAttention, the products and the
+    kernels use none. Known to differ all the same: FlexAttention compiled with max-autotune, which is not asked for here.
+    """
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")       # read when cuBLAS starts
+    torch.utils.deterministic.fill_uninitialized_memory = False       # memory nobody wrote is never read here
+    torch.use_deterministic_algorithms(True, warn_only=True)
+
+
 def learning_rate(step: int, steps: int, warmup: float) -> float:
     """Factor on the peak rate at 0-based `step`: linear up over warmup * steps, then linear down towards 0."""
     rising = max(1, round(warmup * steps))
@@ -690,6 +702,8 @@ def main(argv=None) -> None:
         raise data.DataError("--tensorboard needs the tensorboard package: pip install tensorboard")
     device = ranks.start(ranks.pick_device(args.device))
     args.device = device.type
+    if device.type == "cuda":
+        fix_order_of_sums()
     args.dtype = args.dtype if args.dtype != "auto" else "bf16" if device.type == "cuda" or args.gpus else "fp32"
     args.base = args.model                                             # what the adapter names
     if args.dry_run:

@@ -21,6 +21,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
+import data
 import model as llama
 from kernels.chunks import CPU_CHUNK_ROWS, CPU_TILE_WORDS, GPU_CHUNK_BYTES
 
@@ -276,7 +277,11 @@ def parse_args(argv=None) -> argparse.Namespace:
     add("--tflops", type=float, default=380.0, help="TFLOP/s a device achieves: 55 %% of an H200's sustained bf16")
     add("--link-gb", type=float, default=50.0, help="GB/s a device sends to others: a port of 400 Gbit/s")
     add("--device-gb", type=float, default=141.0, help="memory of a device: an H200's")
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    for name in ("lora_rank", "row_tokens", "micro_rows", "step_tokens", "gpus", "tflops", "link_gb", "device_gb"):
+        if not 0 < getattr(args, name) < math.inf:
+            parser.error(f"--{name.replace('_', '-')} {getattr(args, name)}: a number above 0 was expected")
+    return args
 
 
 def main(argv=None) -> None:
@@ -291,4 +296,4 @@ def main(argv=None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    data.run(main)

@@ -1,8 +1,10 @@
 """A training step side by side: ours, TRL's DPOTrainer with PEFT, and the bare matrix products of our step.
 
     python -m bench.step                         # the shape of its defaults, paired in one run
+    python -m bench.step --trl-batch 1           # TRL where it is fastest on a CPU; its own default is 8
     python -m bench.step --sides ours --recompute
     python -m bench.step --flat                  # cost per token while the number of samples grows
+    python -m bench.step --device cuda --shape Llama-3-8B --row-tokens 4096 --samples 256 --trl-liger
 
 A *sample* is a bilingual row: an English and a translated question with a response each. They make two preference
 pairs, each response being chosen for one question and rejected for the other. Both sides get the same checkpoint, the
@@ -11,10 +13,10 @@ inside the time. Lengths are log-normal: the medians and sigma of the options, p
 fits a row.
 
 Every side runs in a process of its own; its peak is the most memory that process ever held (resident, imports and model
-included). The clock starts when model and data are ready and one small step has warmed the side up. Both sides print
+included; on CUDA what PyTorch allocated there). The clock starts when model and data are ready and one small step has warmed the side up. Both sides print
 the mean log-prob of the chosen responses of the first step under the base model; they have to agree, since the work is
 the same. `products` is every product of an activation with a frozen weight that our step needs, and nothing between
-them: the time left when all else is free. Beside the wall clock stands processor time, which with --threads 1 is what to
+them: the time left when all else is free. tflops counts those products for ours too. Beside the wall clock stands processor time, which with --threads 1 is what to
 compare on a machine that does other work too.
 
 TRL's reference is the model with its adapter switched off, inside every step; --trl-precompute has it compute all of
@@ -25,7 +27,6 @@ import argparse
 import json
 import math
 import os
-import resource
 import statistics
 import subprocess
 import sys
@@ -41,7 +42,8 @@ import clo
 import data
 import model as llama
 import runs
-from kernels.chunks import CPU_CHUNK_ROWS
+import scale
+from kernels.chunks import chunk_rows
 
 BOS, EOS, SPECIAL = 0, 1, 2                                       # ids; words follow the special tokens
 MAX_PROMPT, MAX_RESPONSE = 200, 400                               # tokens: 200 + 2 * 400 fit a row of 1024
@@ -68,10 +70,10 @@ def make_samples(args) -> list[list[data.Fork]]:
 def write_checkpoint(directory: Path, args) -> None:
     """A random Llama, and a tokenizer to which every word is one token, for those who want text."""
     heads = args.width // args.head_dim
-    config = llama.Config(vocab_size=args.vocab, hidden_size=args.width, intermediate_size=args.mlp,
-                          num_hidden_layers=args.layers, num_attention_heads=heads, num_key_value_heads=heads,
-                          head_dim=args.head_dim)
-    llama.save(llama.initialise_(llama.Llama(config)), directory)
+    config = llama.Config(args.vocab, args.width, args.mlp, args.layers, heads, heads, args.head_dim)
+    if args.shape:
+        config = scale.MODELS[args.shape]
+    llama.save(llama.initialise_(llama.Llama(config)), directory, clo.DTYPES[args.dtype])
     words = {"<s>": BOS, "</s>": EOS} | {f"w{i}": i for i in range(SPECIAL, args.vocab)}
     tokenizer = Tokenizer(models.WordLevel(words, "</s>"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
@@ -82,6 +84,8 @@ def write_checkpoint(directory: Path, args) -> None:
 
 def clock() -> tuple[float, float]:
     """Seconds of wall clock and of processor time: the second hardly feels what else the machine does."""
+    if torch.cuda.is_initialized():
+        torch.cuda.synchronize()
     return time.perf_counter(), time.process_time()
 
 
@@ -89,25 +93,25 @@ def elapsed(since: tuple[float, float]) -> dict:
     return {name: now - then for name, now, then in zip(("seconds", "cpu_seconds"), clock(), since)}
 
 
-def peak_gb() -> float:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
-
-
 # ------------------------------------------------------------------------------------------------------------ sides
 
 def our_arguments(args) -> argparse.Namespace:
     return clo.parse_args([
-        "--lang", "tgt", "--device", "cpu", "--dtype", args.dtype, "--lr", str(args.lr), "--beta", "0.1",
+        "--lang", "tgt", "--device", args.device, "--dtype", args.dtype, "--lr", str(args.lr), "--beta", "0.1",
         "--row-tokens", str(args.row_tokens), "--micro-rows", str(args.micro_rows), "--batch-size", str(args.batch_size),
         "--lora-rank", str(args.rank), "--lora-alpha", "32"])
 
 
 def run_ours(directory: Path, args) -> dict:
     """The reference pass and an epoch, with clo.py's own functions."""
-    device, stage, flags = torch.device("cpu"), clo.METHODS["dpo"][0], our_arguments(args)
+    device, stage, flags = torch.device(args.device), clo.METHODS["dpo"][0], our_arguments(args)
+    if device.type == "cuda":
+        clo.fix_order_of_sums()
     model = llama.load(directory, device, clo.DTYPES[args.dtype])
     model.recompute = args.recompute
     parameters = clo.make_trainable(model, "lora", args.rank, 32, 0)
+    if device.type == "cuda":
+        llama.compile_blocks_(model)
     optimizer = clo.make_optimizer(parameters.values(), args.lr, 0.0, device)
     samples = make_samples(args)
     steps = clo.make_steps(samples, stage, flags, seed=None)
@@ -124,26 +128,38 @@ def run_ours(directory: Path, args) -> dict:
         optimizer.zero_grad()
     spent = elapsed(started)
     chosen = torch.cat([sums[micro.chosen] for micro, sums in zip(steps[0], flat)])
-    return spent | {"reference_seconds": reference_seconds, "chosen_logp": chosen.mean().item()}
+    tflops = product_flops(model.config, steps) / spent["seconds"] / 1e12
+    return spent | {"reference_seconds": reference_seconds, "tflops": tflops, "chosen_logp": chosen.mean().item()}
+
+
+def product_flops(c: llama.Config, steps: list[list[clo.Micro]]) -> float:
+    """FLOPs of run_products: 2 a weight and token forward, twice (reference and policy), and for the gradient of the input."""
+    counts = scale.parameters(c)
+    shapes = scale.attention_shapes(c)
+    first = sum(rows * columns for name, (rows, columns) in shapes.items() if name != "o_proj")
+    body, head = 3 * (counts["attention"] + counts["mlp"]) - first, 3 * c.vocab_size * c.hidden_size
+    micros = [micro for step in steps for micro in step]
+    return 2 * sum(micro.batch.fork.numel() * body + len(micro.batch.targets) * head for micro in micros)
 
 
 @torch.no_grad()
 def run_products(directory: Path, args) -> dict:
     """The products of run_ours with frozen weights: forward twice (reference and policy), gradients of inputs once."""
-    model = llama.load(directory, dtype=clo.DTYPES[args.dtype])
+    model = llama.load(directory, args.device, clo.DTYPES[args.dtype])
     weights = [(name, weight) for name, weight in model.named_parameters() if name.endswith("_proj.weight")]
     first = tuple(f"layers.0.self_attn.{name}_proj.weight" for name in "qkv")    # the first input needs no gradient
     steps = clo.make_steps(make_samples(args), clo.METHODS["dpo"][0], our_arguments(args), seed=None)
     widths = {width for _, weight in weights for width in weight.shape}
 
     def work(tokens: int, predicted: int, backward: bool) -> None:
-        x = {width: torch.randn(tokens, width, dtype=model.head.dtype) for width in widths}
+        x = {width: torch.randn(tokens, width, device=args.device, dtype=model.head.dtype) for width in widths}
         for name, weight in weights:
             F.linear(x[weight.shape[1]], weight)
             if backward and not name.endswith(first):
                 x[weight.shape[0]] @ weight
-        for start in range(0, predicted, CPU_CHUNK_ROWS):
-            logits = x[args.width][:min(CPU_CHUNK_ROWS, predicted - start)] @ model.head.T
+        rows = chunk_rows(predicted, len(model.head), model.head.dtype, model.head.device, 0)
+        for start in range(0, predicted, rows):
+            logits = x[model.config.hidden_size][:min(rows, predicted - start)] @ model.head.T
             if backward:
                 logits @ model.head
     work(256, 256, True)
@@ -151,7 +167,8 @@ def run_products(directory: Path, args) -> dict:
     for micro in [micro for step in steps for micro in step]:
         for backward in (False, True):
             work(micro.batch.fork.numel(), len(micro.batch.targets), backward)
-    return elapsed(started)
+    spent = elapsed(started)
+    return spent | {"tflops": product_flops(model.config, steps) / spent["seconds"] / 1e12}
 
 
 def run_trl(directory: Path, args) -> dict:
@@ -168,7 +185,7 @@ def run_trl(directory: Path, args) -> dict:
         output_dir=str(directory / "trl"), per_device_train_batch_size=args.trl_batch, num_train_epochs=1,
         gradient_accumulation_steps=2 * args.batch_size // args.trl_batch, learning_rate=args.lr, beta=0.1,
         lr_scheduler_type="constant", max_length=1024, gradient_checkpointing=args.trl_checkpointing,
-        bf16=args.dtype == "bf16", use_cpu=True, precompute_ref_log_probs=args.trl_precompute,
+        bf16=args.dtype == "bf16", use_cpu=args.device == "cpu", use_liger_kernel=args.trl_liger, precompute_ref_log_probs=args.trl_precompute,
         train_sampling_strategy=args.trl_sampling, report_to=[], save_strategy="no", logging_steps=1, disable_tqdm=True,
         dataloader_pin_memory=False)
     model = transformers.AutoModelForCausalLM.from_pretrained(directory, dtype=clo.DTYPES[args.dtype])
@@ -221,13 +238,15 @@ def run_flat(directory: Path, args) -> None:
             model.zero_grad(set_to_none=True)
             each.append((time.process_time() - started) / sum(micro.batch.fork.numel() for micro in step))
         print(f"{args.samples:6} samples: packing {1e6 * packing / args.samples:5.0f} us a sample; step "
-              f"{1e6 * statistics.median(each):6.1f} us a token (median of {len(each)} steps); peak {peak_gb():.2f} GB")
+              f"{1e6 * statistics.median(each):6.1f} us a token (median of {len(each)} steps); peak {clo.peak_memory_gb():.2f} GB")
 
 
 def parse_args(argv=None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0],
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     add = parser.add_argument
+    add("--device", default="cpu", help="cpu or cuda")
+    add("--shape", default=None, choices=list(scale.MODELS), help="of a known model, instead of the next five")
     add("--width", type=int, default=512, help="hidden width")
     add("--mlp", type=int, default=1376, help="mlp width")
     add("--layers", type=int, default=8)
@@ -243,8 +262,9 @@ def parse_args(argv=None) -> argparse.Namespace:
     add("--row-tokens", type=int, default=1024, help="ours: tokens of a packed row")
     add("--micro-rows", type=int, default=1, help="ours: packed rows per forward pass")
     add("--recompute", action="store_true", help="ours: run blocks again in the backward")
-    add("--trl-batch", type=int, default=1, help="TRL: pairs per forward pass, gradients accumulate")
+    add("--trl-batch", type=int, default=8, help="TRL: pairs per forward pass, gradients accumulate")
     add("--trl-checkpointing", action="store_true", help="TRL: recompute activations")
+    add("--trl-liger", action="store_true", help="TRL: with liger-kernel, where that is installed")
     add("--trl-precompute", action="store_true", help="TRL: reference log-probs in a pass of their own")
     add("--trl-sampling", default="sequential", choices=["sequential", "random", "group_by_length"], help="TRL: order")
     add("--dtype", default="fp32", choices=list(clo.DTYPES))
@@ -260,9 +280,11 @@ def parse_args(argv=None) -> argparse.Namespace:
 def main(argv=None) -> None:
     args = parse_args(argv)
     torch.set_num_threads(args.threads)
+    if args.shape:
+        args.vocab = scale.MODELS[args.shape].vocab_size
     if args.run:
         result = SIDES[args.sides[0]](Path(args.run), args)
-        print(json.dumps(result | {"peak_gb": peak_gb()}))
+        print(json.dumps(result | {"peak_gb": clo.peak_memory_gb()}))
         return
     with tempfile.TemporaryDirectory() as directory:
         write_checkpoint(Path(directory), args)

@@ -1,5 +1,6 @@
 """The training step: what it keeps in memory, what it leaves out, what it compiles; and what scale.py predicts of it."""
 
+import os
 import random
 import subprocess
 import sys
@@ -156,6 +157,37 @@ def test_nothing_in_a_step_waits_for_the_device(changes):
         clo.backward_step(model, steps[0], reference[0], clo.METHODS["clo"][0], make_args(**changes), CPU)
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
     assert waits.seen == []
+
+
+def test_every_op_of_a_step_has_a_fixed_order_of_sums_on_cuda():
+    """Under deterministic algorithms CUDA has one for all but a few ops: those of torch.use_deterministic_algorithms' list
+    that could ever stand in a step."""
+    class Names(TorchDispatchMode):
+        def __init__(self):
+            super().__init__()
+            self.seen = set()
+
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            self.seen.add(function.overloadpacket.__name__)
+            return function(*args, **(kwargs or {}))
+    model, steps = make_model(), make_steps()
+    model.requires_grad_(True)
+    with Names() as names:
+        clo.backward_step(model, steps[0], None, clo.METHODS["clo"][0], make_args(), CPU)
+    assert {"index_add", "index_select"} <= names.seen
+    assert not names.seen & {"cumsum", "histc", "bincount", "median", "put_", "nll_loss_forward", "nll_loss2d_forward"}
+
+
+def test_deterministic_algorithms_are_asked_for_without_filling_memory():
+    fill, blas = torch.utils.deterministic.fill_uninitialized_memory, os.environ.get("CUBLAS_WORKSPACE_CONFIG")
+    try:
+        clo.fix_order_of_sums()
+        assert torch.are_deterministic_algorithms_enabled() and torch.is_deterministic_algorithms_warn_only_enabled()
+        assert os.environ["CUBLAS_WORKSPACE_CONFIG"] and not torch.utils.deterministic.fill_uninitialized_memory
+    finally:
+        torch.use_deterministic_algorithms(False)
+        torch.utils.deterministic.fill_uninitialized_memory = fill
+        os.environ.pop("CUBLAS_WORKSPACE_CONFIG") if blas is None else os.environ.update(CUBLAS_WORKSPACE_CONFIG=blas)
 
 
 def test_the_next_micro_batch_is_sent_before_the_current_one_is_worked_on():
