@@ -23,17 +23,20 @@ def write_checkpoint(directory: Path, seed: int = 0, **shape) -> Path:
     """A tiny random Llama with a byte-level tokenizer, as a Hugging Face directory."""
     directory.mkdir(parents=True, exist_ok=True)
     tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    tokenizer.pre_tokenizer, tokenizer.decoder = (pre_tokenizers.ByteLevel(add_prefix_space=False),
+                                                  decoders.ByteLevel())
     tokenizer.train_from_iterator(LINES * 5, trainers.BpeTrainer(
         vocab_size=320, special_tokens=["<s>", "</s>"], initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False))
     tokenizer.save(str(directory / "tokenizer.json"))
     runs.write_json(directory / "tokenizer_config.json",
-                    {"bos_token": "<s>", "eos_token": "</s>", "add_bos_token": True, "tokenizer_class": "PreTrainedTokenizerFast"})
+                    {"bos_token": "<s>", "eos_token": "</s>", "add_bos_token": True,
+                     "tokenizer_class": "PreTrainedTokenizerFast"})
     runs.write_json(directory / "generation_config.json", {"bos_token_id": 0, "eos_token_id": 1})
-    config = llama.Config(**{"vocab_size": tokenizer.get_vocab_size(), "hidden_size": 16, "intermediate_size": 24,
-                             "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 6,
-                             "tie_word_embeddings": True, "max_position_embeddings": 256} | shape)
+    config = llama.Config(**{"vocab_size": tokenizer.get_vocab_size(), "hidden_size": 16,
+                             "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 4,
+                             "num_key_value_heads": 2, "head_dim": 6, "tie_word_embeddings": True,
+                             "max_position_embeddings": 256} | shape)
     model = llama.initialise_(llama.Llama(config), seed)
     with torch.no_grad():                    # large enough that every layer matters
         for parameter in model.parameters():

@@ -1,4 +1,5 @@
-"""benchmarks.py: files, wording, joint tokenisation and scores, against hand-written cases and lm-evaluation-harness."""
+"""benchmarks.py: files, wording, joint tokenisation and scores, against hand-written cases and
+lm-evaluation-harness."""
 
 import csv
 import json
@@ -13,10 +14,11 @@ import data
 import model as llama
 from conftest import write_checkpoint
 
-QUESTIONS = [("What eats meat?", ("lion", "cow", " sheep", "tree"), 0), ("  Which\nriver is \"long\"? ", ("Nile", "none", "1", "2"), 0),
-             ("Mji mkuu wa Ufaransa ni upi?", ("Roma", "Paris", "Kìnnìún", "x, y"), 1), ("2 + 2 = ", ("3", "5", "4", "22"), 2),
-             ("Is {A} a brace?", ("yes", "no", "{B}", "maybe"), 3), ("Why?", ("a", "b", "c", "d"), 1),
-             ("What eats grass? " * 9, ("cow", "lion", "wolf", "cat"), 0)]
+QUESTIONS = [("What eats meat?", ("lion", "cow", " sheep", "tree"), 0),
+             ("  Which\nriver is \"long\"? ", ("Nile", "none", "1", "2"), 0),
+             ("Mji mkuu wa Ufaransa ni upi?", ("Roma", "Paris", "Kìnnìún", "x, y"), 1),
+             ("2 + 2 = ", ("3", "5", "4", "22"), 2), ("Is {A} a brace?", ("yes", "no", "{B}", "maybe"), 3),
+             ("Why?", ("a", "b", "c", "d"), 1), ("What eats grass? " * 9, ("cow", "lion", "wolf", "cat"), 0)]
 ROTATIONS = [QUESTIONS[i:] + QUESTIONS[:i] for i in range(3)]
 
 
@@ -34,22 +36,26 @@ def write_lines(path, records):
 def write_mmlu(root):
     for subject, rows in zip(("anatomy", "world_religions"), ROTATIONS):
         for split, part in (("test", rows), ("dev", rows[2:6])):
-            write_csv(root / split / f"{subject}_{split}.csv", [[q, *options, "ABCD"[gold]] for q, options, gold in part])
+            write_csv(root / split / f"{subject}_{split}.csv",
+                      [[q, *options, "ABCD"[gold]] for q, options, gold in part])
     return root
 
 
 def write_cmmlu(root):
     for subject, rows in zip(("anatomy", "arts"), ROTATIONS):
         for split, part in (("test", rows), ("dev", rows[2:6])):
-            write_csv(root / split / f"{subject}.csv", [[i, q, *options, "ABCD"[gold]] for i, (q, options, gold) in enumerate(part)],
+            write_csv(root / split / f"{subject}.csv",
+                      [[i, q, *options, "ABCD"[gold]] for i, (q, options, gold) in enumerate(part)],
                       ["", "Question", "A", "B", "C", "D", "Answer"])
     return root
 
 
 def write_mmmlu(root):
-    rows = [[i, q, *options, "ABCD"[gold], subject] for subject, part in
-            zip(("anatomy", "world_religions_test.csv_sw-KE.csv"), ROTATIONS) for i, (q, options, gold) in enumerate(part)]
-    write_csv(root / "test" / "mmlu_SW-KE.csv", rows, ["", "Question", "A", "B", "C", "D", "Answer", "Subject"])
+    rows = [[i, q, *options, "ABCD"[gold], subject]
+            for subject, part in zip(("anatomy", "world_religions_test.csv_sw-KE.csv"), ROTATIONS)
+            for i, (q, options, gold) in enumerate(part)]
+    write_csv(root / "test" / "mmlu_SW-KE.csv", rows,
+              ["", "Question", "A", "B", "C", "D", "Answer", "Subject"])
     return root
 
 
@@ -57,8 +63,9 @@ def write_belebele(root):
     (root / "data").mkdir(parents=True)
     write_lines(root / "data" / "deu_Latn.jsonl", [
         {"link": "x", "question_number": i % 2 + 1, "flores_passage": f"Der Text {i // 2}. ", "question": q,
-         **{f"mc_answer{k + 1}": option for k, option in enumerate(options)}, "correct_answer_num": str(gold + 1),
-         "dialect": "deu_Latn", "ds": "2023"} for i, (q, options, gold) in enumerate(QUESTIONS)])
+         **{f"mc_answer{k + 1}": option for k, option in enumerate(options)},
+         "correct_answer_num": str(gold + 1), "dialect": "deu_Latn", "ds": "2023"}
+        for i, (q, options, gold) in enumerate(QUESTIONS)])
     return root
 
 
@@ -73,11 +80,12 @@ def write_afrimmlu(root):
     return root
 
 
-WRITERS = {"mmlu": write_mmlu, "cmmlu": write_cmmlu, "mmmlu": write_mmmlu, "belebele": write_belebele, "afrimmlu": write_afrimmlu}
+WRITERS = {"mmlu": write_mmlu, "cmmlu": write_cmmlu, "mmmlu": write_mmmlu, "belebele": write_belebele,
+           "afrimmlu": write_afrimmlu}
 LANGUAGE = {"mmmlu": "sw", "belebele": "de", "afrimmlu": "sw"}
 
 
-# ------------------------------------------------------------------------------------------ lm-evaluation-harness
+# -------------------------------------------------------------------------------------- lm-evaluation-harness
 
 def hub_row(name, document):
     """A document in the columns of the hub's data set."""
@@ -86,17 +94,18 @@ def hub_row(name, document):
         return {"question": document.question, "subject": document.subject, "choices": list(document.options),
                 "answer": document.gold}
     if name == "afrimmlu":
-        return {"subject": document.subject, "question": document.question, "choices": str(list(document.options)),
-                "answer": "ABCD"[document.gold]}
+        return {"subject": document.subject, "question": document.question,
+                "choices": str(list(document.options)), "answer": "ABCD"[document.gold]}
     if name == "belebele":
         return {"flores_passage": document.passage, "question": document.question,
                 **{f"mc_answer{i + 1}": option for i, option in enumerate(document.options)},
                 "correct_answer_num": str(document.gold + 1)}
-    return {"Question": document.question, **letters, "Answer": "ABCD"[document.gold], "Subject": document.subject}
+    return {"Question": document.question, **letters, "Answer": "ABCD"[document.gold],
+            "Subject": document.subject}
 
 
-YAML = {"mmlu": "mmlu/default/mmlu_{}.yaml", "cmmlu": "cmmlu/cmmlu_{}.yaml", "belebele": "belebele/belebele_deu_Latn.yaml",
-        "mmmlu": "openai-mmmlu/default/mmmlu_sw_ke_{}.yaml",
+YAML = {"mmlu": "mmlu/default/mmlu_{}.yaml", "cmmlu": "cmmlu/cmmlu_{}.yaml",
+        "belebele": "belebele/belebele_deu_Latn.yaml", "mmmlu": "openai-mmmlu/default/mmmlu_sw_ke_{}.yaml",
         "afrimmlu": "afrimmlu/direct/prompt_1/afrimmlu_direct_swa.yaml"}
 SPLITS = {"test": "test", "dev": "dev", "val": "validation"}                      # their names on the hub
 
@@ -106,21 +115,26 @@ def harness_tasks(name, root, shots, work):
     lm_eval = pytest.importorskip("lm_eval")
     from lm_eval.tasks import TaskManager
     task, folder = benchmarks.TASKS[name], Path(lm_eval.__file__).parent / "tasks"
-    splits = {SPLITS[split]: benchmarks.by_subject(task, benchmarks.read_split(task, root, LANGUAGE.get(name, ""), split))
+    splits = {SPLITS[split]:
+              benchmarks.by_subject(task, benchmarks.read_split(task, root, LANGUAGE.get(name, ""), split))
               for split in filter(None, ("test", task.examples))}
     for number, subject in enumerate(splits["test"]):
-        files = {split: write_lines(work / f"{number}-{split}.jsonl", [hub_row(name, document) for document in part[subject]])
+        files = {split: write_lines(work / f"{number}-{split}.jsonl",
+                                    [hub_row(name, document) for document in part[subject]])
                  for split, part in splits.items()}
-        config = {"include": str(folder / YAML[name].format(subject)), "task": f"{number:02d}", "tag": None, "task_alias": None,
-                  "dataset_path": "json", "dataset_name": None, "metric_list": [{"metric": "acc"}], "num_fewshot": shots,
+        config = {"include": str(folder / YAML[name].format(subject)), "task": f"{number:02d}", "tag": None,
+                  "task_alias": None, "dataset_path": "json", "dataset_name": None,
+                  "metric_list": [{"metric": "acc"}], "num_fewshot": shots,
                   "dataset_kwargs": {"data_files": files, "cache_dir": str(work / "cache")}}
         (work / f"{number:02d}.yaml").write_text(json.dumps(config))                     # JSON is YAML
-    found = TaskManager(include_path=str(work), include_defaults=False).load([f"{n:02d}" for n in range(len(splits["test"]))])
+    found = TaskManager(include_path=str(work), include_defaults=False).load(
+        [f"{n:02d}" for n in range(len(splits["test"]))])
     return [task for _, task in sorted(found["tasks"].items())]
 
 
 def harness_scores(tasks, judge, limit):
-    """[(prompt, [log-prob of each choice])] of the tasks' questions, by the harness's Hugging Face back end."""
+    """[(prompt, [log-prob of each choice])] of the tasks' questions, by the harness's Hugging Face
+    back end."""
     questions = []
     for task in tasks:
         task.set_fewshot_seed(benchmarks.EXAMPLE_SEED)
@@ -151,7 +165,8 @@ def check_against_harness(both, name, root, shots, limit, work):
         assert mine["logp"] == pytest.approx(logps, rel=0, abs=1e-3)
 
 
-# the first model reads 256 tokens: long prompts are cut; the third's tokenizer joins the prompt's last ":" with a space
+# the first model reads 256 tokens: long prompts are cut;
+# the third's tokenizer joins the prompt's last ":" with a space
 SHAPES = {"llama": {}, "qwen2": {"model_type": "qwen2", "qkv_bias": True, "max_position_embeddings": 4096},
           "merging": {"model_type": "qwen3", "qk_norm": True, "max_position_embeddings": 4096}}
 
@@ -178,15 +193,19 @@ def join_colon_and_space(path):
 def test_choices_and_log_probs_equal_the_harness(name, both, tmp_path):
     kind, both = both
     if kind == "merging":
-        ids, joint = (both[2].full.encode(text, add_special_tokens=False).ids for text in ("Answer:", "Answer: A"))
-        assert joint[:len(ids)] != ids                               # the choice changes the prompt's own tokens
-    check_against_harness(both, name, WRITERS[name](tmp_path / "files"), 3 if kind == "llama" else 0, None, tmp_path)
+        ids, joint = (both[2].full.encode(text, add_special_tokens=False).ids
+                      for text in ("Answer:", "Answer: A"))
+        assert joint[:len(ids)] != ids                            # the choice changes the prompt's own tokens
+    check_against_harness(both, name, WRITERS[name](tmp_path / "files"), 3 if kind == "llama" else 0, None,
+                          tmp_path)
 
 
 @pytest.fixture(scope="module", params=["llama2", "qwen2_5"])
 def real_tokenizer(request, shared, tmp_path_factory):
-    shape = {"vocab_size": 32000} if request.param == "llama2" else {"model_type": "qwen2", "qkv_bias": True, "vocab_size": 151936}
-    checkpoint = write_checkpoint(tmp_path_factory.mktemp(request.param), **shape, max_position_embeddings=4096)
+    shape = ({"vocab_size": 32000} if request.param == "llama2" else
+             {"model_type": "qwen2", "qkv_bias": True, "vocab_size": 151936})
+    checkpoint = write_checkpoint(tmp_path_factory.mktemp(request.param), **shape,
+                                  max_position_embeddings=4096)
     for path in (shared / "tokenizers" / request.param).glob("tokenizer*.json"):
         shutil.copyfile(path, checkpoint / path.name)
     return open_both(checkpoint)
@@ -219,15 +238,19 @@ def logps_one_by_one(model, tokenizer, question):
 @pytest.mark.parametrize("window", [None, 20])
 def test_scores_equal_one_forward_pass_a_choice(name, window, batch_tokens, tmp_path):
     kind = {"model_type": "mistral", "sliding_window": window} if window else {}
-    checkpoint = write_checkpoint(tmp_path / "model", max_position_embeddings=300, **kind)        # some prompts are longer
+    # some prompts are longer
+    checkpoint = write_checkpoint(tmp_path / "model", max_position_embeddings=300, **kind)
     model, tokenizer = llama.load(checkpoint, dtype=torch.float64), data.load_tokenizer(checkpoint)
-    questions = benchmarks.read_benchmark(name, WRITERS[name](tmp_path / "files"), 2, LANGUAGE.get(name, "")).questions
-    for question, found in zip(questions, benchmarks.multiple_choice(model, tokenizer, questions, batch_tokens)):
-        torch.testing.assert_close(torch.tensor(found["logp"], dtype=torch.float64), logps_one_by_one(model, tokenizer, question),
-                                   rtol=0, atol=1e-9)
+    questions = benchmarks.read_benchmark(name, WRITERS[name](tmp_path / "files"), 2,
+                                          LANGUAGE.get(name, "")).questions
+    for question, found in zip(questions,
+                               benchmarks.multiple_choice(model, tokenizer, questions, batch_tokens)):
+        torch.testing.assert_close(torch.tensor(found["logp"], dtype=torch.float64),
+                                   logps_one_by_one(model, tokenizer, question), rtol=0, atol=1e-9)
         assert found["correct"] == (found["choice"] == question.gold)
-        assert found["cut"] == any(len(prompt) + len(ids) > 301 for prompt, choices in benchmarks.encode_questions(tokenizer, [question])
-                                   for ids in choices)
+        assert found["cut"] == any(
+            len(prompt) + len(ids) > 301
+            for prompt, choices in benchmarks.encode_questions(tokenizer, [question]) for ids in choices)
 
 
 def test_the_header_of_a_subject_is_computed_once(tmp_path, monkeypatch):
@@ -235,11 +258,12 @@ def test_the_header_of_a_subject_is_computed_once(tmp_path, monkeypatch):
     model, tokenizer = llama.load(checkpoint), data.load_tokenizer(checkpoint)
     questions = benchmarks.read_benchmark("mmlu", write_mmlu(tmp_path / "files"), 3).questions
     widths, forward = [], type(model).forward
-    monkeypatch.setattr(type(model), "forward", lambda self, tokens, *args, **kw: widths.append(tokens.numel()) or forward(self, tokens, *args, **kw))
+    monkeypatch.setattr(type(model), "forward", lambda self, tokens, *args, **kw: (
+        widths.append(tokens.numel()) or forward(self, tokens, *args, **kw)))
     benchmarks.multiple_choice(model, tokenizer, questions)
     prompts = [prompt for prompt, _ in benchmarks.encode_questions(tokenizer, questions)]
     assert sum(widths) < sum(map(len, prompts)) / 2.5
-    assert len(widths) == 4                                                    # header and questions of two subjects
+    assert len(widths) == 4                                             # header and questions of two subjects
 
 
 def test_choices_cut_at_different_places_are_forks_of_their_own():
@@ -250,23 +274,28 @@ def test_choices_cut_at_different_places_are_forks_of_their_own():
         benchmarks.make_parts(7, "x:1", [1], [[5, 6, 7, 8, 9]], max_tokens=4)
 
 
-@pytest.mark.parametrize("prompts, shared", [([[1, 2, 3], [1, 2, 4]], [1, 2]), ([[1, 2], [1, 2]], [1]), ([[1, 2], [1, 2, 3]], [1]),
-                                             ([[5], [5, 6]], []), ([[1, 2], [3]], []), ([[4, 5, 6]], [4, 5])])
+@pytest.mark.parametrize("prompts, shared", [
+    ([[1, 2, 3], [1, 2, 4]], [1, 2]), ([[1, 2], [1, 2]], [1]), ([[1, 2], [1, 2, 3]], [1]),
+    ([[5], [5, 6]], []), ([[1, 2], [3]], []), ([[4, 5, 6]], [4, 5])])
 def test_a_common_prefix_leaves_every_prompt_a_token(prompts, shared):
     assert benchmarks.common_prefix(prompts) == shared
 
 
 def test_header_and_question_are_worded_as_published(tmp_path):
-    question = benchmarks.read_benchmark("mmlu", write_mmlu(tmp_path), 1, subjects=["world_religions"], limit=1).questions[0]
-    assert question.header == ("The following are multiple choice questions (with answers) about world religions.\n\n"
-                               "2 + 2 =\nA. 3\nB. 5\nC. 4\nD. 22\nAnswer: C\n\n")
-    assert question.text == 'Which\nriver is "long"?\nA. Nile\nB. none\nC. 1\nD. 2\nAnswer:' and question.gold == 0
+    question = benchmarks.read_benchmark("mmlu", write_mmlu(tmp_path), 1, subjects=["world_religions"],
+                                         limit=1).questions[0]
+    assert question.header == (
+        "The following are multiple choice questions (with answers) about world religions.\n\n"
+        "2 + 2 =\nA. 3\nB. 5\nC. 4\nD. 22\nAnswer: C\n\n")
+    assert (question.text == 'Which\nriver is "long"?\nA. Nile\nB. none\nC. 1\nD. 2\nAnswer:'
+            and question.gold == 0)
     assert question.where.endswith("test/world_religions_test.csv:1")
 
 
 def test_lines_are_counted_through_quoted_newlines(tmp_path):
     benchmark = benchmarks.read_benchmark("mmlu", write_mmlu(tmp_path), subjects=["anatomy"])
-    assert [question.where.rsplit(":")[-1] for question in benchmark.questions] == ["1", "2", "4", "5", "6", "7", "8"]
+    assert [question.where.rsplit(":")[-1] for question in benchmark.questions] == [
+        "1", "2", "4", "5", "6", "7", "8"]
 
 
 def test_maps_hold_every_subject_once():
@@ -278,8 +307,10 @@ def test_maps_hold_every_subject_once():
 
 def test_settings_tell_template_shots_and_file_hashes(tmp_path):
     settings = benchmarks.read_benchmark("cmmlu", write_cmmlu(tmp_path), 2).settings
-    assert settings["shots"] == 2 and settings["template"] == benchmarks.CMMLU_TEXT and settings["subjects"] == ["anatomy", "arts"]
-    assert set(settings["files"]) == {f"{split}/{subject}.csv" for split in ("dev", "test") for subject in ("anatomy", "arts")}
+    assert (settings["shots"] == 2 and settings["template"] == benchmarks.CMMLU_TEXT
+            and settings["subjects"] == ["anatomy", "arts"])
+    assert set(settings["files"]) == {f"{split}/{subject}.csv" for split in ("dev", "test")
+                                      for subject in ("anatomy", "arts")}
     assert all(len(digest) == 16 for digest in settings["files"].values())
 
 
@@ -296,21 +327,25 @@ def test_errors_are_those_of_the_harness():
 
 
 def test_pooling_weights_by_questions_and_ignores_differences_between_subjects():
-    whole = benchmarks.pooled([benchmarks.accuracy([True] * 4), benchmarks.accuracy([False] * 2), benchmarks.accuracy([True])])
+    whole = benchmarks.pooled([benchmarks.accuracy([True] * 4), benchmarks.accuracy([False] * 2),
+                               benchmarks.accuracy([True])])
     assert whole == {"accuracy": pytest.approx(500 / 7), "stderr": 0.0, "n": 7}
-    assert benchmarks.accuracy([True])["stderr"] is None and benchmarks.pooled([benchmarks.accuracy([True])])["stderr"] is None
+    assert (benchmarks.accuracy([True])["stderr"] is None
+            and benchmarks.pooled([benchmarks.accuracy([True])])["stderr"] is None)
 
 
 def test_weighted_f1_equals_scikit_learn():
     gold, choice = [0, 1, 2, 3, 0, 1, 1, 2], [0, 1, 1, 3, 2, 1, 0, 2]
     sklearn = pytest.importorskip("sklearn.metrics")
-    assert benchmarks.weighted_f1(gold, choice) == pytest.approx(100 * sklearn.f1_score(gold, choice, average="weighted"))
+    assert benchmarks.weighted_f1(gold, choice) == pytest.approx(
+        100 * sklearn.f1_score(gold, choice, average="weighted"))
 
 
-# --------------------------------------------------------------------------------------------------- odd files
+# -------------------------------------------------------------------------------------------------- odd files
 
-@pytest.mark.parametrize("text", ["\ufeffq,1,2,3,4,A\r\n\r\n r ,1,2,3,4,B \r\n", "question,A,B,C,D,answer\nq,1,2,3,4,A\n  \nr,1,2,3,4, B",
-                                  '"q",1,"2",3,4,A\n"\nr",1,2,3,4,B\n\n'])
+@pytest.mark.parametrize("text", [
+    "\ufeffq,1,2,3,4,A\r\n\r\n r ,1,2,3,4,B \r\n",
+    "question,A,B,C,D,answer\nq,1,2,3,4,A\n  \nr,1,2,3,4, B", '"q",1,"2",3,4,A\n"\nr",1,2,3,4,B\n\n'])
 def test_marks_line_ends_blank_lines_and_a_header_do_not_change_what_is_read(text, tmp_path):
     (tmp_path / "anatomy_test.csv").write_bytes(text.encode())
     questions = benchmarks.read_benchmark("mmlu", tmp_path).questions
@@ -320,43 +355,57 @@ def test_marks_line_ends_blank_lines_and_a_header_do_not_change_what_is_read(tex
 def test_what_parquet_files_are_converted_to_is_read_and_a_question_asked_twice_is_asked_twice(tmp_path):
     row = {"question": "q", "subject": "anatomy", "choices": ["a", "b", "c", "d"], "answer": 2}
     write_lines(tmp_path / "mmlu" / "test-00000-of-00001.jsonl", [row, row])
-    assert [question.gold for question in benchmarks.read_benchmark("mmlu", tmp_path / "mmlu").questions] == [2, 2]
-    write_lines(tmp_path / "cmmlu" / "test" / "arts.jsonl", [{"Question": "q", **dict(zip("ABCD", "1234")), "Answer": "C"}])
+    assert [question.gold
+            for question in benchmarks.read_benchmark("mmlu", tmp_path / "mmlu").questions] == [2, 2]
+    write_lines(tmp_path / "cmmlu" / "test" / "arts.jsonl",
+                [{"Question": "q", **dict(zip("ABCD", "1234")), "Answer": "C"}])
     assert benchmarks.read_benchmark("cmmlu", tmp_path / "cmmlu").questions[0].gold == 2
 
 
 # --------------------------------------------------------------------------------------------------- refusals
 
-BELEBELE_ROW = ('{"flores_passage": "p", "question": "q", "question_number": 1, "mc_answer1": "a", "mc_answer2": "b", '
-                '"mc_answer3": "c", "mc_answer4": "d", "correct_answer_num": "%d"}')
+BELEBELE_ROW = ('{"flores_passage": "p", "question": "q", "question_number": 1, "mc_answer1": "a", '
+                '"mc_answer2": "b", "mc_answer3": "c", "mc_answer4": "d", "correct_answer_num": "%d"}')
 
 
 @pytest.mark.parametrize("name, file, text, wanted", [
     ("mmlu", "test/anatomy_test.csv", "q,1,2,3,4,E\n", r"anatomy_test.csv:1: the answer is 'E'"),
-    ("mmlu", "test/anatomy_test.csv", "q,1,2,3,4,A\nq,1,2,3,A\n", "anatomy_test.csv:2: 5 columns, 6 are wanted"),
-    ("mmlu", "test/anatomy_test.csv", "q,1,2,3,4,A\n,1,2,3,4,A\n", "anatomy_test.csv:2: the question is empty"),
+    ("mmlu", "test/anatomy_test.csv", "q,1,2,3,4,A\nq,1,2,3,A\n",
+     "anatomy_test.csv:2: 5 columns, 6 are wanted"),
+    ("mmlu", "test/anatomy_test.csv", "q,1,2,3,4,A\n,1,2,3,4,A\n",
+     "anatomy_test.csv:2: the question is empty"),
     ("mmlu", "test/anatomy_test.csv", "", "anatomy_test.csv: the file holds no question"),
     ("mmlu", "test/anatomy_test.csv", "q,1,2,3,4,a\n", r"anatomy_test.csv:1: the answer is 'a'"),
     ("mmlu", "test/anatomy_test.csv", "q,1,2,3,4,1\n", r"anatomy_test.csv:1: the answer is '1'"),
-    ("mmlu", "test/anatomy_test.csv", '"q,1,2,3,4,A\nr,1,2,3,4,B\n', "anatomy_test.csv:1: 1 columns, 6 are wanted"),
-    ("mmlu", "test/anatomy_test.csv", 'q,1,2,3,4,A\n"r' + "x" * 200_000, "anatomy_test.csv:2: not a table .*: is a quotation mark left open"),
+    ("mmlu", "test/anatomy_test.csv", '"q,1,2,3,4,A\nr,1,2,3,4,B\n',
+     "anatomy_test.csv:1: 1 columns, 6 are wanted"),
+    ("mmlu", "test/anatomy_test.csv", 'q,1,2,3,4,A\n"r' + "x" * 200_000,
+     "anatomy_test.csv:2: not a table .*: is a quotation mark left open"),
     ("mmlu", "other/x.csv", "", r"found no \*_test.csv"),
-    ("mmlu", "test.jsonl", '{"question": "q", "subject": "x", "choices": ["a", "b", "c", "d"], "answer": 4}', "test.jsonl:1: the answer is 4"),
-    ("mmlu", "test.jsonl", '{"question": "q", "choices": ["a", "b", "c", "d"], "answer": 3}', 'test.jsonl:1: "subject" is missing'),
-    ("mmlu", "test.jsonl", '{"question": "q", "subject": "anatomy", "choices": ["a"], "answer": 1}', "test.jsonl:1: choices are no list of 4"),
-    ("cmmlu", "test/anatomy.csv", ",Question,A,B,C,D,Answer\n0,q,1,2,3,4,A\n0,r,1,2,3,4,A\n", "anatomy.csv:3: the same identifier as in .*:2"),
+    ("mmlu", "test.jsonl", '{"question": "q", "subject": "x", "choices": ["a", "b", "c", "d"], "answer": 4}',
+     "test.jsonl:1: the answer is 4"),
+    ("mmlu", "test.jsonl", '{"question": "q", "choices": ["a", "b", "c", "d"], "answer": 3}',
+     'test.jsonl:1: "subject" is missing'),
+    ("mmlu", "test.jsonl", '{"question": "q", "subject": "anatomy", "choices": ["a"], "answer": 1}',
+     "test.jsonl:1: choices are no list of 4"),
+    ("cmmlu", "test/anatomy.csv", ",Question,A,B,C,D,Answer\n0,q,1,2,3,4,A\n0,r,1,2,3,4,A\n",
+     "anatomy.csv:3: the same identifier as in .*:2"),
     ("cmmlu", "test/anatomy.csv", ",Question,A,B,C,D\n0,q,1,2,3,4\n", 'anatomy.csv:1: "Answer" is missing'),
     ("cmmlu", "test/anatomy.csv", "0,q,1,2,3,4,A\n", 'anatomy.csv:1: "Question" is missing'),
     ("cmmlu", "test/anatomy.csv", ",Question,A,B,C,D,Answer\n", "anatomy.csv: the file holds no question"),
-    ("mmmlu", "mmlu_SW-KE.csv", ",Question,A,B,C,D,Answer,Subject\n0,q,1,2,3,4,A,x\n0,r,1,2,3,4,A,x\n", "SW-KE.csv:3: the same identifier"),
+    ("mmmlu", "mmlu_SW-KE.csv", ",Question,A,B,C,D,Answer,Subject\n0,q,1,2,3,4,A,x\n0,r,1,2,3,4,A,x\n",
+     "SW-KE.csv:3: the same identifier"),
     ("mmmlu", "mmlu_SW-KE.csv", "Question,A,B,C,D,Answer\n", 'SW-KE.csv:1: "Subject" is missing'),
-    ("belebele", "deu_Latn.jsonl", BELEBELE_ROW % 1 + "\n\n" + BELEBELE_ROW % 1, "deu_Latn.jsonl:3: the same identifier as in .*:1"),
+    ("belebele", "deu_Latn.jsonl", BELEBELE_ROW % 1 + "\n\n" + BELEBELE_ROW % 1,
+     "deu_Latn.jsonl:3: the same identifier as in .*:1"),
     ("belebele", "deu_Latn.jsonl", BELEBELE_ROW % 1 + "\n{", "deu_Latn.jsonl:2: not valid JSON"),
     ("belebele", "deva.jsonl", BELEBELE_ROW % 1, "found no deu_Latn.jsonl or deu_Latn_"),
     ("cmmlu", "test/alchemy.csv", ",Question,A,B,C,D,Answer\n0,q,1,2,3,4,A\n", "no subject 'alchemy'"),
     ("belebele", "deu_Latn.jsonl", BELEBELE_ROW % 5, "deu_Latn.jsonl:1: correct_answer_num is '5'"),
-    ("belebele", "test.parquet", "PAR1", "pandas.read_parquet"), ("mmmlu", "mmlu_DE-DE.csv", "", "found no mmlu_SW-KE"),
-    ("afrimmlu", "swa/test.tsv", "subject\tquestion\tchoices\tanswer\nx\tq\t__import__('os')\tA\n", "test.tsv:2: choices are no list of 4")])
+    ("belebele", "test.parquet", "PAR1", "pandas.read_parquet"),
+    ("mmmlu", "mmlu_DE-DE.csv", "", "found no mmlu_SW-KE"),
+    ("afrimmlu", "swa/test.tsv", "subject\tquestion\tchoices\tanswer\nx\tq\t__import__('os')\tA\n",
+     "test.tsv:2: choices are no list of 4")])
 def test_a_bad_file_is_one_clear_line(name, file, text, wanted, tmp_path):
     path = tmp_path / file
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -368,7 +417,8 @@ def test_a_bad_file_is_one_clear_line(name, file, text, wanted, tmp_path):
 
 def test_wrong_wishes_are_one_clear_line(tmp_path):
     root = write_mmlu(tmp_path)
-    for wanted, arguments in (("has only 4 examples", {"shots": 5}), ("no subject alchemy", {"subjects": ["alchemy"]}),
+    for wanted, arguments in (("has only 4 examples", {"shots": 5}),
+                              ("no subject alchemy", {"subjects": ["alchemy"]}),
                               ("found no \\*_val.csv", {"split": "val"})):
         with pytest.raises(data.DataError, match=wanted):
             benchmarks.read_benchmark("mmlu", root, **arguments)
@@ -381,6 +431,7 @@ def test_wrong_wishes_are_one_clear_line(tmp_path):
 def test_the_hub_is_asked_for_one_language_only(tmp_path, monkeypatch):
     asked = []
     root = write_belebele(tmp_path)
-    monkeypatch.setattr(benchmarks.hub, "fetch", lambda *arguments, **kind: asked.append((arguments, kind)) or root)
+    monkeypatch.setattr(benchmarks.hub, "fetch",
+                        lambda *arguments, **kind: asked.append((arguments, kind)) or root)
     assert len(benchmarks.read_benchmark("belebele", "facebook/belebele", language="de").questions) == 7
     assert asked == [(("facebook/belebele", ("*deu_Latn.jsonl",)), {"kind": "dataset"})]

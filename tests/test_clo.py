@@ -33,8 +33,8 @@ def sentence(language: str, i: int, length: int) -> str:
 
 def parallel_rows(n: int) -> list[dict]:
     return [{"row_id": str(i)} | {language: {"prompt": sentence(language, i, 3) + "?",
-                                             "response": sentence(language, i + 1, 2 + i % 4)} for language in WORDS}
-            for i in range(n)]
+                                             "response": sentence(language, i + 1, 2 + i % 4)}
+                                  for language in WORDS} for i in range(n)]
 
 
 def options(**changes) -> argparse.Namespace:
@@ -100,7 +100,7 @@ def test_anchor_counts_only_what_fell_per_token():
 def test_the_anchor_pulls_the_right_english_response_up_and_nothing_else(checkpoint):
     model, groups, steps, reference, args = prepared(checkpoint, lam=0.0, anchor=1e6)
     parameters = clo.make_trainable(model, "attention", 4, 8, seed=0)
-    lifted = [[ref + 3 for ref in step] for step in reference]                  # the policy lies below this reference
+    lifted = [[ref + 3 for ref in step] for step in reference]          # the policy lies below this reference
     clo.backward_step(model, steps[0], lifted[0], clo.METHODS["dpo"][0], args, CPU)
     with torch.no_grad():
         for parameter in parameters.values():
@@ -114,7 +114,8 @@ def test_continuation_logps_are_those_of_separate_sequences(checkpoint):
     model, groups, steps, _, _ = prepared(checkpoint)
     for micro in steps[0]:
         found = clo.continuation_logps(model, micro).tolist()
-        expected = [logp_of(model, fork.prompt, ids).item() for fork in micro.batch.forks for ids in fork.continuations]
+        expected = [logp_of(model, fork.prompt, ids).item()
+                    for fork in micro.batch.forks for ids in fork.continuations]
         assert found == pytest.approx(expected, abs=1e-9)
 
 
@@ -160,7 +161,8 @@ def test_a_pair_with_equal_responses_leaves_the_preference_and_stays_in_the_nll(
     assert len(micro.chosen) == 2 and {fork.row for fork in micro.batch.forks} == {"1"}
 
 
-@pytest.mark.parametrize("method, languages", [("sft", {"en", "sw"}), ("sft-en", {"en"}), ("sft-tgt", {"sw"})])
+@pytest.mark.parametrize("method, languages",
+                         [("sft", {"en", "sw"}), ("sft-en", {"en"}), ("sft-tgt", {"sw"})])
 def test_plain_fine_tuning_reads_the_right_responses_of_its_languages_only(checkpoint, method, languages):
     _, groups, _, _, args = prepared(checkpoint)
     micros = [micro for step in clo.make_steps(groups, clo.METHODS[method][0], args, 0) for micro in step]
@@ -170,7 +172,8 @@ def test_plain_fine_tuning_reads_the_right_responses_of_its_languages_only(check
         len(fork.continuations[0]) for group in groups for fork in group if fork.language in languages)
 
 
-def test_with_several_targets_an_english_fork_rejects_every_translation_and_metrics_are_split_by_language(checkpoint):
+def test_with_several_targets_an_english_fork_rejects_every_translation_and_metrics_are_split_by_language(
+        checkpoint):
     rows = [row | {"yo": {"prompt": row["sw"]["prompt"] + " o", "response": row["sw"]["response"] + " e"}}
             for row in parallel_rows(4)]
     args = options(lang="sw,yo", targets=["sw", "yo"], row_tokens=512, micro_rows=9)
@@ -180,9 +183,11 @@ def test_with_several_targets_an_english_fork_rejects_every_translation_and_metr
     assert len(micro.chosen) == 4 * 3 * 2 and len(micro.nll) == 4 * 2
     continuations = [(fork, ids) for fork in micro.batch.forks for ids in fork.continuations]
     for fork in micro.batch.forks:
-        wrong = [continuations[j][1] for i, j in zip(micro.chosen, micro.rejected) if continuations[i][0] is fork]
+        wrong = [continuations[j][1] for i, j in zip(micro.chosen, micro.rejected)
+                 if continuations[i][0] is fork]
         others = [language for language in ("en", "sw", "yo") if language != fork.language]
-        assert wrong == [tokenizer.response_ids(rows[int(fork.row)][language]["response"]) for language in others]
+        assert wrong == [tokenizer.response_ids(rows[int(fork.row)][language]["response"])
+                         for language in others]
     reference = clo.reference_logps(model, [[micro]], CPU)
     found = clo.score_heldout(model, [[micro]], reference, args, CPU)
     for number, side in enumerate(["en", "tgt_sw", "tgt_yo"]):
@@ -199,11 +204,12 @@ def gradients(checkpoint, **changes):
     parameters = clo.make_trainable(model, "lora", 4, 8, seed=0)
     with torch.no_grad():
         for i, parameter in enumerate(parameters.values()):
-            parameter += 0.05 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(i), dtype=torch.float64)
+            parameter += 0.05 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(i),
+                                            dtype=torch.float64)
     step = clo.make_steps(groups, clo.METHODS["clo"][0], args, None)[0]
     noise = {}
     reference = []
-    for micro in step:                       # the same made-up reference for a continuation wherever it was packed
+    for micro in step:                # the same made-up reference for a continuation wherever it was packed
         sums = []
         for fork in micro.batch.forks:
             for number in range(len(fork.continuations)):
@@ -218,7 +224,8 @@ def gradients(checkpoint, **changes):
 def test_micro_batching_and_row_length_change_nothing(checkpoint):
     parts, loss, whole = gradients(checkpoint, batch_size=10, row_tokens=512, micro_rows=99)
     assert parts == 1
-    for changes in ({"row_tokens": 96, "micro_rows": 1}, {"row_tokens": 96, "micro_rows": 3}, {"row_tokens": 200, "micro_rows": 2}):
+    for changes in ({"row_tokens": 96, "micro_rows": 1}, {"row_tokens": 96, "micro_rows": 3},
+                    {"row_tokens": 200, "micro_rows": 2}):
         parts, other_loss, other = gradients(checkpoint, batch_size=10, **changes)
         assert parts > 1 and other_loss == pytest.approx(loss, abs=1e-12)
         for one, two in zip(whole, other):
@@ -259,7 +266,8 @@ def test_lora_changes_nothing_at_first_and_merged_equals_unmerged(checkpoint):
 def test_only_the_chosen_weights_learn_and_the_frozen_stay_bit_equal(tmp_path, mode, part):
     path = write_checkpoint(tmp_path, model_type="qwen2", qkv_bias=True)
     model, groups, steps, reference, args = prepared(path, train=mode)
-    before = {name: parameter.clone() for name, parameter in llama.load(path, dtype=torch.float64).named_parameters()}
+    before = {name: parameter.clone()
+              for name, parameter in llama.load(path, dtype=torch.float64).named_parameters()}
     parameters = clo.make_trainable(model, mode, 4, 8, seed=0)
     start = {name: parameter.detach().clone() for name, parameter in parameters.items()}
     optimizer = torch.optim.AdamW(parameters.values(), lr=1e-2)
@@ -290,10 +298,12 @@ def test_the_adapter_gives_peft_and_our_loader_the_same_logits(checkpoint, tmp_p
     for name, parameter in model.named_parameters():
         if ".lora_B" in name:
             parameter.data = torch.randn(parameter.shape)
-    runs.fill_directory(tmp_path / "adapter", lambda path: runs.save_adapter(model, path, str(checkpoint), clo.ATTENTION, 4, 12, ""))
+    runs.fill_directory(tmp_path / "adapter", lambda path: runs.save_adapter(
+        model, path, str(checkpoint), clo.ATTENTION, 4, 12, ""))
     tokens = torch.randint(300, (2, 12))
     ours = model(tokens) @ model.head.T
-    theirs = peft.PeftModel.from_pretrained(transformers.AutoModelForCausalLM.from_pretrained(checkpoint), tmp_path / "adapter")
+    theirs = peft.PeftModel.from_pretrained(
+        transformers.AutoModelForCausalLM.from_pretrained(checkpoint), tmp_path / "adapter")
     torch.testing.assert_close(theirs(tokens).logits, ours, rtol=0, atol=1e-4)
     loaded = llama.load(checkpoint, adapter=tmp_path / "adapter")
     torch.testing.assert_close(loaded(tokens) @ loaded.head.T, ours, rtol=0, atol=1e-4)
@@ -307,19 +317,23 @@ def world(tmp_path):
     checkpoint = write_checkpoint(tmp_path / "base")
     rows = parallel_rows(24)
     data.write_rows(tmp_path / "rows.jsonl", rows[:16])
-    data.write_rows(tmp_path / "eval.jsonl", [row | {"split": "validation" if i % 2 else "test"} for i, row in enumerate(rows[16:])])
-    return tmp_path, ["--model", str(checkpoint), "--data", str(tmp_path / "rows.jsonl"), "--out", str(tmp_path / "run"),
-                      "--lang", "sw", "--row-tokens", "200", "--max-new-tokens", "6", "--lr", "1e-2", "--device", "cpu"]
+    data.write_rows(tmp_path / "eval.jsonl", [row | {"split": "validation" if i % 2 else "test"}
+                                              for i, row in enumerate(rows[16:])])
+    return tmp_path, ["--model", str(checkpoint), "--data", str(tmp_path / "rows.jsonl"),
+                      "--out", str(tmp_path / "run"), "--lang", "sw", "--row-tokens", "200",
+                      "--max-new-tokens", "6", "--lr", "1e-2", "--device", "cpu"]
 
 
 def command(flags, **keywords):
     environment = dict(os.environ, OMP_NUM_THREADS="1")
-    return subprocess.run([sys.executable, "clo.py", *flags], cwd=ROOT, env=environment, capture_output=True, text=True, **keywords)
+    return subprocess.run([sys.executable, "clo.py", *flags], cwd=ROOT, env=environment,
+                          capture_output=True, text=True, **keywords)
 
 
 def without_times(path: Path) -> list[dict]:
     drop = {"seconds", "tokens_per_second", "peak_memory_gb"}
-    return [{key: value for key, value in json.loads(line).items() if key not in drop} for line in path.read_text().splitlines()]
+    return [{key: value for key, value in json.loads(line).items() if key not in drop}
+            for line in path.read_text().splitlines()]
 
 
 def test_a_run_leaves_the_report_the_adapters_and_the_metrics(world, capsys):
@@ -338,15 +352,16 @@ def test_a_run_leaves_the_report_the_adapters_and_the_metrics(world, capsys):
     assert load_file(path / "run" / "clo" / "adapter" / "adapter_model.safetensors")
     out = capsys.readouterr().out
     assert "python eval.py ask --adapter" in out and "±" in out
-    clo.main(flags)                                             # a finished run is read back, not trained again
+    clo.main(flags)                                           # a finished run is read back, not trained again
     assert "done before" in capsys.readouterr().out
     assert json.loads((path / "run" / "report.json").read_text()) == report
 
 
-@pytest.mark.parametrize("flags", [["--method", "sft+dpo", "--baseline", "none"], ["--method", "dpo", "--baseline", "sft-tgt"],
-                                   ["--train", "attention", "--baseline", "none"], ["--train", "full", "--baseline", "sft-en"],
-                                   ["--preference", "ipo", "--baseline", "none", "--anchor", "1"],
-                                   ["--preference", "simpo", "--beta", "2", "--baseline", "none"]])
+@pytest.mark.parametrize("flags", [
+    ["--method", "sft+dpo", "--baseline", "none"], ["--method", "dpo", "--baseline", "sft-tgt"],
+    ["--train", "attention", "--baseline", "none"], ["--train", "full", "--baseline", "sft-en"],
+    ["--preference", "ipo", "--baseline", "none", "--anchor", "1"],
+    ["--preference", "simpo", "--beta", "2", "--baseline", "none"]])
 def test_every_method_and_mode_runs_to_its_report(world, flags):
     path, common = world
     clo.main(common + flags)
@@ -354,7 +369,8 @@ def test_every_method_and_mode_runs_to_its_report(world, flags):
     assert method in json.loads((path / "run" / "report.json").read_text())["methods"]
     if "--train" in flags:
         trained, base = (llama.load(p) for p in (path / "run" / "clo" / "model", path / "base"))
-        assert torch.equal(trained.model["norm"].weight, base.model["norm"].weight) == (flags[1] == "attention")
+        assert (torch.equal(trained.model["norm"].weight, base.model["norm"].weight)
+                == (flags[1] == "attention"))
         assert data.load_tokenizer(path / "run" / "clo" / "model").stop_ids
 
 
@@ -367,7 +383,8 @@ def test_one_adapter_learns_several_languages(world, capsys):
         row["split"] = "validation" if i % 2 else "test"
     data.write_rows(path / "three.jsonl", rows)
     flags = changed(changed(flags, "--lang", "yo,sw"), "--out", out)
-    clo.main(changed(flags, "--data", path / "three.jsonl") + ["--eval-data", str(path / "three.jsonl"), "--baseline", "none"])
+    clo.main(changed(flags, "--data", path / "three.jsonl")
+             + ["--eval-data", str(path / "three.jsonl"), "--baseline", "none"])
     report = json.loads((out / "report.json").read_text())
     assert report["lang"] == "yo,sw" and set(report["methods"]["clo"]) >= {"en", "sw", "yo", "heldout"}
     line = json.loads((out / "clo" / "metrics.jsonl").read_text().splitlines()[-1])
@@ -380,8 +397,8 @@ def test_one_adapter_learns_several_languages(world, capsys):
 @pytest.mark.parametrize("number, code", [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_a_signal_saves_and_leaves_with_its_code(world, number, code):
     path, flags = world
-    process = subprocess.Popen([sys.executable, "clo.py", *flags, "--baseline", "none", "--epochs", "200"], cwd=ROOT,
-                               stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+    process = subprocess.Popen([sys.executable, "clo.py", *flags, "--baseline", "none", "--epochs", "200"],
+                               cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
     metrics = path / "run" / "clo" / "metrics.jsonl"
     while process.poll() is None and not (metrics.exists() and metrics.read_text().count("\n") > 3):
         time.sleep(0.01)
@@ -397,12 +414,14 @@ def test_two_ranks_give_what_one_gives(world):
     flags = flags + ["--dtype", "fp64", "--row-tokens", "200", "--epochs", "1"]
     assert command(flags).returncode == 0
     two = changed(flags, "--out", path / "two")
-    run = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "clo.py", *two],
-                         cwd=ROOT, env=dict(os.environ, OMP_NUM_THREADS="1"), capture_output=True, text=True)
+    run = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone",
+                          "--nproc-per-node", "2", "clo.py", *two], cwd=ROOT,
+                         env=dict(os.environ, OMP_NUM_THREADS="1"), capture_output=True, text=True)
     assert run.returncode == 0, run.stderr[-2000:]
     assert run.stdout.count("Talk to it") == 1                        # the first rank alone speaks
     for method in ("sft", "clo"):
-        one, other = (load_file(path / name / method / "adapter" / "adapter_model.safetensors") for name in ("run", "two"))
+        one, other = (load_file(path / name / method / "adapter" / "adapter_model.safetensors")
+                      for name in ("run", "two"))
         for key in one:
             torch.testing.assert_close(other[key], one[key], rtol=0, atol=1e-7)       # written as fp32
         for a, b in zip(*(without_times(path / name / method / "metrics.jsonl") for name in ("run", "two"))):
@@ -444,11 +463,13 @@ def test_bad_input_is_one_line_and_exit_code_2(world, capsys):
 
 def test_a_language_nobody_has_is_refused_with_those_there_are(world, capsys):
     path, flags = world
-    data.write_rows(path / "english.jsonl", [{"row_id": row["row_id"], "en": row["en"]} for row in parallel_rows(6)])
+    data.write_rows(path / "english.jsonl",
+                    [{"row_id": row["row_id"], "en": row["en"]} for row in parallel_rows(6)])
     flags = changed(changed(flags, "--data", path / "english.jsonl"), "--lang", "xx")
     (path / "eval.jsonl").unlink()
     fails(capsys, flags + ["--translator", str(path / "nowhere")], "nowhere")
-    fails(capsys, flags + ["--translator", str(ROOT / "demo" / "m2m100")], "xx", "holds en", "de, id, ko, sw, yo, zh")
+    fails(capsys, flags + ["--translator", str(ROOT / "demo" / "m2m100")],
+          "xx", "holds en", "de, id, ko, sw, yo, zh")
     assert not (path / "run").exists()
 
 
@@ -473,7 +494,8 @@ def test_a_run_directory_of_another_run_is_refused_by_its_first_difference(world
 
 def test_a_loss_that_is_not_a_number_stops_and_names_the_step(world, capsys):
     path, flags = world
-    fails(capsys, changed(flags, "--lr", "1e30") + ["--baseline", "none", "--epochs", "30"], "at step", "--lr")
+    fails(capsys, changed(flags, "--lr", "1e30") + ["--baseline", "none", "--epochs", "30"],
+          "at step", "--lr")
     assert not (path / "run" / "clo" / "adapter").exists()
 
 
@@ -481,8 +503,9 @@ def test_a_loss_that_is_not_a_number_stops_and_names_the_step(world, capsys):
 
 @pytest.mark.slow
 def test_clo_moves_a_real_checkpoint_into_swahili(shared, tmp_path, capsys):
-    clo.main(["--lang", "sw", "--model", str(shared / "models" / "story_llama"), "--data", str(shared / "pairs" / "ntrex_500.jsonl"),
-              "--samples", "400", "--baseline", "none", "--out", str(tmp_path / "run"), "--max-new-tokens", "4"])
+    clo.main(["--lang", "sw", "--model", str(shared / "models" / "story_llama"),
+              "--data", str(shared / "pairs" / "ntrex_500.jsonl"), "--samples", "400", "--baseline", "none",
+              "--out", str(tmp_path / "run"), "--max-new-tokens", "4"])
     report = json.loads((tmp_path / "run" / "report.json").read_text())["methods"]
     before, after = report["base"]["heldout"], report["clo"]["heldout"]
     assert after["nll_tgt"] < before["nll_tgt"] - 0.5
@@ -498,7 +521,8 @@ def test_a_dry_run_tells_steps_and_samples_and_writes_nothing(world, capsys):
     clo.main(flags + ["--dry-run", "--epochs", "3"])
     out = capsys.readouterr().out
     model = llama.load(path / "base")
-    assert f"parameters {sum(p.numel() for p in model.parameters()):,}" in out and "clo: 16 rows, 6 steps" in out
+    assert (f"parameters {sum(p.numel() for p in model.parameters()):,}" in out
+            and "clo: 16 rows, 6 steps" in out)
     learned = clo.make_trainable(model, "lora", 16, 32, 0)
     assert f"trainable (lora) {sum(p.numel() for p in learned.values()):,}" in out
     assert out.count("continuation 0, right") == 4 and "GB" in out

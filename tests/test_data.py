@@ -271,7 +271,8 @@ LLAMA2 = ("{% if messages[0]['role'] == 'system' %}{% set loop_messages = messag
           "{% if loop.index0 == 0 and system_message != false %}"
           "{% set content = '<<SYS>>\\n' + system_message + '\\n<</SYS>>\\n\\n' + message['content'] %}"
           "{% else %}{% set content = message['content'] %}{% endif %}{% if message['role'] == 'user' %}"
-          "{{ bos_token + '[INST] ' + content.strip() + ' [/INST]' }}{% elif message['role'] == 'assistant' %}"
+          "{{ bos_token + '[INST] ' + content.strip() + ' [/INST]' }}"
+          "{% elif message['role'] == 'assistant' %}"
           "{{ ' ' + content.strip() + ' ' + eos_token }}{% endif %}{% endfor %}")
 
 
@@ -279,8 +280,9 @@ LLAMA2 = ("{% if messages[0]['role'] == 'system' %}{% set loop_messages = messag
 @pytest.mark.parametrize("name, template", [("llama2", LLAMA2), ("llama2", MISTRAL), ("qwen2_5", None)])
 @pytest.mark.parametrize("system", [None, "Be brief."])
 def test_real_tokenizers_give_the_ids_of_transformers(tmp_path, name, template, system):
-    """Qwen2.5 brings its own template, which has a system prompt of its own if none is given. Llama 2's ids are those of its
-    legacy mode, as Meta's sentencepiece code gives them: a word after <s> begins with a space."""
+    """Qwen2.5 brings its own template, which has a system prompt of its own if none is given. Llama 2's
+    ids are those of its legacy mode, as Meta's sentencepiece code gives them: a word after <s> begins
+    with a space."""
     transformers = pytest.importorskip("transformers")
     for file in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copy(REAL / "tokenizers" / name / file, tmp_path)
@@ -295,7 +297,8 @@ def test_real_tokenizers_give_the_ids_of_transformers(tmp_path, name, template, 
         ids = theirs.apply_chat_template(prompt, tokenize=True, add_generation_prompt=True, return_dict=False)
         assert ours.prompt_ids(text, first and system) == ids
         assert ours.bos_id is None or ids.count(ours.bos_id) <= 1
-        whole = theirs.apply_chat_template([*prompt, {"role": "assistant", "content": "Ni Paris."}], return_dict=False)
+        whole = theirs.apply_chat_template([*prompt, {"role": "assistant", "content": "Ni Paris."}],
+                                           return_dict=False)
         reply = ours.response_ids("Ni Paris.")
         assert whole[:len(ids) + len(reply)] == ids + reply
 
@@ -371,7 +374,8 @@ def test_the_newer_template_file_wins_and_a_broken_one_is_named(tmp_path):
         tokenizer.prompt_ids("q", system="Be brief.")
 
 
-@pytest.mark.parametrize("chat", [[{"name": "default"}], ["text"], 7, [{"name": "default", "template": None}], {"a": "b"}])
+@pytest.mark.parametrize("chat", [[{"name": "default"}], ["text"], 7,
+                                  [{"name": "default", "template": None}], {"a": "b"}])
 def test_a_template_that_is_no_text_is_one_clear_line(tmp_path, chat):
     with pytest.raises(data.DataError, match="chat_template"):
         make_tokenizer(tmp_path, chat)
@@ -382,7 +386,8 @@ def test_the_marks_of_replies_in_a_template_leave_its_text_alone(tmp_path):
                              "{% generation %}{{ ' ' + message['content'] + eos_token }}{% endgeneration %}")
     assert marked != MISTRAL
     plain, other = make_tokenizer(tmp_path / "a", MISTRAL), make_tokenizer(tmp_path / "b", marked)
-    assert plain.prompt_ids("q") == other.prompt_ids("q") and plain.response_ids("r") == other.response_ids("r")
+    assert (plain.prompt_ids("q") == other.prompt_ids("q")
+            and plain.response_ids("r") == other.response_ids("r"))
 
 
 def test_a_list_of_templates_gives_its_default(tmp_path):

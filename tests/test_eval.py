@@ -27,16 +27,19 @@ def test_case_spaces_final_punctuation_and_unicode_form_do_not_count(reply, expe
     assert evaluation.normalise(reply) == evaluation.normalise(expected)
 
 
-@pytest.mark.parametrize("reply", ["The lion eats", "The lion, eats meat.", "Lion eats meat.", "Kìnnìún n jẹ ẹran"])
+@pytest.mark.parametrize("reply", ["The lion eats", "The lion, eats meat.", "Lion eats meat.",
+                                   "Kìnnìún n jẹ ẹran"])
 def test_anything_else_counts(reply):
-    assert evaluation.normalise(reply) not in map(evaluation.normalise, ["The lion eats meat.", "Kìnnìún ń jẹ ẹran."])
+    assert evaluation.normalise(reply) not in map(
+        evaluation.normalise, ["The lion eats meat.", "Kìnnìún ń jẹ ẹran."])
 
 
 def test_reply_language_knows_scripts_and_words_and_abstains_without_letters():
     languages = evaluation.fit_languages(TEXTS)
     assert evaluation.reply_language("The capital is Paris.", languages)[0] == "en"
     assert evaluation.reply_language("Mji mkuu ni Paris.", languages)[0] == "sw"
-    assert evaluation.reply_language("개는 물을 마셔요.", languages)[0] == "ko"          # no syllable of it seen but by script
+    # no syllable of it seen but by script
+    assert evaluation.reply_language("개는 물을 마셔요.", languages)[0] == "ko"
     for text in ("", "42", "?!", "\U0001f600 3.14"):
         assert evaluation.reply_language(text, languages) == (None, 0.0)
 
@@ -49,7 +52,8 @@ def test_reply_language_abstains_when_languages_fit_equally():
 def test_posteriors_are_bayes_rule_over_the_n_grams():
     languages = evaluation.fit_languages({"aa": ["ab"], "bb": ["ac"]})
     # of "ab" the languages differ in " ab ", " ab", "ab ", "ab", "b " (and "b"), seen once in aa, never in bb
-    counts = {language: [sum(c.values()) for c in counters] for language, counters in languages.counts.items()}
+    counts = {language: [sum(c.values()) for c in counters]
+              for language, counters in languages.counts.items()}
     assert counts == {"aa": [2, 2, 3, 2, 1], "bb": [2, 2, 3, 2, 1]}
     grams = {1: 1, 2: 2, 3: 2, 4: 1}                      # "b"; "ab" "b "; " ab" "ab "; " ab "
     ratio = sum(n * math.log((1 + evaluation.UNSEEN) / evaluation.UNSEEN) for n in grams.values())
@@ -65,19 +69,24 @@ def cut(text, language, first):
 
 
 def test_a_reply_in_two_languages_is_mixed_and_a_name_does_not_make_one():
-    english = ["the lion is a large cat and it eats meat", "what is the capital of this country", "the river is long and wide"]
-    swahili = ["simba ni paka mkubwa na anakula nyama", "mji mkuu wa nchi hii ni upi", "mto huu ni mrefu na mpana"]
+    english = ["the lion is a large cat and it eats meat", "what is the capital of this country",
+               "the river is long and wide"]
+    swahili = ["simba ni paka mkubwa na anakula nyama", "mji mkuu wa nchi hii ni upi",
+               "mto huu ni mrefu na mpana"]
     languages = evaluation.fit_languages({"en": english, "sw": swahili})
-    found, share = evaluation.reply_language("The lion is a large cat, na anakula nyama kwenye mto mrefu.", languages)
+    found, share = evaluation.reply_language(
+        "The lion is a large cat, na anakula nyama kwenye mto mrefu.", languages)
     assert found == "mixed" and 0.2 <= share <= 0.8
-    assert evaluation.reply_language("simba ni paka mkubwa wa National Geographic Society", languages)[0] == "sw"
+    assert evaluation.reply_language(
+        "simba ni paka mkubwa wa National Geographic Society", languages)[0] == "sw"
     assert evaluation.reply_language("mji mkuu ni meat", languages)[0] == "sw"
 
 
 def test_foreign_share_is_the_likeliest_path():
     words, evidence = ["aa", "bb", "cc", "dd"], [[0.0, -9.0], [0.0, -9.0], [-20.0, 0.0], [-1.0, 0.0]]
     switch = evaluation.SWITCH
-    best = max(((sum(row[s] for row, s in zip(evidence, path)) - switch * sum(a != b for a, b in zip(path, path[1:])), path)
+    best = max(((sum(row[s] for row, s in zip(evidence, path))
+                 - switch * sum(a != b for a, b in zip(path, path[1:])), path)
                 for path in itertools.product((0, 1), repeat=4)))[1]
     assert best == (0, 0, 1, 1) and evaluation.foreign_share(words, evidence) == 0.5
     assert evaluation.foreign_share(["Aa", "Bb"], evidence[:2]) == 0.0
@@ -89,42 +98,56 @@ def test_reply_language_on_real_news(shared, capsys):
     fit, test = lines[:500], lines[500:]
     for codes in [("en", code) for code in LANGUAGES if code != "en"] + [LANGUAGES]:
         languages = evaluation.fit_languages({code: [line[code] for line in fit] for code in codes})
-        found = [(code, evaluation.reply_language(line[code], languages)[0]) for line in test for code in codes]
+        found = [(code, evaluation.reply_language(line[code], languages)[0])
+                 for line in test for code in codes]
         right = sum(code == guess for code, guess in found) / len(found)
         with capsys.disabled():
-            print(f"\n{' '.join(codes)}: {100 * right:.2f} % right, {sum(guess is None for _, guess in found)} abstentions, "
+            print(f"\n{' '.join(codes)}: {100 * right:.2f} % right, "
+                  f"{sum(guess is None for _, guess in found)} abstentions, "
                   f"{sum(guess == 'mixed' for _, guess in found)} called mixed, of {len(found)}")
         assert right >= (0.995 if len(codes) == 2 else 0.97)
-    mixtures = [cut(line[a], a, True) + " " + cut(line[b], b, False) for line in test[::25] for a in LANGUAGES for b in LANGUAGES if a != b]
-    assert sum(evaluation.reply_language(text, languages)[0] == "mixed" for text in mixtures) / len(mixtures) >= 0.9
+    mixtures = [cut(line[a], a, True) + " " + cut(line[b], b, False)
+                for line in test[::25] for a in LANGUAGES for b in LANGUAGES if a != b]
+    assert sum(evaluation.reply_language(text, languages)[0] == "mixed"
+               for text in mixtures) / len(mixtures) >= 0.9
 
 
 def test_scores_leave_equal_responses_out_of_the_language_figure(checkpoint, tmp_path, monkeypatch):
-    rows = [{"row_id": str(i), "en": {"prompt": p, "response": r}, "sw": {"prompt": q, "response": s}} for i, (p, r, q, s) in
-            enumerate([("a", "The lion eats meat.", "b", "Simba anakula nyama."), ("c", "Paris", "d", "paris."),
-                       ("e", "The river is long.", "f", "Mto ni mrefu.")])]
-    replies = {"a": "The lion eats meat", "b": "The lion eats meat.", "c": "Paris", "d": "Paris", "e": "Mto", "f": "Mto ni mrefu"}
-    monkeypatch.setattr(evaluation, "answer", lambda model, tokenizer, questions, *_: [replies[q] for q in questions])
+    rows = [{"row_id": str(i), "en": {"prompt": p, "response": r}, "sw": {"prompt": q, "response": s}}
+            for i, (p, r, q, s) in enumerate([
+                ("a", "The lion eats meat.", "b", "Simba anakula nyama."), ("c", "Paris", "d", "paris."),
+                ("e", "The river is long.", "f", "Mto ni mrefu.")])]
+    replies = {"a": "The lion eats meat", "b": "The lion eats meat.", "c": "Paris", "d": "Paris",
+               "e": "Mto", "f": "Mto ni mrefu"}
+    monkeypatch.setattr(evaluation, "answer",
+                        lambda model, tokenizer, questions, *_: [replies[q] for q in questions])
     tokenizer = SimpleNamespace(fingerprint="0123456789abcdef0")
-    scores = evaluation.answer_and_score(None, tokenizer, rows, ("en", "sw"), evaluation.fit_languages(TEXTS), 8, None,
-                                         tmp_path / "answers.jsonl")
-    assert (scores["en"]["correct"], scores["en"]["right_language"], scores["en"]["n_language"]) == (66.67, 50.0, 2)
+    scores = evaluation.answer_and_score(None, tokenizer, rows, ("en", "sw"),
+                                         evaluation.fit_languages(TEXTS), 8, None, tmp_path / "answers.jsonl")
+    assert (scores["en"]["correct"], scores["en"]["right_language"], scores["en"]["n_language"]) == (
+        66.67, 50.0, 2)
     assert (scores["sw"]["correct"], scores["sw"]["right_language"], scores["sw"]["n"]) == (66.67, 50.0, 3)
     assert len((tmp_path / "answers.jsonl").read_text().splitlines()) == 6
 
 
 def test_several_languages_are_answered_and_a_response_shared_by_two_is_not_judged(tmp_path, monkeypatch):
-    rows = [{"row_id": "0", **{code: {"prompt": f"{code} {TEXTS[code][0]}", "response": TEXTS[code][0]} for code in TEXTS}},
-            {"row_id": "1", **{code: {"prompt": f"{code} {TEXTS[code][1]}", "response": TEXTS["en" if code == "sw" else code][1]}
+    rows = [{"row_id": "0", **{code: {"prompt": f"{code} {TEXTS[code][0]}", "response": TEXTS[code][0]}
+                               for code in TEXTS}},
+            {"row_id": "1", **{code: {"prompt": f"{code} {TEXTS[code][1]}",
+                                      "response": TEXTS["en" if code == "sw" else code][1]}
                                for code in TEXTS}}]
-    monkeypatch.setattr(evaluation, "answer", lambda model, tokenizer, questions, *_: [q.split(" ", 1)[1] for q in questions])
+    monkeypatch.setattr(evaluation, "answer",
+                        lambda model, tokenizer, questions, *_: [q.split(" ", 1)[1] for q in questions])
     languages = tuple(TEXTS)
     classifier = evaluation.fit_languages(evaluation.texts_by_language(rows, languages))
-    scores = evaluation.answer_and_score(None, SimpleNamespace(fingerprint="0" * 64), rows, languages, classifier, 8, None,
-                                         tmp_path / "answers.jsonl")
-    assert {code: (scores[code]["n"], scores[code]["n_language"]) for code in TEXTS} == {"en": (2, 1), "sw": (2, 1), "ko": (2, 2)}
-    assert [scores[code]["correct"] for code in TEXTS] == [100, 50, 100] and scores["ko"]["right_language"] == 100
-    assert [line["language"] for line in map(json.loads, open(tmp_path / "answers.jsonl"))] == ["en"] * 2 + ["sw"] * 2 + ["ko"] * 2
+    scores = evaluation.answer_and_score(None, SimpleNamespace(fingerprint="0" * 64), rows, languages,
+                                         classifier, 8, None, tmp_path / "answers.jsonl")
+    assert {code: (scores[code]["n"], scores[code]["n_language"]) for code in TEXTS} == {
+        "en": (2, 1), "sw": (2, 1), "ko": (2, 2)}
+    assert ([scores[code]["correct"] for code in TEXTS] == [100, 50, 100]
+            and scores["ko"]["right_language"] == 100)
+    assert ([line["language"] for line in map(json.loads, open(tmp_path / "answers.jsonl"))]
+            == ["en"] * 2 + ["sw"] * 2 + ["ko"] * 2)
 
 
 def test_answers_equal_generate_one_at_a_time(checkpoint):
@@ -158,14 +181,17 @@ def test_ask_answers_a_question_and_holds_a_conversation(tmp_path):
 def test_ask_refuses_what_is_not_there_in_one_line(tmp_path):
     for arguments in (["--model", tmp_path / "none"], ["--adapter", tmp_path / "none"]):
         result = run("ask", *arguments, "hello")
-        assert result.returncode == 2 and result.stderr.startswith("error: ") and result.stderr.count("\n") == 1
+        assert (result.returncode == 2 and result.stderr.startswith("error: ")
+                and result.stderr.count("\n") == 1)
 
 
-# ---------------------------------------------------------------------------------------------- commands, end to end
+# --------------------------------------------------------------------------------------- commands, end to end
 
 def write_rows(path, long=""):
-    data.write_rows(path, [{"row_id": str(i), "split": "test", "en": {"prompt": f"What is {long if i == 3 else ''}{i}?", "response": f"It is {i}."},
-                            "sw": {"prompt": f"{i} ni nini?", "response": f"Ni kìnnìún {i}."}} for i in range(7)])
+    data.write_rows(path, [
+        {"row_id": str(i), "split": "test",
+         "en": {"prompt": f"What is {long if i == 3 else ''}{i}?", "response": f"It is {i}."},
+         "sw": {"prompt": f"{i} ni nini?", "response": f"Ni kìnnìún {i}."}} for i in range(7)])
     return path
 
 
@@ -177,15 +203,18 @@ def test_multiple_choice_from_the_command_line_resumes_to_the_same_numbers(tmp_p
     assert whole.returncode == 0, whole.stderr
     first = json.loads((tmp_path / "out" / "result.json").read_text())
     assert first["figures"]["mmlu 2-shot"]["n"] == 14 and set(first["categories"]) == {"stem", "humanities"}
-    for key in ("model hash", "tokenizer and template", "shots", "template", "description", "files", "dtype", "scored"):
+    for key in ("model hash", "tokenizer and template", "shots", "template", "description", "files",
+                "dtype", "scored"):
         assert key in first["settings"]
     answers = tmp_path / "out" / "answers.jsonl"
     lines = answers.read_text().splitlines(keepends=True)
-    answers.write_text("".join(lines[:6]) + lines[6][:20])                                            # killed while writing
+    answers.write_text("".join(lines[:6]) + lines[6][:20])                              # killed while writing
     again = run(*command)
-    assert "holds 5 answers: going on" in again.stdout and json.loads((tmp_path / "out" / "result.json").read_text()) == first
+    assert ("holds 5 answers: going on" in again.stdout
+            and json.loads((tmp_path / "out" / "result.json").read_text()) == first)
     refused = run(*command, "--limit", "3")
-    assert refused.returncode == 2 and "limit = None, now it is 3" in refused.stderr and refused.stderr.count("\n") == 1
+    assert (refused.returncode == 2 and "limit = None, now it is 3" in refused.stderr
+            and refused.stderr.count("\n") == 1)
 
 
 def test_perplexity_per_byte_is_that_of_single_sequences_long_prompts_cut_and_said(tmp_path):
@@ -195,14 +224,16 @@ def test_perplexity_per_byte_is_that_of_single_sequences_long_prompts_cut_and_sa
     command = ["perplexity", "--model", path, "--data", rows, "--lang", "sw", "--out", tmp_path / "out"]
     first, again = run(*command), run(*command)
     assert first.returncode == again.returncode == 0, first.stderr + again.stderr
-    assert "1 of 14 prompts were longer than the model reads" in first.stdout and "holds 14 answers" in again.stdout
+    assert ("1 of 14 prompts were longer than the model reads" in first.stdout
+            and "holds 14 answers" in again.stdout)
     assert first.stdout.splitlines()[1:4] == again.stdout.splitlines()[2:5]
     figures = json.loads((tmp_path / "out" / "result.json").read_text())["figures"]
     model, tokenizer = llama.load(path, dtype=torch.float64), data.load_tokenizer(path)
     for place, language in (("source", "en"), ("target", "sw")):
         nll = size = 0
         for row in data.read_rows(rows):
-            prompt, reply = tokenizer.prompt_ids(row[language]["prompt"]), tokenizer.response_ids(row[language]["response"])
+            prompt, reply = (tokenizer.prompt_ids(row[language]["prompt"]),
+                             tokenizer.response_ids(row[language]["response"]))
             ids = (prompt + reply)[-257:]
             logp = (model(torch.tensor([ids[:-1]]))[0] @ model.head.T).log_softmax(-1)
             nll -= sum(logp[i - len(reply), token].item() for i, token in enumerate(reply))
@@ -225,22 +256,25 @@ def test_the_error_of_a_ratio_agrees_with_the_bootstrap():
 def test_answers_for_alpaca_eval_have_its_format_and_resume(tmp_path):
     path = write_checkpoint(tmp_path / "model")
     instructions = tmp_path / "instructions.json"
-    instructions.write_text(json.dumps([{"instruction": f"Say {i}", "dataset": "d", "output": "x"} for i in range(5)]))
-    command = ["alpaca", "--model", path, "--instructions", instructions, "--lang", "en", "--max-tokens", "6", "--batch-size", "2",
-               "--out", tmp_path / "out", "--name", "tiny", "--temperature", "0.7"]
+    instructions.write_text(json.dumps(
+        [{"instruction": f"Say {i}", "dataset": "d", "output": "x"} for i in range(5)]))
+    command = ["alpaca", "--model", path, "--instructions", instructions, "--lang", "en", "--max-tokens", "6",
+               "--batch-size", "2", "--out", tmp_path / "out", "--name", "tiny", "--temperature", "0.7"]
     assert run(*command).returncode == 0
     outputs = json.loads((tmp_path / "out" / "model_outputs.json").read_text())
     assert [record["instruction"] for record in outputs] == [f"Say {i}" for i in range(5)]
-    assert all(set(record) == {"dataset", "instruction", "output", "generator", "datasplit"} for record in outputs)
+    assert all(set(record) == {"dataset", "instruction", "output", "generator", "datasplit"}
+               for record in outputs)
     answers = tmp_path / "out" / "answers.jsonl"
-    answers.write_text("".join(answers.read_text().splitlines(keepends=True)[:4]))                    # 3 answers of 5
+    answers.write_text("".join(answers.read_text().splitlines(keepends=True)[:4]))            # 3 answers of 5
     assert run(*command).returncode == 0
     assert json.loads((tmp_path / "out" / "model_outputs.json").read_text()) == outputs
     settings = json.loads((tmp_path / "out" / "result.json").read_text())["settings"]
     assert (settings["temperature"], settings["max_tokens"], settings["seed"]) == (0.7, 6, 0)
 
 
-def test_translated_instructions_are_the_same_for_every_system_and_each_is_there_once(tmp_path, monkeypatch, capsys):
+def test_translated_instructions_are_the_same_for_every_system_and_each_is_there_once(
+        tmp_path, monkeypatch, capsys):
     calls = []
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(evaluation.translate, "load", lambda *_: SimpleNamespace(fingerprint="abc"))
@@ -250,17 +284,20 @@ def test_translated_instructions_are_the_same_for_every_system_and_each_is_there
     items = [{"instruction": f"Say {i}", "dataset": None} for i in range(20)]
     first = evaluation.translate_instructions(items, args)
     assert evaluation.translate_instructions(items, args) == first and calls == [16, 4]
-    assert [item["instruction"] for item in first] == [f"Say {i} {1 + i // 16}" for i in range(20) if i not in (3, 5)]
+    assert [item["instruction"] for item in first] == [
+        f"Say {i} {1 + i // 16}" for i in range(20) if i not in (3, 5)]
     assert "2 translations are left out: empty, or equal to an earlier one" in capsys.readouterr().out
 
 
 def test_compare_prints_tables_settings_and_the_plots_it_drew(tmp_path):
     pytest.importorskip("matplotlib")
     from test_report import write_run
-    runs = [write_run(tmp_path, f"r{seed}", seed=seed, right={"base": 0.0, "sft": 0.3, "clo": 0.7}) for seed in range(2)]
+    runs = [write_run(tmp_path, f"r{seed}", seed=seed, right={"base": 0.0, "sft": 0.3, "clo": 0.7})
+            for seed in range(2)]
     result = run("compare", *runs, "--baseline", "base", "--plot", tmp_path / "plots")
     assert result.returncode == 0, result.stderr
-    assert "Difference from base in points" in result.stdout and result.stdout.count("| target correct |") == 2 + 1
+    assert ("Difference from base in points" in result.stdout
+            and result.stdout.count("| target correct |") == 2 + 1)
     assert f"- {runs[0]}, {runs[1]}: " in result.stdout and '"max_tokens": 64' in result.stdout
     assert [path.name for path in sorted((tmp_path / "plots").iterdir())] == ["learning.png", "tradeoff.png"]
 
@@ -268,11 +305,15 @@ def test_compare_prints_tables_settings_and_the_plots_it_drew(tmp_path):
 @pytest.mark.parametrize("arguments, wanted", [
     (["perplexity", "--data", "rows.jsonl", "--lang", "fr"], "no row holds en and fr"),
     (["perplexity", "--data", "rows.jsonl", "--lang", "sw", "--split", "x"], "has no row of split 'x'"),
-    (["perplexity", "--data", "twice.jsonl", "--lang", "sw"], "twice.jsonl:8: the same identifier as in twice.jsonl:1"),
-    (["alpaca", "--instructions", "twice.json", "--lang", "en"], r"twice.json[1]: the same identifier as in twice.json[0]"),
+    (["perplexity", "--data", "twice.jsonl", "--lang", "sw"],
+     "twice.jsonl:8: the same identifier as in twice.jsonl:1"),
+    (["alpaca", "--instructions", "twice.json", "--lang", "en"],
+     r"twice.json[1]: the same identifier as in twice.json[0]"),
     (["alpaca", "--instructions", "empty.json", "--lang", "en"], "holds no instruction"),
-    (["winrate", "rows.jsonl"], 'rows.jsonl:1: "preference" is missing'), (["compare", "none"], "none: neither report.json"),
-    (["mc", "mmlu", "none"], "none: no such file or directory"), (["winrate", "odd.jsonl"], "odd.jsonl:1: the preference is 'M'"),
+    (["winrate", "rows.jsonl"], 'rows.jsonl:1: "preference" is missing'),
+    (["compare", "none"], "none: neither report.json"),
+    (["mc", "mmlu", "none"], "none: no such file or directory"),
+    (["winrate", "odd.jsonl"], "odd.jsonl:1: the preference is 'M'"),
     (["ask", "--device", "quantum", "Who?"], "--device quantum cannot be used")])
 def test_bad_input_is_one_clear_line(arguments, wanted, tmp_path, monkeypatch, capsys):
     write_rows(tmp_path / "rows.jsonl")

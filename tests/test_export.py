@@ -44,21 +44,23 @@ def with_lora(checkpoint, rank=4, alpha=12) -> llama.Llama:
 
 
 def write_adapter(model, checkpoint, directory: Path) -> Path:
-    runs.fill_directory(directory, lambda path: runs.save_adapter(model, path, str(checkpoint), clo.ATTENTION, 4, 12,
-                                                                      data.load_tokenizer(checkpoint).template))
+    runs.fill_directory(directory, lambda path: runs.save_adapter(
+        model, path, str(checkpoint), clo.ATTENTION, 4, 12, data.load_tokenizer(checkpoint).template))
     return directory
 
 
 def write_merged(checkpoint, adapter, directory: Path, max_shard_bytes=10**9) -> Path:
     tokenizer = data.load_tokenizer(checkpoint)
-    runs.fill_directory(directory, lambda path: runs.save_merged(path, checkpoint, adapter, tokenizer, max_shard_bytes))
+    runs.fill_directory(directory,
+                        lambda path: runs.save_merged(path, checkpoint, adapter, tokenizer, max_shard_bytes))
     return directory
 
 
 # ---- LoRA
 
-@pytest.mark.parametrize("family", [{}, {"model_type": "qwen2", "qkv_bias": True, "tie_word_embeddings": False},
-                                    {"model_type": "mistral", "sliding_window": 5}, {"model_type": "qwen3", "qk_norm": True}])
+@pytest.mark.parametrize("family", [
+    {}, {"model_type": "qwen2", "qkv_bias": True, "tie_word_embeddings": False},
+    {"model_type": "mistral", "sliding_window": 5}, {"model_type": "qwen3", "qk_norm": True}])
 def test_the_merged_directory_gives_transformers_our_logits_prompts_and_replies(family, tmp_path):
     transformers = pytest.importorskip("transformers")
     base = write_checkpoint(tmp_path / "base", **family)
@@ -68,7 +70,8 @@ def test_the_merged_directory_gives_transformers_our_logits_prompts_and_replies(
     theirs = transformers.AutoModelForCausalLM.from_pretrained(merged)
     torch.testing.assert_close(theirs(TOKENS).logits, logits(model), rtol=0, atol=1e-4)
     tokenizer, ours = transformers.AutoTokenizer.from_pretrained(merged), data.load_tokenizer(merged)
-    ids = tokenizer.apply_chat_template([{"role": "user", "content": PROMPT}], add_generation_prompt=True, return_dict=False)
+    ids = tokenizer.apply_chat_template([{"role": "user", "content": PROMPT}], add_generation_prompt=True,
+                                        return_dict=False)
     assert ids == ours.prompt_ids(PROMPT) == data.load_tokenizer(base).prompt_ids(PROMPT)
     reply = theirs.double().generate(torch.tensor([ids]), max_new_tokens=20, do_sample=False, pad_token_id=1)
     reply = reply[0, len(ids):].tolist()
@@ -79,8 +82,9 @@ def test_the_merged_directory_gives_transformers_our_logits_prompts_and_replies(
 def test_merging_adds_in_fp32_rounds_once_and_leaves_the_rest_its_bits(checkpoint, tmp_path):
     as_dtype(checkpoint, torch.bfloat16)
     model = with_lora(checkpoint)
-    merged = load_file(write_merged(checkpoint, write_adapter(model, checkpoint, tmp_path / "adapter"), tmp_path / "merged")
-                       / "model.safetensors")
+    merged = load_file(
+        write_merged(checkpoint, write_adapter(model, checkpoint, tmp_path / "adapter"), tmp_path / "merged")
+        / "model.safetensors")
     parameters = dict(model.named_parameters())
     for name, old in load_file(checkpoint / "model.safetensors").items():
         stem = name.removesuffix(".weight")
@@ -88,18 +92,22 @@ def test_merging_adds_in_fp32_rounds_once_and_leaves_the_rest_its_bits(checkpoin
             A, B = (parameters[stem + factor].double() for factor in (".lora_A", ".lora_B"))
             exact = old.double() + 12 / 4 * B @ A
             error = (merged[name].double() - exact).abs() / exact.abs()
-            assert merged[name].dtype == torch.bfloat16 and error.max() < 2 ** -8, name       # one rounding, to 8 bits
+            # one rounding, to 8 bits
+            assert merged[name].dtype == torch.bfloat16 and error.max() < 2 ** -8, name
         else:
             assert torch.equal(merged[name], old), name
 
 
 def test_all_stop_ids_reach_the_generation_config(checkpoint, tmp_path):
     runs.write_json(checkpoint / "generation_config.json", {"eos_token_id": 7, "temperature": 0.6})
-    merged = write_merged(checkpoint, write_adapter(with_lora(checkpoint), checkpoint, tmp_path / "adapter"), tmp_path / "merged")
-    assert json.loads((merged / "generation_config.json").read_text()) == {"eos_token_id": [1, 7], "temperature": 0.6}
+    merged = write_merged(checkpoint, write_adapter(with_lora(checkpoint), checkpoint, tmp_path / "adapter"),
+                          tmp_path / "merged")
+    assert json.loads((merged / "generation_config.json").read_text()) == {
+        "eos_token_id": [1, 7], "temperature": 0.6}
     (checkpoint / "generation_config.json").unlink()
     again = write_merged(checkpoint, tmp_path / "adapter", tmp_path / "again")
-    assert json.loads((again / "generation_config.json").read_text()) == {"bos_token_id": 0, "eos_token_id": 1}
+    assert json.loads((again / "generation_config.json").read_text()) == {
+        "bos_token_id": 0, "eos_token_id": 1}
 
 
 def test_a_tied_head_is_written_once_under_the_name_all_readers_know(checkpoint, tmp_path):
@@ -109,7 +117,8 @@ def test_a_tied_head_is_written_once_under_the_name_all_readers_know(checkpoint,
     tensors["lm_head.weight"] = tensors.pop("model.embed_tokens.weight")
     save_file(tensors, checkpoint / "model.safetensors", metadata={"format": "pt"})
     merged = write_merged(checkpoint, adapter, tmp_path / "merged")
-    assert set(load_file(merged / "model.safetensors")) == {name for name, _ in llama.load(checkpoint).named_parameters()}
+    assert set(load_file(merged / "model.safetensors")) == {
+        name for name, _ in llama.load(checkpoint).named_parameters()}
     torch.testing.assert_close(logits(llama.load(merged)), logits(model), rtol=0, atol=1e-4)
 
 
@@ -119,8 +128,9 @@ def test_an_adapter_made_by_peft_gives_our_loader_its_logits(checkpoint, tmp_pat
     peft = pytest.importorskip("peft")
     transformers = pytest.importorskip("transformers")
     torch.manual_seed(0)
-    config = peft.LoraConfig(r=3, lora_alpha=7, target_modules=["q_proj", "v_proj", "down_proj"], use_rslora=rslora,
-                             rank_pattern=ranks, init_lora_weights=False, task_type="CAUSAL_LM")
+    config = peft.LoraConfig(r=3, lora_alpha=7, target_modules=["q_proj", "v_proj", "down_proj"],
+                             use_rslora=rslora, rank_pattern=ranks, init_lora_weights=False,
+                             task_type="CAUSAL_LM")
     theirs = peft.get_peft_model(transformers.AutoModelForCausalLM.from_pretrained(checkpoint), config).eval()
     theirs.save_pretrained(tmp_path / "adapter")
     ours = llama.load(checkpoint, adapter=tmp_path / "adapter")
@@ -132,7 +142,8 @@ def test_an_adapter_made_by_peft_gives_our_loader_its_logits(checkpoint, tmp_pat
 @pytest.mark.parametrize("change, match", [
     ({"peft_type": "IA3"}, "IA3"), ({"use_dora": True}, "use_dora"), ({"bias": "all"}, "bias"),
     ({"modules_to_save": ["lm_head"]}, "modules_to_save"), ({"lora_alpha": "x"}, "lora_alpha"),
-    ({"alpha_pattern": {"q_proj": 4}}, "alpha_pattern"), ({"init_lora_weights": "pissa"}, "init_lora_weights"),
+    ({"alpha_pattern": {"q_proj": 4}}, "alpha_pattern"),
+    ({"init_lora_weights": "pissa"}, "init_lora_weights"),
     ({"alora_invocation_tokens": [1, 2]}, "alora_invocation_tokens")])
 def test_adapters_of_other_kinds_are_refused_by_key(checkpoint, tmp_path, change, match):
     adapter = write_adapter(with_lora(checkpoint), checkpoint, tmp_path / "adapter")
@@ -157,7 +168,8 @@ def test_an_adapter_with_more_or_less_than_pairs_of_factors_is_refused(checkpoin
 
 
 def test_an_adapter_of_another_model_is_refused(checkpoint, tmp_path):
-    for shape, match in (({"num_hidden_layers": 3}, "is no parameter"), ({"hidden_size": 20}, "does not fit the weight")):
+    for shape, match in (({"num_hidden_layers": 3}, "is no parameter"),
+                         ({"hidden_size": 20}, "does not fit the weight")):
         other = write_checkpoint(tmp_path / match, **shape)
         adapter = write_adapter(with_lora(other), other, tmp_path / "adapter")
         with pytest.raises(CheckpointError, match=match):
@@ -180,12 +192,14 @@ def test_the_delta_over_the_base_is_the_written_model(checkpoint, tmp_path, dtyp
     runs.save_delta(delta, checkpoint, parameters, "owner/base")
     assert delta.stat().st_size < (whole / "model.safetensors").stat().st_size / 2
     assert llama.adapter_base(delta) == "owner/base"
-    for (name, one), (_, other) in zip(llama.load(whole).named_parameters(), llama.load(checkpoint, adapter=delta).named_parameters()):
+    for (name, one), (_, other) in zip(llama.load(whole).named_parameters(),
+                                       llama.load(checkpoint, adapter=delta).named_parameters()):
         torch.testing.assert_close(one, other, rtol=tolerance, atol=tolerance / 10, msg=name)
         if name not in parameters:
             assert torch.equal(one, other), name
     with safe_open(whole / "model.safetensors", framework="pt") as file:
-        assert file.metadata() == {"format": "pt"} and {file.get_tensor(key).dtype for key in file.keys()} == {dtype}
+        assert (file.metadata() == {"format": "pt"}
+                and {file.get_tensor(key).dtype for key in file.keys()} == {dtype})
 
 
 # ---- the check after writing
@@ -208,14 +222,16 @@ def test_an_output_that_is_not_the_trained_model_stops_the_program(checkpoint, t
 
 @pytest.mark.parametrize("flags, outputs", [
     (["--merge"], {"adapter": "adapter", "model": "whole"}), ([], {"adapter": "adapter"}),
-    (["--train", "attention"], {"attn_delta.safetensors": "adapter", "model": "whole"}), (["--train", "full"], {"model": "whole"})])
+    (["--train", "attention"], {"attn_delta.safetensors": "adapter", "model": "whole"}),
+    (["--train", "full"], {"model": "whole"})])
 def test_a_run_writes_and_checks_the_outputs_of_its_mode(tmp_path, capsys, flags, outputs):
     base = write_checkpoint(tmp_path / "base")
     rows = [{"row_id": str(i), "en": {"prompt": f"What is {i}?", "response": f"It is {i}."},
              "sw": {"prompt": f"{i} ni nini?", "response": f"Ni {i}."}} for i in range(12)]
     data.write_rows(tmp_path / "rows.jsonl", rows)
-    clo.main(["--lang", "sw", "--model", str(base), "--data", str(tmp_path / "rows.jsonl"), "--out", str(tmp_path / "run"),
-              "--baseline", "none", "--epochs", "1", "--row-tokens", "200", "--max-new-tokens", "2", "--device", "cpu", *flags])
+    clo.main(["--lang", "sw", "--model", str(base), "--data", str(tmp_path / "rows.jsonl"),
+              "--out", str(tmp_path / "run"), "--baseline", "none", "--epochs", "1", "--row-tokens", "200",
+              "--max-new-tokens", "2", "--device", "cpu", *flags])
     said, found = capsys.readouterr().out, {}
     assert said.count("written, loaded again") == len(outputs)
     for name, kind in outputs.items():
@@ -238,9 +254,11 @@ def test_a_directory_is_replaced_whole_or_not_at_all(checkpoint, tmp_path):
 
 def test_ask_finds_the_base_of_an_adapter_and_of_a_delta(checkpoint, tmp_path, capsys):
     model = with_lora(checkpoint)
-    adapter, delta = write_adapter(model, checkpoint, tmp_path / "adapter"), tmp_path / "attn_delta.safetensors"
+    adapter, delta = (write_adapter(model, checkpoint, tmp_path / "adapter"),
+                      tmp_path / "attn_delta.safetensors")
     merged = dict(clo.merge_lora(model).named_parameters())
-    runs.save_delta(delta, checkpoint, {name: merged[name] for name in merged if ".self_attn." in name}, str(checkpoint))
+    runs.save_delta(delta, checkpoint, {name: merged[name] for name in merged if ".self_attn." in name},
+                    str(checkpoint))
     said = []
     for path in (adapter, delta):
         for sampling in ([], ["--temperature", "0.9", "--top-p", "0.8", "--seed", "3"]):

@@ -1,4 +1,5 @@
-"""Whatever a file holds, reading it gives a result or one line of complaint: no traceback, no hang, no huge allocation."""
+"""Whatever a file holds, reading it gives a result or one line of complaint: no traceback, no hang,
+no huge allocation."""
 
 import json
 import shutil
@@ -17,14 +18,18 @@ from hypothesis import HealthCheck, given, settings, strategies as st  # noqa: E
 
 pytestmark = pytest.mark.slow
 FUZZ = settings(max_examples=150, deadline=10_000, suppress_health_check=list(HealthCheck))
-SCALARS = st.none() | st.booleans() | st.integers(-2**70, 2**70) | st.floats(allow_nan=False) | st.text(max_size=8)
-JSON = st.recursive(SCALARS, lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=8), inner, max_size=4),
+SCALARS = (st.none() | st.booleans() | st.integers(-2**70, 2**70) | st.floats(allow_nan=False)
+           | st.text(max_size=8))
+JSON = st.recursive(SCALARS, lambda inner: (st.lists(inner, max_size=4)
+                                            | st.dictionaries(st.text(max_size=8), inner, max_size=4)),
                     max_leaves=8)
-WORDS = st.sampled_from(["en", "sw", "id", "row_id", "prompt", "response", "instruction", "input", "output", "messages", "role",
-                         "content", "conversations", "from", "value", "message_id", "parent_id", "text", "replies", "rank", "lang",
-                         "tree_state", "message_tree_id", "user", "assistant", "prompter", "system", "history", "split", "completion",
+WORDS = st.sampled_from(["en", "sw", "id", "row_id", "prompt", "response", "instruction", "input", "output",
+                         "messages", "role", "content", "conversations", "from", "value", "message_id",
+                         "parent_id", "text", "replies", "rank", "lang", "tree_state", "message_tree_id",
+                         "user", "assistant", "prompter", "system", "history", "split", "completion",
                          "review_result", "deleted", "synthetic"])
-RECORDS = st.recursive(SCALARS | WORDS, lambda inner: st.lists(inner, max_size=4) | st.dictionaries(WORDS, inner, max_size=5),
+RECORDS = st.recursive(SCALARS | WORDS, lambda inner: (st.lists(inner, max_size=4)
+                                                       | st.dictionaries(WORDS, inner, max_size=5)),
                        max_leaves=12)
 
 
@@ -78,12 +83,13 @@ def test_any_bytes_as_a_data_file(tmp_path_factory, content):
     complains_or_works(lambda: data.read_rows(path))
 
 
-@pytest.mark.parametrize("name", ["config.json", "tokenizer.json", "tokenizer_config.json", "generation_config.json"])
+@pytest.mark.parametrize("name", ["config.json", "tokenizer.json", "tokenizer_config.json",
+                                  "generation_config.json"])
 def test_any_change_of_one_value_in_a_checkpoints_json(base, tmp_path, name):
     directory = tmp_path / "copy"
     shutil.copytree(base, directory)
     original = json.loads((base / name).read_text())
-    if name == "tokenizer.json":                       # most of it is a long vocabulary: try the rest more often
+    if name == "tokenizer.json":                    # most of it is a long vocabulary: try the rest more often
         original["model"]["vocab"] = dict(list(original["model"]["vocab"].items())[-12:])
         original["model"]["merges"] = []
 
@@ -101,8 +107,9 @@ def test_any_change_of_one_value_in_a_checkpoints_json(base, tmp_path, name):
 
 
 def test_any_change_in_a_translators_config(tmp_path):
-    original = {"model_type": "m2m_100", "d_model": 8, "encoder_layers": 1, "decoder_layers": 1, "encoder_attention_heads": 2,
-                "decoder_attention_heads": 2, "encoder_ffn_dim": 8, "decoder_ffn_dim": 8, "vocab_size": 120}
+    original = {"model_type": "m2m_100", "d_model": 8, "encoder_layers": 1, "decoder_layers": 1,
+                "encoder_attention_heads": 2, "decoder_attention_heads": 2, "encoder_ffn_dim": 8,
+                "decoder_ffn_dim": 8, "vocab_size": 120}
 
     @FUZZ
     @given(st.data())

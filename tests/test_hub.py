@@ -1,4 +1,5 @@
-"""hub.py against a hub on the loopback: what is fetched, what is resumed, and one clear line when it cannot be had."""
+"""hub.py against a hub on the loopback: what is fetched, what is resumed, and one clear line when it
+cannot be had."""
 
 import gzip
 import hashlib
@@ -21,7 +22,8 @@ COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 
 class Hub(ThreadingHTTPServer):
-    """Repositories in memory ({"owner/name": {file: bytes}}), behind the part of the hub's protocol a download uses."""
+    """Repositories in memory ({"owner/name": {file: bytes}}), behind the part of the hub's protocol
+    a download uses."""
     daemon_threads = True
 
     def __init__(self):
@@ -53,8 +55,8 @@ class Handler(BaseHTTPRequestHandler):
             return self.refuse(404, "RepoNotFound")
         if verb == "resolve":
             return self.send_part(rest[-1], kind[repository].get(rest[-1]))
-        listing = [{"type": "file", "path": name, "rfilename": name, "size": len(content), "oid": etag(content)}
-                   for name, content in kind[repository].items()]
+        listing = [{"type": "file", "path": name, "rfilename": name, "size": len(content),
+                    "oid": etag(content)} for name, content in kind[repository].items()]
         body = listing if verb == "tree" else {"id": repository, "sha": COMMIT, "siblings": listing}
         self.answer(200, json.dumps(body).encode(), {"Content-Type": "application/json"})
 
@@ -98,7 +100,8 @@ def tiny(tmp_path_factory) -> dict:
     """The files of a tiny model, and others such as real repositories hold beside them."""
     path = write_checkpoint(tmp_path_factory.mktemp("tiny"))
     files = {file.name: file.read_bytes() for file in path.iterdir()}
-    return files | {"consolidated.safetensors": b"x" * 999, "pytorch_model.bin": b"x" * 999, "README.md": b"# tiny"}
+    return files | {"consolidated.safetensors": b"x" * 999, "pytorch_model.bin": b"x" * 999,
+                    "README.md": b"# tiny"}
 
 
 @pytest.fixture
@@ -110,14 +113,15 @@ def server():
 
 def call(server, cache: Path, *command, **environment):
     """Run a command with the server as its hub."""
-    settings = {"HF_ENDPOINT": f"http://127.0.0.1:{server.server_address[1]}", "HF_HOME": str(cache), "OMP_NUM_THREADS": "1",
-                "PYTHONPATH": str(ROOT)}
+    settings = {"HF_ENDPOINT": f"http://127.0.0.1:{server.server_address[1]}", "HF_HOME": str(cache),
+                "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     kept = {key: value for key, value in os.environ.items() if not key.startswith("HF_")}
     return subprocess.run([sys.executable, *map(str, command)], cwd=cache, env=kept | settings | environment,
                           capture_output=True, text=True, timeout=120)
 
 
-LOCAL = "import sys, hub\ntry: print(hub.local(sys.argv[1]))\nexcept hub.HubError as error: print('error:', error)"
+LOCAL = ("import sys, hub\ntry: print(hub.local(sys.argv[1]))\n"
+         "except hub.HubError as error: print('error:', error)")
 
 
 def test_only_needed_files_are_fetched_and_the_cache_answers_offline(server, tmp_path, tiny):
@@ -125,9 +129,9 @@ def test_only_needed_files_are_fetched_and_the_cache_answers_offline(server, tmp
     first = call(server, tmp_path, "-c", LOCAL, "some/tiny")
     directory = Path(first.stdout.strip())
     assert sorted(server.fetched()) == sorted(path.name for path in directory.iterdir())
-    assert set(server.fetched()) == {"config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json",
-                                     "model.safetensors"}
-    assert "100%" in first.stderr                                                           # progress is shown
+    assert set(server.fetched()) == {"config.json", "generation_config.json", "tokenizer.json",
+                                     "tokenizer_config.json", "model.safetensors"}
+    assert "100%" in first.stderr                                                          # progress is shown
     for name in server.fetched():
         assert (directory / name).read_bytes() == tiny[name]
     server.got.clear()
@@ -149,12 +153,14 @@ def test_shards_are_those_the_index_names(server, tmp_path, tiny):
     ("some/gated", {}, "some/gated is gated on the hub: accept its licence"),
     ("some/tinny", {}, "neither a directory here nor a public model on the hub: check the spelling"),
     ("some/a..b", {}, "check the spelling"),
-    ("some/tiny", {"HF_ENDPOINT": "http://127.0.0.1:9"}, "the hub cannot be reached (ConnectError): connect, or give a directory"),
+    ("some/tiny", {"HF_ENDPOINT": "http://127.0.0.1:9"},
+     "the hub cannot be reached (ConnectError): connect, or give a directory"),
     ("some/tiny", {"HF_HUB_OFFLINE": "1"}, "the hub cannot be reached (OfflineModeIsEnabled)")])
 def test_what_cannot_be_had_is_told_in_one_line(server, tmp_path, repository, environment, told):
     server.gated.add("some/gated")
     result = call(server, tmp_path, "-c", LOCAL, repository, **environment)
-    assert result.stdout.startswith("error: ") and told in result.stdout and result.stdout.count("\n") == 1, result.stderr
+    assert (result.stdout.startswith("error: ") and told in result.stdout
+            and result.stdout.count("\n") == 1), result.stderr
 
 
 def test_a_download_cut_in_the_middle_goes_on_where_it_broke_off(server, tmp_path, tiny):
@@ -175,59 +181,69 @@ def test_a_download_that_keeps_breaking_is_told_and_leaves_no_half_file(server, 
     server.got.clear()
     directory = Path(call(server, tmp_path, "-c", LOCAL, "some/tiny").stdout.strip())
     assert (directory / "model.safetensors").read_bytes() == tiny["model.safetensors"]
-    assert done and not done & set(server.fetched())                                      # finished files are kept
+    assert done and not done & set(server.fetched())                               # finished files are kept
 
 
 @pytest.mark.slow
 def test_ask_talks_to_a_model_of_the_hub(server, tmp_path, tiny):
     server.models["some/tiny"] = tiny
-    result = call(server, tmp_path, ROOT / "eval.py", "ask", "--model", "some/tiny", "--max-tokens", "3", "Where is the lion?")
+    result = call(server, tmp_path, ROOT / "eval.py", "ask", "--model", "some/tiny", "--max-tokens", "3",
+                  "Where is the lion?")
     assert result.returncode == 0 and result.stdout.strip()
     refused = call(server, tmp_path, ROOT / "eval.py", "ask", "--model", "some/other", "hello")
-    assert refused.returncode == 2 and refused.stderr.startswith("error: some/other") and refused.stderr.count("\n") == 1
+    assert (refused.returncode == 2 and refused.stderr.startswith("error: some/other")
+            and refused.stderr.count("\n") == 1)
 
 
 def oasst_tree(number: str, prompt: str, response: str) -> dict:
     """A ready tree of one question and its only reply."""
-    reply = {"message_id": "r" + number, "parent_id": number, "text": response, "role": "assistant", "lang": "en", "replies": []}
+    reply = {"message_id": "r" + number, "parent_id": number, "text": response, "role": "assistant",
+             "lang": "en", "replies": []}
     return {"message_tree_id": number, "tree_state": "ready_for_export", "prompt": {
-        "message_id": number, "text": prompt, "role": "prompter", "lang": "en", "review_result": True, "replies": [reply]}}
+        "message_id": number, "text": prompt, "role": "prompter", "lang": "en", "review_result": True,
+        "replies": [reply]}}
 
 
 def test_oasst1_is_a_data_file(server, tmp_path):
     name = hub.DATASETS["oasst1"][1]
-    server.datasets["OpenAssistant/oasst1"] = {name: gzip.compress(json.dumps(oasst_tree("1", "Which?", "That.")).encode()),
-                                               "other.gz": b""}
+    server.datasets["OpenAssistant/oasst1"] = {
+        name: gzip.compress(json.dumps(oasst_tree("1", "Which?", "That.")).encode()), "other.gz": b""}
     result = call(server, tmp_path, ROOT / "data.py", "oasst1")
     assert "1 read, 1 kept" in result.stdout and server.fetched() == [name], result.stderr
 
 
 @pytest.mark.slow
 def test_a_whole_run_needs_nothing_but_names_of_the_hub(server, tmp_path):
-    """Model, translator and data by their ids; the adapter names its base by the id, and PEFT's users find it there."""
+    """Model, translator and data by their ids; the adapter names its base by the id, and PEFT's users find
+    it there."""
     demo = ROOT / "demo"
     if not (demo / "m2m100").is_dir():
         pytest.skip("the demo's checkpoints are not built")
     for name in ("llama", "m2m100"):
-        server.models[f"demo-owner/{name}"] = {path.name: path.read_bytes() for path in (demo / name).iterdir()}
+        server.models[f"demo-owner/{name}"] = {path.name: path.read_bytes()
+                                               for path in (demo / name).iterdir()}
     lines = (demo / "english.jsonl").read_text(encoding="utf-8").splitlines()[:12]
     trees = [oasst_tree(str(i), **json.loads(line)["en"]) for i, line in enumerate(lines)]
     name = hub.DATASETS["oasst1"][1]
-    server.datasets["OpenAssistant/oasst1"] = {name: gzip.compress("\n".join(map(json.dumps, trees)).encode())}
-    result = call(server, tmp_path, ROOT / "clo.py", "--lang", "sw", "--model", "demo-owner/llama", "--translator",
-                  "demo-owner/m2m100", "--data", "oasst1", "--turns", "all", "--out", "run", "--beams", "1", "--epochs", "1",
-                  "--baseline", "none", "--max-new-tokens", "2", "--keep-failed", "--device", "cpu")
+    server.datasets["OpenAssistant/oasst1"] = {
+        name: gzip.compress("\n".join(map(json.dumps, trees)).encode())}
+    result = call(server, tmp_path, ROOT / "clo.py", "--lang", "sw", "--model", "demo-owner/llama",
+                  "--translator", "demo-owner/m2m100", "--data", "oasst1", "--turns", "all", "--out", "run",
+                  "--beams", "1", "--epochs", "1", "--baseline", "none", "--max-new-tokens", "2",
+                  "--keep-failed", "--device", "cpu")
     assert result.returncode == 0, result.stderr
     adapter = json.loads((tmp_path / "run/clo/adapter/adapter_config.json").read_text())
     assert adapter["base_model_name_or_path"] == "demo-owner/llama"
-    reply = call(server, tmp_path, ROOT / "eval.py", "ask", "--adapter", "run/clo/adapter", "--max-tokens", "3", "Who?")
+    reply = call(server, tmp_path, ROOT / "eval.py", "ask", "--adapter", "run/clo/adapter",
+                 "--max-tokens", "3", "Who?")
     assert reply.returncode == 0, reply.stderr
 
 
 def test_paths_stay_paths(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "demo" / "llama").mkdir(parents=True)
-    for path in ("demo/llama", "demo/lama", "llama", "/a/b", "./a/b", "../a", "a/b/c", "a/", "~/a", tmp_path / "none"):
+    for path in ("demo/llama", "demo/lama", "llama", "/a/b", "./a/b", "../a", "a/b/c", "a/", "~/a",
+                 tmp_path / "none"):
         assert not hub.is_id(path) and hub.local(path) == Path(path)
     assert hub.is_id("Qwen/Qwen2.5-0.5B") and hub.is_id("meta-llama/Llama-3.2-1B")
     (tmp_path / "oasst1").write_text("{}")

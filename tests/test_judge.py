@@ -1,4 +1,5 @@
-"""judge.py: alpaca_eval's arithmetic and coin, and a judge behind a real server on loopback that misbehaves."""
+"""judge.py: alpaca_eval's arithmetic and coin, and a judge behind a real server on loopback
+that misbehaves."""
 
 import json
 import math
@@ -31,8 +32,8 @@ def completion(m=0.25, M=0.75, text="M", logprobs=True):
 
 
 class Server(ThreadingHTTPServer):
-    """Answers request i with script[i], the last entry for ever: a dict (a completion), an HTTP status, (status, headers),
-    bytes (a body), or seconds to hang."""
+    """Answers request i with script[i], the last entry for ever: a dict (a completion), an HTTP status,
+    (status, headers), bytes (a body), or seconds to hang."""
     daemon_threads = True
 
     def __init__(self, script):
@@ -56,8 +57,10 @@ class Handler(BaseHTTPRequestHandler):
         if isinstance(action, float):
             time.sleep(action)
             action = completion()
-        status, headers = action if isinstance(action, tuple) else (action, {}) if isinstance(action, int) else (200, {})
-        raw = action if isinstance(action, bytes) else json.dumps(action if isinstance(action, dict) else {"error": KEY}).encode()
+        status, headers = (action if isinstance(action, tuple) else
+                           (action, {}) if isinstance(action, int) else (200, {}))
+        raw = (action if isinstance(action, bytes) else
+               json.dumps(action if isinstance(action, dict) else {"error": KEY}).encode())
         try:
             self.send_response(status)
             for name, value in headers.items():
@@ -92,10 +95,11 @@ def endpoint(server, **options):
 MESSAGES = [{"role": "user", "content": "m or M?"}]
 
 
-# ------------------------------------------------------------------------------------------------------- arithmetic
+# ------------------------------------------------------------------------------------------------- arithmetic
 
 def test_win_rate_of_published_annotations_is_the_published_one(shared):
-    annotations = json.loads((shared / "benchmarks" / "alpaca_eval" / "text_davinci_003_annotations.json").read_text())
+    annotations = json.loads(
+        (shared / "benchmarks" / "alpaca_eval" / "text_davinci_003_annotations.json").read_text())
     rate = judge.win_rate(annotations)
     assert rate["win_rate"] == pytest.approx(1.9621476654161492, abs=1e-13)
     assert rate["standard_error"] == pytest.approx(0.4346747594, abs=1e-9)
@@ -109,7 +113,8 @@ def test_win_rate_is_the_mean_of_preferences_with_draws_old_draws_and_gaps():
     assert rate["win_rate"] == pytest.approx(100 * statistics.mean(wins))
     assert rate["standard_error"] == pytest.approx(100 * statistics.stdev(wins) / math.sqrt(6))
     assert (rate["n_wins"], rate["n_wins_base"], rate["n_draws"], rate["no_preference"]) == (2, 2, 2, 2)
-    assert rate["discrete_win_rate"] == pytest.approx(50) and (rate["avg_length"], rate["avg_length_base"]) == (1, 3)
+    assert (rate["discrete_win_rate"] == pytest.approx(50)
+            and (rate["avg_length"], rate["avg_length_base"]) == (1, 3))
 
 
 @pytest.mark.parametrize("value", [3, 0.5, "2", True, [], float("inf")])
@@ -123,35 +128,41 @@ def test_a_preference_that_is_none_is_refused(value):
 def test_the_coin_is_alpaca_evals():
     coins = [judge.is_switched(f"instruction {i}", 0) for i in range(200)]
     assert 70 < sum(coins) < 130 and coins == [judge.is_switched(f"instruction {i}", 0) for i in range(200)]
-    assert [judge.is_switched(text, 0) for text in ("What is the capital of France?", "Write a poem.", "a", "")] == [False, False, True, False]
+    assert [judge.is_switched(text, 0) for text in (
+        "What is the capital of France?", "Write a poem.", "a", "")] == [False, False, True, False]
 
 
 def test_preference_is_from_probabilities_or_else_from_the_letter():
     assert judge.preference(completion(0.2, 0.6)) == pytest.approx(1.75)
     assert judge.preference(completion(0.0, 0.9)) == 2 and judge.preference(completion(0.9, 0.0)) == 1
-    assert judge.preference(completion(text="m", logprobs=False)) == 1 and judge.preference(completion(text=" M.", logprobs=False)) == 2
+    assert (judge.preference(completion(text="m", logprobs=False)) == 1
+            and judge.preference(completion(text=" M.", logprobs=False)) == 2)
 
 
-@pytest.mark.parametrize("reply", [{}, {"choices": []}, {"choices": [{"message": {"content": "both are fine"}}]}, {"choices": "m"},
-                                   {"choices": [{"message": {"content": None}}]}, {"choices": [{"message": {"content": "more"}}]},
-                                   {"choices": [{"message": {"content": "x"}, "logprobs": {"content": [{"top_logprobs": [{"token": 5}]}]}}]}])
+@pytest.mark.parametrize("reply", [
+    {}, {"choices": []}, {"choices": [{"message": {"content": "both are fine"}}]}, {"choices": "m"},
+    {"choices": [{"message": {"content": None}}]}, {"choices": [{"message": {"content": "more"}}]},
+    {"choices": [{"message": {"content": "x"},
+                  "logprobs": {"content": [{"top_logprobs": [{"token": 5}]}]}}]}])
 def test_a_reply_without_a_verdict_is_no_verdict(reply):
     with pytest.raises(judge.Unreadable):
         judge.preference(reply)
 
 
-# ----------------------------------------------------------------------------------------------------------- server
+# ----------------------------------------------------------------------------------------------------- server
 
 def test_the_request_is_a_chat_completion_with_log_probs(serve):
     server = serve(completion())
-    assert endpoint(server).verdict(MESSAGES) == (pytest.approx(1.75), {"prompt_tokens": 100, "completion_tokens": 1})
+    assert endpoint(server).verdict(MESSAGES) == (
+        pytest.approx(1.75), {"prompt_tokens": 100, "completion_tokens": 1})
     path, headers, body = server.requests[0]
     assert path == "/v1/chat/completions" and headers["Authorization"] == f"Bearer {KEY}"
-    assert body == {"model": "the-judge", "messages": MESSAGES, "max_tokens": 1, "temperature": 0, "logprobs": True, "top_logprobs": 5}
+    assert body == {"model": "the-judge", "messages": MESSAGES, "max_tokens": 1, "temperature": 0,
+                    "logprobs": True, "top_logprobs": 5}
 
 
-@pytest.mark.parametrize("fault", [429, 500, 503, b"", b"<html>busy</html>", b"[1]", {"choices": []}, b"\xff\xfe", 0.6,
-                                   (429, {"Retry-After": "soon"})])
+@pytest.mark.parametrize("fault", [429, 500, 503, b"", b"<html>busy</html>", b"[1]", {"choices": []},
+                                   b"\xff\xfe", 0.6, (429, {"Retry-After": "soon"})])
 def test_a_passing_fault_is_tried_again(serve, fault):
     server = serve(fault, fault, completion())
     assert endpoint(server, timeout=0.2).verdict(MESSAGES)[0] == pytest.approx(1.75)
@@ -167,7 +178,8 @@ def test_a_server_may_say_how_long_to_wait(serve):
 def test_waits_double_and_stay_bounded(serve):
     server = endpoint(serve(completion()), pause=1.0)
     for attempt in range(1, 12):
-        assert min(60, 0.75 * 2 ** (attempt - 1)) <= server.wait(attempt, "") <= min(60, 1.25 * 2 ** (attempt - 1))
+        assert (min(60, 0.75 * 2 ** (attempt - 1)) <= server.wait(attempt, "")
+                <= min(60, 1.25 * 2 ** (attempt - 1)))
 
 
 def test_a_lasting_fault_gives_no_verdict_after_the_attempts(serve):
@@ -205,11 +217,12 @@ def test_a_dead_server_is_a_connection_fault(serve):
         endpoint(server, attempts=2).verdict(MESSAGES)
 
 
-# -------------------------------------------------------------------------------------------------------- annotating
+# ------------------------------------------------------------------------------------------------- annotating
 
 def fair_judge(body):
     """Prefers the answer that contains 'good', wherever it is shown."""
-    first, second = (body["messages"][1]["content"].split(f"<answer_{letter}>\n")[1].split(f"\n</answer_{letter}>")[0] for letter in "mM")
+    first, second = (body["messages"][1]["content"].split(f"<answer_{letter}>\n")[1]
+                     .split(f"\n</answer_{letter}>")[0] for letter in "mM")
     return completion(0.9 if "good" in first else 0.1, 0.9 if "good" in second else 0.1, "m")
 
 
@@ -222,7 +235,8 @@ def test_the_order_shown_does_not_change_whose_win_it_is(serve):
     server = serve(fair_judge)
     for order, requests in (("random", 1), ("both", 2)):
         pairs, before = make_pairs(8), len(server.requests)
-        found = {annotation["instruction"]: annotation for _, annotation, _ in judge.annotate_all(pairs, endpoint(server), order, 0, "sw", 3)}
+        found = {annotation["instruction"]: annotation
+                 for _, annotation, _ in judge.annotate_all(pairs, endpoint(server), order, 0, "sw", 3)}
         assert len(server.requests) - before == 6 * requests
         for i, pair in enumerate(pairs):
             line = found[pair["instruction"]]
@@ -247,11 +261,12 @@ def test_an_endpoint_that_is_gone_stops_the_run_with_one_line(serve):
         list(judge.annotate_all(make_pairs(40), endpoint(serve(500), attempts=1), "random", 0, "", 2))
 
 
-# ------------------------------------------------------------------------------------------------------------- files
+# ------------------------------------------------------------------------------------------------------ files
 
 def write_outputs(path, answers, generator):
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps([{"instruction": key, "output": value, "generator": generator} for key, value in answers.items()]))
+    path.write_text(json.dumps([{"instruction": key, "output": value, "generator": generator}
+                                for key, value in answers.items()]))
     return path
 
 
@@ -259,13 +274,16 @@ def test_answers_are_joined_on_the_exact_instruction(tmp_path, capsys):
     model = write_outputs(tmp_path / "a.json", {"x": "1", "y ": "2", "z": "3"}, "clo")
     reference = write_outputs(tmp_path / "b.json", {"z": "4", "y": "5", "x": "6"}, "sft")
     pairs = judge.pair_outputs(model, reference)
-    assert [(pair["instruction"], pair["output_1"], pair["output_2"]) for pair in pairs] == [("x", "6", "1"), ("z", "4", "3")]
+    assert [(pair["instruction"], pair["output_1"], pair["output_2"]) for pair in pairs] == [
+        ("x", "6", "1"), ("z", "4", "3")]
     assert "2 instructions are in both files" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("text, wanted", [
-    ('[{"instruction": "x"}]', r'a.json\[0\]: "output" is missing'), ("[]", "holds no answers"), ("{", "a.json:1: not valid JSON"),
-    ('[{"instruction": "x", "output": "1"}, {"instruction": "x", "output": "2"}]', r"a.json\[1\]: the same instruction as in .*a.json\[0\]"),
+    ('[{"instruction": "x"}]', r'a.json\[0\]: "output" is missing'),
+    ("[]", "holds no answers"), ("{", "a.json:1: not valid JSON"),
+    ('[{"instruction": "x", "output": "1"}, {"instruction": "x", "output": "2"}]',
+     r"a.json\[1\]: the same instruction as in .*a.json\[0\]"),
     ('[{"instruction": "x", "output": null}]', r"a.json\[0\]: str expected")])
 def test_a_bad_file_of_answers_is_one_clear_line(tmp_path, text, wanted):
     (tmp_path / "a.json").write_text(text)
@@ -275,9 +293,10 @@ def test_a_bad_file_of_answers_is_one_clear_line(tmp_path, text, wanted):
 
 def call(server, tmp_path, *arguments):
     environment = os.environ | {"OPENAI_BASE_URL": server.url, "OPENAI_API_KEY": KEY}
-    return subprocess.run([sys.executable, str(ROOT / "eval.py"), "judge", str(tmp_path / "clo" / "model_outputs.json"),
-                           str(tmp_path / "sft" / "model_outputs.json"), "--pause", "0.001", *arguments], env=environment, cwd=tmp_path,
-                          capture_output=True, text=True)
+    return subprocess.run([sys.executable, str(ROOT / "eval.py"), "judge",
+                           str(tmp_path / "clo" / "model_outputs.json"),
+                           str(tmp_path / "sft" / "model_outputs.json"), "--pause", "0.001", *arguments],
+                          env=environment, cwd=tmp_path, capture_output=True, text=True)
 
 
 @pytest.mark.slow
@@ -297,11 +316,14 @@ def test_judging_from_the_command_line_resumes_counts_tokens_and_writes_alpaca_e
     out = tmp_path / "clo" / "against-sft"
     annotations = json.loads((out / "annotations.json").read_text())
     assert [line["instruction"] for line in annotations] == list(answers)
-    assert set(annotations[0]) == {"dataset", "instruction", "output_1", "generator_1", "output_2", "generator_2", "annotator", "preference"}
+    assert set(annotations[0]) == {"dataset", "instruction", "output_1", "generator_1", "output_2",
+                                   "generator_2", "annotator", "preference"}
     result = json.loads((out / "result.json").read_text())
-    assert result["tokens"] == {"read": 600, "written": 6} and result["cost_usd"] == pytest.approx((6000 + 180) / 1e6)
+    assert (result["tokens"] == {"read": 600, "written": 6}
+            and result["cost_usd"] == pytest.approx((6000 + 180) / 1e6))
     assert result["settings"]["order"] == "random" and result["settings"]["judge"] == "gpt-4o"
-    for told in (first.stdout, first.stderr, second.stdout, second.stderr, *(path.read_text() for path in out.iterdir())):
+    for told in (first.stdout, first.stderr, second.stdout, second.stderr,
+                 *(path.read_text() for path in out.iterdir())):
         assert KEY not in told and "127.0.0.1" not in told
 
 
@@ -309,7 +331,8 @@ def test_judging_from_the_command_line_resumes_counts_tokens_and_writes_alpaca_e
 def test_a_key_no_header_can_hold_is_refused_unshown_and_spaces_around_one_do_not_count(key, monkeypatch):
     monkeypatch.setenv("OPENAI_BASE_URL", "http://127.0.0.1:9/v1")
     monkeypatch.setenv("OPENAI_API_KEY", f" {KEY}\n")
-    assert judge.endpoint_from_environment("m").key == KEY and KEY not in repr(judge.endpoint_from_environment("m"))
+    assert (judge.endpoint_from_environment("m").key == KEY
+            and KEY not in repr(judge.endpoint_from_environment("m")))
     monkeypatch.setenv("OPENAI_API_KEY", key)
     with pytest.raises(data.DataError, match="OPENAI_API_KEY holds") as error:
         judge.endpoint_from_environment("m")
@@ -317,7 +340,8 @@ def test_a_key_no_header_can_hold_is_refused_unshown_and_spaces_around_one_do_no
 
 
 def test_without_key_or_server_the_judge_is_refused_in_one_line(tmp_path, monkeypatch, capsys):
-    paths = [str(write_outputs(tmp_path / name / "model_outputs.json", {"x": name}, name)) for name in ("clo", "sft")]
+    paths = [str(write_outputs(tmp_path / name / "model_outputs.json", {"x": name}, name))
+             for name in ("clo", "sft")]
     for name in ("OPENAI_API_KEY", "OPENAI_BASE_URL"):
         monkeypatch.delenv(name, raising=False)
     with pytest.raises(SystemExit) as ended:

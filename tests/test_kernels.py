@@ -92,7 +92,8 @@ def test_a_row_step_matches_float64(backend, V, dtype):
         log_odds, q = row_step(backend, logits, targets, dtype, block)
         torch.testing.assert_close(log_odds.double(), true_odds, rtol=1e-5, atol=1e-6)
         if dtype is not None:
-            torch.testing.assert_close(q.double(), others.softmax(1), rtol=2 * torch.finfo(dtype).eps, atol=1e-6)
+            torch.testing.assert_close(q.double(), others.softmax(1), rtol=2 * torch.finfo(dtype).eps,
+                                       atol=1e-6)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

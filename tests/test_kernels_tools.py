@@ -46,7 +46,8 @@ aot.BLOCK_V, aot.WARPS = 8192, 1
 aot.TARGETS, aot.VARIANTS = {"sm_90": aot.TARGETS["sm_90"]}, {"forward only": ("fp32", False)}
 sys.exit(aot.main([]))"""
     inherited = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=inherited, text=True, capture_output=True)
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=inherited, text=True,
+                          capture_output=True)
     assert done.returncode == 1 and int(done.stdout.split()[-2]) > 0, done.stdout + done.stderr
 
 

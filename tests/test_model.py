@@ -1,4 +1,5 @@
-"""model.py against independent references: separate sequences, the dense mask, transformers, PEFT's arithmetic."""
+"""model.py against independent references: separate sequences, the dense mask, transformers,
+PEFT's arithmetic."""
 
 import json
 import math
@@ -28,13 +29,14 @@ FAMILIES = {
 
 
 def random_model(window=None, dtype=torch.float64, **shape) -> llama.Llama:
-    config = llama.Config(**{"vocab_size": 41, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2,
-                             "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 6,
-                             "tie_word_embeddings": True, "sliding_window": window} | shape)
+    config = llama.Config(**{"vocab_size": 41, "hidden_size": 16, "intermediate_size": 24,
+                             "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
+                             "head_dim": 6, "tie_word_embeddings": True, "sliding_window": window} | shape)
     model = llama.initialise_(llama.Llama(config)).to(dtype)
     generator = torch.Generator().manual_seed(1)
     for parameter in model.parameters():
-        parameter.data += 0.2 * torch.randn(parameter.shape, generator=generator, dtype=torch.float64).to(dtype)
+        parameter.data += 0.2 * torch.randn(parameter.shape, generator=generator,
+                                            dtype=torch.float64).to(dtype)
     return model.requires_grad_(False)
 
 
@@ -99,10 +101,12 @@ def test_visibility_is_the_predicate_of_the_design():
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_logits_equal_transformers_in_one_pass_and_token_by_token(name, tmp_path):
-    """23 tokens: far beyond Mistral's window of 5 and the context that llama3's frequencies were stretched from."""
+    """23 tokens: far beyond Mistral's window of 5 and the context that llama3's frequencies were
+    stretched from."""
     transformers = pytest.importorskip("transformers")
     path = write_checkpoint(tmp_path, **FAMILIES[name])
-    theirs = transformers.AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, attn_implementation="eager")
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32,
+                                                               attn_implementation="eager")
     ours = llama.load(path)
     tokens = torch.randint(2, 300, (3, 23), generator=torch.Generator().manual_seed(3))
     with torch.no_grad():
@@ -124,7 +128,8 @@ def test_greedy_replies_to_prompts_of_mixed_lengths_equal_transformers(name, tmp
     left = torch.tensor([[0] * (14 - len(prompt)) + prompt for prompt in prompts])
     mask = torch.tensor([[0] * (14 - len(prompt)) + [1] * len(prompt) for prompt in prompts])
     stops = [1, *range(2, 320, 9)]               # many ids end a reply, so that rows end at different steps
-    replies = theirs.generate(left, attention_mask=mask, max_new_tokens=24, do_sample=False, eos_token_id=stops, pad_token_id=1)
+    replies = theirs.generate(left, attention_mask=mask, max_new_tokens=24, do_sample=False,
+                              eos_token_id=stops, pad_token_id=1)
     expected = []
     for reply in replies[:, 14:].tolist():
         end = next((i for i, token in enumerate(reply) if token in stops), len(reply))
@@ -135,32 +140,40 @@ def test_greedy_replies_to_prompts_of_mixed_lengths_equal_transformers(name, tmp
 
 LLAMA3_ROPE = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
                "original_max_position_embeddings": 8192}
-REAL = {name: dict(zip(("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
-                        "vocab_size"), sizes), **more) for name, sizes, more in [
+REAL = {name: dict(zip(("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
+                        "num_key_value_heads", "vocab_size"), sizes), **more) for name, sizes, more in [
     ("Llama-2-7B", (4096, 11008, 32, 32, 32, 32000), {}),
     ("Llama-2-13B", (5120, 13824, 40, 40, 40, 32000), {}),
     ("Llama-3-8B", (4096, 14336, 32, 32, 8, 128256), {"rope_theta": 5e5}),
     ("Llama-3.1-8B", (4096, 14336, 32, 32, 8, 128256), {"rope_theta": 5e5, "rope_scaling": LLAMA3_ROPE}),
-    ("Llama-3.2-1B", (2048, 8192, 16, 32, 8, 128256), {"rope_theta": 5e5, "head_dim": 64, "tie_word_embeddings": True,
-                                                      "rope_scaling": LLAMA3_ROPE | {"factor": 32.0}}),
+    ("Llama-3.2-1B", (2048, 8192, 16, 32, 8, 128256),
+     {"rope_theta": 5e5, "head_dim": 64, "tie_word_embeddings": True,
+      "rope_scaling": LLAMA3_ROPE | {"factor": 32.0}}),
     ("Mistral-7B-v0.1", (4096, 14336, 32, 32, 8, 32000), {"model_type": "mistral", "sliding_window": 4096}),
-    ("Mistral-7B-v0.3", (4096, 14336, 32, 32, 8, 32768), {"model_type": "mistral", "sliding_window": None, "rope_theta": 1e6}),
-    ("Qwen2.5-3B", (2048, 11008, 36, 16, 2, 151936), {"model_type": "qwen2", "rope_theta": 1e6, "tie_word_embeddings": True,
-                                                     "sliding_window": 32768, "use_sliding_window": False}),
-    ("Qwen3-0.6B", (1024, 3072, 28, 16, 8, 151936), {"model_type": "qwen3", "rope_theta": 1e6, "tie_word_embeddings": True,
-                                                    "head_dim": 128, "attention_bias": False})]}
+    ("Mistral-7B-v0.3", (4096, 14336, 32, 32, 8, 32768),
+     {"model_type": "mistral", "sliding_window": None, "rope_theta": 1e6}),
+    ("Qwen2.5-3B", (2048, 11008, 36, 16, 2, 151936),
+     {"model_type": "qwen2", "rope_theta": 1e6, "tie_word_embeddings": True,
+      "sliding_window": 32768, "use_sliding_window": False}),
+    ("Qwen3-0.6B", (1024, 3072, 28, 16, 8, 151936),
+     {"model_type": "qwen3", "rope_theta": 1e6, "tie_word_embeddings": True,
+      "head_dim": 128, "attention_bias": False})]}
 PARAMETERS = {"Llama-2-7B": 6_738_415_616, "Llama-2-13B": 13_015_864_320, "Llama-3-8B": 8_030_261_248,
-              "Llama-3.1-8B": 8_030_261_248, "Llama-3.2-1B": 1_235_814_400, "Mistral-7B-v0.1": 7_241_732_096,
-              "Mistral-7B-v0.3": 7_248_023_552, "Qwen2.5-3B": 3_085_938_688, "Qwen3-0.6B": 596_049_920}      # model cards
+              "Llama-3.1-8B": 8_030_261_248, "Llama-3.2-1B": 1_235_814_400,
+              "Mistral-7B-v0.1": 7_241_732_096, "Mistral-7B-v0.3": 7_248_023_552,
+              "Qwen2.5-3B": 3_085_938_688, "Qwen3-0.6B": 596_049_920}      # model cards
 
 
 @pytest.mark.parametrize("name", REAL)
 def test_every_tensor_of_the_real_models_is_accounted_for(name, tmp_path):
-    """Their config.json on the meta device: names and shapes are transformers', the number of parameters the published one."""
-    raw = {"model_type": "llama", "rms_norm_eps": 1e-5, "hidden_act": "silu", "max_position_embeddings": 4096} | REAL[name]
+    """Their config.json on the meta device: names and shapes are transformers', the number of parameters
+    the published one."""
+    raw = {"model_type": "llama", "rms_norm_eps": 1e-5, "hidden_act": "silu",
+           "max_position_embeddings": 4096} | REAL[name]
     (tmp_path / "config.json").write_text(json.dumps(raw))
     with torch.device("meta"):
-        ours = {key: tuple(tensor.shape) for key, tensor in llama.Llama(llama.read_config(tmp_path)).named_parameters()}
+        ours = {key: tuple(tensor.shape)
+                for key, tensor in llama.Llama(llama.read_config(tmp_path)).named_parameters()}
     assert sum(map(math.prod, ours.values())) == PARAMETERS[name]
     transformers = pytest.importorskip("transformers")
     config = transformers.AutoConfig.from_pretrained(tmp_path)
@@ -175,7 +188,8 @@ def test_files_of_every_dtype_load_in_every_dtype(dtype, max_shard_bytes, tmp_pa
     model = random_model(dtype=torch.float32, tie_word_embeddings=False)
     llama.save(model, tmp_path, dtype, max_shard_bytes)
     for wanted in (torch.float32, torch.bfloat16, torch.float16):
-        for (name, expected), (_, found) in zip(model.named_parameters(), llama.load(tmp_path, dtype=wanted).named_parameters()):
+        for (name, expected), (_, found) in zip(model.named_parameters(),
+                                                llama.load(tmp_path, dtype=wanted).named_parameters()):
             assert found.dtype == wanted and torch.equal(found, expected.to(dtype).to(wanted)), name
 
 
@@ -193,27 +207,29 @@ def test_changing_a_loaded_model_changes_no_file(checkpoint):
 
 
 def test_loading_holds_one_shard_at_a_time(tmp_path):
-    """Peak resident memory of a process that loads eight bf16 shards as fp32: the model, and little more than a shard."""
-    config = llama.Config(vocab_size=32, hidden_size=1024, intermediate_size=4096, num_hidden_layers=8, num_attention_heads=8,
-                          num_key_value_heads=8, head_dim=128)
+    """Peak resident memory of a process that loads eight bf16 shards as fp32: the model, and little more
+    than a shard."""
+    config = llama.Config(vocab_size=32, hidden_size=1024, intermediate_size=4096, num_hidden_layers=8,
+                          num_attention_heads=8, num_key_value_heads=8, head_dim=128)
     with torch.device("meta"):
         model = llama.Llama(config)
     llama.save(model.to_empty(device="cpu"), tmp_path, torch.bfloat16, 35_000_000)
     del model
     shards = [path.stat().st_size for path in tmp_path.glob("*.safetensors")]
-    code = """if True:
+    code = ("""if True:
         import re, sys, torch, model
-        def kilobytes(name): return int(re.search(name + r":\\s+(\\d+) kB", open("/proc/self/status").read())[1])
+        def kilobytes(name): return int(re.search(name + r":\\s+(\\d+) kB", """
+            """open("/proc/self/status").read())[1])
         torch.zeros(1, dtype=torch.bfloat16).to(torch.float32)
         before = kilobytes("VmRSS")
         open("/proc/self/clear_refs", "w").write("5")
         loaded = model.load(sys.argv[1])
-        print(1024 * (kilobytes("VmHWM") - before), sum(x.nbytes for x in loaded.parameters()))"""
+        print(1024 * (kilobytes("VmHWM") - before), sum(x.nbytes for x in loaded.parameters()))""")
     if not Path("/proc/self/clear_refs").exists():
         pytest.skip("peak memory is read from Linux's /proc")
     root = Path(__file__).parents[1]
-    peak, size = map(int, subprocess.run([sys.executable, "-c", code, str(tmp_path)], cwd=root, capture_output=True, text=True,
-                                         check=True).stdout.split())
+    peak, size = map(int, subprocess.run([sys.executable, "-c", code, str(tmp_path)], cwd=root,
+                                         capture_output=True, text=True, check=True).stdout.split())
     assert len(shards) >= 8 and size > 500e6
     assert peak <= size + 1.15 * max(shards)
 
@@ -245,7 +261,8 @@ def test_sampling_is_repeatable_and_top_p_zero_is_greedy():
     first = llama.generate(model, [[1, 2]], 20, set(), temperature=1.5, seed=3)
     assert first == llama.generate(model, [[1, 2]], 20, set(), temperature=1.5, seed=3)
     assert first != llama.generate(model, [[1, 2]], 20, set(), temperature=1.5, seed=4)
-    assert llama.generate(model, [[1, 2]], 20, set(), temperature=1.5, top_p=1e-9) == llama.generate(model, [[1, 2]], 20, set())
+    assert (llama.generate(model, [[1, 2]], 20, set(), temperature=1.5, top_p=1e-9)
+            == llama.generate(model, [[1, 2]], 20, set()))
 
 
 def test_real_checkpoint_continues_as_the_independent_reference(shared):
@@ -272,7 +289,8 @@ def test_a_tied_head_may_lie_under_either_name_but_not_differ(checkpoint):
     expected = llama.load(checkpoint).head.clone()
     tensors = load_file(checkpoint / "model.safetensors")
     embedding = tensors.pop("model.embed_tokens.weight")
-    for extra in ({"lm_head.weight": embedding}, {"lm_head.weight": embedding, "model.embed_tokens.weight": embedding.clone()}):
+    for extra in ({"lm_head.weight": embedding},
+                  {"lm_head.weight": embedding, "model.embed_tokens.weight": embedding.clone()}):
         save_file(tensors | extra, checkpoint / "model.safetensors", metadata={"format": "pt"})
         assert torch.equal(llama.load(checkpoint).head, expected)
     save_file(tensors | {"lm_head.weight": embedding + 1, "model.embed_tokens.weight": embedding},
@@ -314,7 +332,8 @@ def test_both_spellings_of_config_keys_mean_the_same(checkpoint):
 
 def test_an_adapter_adds_its_product_to_the_weights(checkpoint, tmp_path):
     base = llama.load(checkpoint)
-    name, weight = "model.layers.1.self_attn.k_proj", dict(base.named_parameters())["model.layers.1.self_attn.k_proj.weight"]
+    name, weight = ("model.layers.1.self_attn.k_proj",
+                    dict(base.named_parameters())["model.layers.1.self_attn.k_proj.weight"])
     A, B = torch.randn(3, weight.shape[1]), torch.randn(weight.shape[0], 3)
     adapter = tmp_path / "adapter"
     adapter.mkdir()
@@ -337,17 +356,25 @@ def refuse(checkpoint, match: str):
 
 @pytest.mark.parametrize("change, match", [
     ({"model_type": "gemma"}, "model_type 'gemma'"), ({"num_local_experts": 8}, "num_local_experts"),
-    ({"quantization_config": {"bits": 4}}, "quantization_config"), ({"partial_rotary_factor": 0.5}, "partial_rotary"),
-    ({"rope_scaling": {"type": "yarn", "factor": 4}}, "yarn"), ({"rope_scaling": {"rope_type": "longrope"}}, "longrope"),
-    ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4}}, "yarn"), ({"n_routed_experts": 4}, "n_routed_experts"), ({"hidden_act": "gelu"}, "hidden_act"),
-    ({"hidden_size": "16"}, "hidden_size"), ({"hidden_size": -1}, "hidden_size"), ({"num_key_value_heads": 3}, "divide"),
-    ({"vocab_size": 999}, "embed_tokens.weight has shape"), ({"num_hidden_layers": 3}, r"layers\.2.* is missing"),
-    ({"num_hidden_layers": 1}, r"layers\.1.* is unknown"), ({"rope_theta": None, "rms_norm_eps": "x"}, "rms_norm_eps"),
-    ({"num_hidden_layers": 10**9}, "num_hidden_layers is 1000000000"), ({"rope_theta": math.inf}, "rope_theta is inf"),
+    ({"quantization_config": {"bits": 4}}, "quantization_config"),
+    ({"partial_rotary_factor": 0.5}, "partial_rotary"),
+    ({"rope_scaling": {"type": "yarn", "factor": 4}}, "yarn"),
+    ({"rope_scaling": {"rope_type": "longrope"}}, "longrope"),
+    ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4}}, "yarn"),
+    ({"n_routed_experts": 4}, "n_routed_experts"), ({"hidden_act": "gelu"}, "hidden_act"),
+    ({"hidden_size": "16"}, "hidden_size"), ({"hidden_size": -1}, "hidden_size"),
+    ({"num_key_value_heads": 3}, "divide"), ({"vocab_size": 999}, "embed_tokens.weight has shape"),
+    ({"num_hidden_layers": 3}, r"layers\.2.* is missing"),
+    ({"num_hidden_layers": 1}, r"layers\.1.* is unknown"),
+    ({"rope_theta": None, "rms_norm_eps": "x"}, "rms_norm_eps"),
+    ({"num_hidden_layers": 10**9}, "num_hidden_layers is 1000000000"),
+    ({"rope_theta": math.inf}, "rope_theta is inf"),
     ({"tie_word_embeddings": "false"}, "tie_word_embeddings is 'false'"), ({"num_experts": 8}, "num_experts"),
-    ({"model_type": "qwen2", "use_sliding_window": True}, "use_sliding_window"), ({"model_type": "mixtral"}, "model_type 'mixtral'"),
+    ({"model_type": "qwen2", "use_sliding_window": True}, "use_sliding_window"),
+    ({"model_type": "mixtral"}, "model_type 'mixtral'"),
     ({"model_type": "qwen3", "layer_types": ["full_attention", "sliding_attention"]}, "layer_types"),
-    ({"rope_parameters": {"full_attention": {"rope_type": "default", "rope_theta": 1e6}}}, "each kind of layer"),
+    ({"rope_parameters": {"full_attention": {"rope_type": "default", "rope_theta": 1e6}}},
+     "each kind of layer"),
     ({"rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.5}}, "partial_rotary_factor"),
     ({"rope_scaling": FAMILIES["llama3"]["rope_scaling"] | {"high_freq_factor": 1.0}}, "low_freq_factor"),
     ({"rope_scaling": {"type": "linear", "factor": math.nan}}, "factor is nan")])
@@ -412,7 +439,8 @@ def test_forks_behind_a_header_equal_whole_sequences(window):
         alone = model(torch.cat((header, tokens[b, prompt], tokens[b, own]))[None])[0, len(header):]
         torch.testing.assert_close(torch.cat((packed[b, prompt], packed[b, own])), alone, rtol=0, atol=1e-10)
     empty = model(tokens, positions, fork, branch, prefix=llama.keys_and_values(model, []))
-    torch.testing.assert_close(empty[fork >= 0], model(tokens, positions, fork, branch)[fork >= 0], rtol=0, atol=1e-12)
+    torch.testing.assert_close(empty[fork >= 0], model(tokens, positions, fork, branch)[fork >= 0],
+                               rtol=0, atol=1e-12)
 
 
 @pytest.mark.parametrize("window", [None, 5])

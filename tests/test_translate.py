@@ -25,8 +25,8 @@ from model import CheckpointError, save_tensors
 ROOT = Path(__file__).parents[1]
 SHARED, DEMO = ROOT.parent / "shared" / "data", ROOT / "demo"
 CONFIG = {"model_type": "m2m_100", "d_model": 24, "encoder_layers": 2, "decoder_layers": 3,
-          "encoder_attention_heads": 3, "decoder_attention_heads": 2, "encoder_ffn_dim": 40, "decoder_ffn_dim": 36,
-          "max_position_embeddings": 64}
+          "encoder_attention_heads": 3, "decoder_attention_heads": 2, "encoder_ffn_dim": 40,
+          "decoder_ffn_dim": 36, "max_position_embeddings": 64}
 LETTERS = "abcdefghijklmnopqrstuvwxyz.?!,[]0123456789"
 MERGED = ["he", "▁t", "▁the", "in", "er", "▁a"]
 END = 2
@@ -55,7 +55,8 @@ def spm_bytes(kind=2, extra=b""):
 
 def write_m2m100_tokenizer(path):
     vocab = {"<s>": 0, "<pad>": 1, "</s>": 2, "<unk>": 3}
-    vocab |= {piece: 4 + i for i, piece in enumerate(reversed(MERGED + ["▁", *LETTERS]))}  # not the .model's order
+    # not the .model's order
+    vocab |= {piece: 4 + i for i, piece in enumerate(reversed(MERGED + ["▁", *LETTERS]))}
     (path / "vocab.json").write_text(json.dumps(vocab))
     (path / "sentencepiece.bpe.model").write_bytes(spm_bytes())
     return len(vocab) + 108
@@ -74,24 +75,28 @@ def write_nllb_tokenizer(path):
 
 
 def make_checkpoint(path, seed=4, tokenizer=write_m2m100_tokenizer, **changes):
-    """A random M2M100 or NLLB directory whose output lengths vary: the end token's logit is raised a little."""
+    """A random M2M100 or NLLB directory whose output lengths vary: the end token's logit is raised
+    a little."""
     path.mkdir(parents=True, exist_ok=True)
     raw = CONFIG | {"vocab_size": tokenizer(path)} | changes
     (path / "config.json").write_text(json.dumps(raw))
     (path / "generation_config.json").write_text(json.dumps(
-        {"bos_token_id": 0, "pad_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 2, "max_length": 200}))
+        {"bos_token_id": 0, "pad_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 2,
+         "max_length": 200}))
     torch.manual_seed(seed)
     model = seq2seq.M2M100(seq2seq.read_config(path))
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            parameter.copy_(torch.randn_like(parameter) * (0.4 if parameter.ndim == 2 else 0.1) + ("norm.weight" in name))
+            parameter.copy_(torch.randn_like(parameter) * (0.4 if parameter.ndim == 2 else 0.1)
+                            + ("norm.weight" in name))
         for layer in model.model.decoder.layers:  # the source must matter
             layer.encoder_attn.out_proj.weight.mul_(6)
             layer.encoder_attn.q_proj.weight.mul_(6)
         end = model.head[END]
         model.head[1] = -end  # nobody writes padding
         model.model.decoder.layer_norm.weight.fill_(1.0)
-        model.model.decoder.layer_norm.bias.copy_(2 * end / end.square().sum())  # sentences must come to an end
+        # sentences must come to an end
+        model.model.decoder.layer_norm.bias.copy_(2 * end / end.square().sum())
     save_tensors(path / "model.safetensors", {name: p.detach() for name, p in model.named_parameters()})
     return path
 
@@ -121,7 +126,8 @@ def echo(monkeypatch):
 
 def random_sources(count, low=1, high=20, seed=0, language=50):
     rng = random.Random(seed)
-    return [[language] + [rng.randint(4, 40) for _ in range(rng.randint(low, high))] + [END] for _ in range(count)]
+    return [[language] + [rng.randint(4, 40) for _ in range(rng.randint(low, high))] + [END]
+            for _ in range(count)]
 
 
 # ---- network and search ----
@@ -133,8 +139,9 @@ def hf_model(path):
 
 
 def hf_search(theirs, sources, language, limit, beams, alpha=1.0):
-    """transformers' search, decided in float64 too: `generate` rounds logits to float32 whatever the model's
-    type, so a hook keeps them as they were and a processor, the last before the choice, takes them up again."""
+    """transformers' search, decided in float64 too: `generate` rounds logits to float32 whatever the
+    model's type, so a hook keeps them as they were and a processor, the last before the choice, takes
+    them up again."""
     kept, batch = [], padded(sources)
     hook = theirs.lm_head.register_forward_hook(lambda module, inputs, logits: kept.append(logits[:, -1]))
 
@@ -177,7 +184,8 @@ def test_beam_search_equals_transformers_token_for_token(tmp_path, tokenizer, be
     sources = random_sources(100, high=30, seed=beams, language=ours.tokenizer.languages["en"])
     theirs = hf_search(hf_model(tmp_path), sources, target, limit, beams, alpha)
     assert seq2seq.beam_search(ours.model, sources, target, [limit] * 100, beams, alpha) == theirs
-    assert len({len(ids) for ids in theirs}) > 3 and len({str(ids) for ids in theirs}) > 40, "outputs want variety"
+    assert (len({len(ids) for ids in theirs}) > 3
+            and len({str(ids) for ids in theirs}) > 40), "outputs want variety"
 
 
 def plain_beam_search(model, source, language, limit, beams):
@@ -284,8 +292,8 @@ def test_a_pickle_that_runs_code_is_refused(checkpoint, tmp_path):
     (lambda d: (d / "model.safetensors").unlink(), "neither model.safetensors"),
     (lambda d: (d / "vocab.json").unlink(), "has no tokenizer"),
     (lambda d: (d / "sentencepiece.bpe.model").write_bytes(b"\x0a\xffrubbish"), "no SentencePiece model"),
-    (lambda d: (d / "sentencepiece.bpe.model").write_bytes(spm_bytes(extra=wire(1, wire(1, b"x") + wire(3, 4)))),
-     "user-defined"),
+    (lambda d: (d / "sentencepiece.bpe.model").write_bytes(
+        spm_bytes(extra=wire(1, wire(1, b"x") + wire(3, 4)))), "user-defined"),
     (lambda d: edit_json(d / "config.json", encoder_ffn_dim=41), r"has shape \[40, 24\]"),
     (lambda d: edit_json(d / "config.json", decoder_layers=4), "decoder.layers.3.* is missing"),
     (lambda d: edit_json(d / "config.json", decoder_layers=2), "decoder.layers.2.* is unknown"),
@@ -314,7 +322,8 @@ def test_m2m100_language_ids_start_where_the_vocabulary_ends(tmp_path):
     (tmp_path / "vocab.json").write_text(json.dumps({f"piece{i}": i for i in range(128004)}))
     (tmp_path / "sentencepiece.bpe.model").write_bytes(spm_bytes())
     languages = spm.load_tokenizer(tmp_path).languages
-    known = dict(en=128022, zh=128102, de=128020, ko=128052, id=128041, sw=128088, yo=128101, fr=128028, hi=128036)
+    known = dict(en=128022, zh=128102, de=128020, ko=128052, id=128041, sw=128088, yo=128101, fr=128028,
+                 hi=128036)
     assert len(languages) == 100 and {code: languages[code] for code in known} == known
 
 
@@ -325,7 +334,8 @@ def test_bpe_merges_the_best_piece_first_and_decoding_drops_special_ids(translat
     assert [pieces[i] for i in ids] == ["▁", "in", "▁the", "▁", "in", "n", "er"]
     swahili = tokenizer.languages["sw"]
     assert tokenizer.decode([swahili, *ids, 3, 1, END]) == "in the inner"
-    assert tokenizer.encode("a\u4e00\u4e01b").count(tokenizer.unknown) == 1  # neighbours fuse, as in SentencePiece
+    # neighbours fuse, as in SentencePiece
+    assert tokenizer.encode("a\u4e00\u4e01b").count(tokenizer.unknown) == 1
 
 
 def test_control_pieces_are_never_read_from_text(tmp_path):
@@ -352,7 +362,8 @@ def odd_lines():
 def demo_lines():
     """The demo's sentences in seven languages."""
     rows = data.read_rows(DEMO / "eval.jsonl") + data.read_rows(DEMO / "english.jsonl")
-    return [row[code][part] for row in rows for code in LANGUAGES if code in row for part in ("prompt", "response")]
+    return [row[code][part] for row in rows for code in LANGUAGES if code in row
+            for part in ("prompt", "response")]
 
 
 def news_lines():
@@ -372,12 +383,14 @@ def differing(model, lines):
             if inner.encode(normalize(line), add_special_tokens=False).ids != ids]
 
 
-@pytest.mark.parametrize("kind, normalization", [("bpe", "nmt_nfkc"), ("bpe", "identity"), ("unigram", "nmt_nfkc")])
+@pytest.mark.parametrize("kind, normalization",
+                         [("bpe", "nmt_nfkc"), ("bpe", "identity"), ("unigram", "nmt_nfkc")])
 def test_ids_equal_sentencepiece_on_thousands_of_lines(tmp_path, kind, normalization):
     sentencepiece = pytest.importorskip("sentencepiece")
     sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(demo_lines()[:1500]), model_prefix=str(tmp_path / "m"), model_type=kind, vocab_size=2400,
-        normalization_rule_name=normalization, hard_vocab_limit=False, character_coverage=0.999, minloglevel=2)
+        sentence_iterator=iter(demo_lines()[:1500]), model_prefix=str(tmp_path / "m"), model_type=kind,
+        vocab_size=2400, normalization_rule_name=normalization, hard_vocab_limit=False,
+        character_coverage=0.999, minloglevel=2)
     lines = demo_lines() + odd_lines()
     assert len(lines) > 6000
     wrong = differing(tmp_path / "m.model", lines)
@@ -385,7 +398,8 @@ def test_ids_equal_sentencepiece_on_thousands_of_lines(tmp_path, kind, normaliza
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("model, wrong_of", [("llama2/tokenizer.model", 0), ("mbart_unigram/sentencepiece.bpe.model", 3000)])
+@pytest.mark.parametrize("model, wrong_of",
+                         [("llama2/tokenizer.model", 0), ("mbart_unigram/sentencepiece.bpe.model", 3000)])
 def test_ids_of_real_models_equal_sentencepiece(model, wrong_of):
     if not (SHARED / "tokenizers" / model).exists():
         pytest.skip("no shared data")
@@ -402,7 +416,8 @@ def test_llama2_ids_equal_the_golden_ones():
     inner, _, normalize = spm.read_sentencepiece(folder / "tokenizer.model")
     for line in (folder / "golden_ids.jsonl").read_text("utf-8").splitlines():
         case = json.loads(line)
-        assert inner.encode(normalize(case["text"]), add_special_tokens=False).ids == case["ids"], case["text"]
+        assert (inner.encode(normalize(case["text"]), add_special_tokens=False).ids
+                == case["ids"]), case["text"]
 
 
 def test_nllb_takes_short_codes_and_its_own(tmp_path):
@@ -411,7 +426,8 @@ def test_nllb_takes_short_codes_and_its_own(tmp_path):
     known = tokenizer.languages
     assert known["sw"] == known["swh_Latn"] and known["zh"] == known["zho_Hans"] != known["zho_Hant"]
     assert "ko" not in known and "ace_Arab" in known
-    assert not {END, known["sw"]} & set(tokenizer.encode("the lion </s> swh_Latn")), "special tokens in a text are text"
+    assert not {END, known["sw"]} & set(tokenizer.encode("the lion </s> swh_Latn")), (
+        "special tokens in a text are text")
     assert tokenizer.decode([known["sw"], *tokenizer.encode("the inner lion"), END]) == "the inner lion"
 
 
@@ -460,7 +476,8 @@ def test_parsing_loses_nothing_of_real_replies(translator):
 
 
 def kept(text, translation):
-    """Whether line breaks, what lines begin with, code, links, formulas and other spans are in the translation."""
+    """Whether line breaks, what lines begin with, code, links, formulas and other spans are
+    in the translation."""
     def blocks(x):
         return [part for i, part in enumerate(translate.BLOCK.split(x)) if i % 2]
 
@@ -479,9 +496,11 @@ def test_real_conversations_go_through_the_demo_translator(tmp_path, capsys):
     if not file.exists():
         pytest.skip("no shared data")
     rows, translator = data.read_rows(file, "en", "all"), translate.load(DEMO / "m2m100")
-    done = translate.translate_rows(rows, translator, "en", "sw", tmp_path / "sw.jsonl", beams=1, keep_failed=True)
+    done = translate.translate_rows(rows, translator, "en", "sw", tmp_path / "sw.jsonl", beams=1,
+                                    keep_failed=True)
     assert len(done) == len(rows)
-    wrong = [row["sw"][part] for row in done for part in ("prompt", "response") if not kept(row["en"][part], row["sw"][part])]
+    wrong = [row["sw"][part] for row in done for part in ("prompt", "response")
+             if not kept(row["en"][part], row["sw"][part])]
     assert not wrong, wrong[:1]
     assert "segments: unknown words" in capsys.readouterr().out, "failures are counted by reason"
 
@@ -490,8 +509,8 @@ def test_protected_spans_survive_a_translator_that_changes_everything(translator
     monkeypatch.setattr(translate, "translate_sentences",
                         lambda texts, job, beams, no_repeat=0: [(text.upper(), None) for text in texts])
     out = translate.translate([DOCUMENT], "en", "sw", translator)[0]
-    for kept in ("`code. Inside`", "https://a.example/x?y=z", 'print("do. Not. Touch")', "$x^2$", "{placeholder}",
-                 "😀", "|:---|---|", "$$ E = mc^2. A $$"):
+    for kept in ("`code. Inside`", "https://a.example/x?y=z", 'print("do. Not. Touch")', "$x^2$",
+                 "{placeholder}", "😀", "|:---|---|", "$$ E = mc^2. A $$"):
         assert kept in out
     assert "LIST ITEM WITH" in out and out.count("\n") == DOCUMENT.count("\n")
 
@@ -536,11 +555,13 @@ def test_long_paragraphs_reach_the_model_in_parts_that_fit(translator, echo):
     text = "the inner heat in a `long. span` there, then " * 30 + "end. " + "antheninanther" * 20 + "."
     assert translate.translate([text], "en", "sw", translator) == [text]
     job = translate.Job(translator, "en", "sw")
-    assert len(echo) > 4 and all(job.fits(segment) and segment.count("[") == segment.count("]") for segment in echo)
+    assert len(echo) > 4 and all(job.fits(segment) and segment.count("[") == segment.count("]")
+                                 for segment in echo)
 
 
 def test_languages_without_spaces_get_none_between_sentences(translator, echo):
-    assert translate.translate(["One. Two.\nThree. Four."], "en", "zh", translator) == ["One.Two.\nThree.Four."]
+    assert translate.translate(["One. Two.\nThree. Four."], "en", "zh", translator) == [
+        "One.Two.\nThree.Four."]
     assert translate.translate(["一。二。\n三。"], "zh", "de", translator) == ["一。 二。\n三。"]
 
 
@@ -596,8 +617,8 @@ def test_loops_are_seen_at_any_period_and_plain_text_is_not_one():
 
 def test_a_failed_segment_is_tried_again_and_then_marked(translator, monkeypatch):
     def stubborn(texts, job, beams, no_repeat=0):
-        return [("good" if no_repeat and "mend" in text else text, None if no_repeat and "mend" in text else "length")
-                for text in texts]
+        return [("good" if no_repeat and "mend" in text else text,
+                 None if no_repeat and "mend" in text else "length") for text in texts]
 
     monkeypatch.setattr(translate, "translate_sentences", stubborn)
     known = translate.translate_segments(["mend me", "hopeless"], translate.Job(translator, "en", "sw"))
@@ -607,8 +628,8 @@ def test_a_failed_segment_is_tried_again_and_then_marked(translator, monkeypatch
 # ---- rows ----
 
 def make_rows(count):
-    return [{"row_id": f"r{i}", "split": "train", "en": {"prompt": f"what is {i}?", "response": f"it is\n{i} things."}}
-            for i in range(count)]
+    return [{"row_id": f"r{i}", "split": "train",
+             "en": {"prompt": f"what is {i}?", "response": f"it is\n{i} things."}} for i in range(count)]
 
 
 @pytest.fixture
@@ -658,7 +679,8 @@ def test_changed_rows_are_translated_again_and_others_are_not(translator, tmp_pa
     rows[2]["en"]["prompt"] = "another question?"
     translate.translate_rows(rows[1:], translator, "en", "sw", path)
     assert "another question?" in shout and "what is 1?" not in shout
-    assert sorted(json.loads(line)["id"] for line in path.read_text().splitlines()) == ["r0", "r1", "r2", "r3"]
+    assert sorted(json.loads(line)["id"] for line in path.read_text().splitlines()) == [
+        "r0", "r1", "r2", "r3"]
 
 
 def test_two_languages_share_a_line_and_indonesian_keeps_its_key(translator, tmp_path, shout):
@@ -684,21 +706,24 @@ def test_a_file_of_someone_else_is_left_alone(translator, tmp_path, shout):
 
 
 def test_the_real_model_runs_through_rows(translator, tmp_path):
-    rows = translate.translate_rows(make_rows(3), translator, "en", "de", tmp_path / "o.jsonl", 2, keep_failed=True)
+    rows = translate.translate_rows(make_rows(3), translator, "en", "de", tmp_path / "o.jsonl", 2,
+                                    keep_failed=True)
     assert len(rows) == 3 and all(row["de"]["response"].count("\n") == 1 for row in rows)
 
 
 # ---- command line ----
 
 def command(checkpoint, rows, out, *launcher, lang="sw,de"):
-    """translate.py in a process of its own; a random translator's work fails its checks and is filed all the same."""
+    """translate.py in a process of its own; a random translator's work fails its checks and is filed
+    all the same."""
     return [sys.executable, *launcher, "translate.py", "--lang", lang, "--data", str(rows), "--out", str(out),
             "--translator", str(checkpoint), "--beams", "2", "--device", "cpu"]
 
 
 def run(*words):
     """One thread each: sums of a different number of threads are rounded differently."""
-    done = subprocess.run(words, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
+    done = subprocess.run(words, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"},
+                          capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return done
 
@@ -711,7 +736,8 @@ def test_two_processes_write_the_file_of_one(checkpoint, tmp_path):
     torchrun = "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"
     together = run(*command(checkpoint, rows, two, *torchrun))
     assert one.read_bytes() == two.read_bytes() and one.read_bytes().count(b"\n") == 37
-    assert together.stdout.replace(str(two), str(one)) == alone.stdout, "one process prints, and counts the same faults"
+    assert together.stdout.replace(str(two), str(one)) == alone.stdout, (
+        "one process prints, and counts the same faults")
     whole = two.read_bytes()
     two.write_bytes(whole[:len(whole) // 2])
     run(*command(checkpoint, rows, two, *torchrun))
