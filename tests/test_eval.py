@@ -112,7 +112,7 @@ def test_reply_language_on_real_news(shared, capsys):
                for text in mixtures) / len(mixtures) >= 0.9
 
 
-def test_scores_leave_equal_responses_out_of_the_language_figure(checkpoint, tmp_path, monkeypatch):
+def test_scores_leave_equal_responses_out_of_the_language_figure(tmp_path, monkeypatch):
     rows = [{"row_id": str(i), "en": {"prompt": p, "response": r}, "sw": {"prompt": q, "response": s}}
             for i, (p, r, q, s) in enumerate([
                 ("a", "The lion eats meat.", "b", "Simba anakula nyama."), ("c", "Paris", "d", "paris."),
@@ -146,7 +146,7 @@ def test_several_languages_are_answered_and_a_response_shared_by_two_is_not_judg
         "en": (2, 1), "sw": (2, 1), "ko": (2, 2)}
     assert ([scores[code]["correct"] for code in TEXTS] == [100, 50, 100]
             and scores["ko"]["right_language"] == 100)
-    assert ([line["language"] for line in map(json.loads, open(tmp_path / "answers.jsonl"))]
+    assert ([line["language"] for line in map(json.loads, (tmp_path / "answers.jsonl").open(encoding="utf-8"))]
             == ["en"] * 2 + ["sw"] * 2 + ["ko"] * 2)
 
 

@@ -306,7 +306,7 @@ def test_judging_from_the_command_line_resumes_counts_tokens_and_writes_alpaca_e
     write_outputs(tmp_path / "sft" / "model_outputs.json", dict.fromkeys(answers, "bad"), "sft")
     broken = serve(fair_judge, fair_judge, 500)
     first = call(broken, tmp_path, "--attempts", "2", "--parallel", "1", "--lang", "sw")
-    assert first.returncode == 2 or "have no verdict" in first.stdout
+    assert first.returncode == 0 and "4 pairs have no verdict (4 HTTP 500)" in first.stdout
     healthy = serve(fair_judge)
     second = call(healthy, tmp_path, "--lang", "sw", "--price-in", "10", "--price-out", "30")
     assert second.returncode == 0, second.stderr

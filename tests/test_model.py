@@ -216,15 +216,15 @@ def test_loading_holds_one_shard_at_a_time(tmp_path):
     llama.save(model.to_empty(device="cpu"), tmp_path, torch.bfloat16, 35_000_000)
     del model
     shards = [path.stat().st_size for path in tmp_path.glob("*.safetensors")]
-    code = ("""if True:
+    code = """if True:
         import re, sys, torch, model
-        def kilobytes(name): return int(re.search(name + r":\\s+(\\d+) kB", """
-            """open("/proc/self/status").read())[1])
+        def kilobytes(name):
+            return int(re.search(name + r":\\s+(\\d+) kB", open("/proc/self/status").read())[1])
         torch.zeros(1, dtype=torch.bfloat16).to(torch.float32)
         before = kilobytes("VmRSS")
         open("/proc/self/clear_refs", "w").write("5")
         loaded = model.load(sys.argv[1])
-        print(1024 * (kilobytes("VmHWM") - before), sum(x.nbytes for x in loaded.parameters()))""")
+        print(1024 * (kilobytes("VmHWM") - before), sum(x.nbytes for x in loaded.parameters()))"""
     if not Path("/proc/self/clear_refs").exists():
         pytest.skip("peak memory is read from Linux's /proc")
     root = Path(__file__).parents[1]
