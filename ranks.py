@@ -27,7 +27,7 @@ import data
 import model as llama
 
 LONGEST_WAIT = timedelta(days=1)             # ranks wait while the first one translates or answers
-FORWARD = ""                                 # what the first rank tells the others to join, if not a parameter's name
+FORWARD = ""                                 # what the first rank tells others to join, if not a parameter
 LONGEST_RUN = timedelta(days=365)
 FAILED = "clo/failed"                        # key in torchrun's store: the first rank that failed
 
@@ -37,16 +37,19 @@ def pick_device(name: str) -> str:
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
         if torch.backends.mps.is_available():
-            print("device: an Apple GPU is there, but MPS has not passed the tests; using the CPU (--device mps tries it)")
+            print("device: an Apple GPU is there, but MPS has not passed the tests; using the CPU "
+                  "(--device mps tries it)")
     try:
         torch.empty(1, device=name)
     except (RuntimeError, AssertionError) as error:
-        raise data.DataError(f"--device {name} cannot be used ({str(error).splitlines()[0]}): try --device auto") from None
+        raise data.DataError(f"--device {name} cannot be used ({str(error).splitlines()[0]}): "
+                             f"try --device auto") from None
     return name
 
 
 def start(device: str) -> torch.device:
-    """Join the other processes; this one's device: its own GPU of `device` cuda. Only the first rank prints."""
+    """Join the other processes; this one's device: its own GPU of `device` cuda.
+    Only the first rank prints."""
     if "RANK" not in os.environ:
         return torch.device(device)
     cuda = device.startswith("cuda")
@@ -120,7 +123,7 @@ def largest(number: int, device: torch.device) -> int:
     return int(value)
 
 
-# ----------------------------------------------------------------------------------------------------- the first alone
+# -------------------------------------------------------------------------------------------- the first alone
 
 def on_first(work: Callable, model=None):
     """work() done by the first rank alone; every rank gets its result, or raises its error.
@@ -145,7 +148,8 @@ def on_first(work: Callable, model=None):
 
 
 def lead(work: Callable, model) -> tuple:
-    """work()'s result and None, or None and its error. The other ranks hear of every call of a sharded model."""
+    """work()'s result and None, or None and its error.
+    The other ranks hear of every call of a sharded model."""
     def announce(*_) -> None:                # a hook that returned something would change the model's input
         tell(FORWARD)
     hooks = [model.register_forward_pre_hook(announce, prepend=True)] if hasattr(model, "reshard") else []
@@ -197,7 +201,7 @@ class Whole(Mapping):
         return len(self.parameters)
 
 
-# -------------------------------------------------------------------------------------------------------- shared models
+# ---------------------------------------------------------------------------------------------- shared models
 
 def is_sharded(tensor: Tensor) -> bool:
     """A DTensor, told by its method: importing the class takes a second."""
@@ -214,7 +218,8 @@ def whole(tensor: Tensor) -> Tensor:
     return tensor.full_tensor() if is_sharded(tensor) else tensor
 
 
-def load(path, device, dtype: torch.dtype, adapter=None, prepare: Callable = lambda model: None) -> llama.Llama:
+def load(path, device, dtype: torch.dtype, adapter=None,
+         prepare: Callable = lambda model: None) -> llama.Llama:
     """model.load of a directory with the parameters spread over all ranks, of which none ever holds more than
     its share and one tensor: the model is made without memory, sharded, and each rank then reads its own rows
     from the files.
@@ -252,7 +257,8 @@ def fill_(model, name: str, parameter: Tensor, rows: Tensor) -> None:
     filled = DTensor.from_local(rows, parameter.device_mesh, parameter.placements, run_check=False,
                                 shape=parameter.shape, stride=parameter.stride())
     module, _, attribute = name.rpartition(".")
-    setattr(model.get_submodule(module), attribute, torch.nn.Parameter(filled, requires_grad=parameter.requires_grad))
+    setattr(model.get_submodule(module), attribute,
+            torch.nn.Parameter(filled, requires_grad=parameter.requires_grad))
 
 
 def shard_(model: llama.Llama) -> None:
@@ -279,7 +285,7 @@ def shard_(model: llama.Llama) -> None:
             module.set_force_sum_reduction_for_comms(True)            # gloo knows no other
 
 
-# ------------------------------------------------------------------------------------------------- leaving all together
+# --------------------------------------------------------------------------------------- leaving all together
 
 def run(main: Callable) -> None:
     """data.run(main). Of several processes the first to fail says why, and the others leave within a second:
@@ -306,9 +312,9 @@ def leave_when_told() -> None:
         return
     if failed != os.environ["RANK"]:
         if os.environ["RANK"] == "0":
-            print(f"error: rank {failed} failed, so all ranks leave; the same command goes on from the last checkpoint",
-                  file=sys.stderr, flush=True)
-        os._exit(1)                          # the main thread may be waiting for the failed rank inside a library
+            print(f"error: rank {failed} failed, so all ranks leave; "
+                  f"the same command goes on from the last checkpoint", file=sys.stderr, flush=True)
+        os._exit(1)                      # the main thread may be waiting for the failed rank inside a library
 
 
 def tell_failure(main: Callable, watch: threading.Thread) -> None:
@@ -316,8 +322,8 @@ def tell_failure(main: Callable, watch: threading.Thread) -> None:
         main()
     except Exception as error:               # whatever it is, it is raised again
         torchrun_store().compare_set(FAILED, "", os.environ["RANK"])
-        watch.join()                         # which does not return if another rank was first: that one says why
+        watch.join()                     # which does not return if another rank was first: that one says why
         if "by peer" in str(error):          # gloo's words for a rank that was killed and said nothing
-            raise data.DataError("the connection to another rank broke: was it killed, for want of memory perhaps? "
-                                 "The same command goes on from the last checkpoint") from None
+            raise data.DataError("the connection to another rank broke: was it killed, for want of memory "
+                                 "perhaps? The same command goes on from the last checkpoint") from None
         raise

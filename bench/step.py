@@ -6,21 +6,22 @@
     python -m bench.step --flat                  # cost per token while the number of samples grows
     python -m bench.step --device cuda --shape Llama-3-8B --row-tokens 4096 --samples 256 --trl-liger
 
-A *sample* is a bilingual row: an English and a translated question with a response each. They make two preference
-pairs, each response being chosen for one question and rejected for the other. Both sides get the same checkpoint, the
-same pairs, LoRA on q, k, v, o, the sigmoid loss and AdamW, and both compute the reference log-probs of every pair once,
-inside the time. Lengths are log-normal: the medians and sigma of the options, prompts and responses cut so that a fork
-fits a row.
+A *sample* is a bilingual row: an English and a translated question with a response each. They make two
+preference pairs, each response being chosen for one question and rejected for the other. Both sides get the
+same checkpoint, the same pairs, LoRA on q, k, v, o, the sigmoid loss and AdamW, and both compute the
+reference log-probs of every pair once, inside the time. Lengths are log-normal: the medians and sigma of the
+options, prompts and responses cut so that a fork fits a row.
 
-Every side runs in a process of its own; its peak is the most memory that process ever held (resident, imports and model
-included; on CUDA what PyTorch allocated there). The clock starts when model and data are ready and one small step has warmed the side up. Both sides print
-the mean log-prob of the chosen responses of the first step under the base model; they have to agree, since the work is
-the same. `products` is every product of an activation with a frozen weight that our step needs, and nothing between
-them: the time left when all else is free. tflops counts those products for ours too. Beside the wall clock stands processor time, which with --threads 1 is what to
-compare on a machine that does other work too.
+Every side runs in a process of its own; its peak is the most memory that process ever held (resident, imports
+and model included; on CUDA what PyTorch allocated there). The clock starts when model and data are ready and
+one small step has warmed the side up. Both sides print the mean log-prob of the chosen responses of the first
+step under the base model; they have to agree, since the work is the same. `products` is every product of an
+activation with a frozen weight that our step needs, and nothing between them: the time left when all else is
+free. tflops counts those products for ours too. Beside the wall clock stands processor time, which with
+--threads 1 is what to compare on a machine that does other work too.
 
-TRL's reference is the model with its adapter switched off, inside every step; --trl-precompute has it compute all of
-them first. Needs trl and peft (tests/requirements.txt).
+TRL's reference is the model with its adapter switched off, inside every step; --trl-precompute has it compute
+all of them first. Needs trl and peft (tests/requirements.txt).
 """
 
 import argparse
@@ -49,7 +50,7 @@ BOS, EOS, SPECIAL = 0, 1, 2                                       # ids; words f
 MAX_PROMPT, MAX_RESPONSE = 200, 400                               # tokens: 200 + 2 * 400 fit a row of 1024
 
 
-# -------------------------------------------------------------------------------------------------------- the work
+# --------------------------------------------------------------------------------------------------- the work
 
 def make_samples(args) -> list[list[data.Fork]]:
     """Forks of every sample, [English, target]: random words of log-normal lengths."""
@@ -57,7 +58,8 @@ def make_samples(args) -> list[list[data.Fork]]:
 
     def words(median: int, most: int) -> list[int]:
         length = median * math.exp(args.sigma * torch.randn((), generator=generator).item())
-        return torch.randint(SPECIAL, args.vocab, (min(most, max(2, round(length))),), generator=generator).tolist()
+        return torch.randint(SPECIAL, args.vocab, (min(most, max(2, round(length))),),
+                             generator=generator).tolist()
     samples = []
     for row in range(args.samples):
         prompts = [[BOS] + words(args.prompt, MAX_PROMPT) for _ in range(2)]
@@ -79,7 +81,8 @@ def write_checkpoint(directory: Path, args) -> None:
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     tokenizer.save(str(directory / "tokenizer.json"))
     special = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "</s>"}
-    runs.write_json(directory / "tokenizer_config.json", special | {"tokenizer_class": "PreTrainedTokenizerFast"})
+    runs.write_json(directory / "tokenizer_config.json",
+                    special | {"tokenizer_class": "PreTrainedTokenizerFast"})
 
 
 def clock() -> tuple[float, float]:
@@ -93,13 +96,13 @@ def elapsed(since: tuple[float, float]) -> dict:
     return {name: now - then for name, now, then in zip(("seconds", "cpu_seconds"), clock(), since)}
 
 
-# ------------------------------------------------------------------------------------------------------------ sides
+# ------------------------------------------------------------------------------------------------------ sides
 
 def our_arguments(args) -> argparse.Namespace:
     return clo.parse_args([
-        "--lang", "tgt", "--device", args.device, "--dtype", args.dtype, "--lr", str(args.lr), "--beta", "0.1",
-        "--row-tokens", str(args.row_tokens), "--micro-rows", str(args.micro_rows), "--batch-size", str(args.batch_size),
-        "--lora-rank", str(args.rank), "--lora-alpha", "32"])
+        "--lang", "tgt", "--device", args.device, "--dtype", args.dtype, "--lr", str(args.lr),
+        "--beta", "0.1", "--row-tokens", str(args.row_tokens), "--micro-rows", str(args.micro_rows),
+        "--batch-size", str(args.batch_size), "--lora-rank", str(args.rank), "--lora-alpha", "32"])
 
 
 def run_ours(directory: Path, args) -> dict:
@@ -129,11 +132,13 @@ def run_ours(directory: Path, args) -> dict:
     spent = elapsed(started)
     chosen = torch.cat([sums[micro.chosen] for micro, sums in zip(steps[0], flat)])
     tflops = product_flops(model.config, steps) / spent["seconds"] / 1e12
-    return spent | {"reference_seconds": reference_seconds, "tflops": tflops, "chosen_logp": chosen.mean().item()}
+    return spent | {"reference_seconds": reference_seconds, "tflops": tflops,
+                    "chosen_logp": chosen.mean().item()}
 
 
 def product_flops(c: llama.Config, steps: list[list[clo.Micro]]) -> float:
-    """FLOPs of run_products: 2 a weight and token forward, twice (reference and policy), and for the gradient of the input."""
+    """FLOPs of run_products: 2 a weight and token forward, twice (reference and policy),
+    and for the gradient of the input."""
     counts = scale.parameters(c)
     shapes = scale.attention_shapes(c)
     first = sum(rows * columns for name, (rows, columns) in shapes.items() if name != "o_proj")
@@ -144,15 +149,18 @@ def product_flops(c: llama.Config, steps: list[list[clo.Micro]]) -> float:
 
 @torch.no_grad()
 def run_products(directory: Path, args) -> dict:
-    """The products of run_ours with frozen weights: forward twice (reference and policy), gradients of inputs once."""
+    """The products of run_ours with frozen weights:
+    forward twice (reference and policy), gradients of inputs once."""
     model = llama.load(directory, args.device, clo.DTYPES[args.dtype])
     weights = [(name, weight) for name, weight in model.named_parameters() if name.endswith("_proj.weight")]
-    first = tuple(f"layers.0.self_attn.{name}_proj.weight" for name in "qkv")    # the first input needs no gradient
+    # the first input needs no gradient
+    first = tuple(f"layers.0.self_attn.{name}_proj.weight" for name in "qkv")
     steps = clo.make_steps(make_samples(args), clo.METHODS["dpo"][0], our_arguments(args), seed=None)
     widths = {width for _, weight in weights for width in weight.shape}
 
     def work(tokens: int, predicted: int, backward: bool) -> None:
-        x = {width: torch.randn(tokens, width, device=args.device, dtype=model.head.dtype) for width in widths}
+        x = {width: torch.randn(tokens, width, device=args.device, dtype=model.head.dtype)
+             for width in widths}
         for name, weight in weights:
             F.linear(x[weight.shape[1]], weight)
             if backward and not name.endswith(first):
@@ -185,19 +193,21 @@ def run_trl(directory: Path, args) -> dict:
         output_dir=str(directory / "trl"), per_device_train_batch_size=args.trl_batch, num_train_epochs=1,
         gradient_accumulation_steps=2 * args.batch_size // args.trl_batch, learning_rate=args.lr, beta=0.1,
         lr_scheduler_type="constant", max_length=1024, gradient_checkpointing=args.trl_checkpointing,
-        bf16=args.dtype == "bf16", use_cpu=args.device == "cpu", use_liger_kernel=args.trl_liger, precompute_ref_log_probs=args.trl_precompute,
-        train_sampling_strategy=args.trl_sampling, report_to=[], save_strategy="no", logging_steps=1, disable_tqdm=True,
-        dataloader_pin_memory=False)
+        bf16=args.dtype == "bf16", use_cpu=args.device == "cpu", use_liger_kernel=args.trl_liger,
+        precompute_ref_log_probs=args.trl_precompute, train_sampling_strategy=args.trl_sampling, report_to=[],
+        save_strategy="no", logging_steps=1, disable_tqdm=True, dataloader_pin_memory=False)
     model = transformers.AutoModelForCausalLM.from_pretrained(directory, dtype=clo.DTYPES[args.dtype])
-    adapter = LoraConfig(r=args.rank, lora_alpha=32, target_modules=list(clo.ATTENTION), task_type="CAUSAL_LM")
+    adapter = LoraConfig(r=args.rank, lora_alpha=32,
+                         target_modules=list(clo.ATTENTION), task_type="CAUSAL_LM")
     started = clock()
     trainer = DPOTrainer(model, args=config, train_dataset=datasets.Dataset.from_list(rows),
                          processing_class=tokenizer, peft_config=adapter)
     first_pass = elapsed(started) if args.trl_precompute else {"seconds": 0.0, "cpu_seconds": 0.0}
     first = trainer.train_dataset[0]
-    assert (first["prompt_ids"], first["chosen_ids"], first["rejected_ids"]) == (forks[0].prompt, *forks[0].continuations)
+    assert ((first["prompt_ids"], first["chosen_ids"], first["rejected_ids"])
+            == (forks[0].prompt, *forks[0].continuations))
     if not args.trl_precompute:
-        trainer.model.eval()                                      # so that its log-probs are not logged as training's
+        trainer.model.eval()                             # so that its log-probs are not logged as training's
         trainer.compute_loss(trainer.model, trainer.data_collator([first])).backward()
         trainer.model.zero_grad()
     started = clock()
@@ -220,10 +230,11 @@ def run_apart(side: str, given: list[str], directory: str, args) -> dict:
     return json.loads(done.stdout.splitlines()[-1])
 
 
-# ------------------------------------------------------------------------------------------------------------- flat
+# ------------------------------------------------------------------------------------------------------- flat
 
 def run_flat(directory: Path, args) -> None:
-    """Processor time per token of a step, and memory, for growing numbers of samples: a step may not depend on them."""
+    """Processor time per token of a step, and memory, for growing numbers of samples:
+    a step may not depend on them."""
     device, stage, flags = torch.device("cpu"), clo.METHODS["dpo"][0], our_arguments(args)
     model = llama.load(directory, device, clo.DTYPES[args.dtype])
     clo.make_trainable(model, "lora", args.rank, 32, 0)
@@ -237,8 +248,9 @@ def run_flat(directory: Path, args) -> None:
             clo.backward_step(model, step, None, stage, flags, device)
             model.zero_grad(set_to_none=True)
             each.append((time.process_time() - started) / sum(micro.batch.fork.numel() for micro in step))
-        print(f"{args.samples:6} samples: packing {1e6 * packing / args.samples:5.0f} us a sample; step "
-              f"{1e6 * statistics.median(each):6.1f} us a token (median of {len(each)} steps); peak {clo.peak_memory_gb():.2f} GB")
+        print(f"{args.samples:6} samples: packing {1e6 * packing / args.samples:5.0f} us a sample; "
+              f"step {1e6 * statistics.median(each):6.1f} us a token (median of {len(each)} steps); "
+              f"peak {clo.peak_memory_gb():.2f} GB")
 
 
 def parse_args(argv=None) -> argparse.Namespace:
@@ -246,7 +258,8 @@ def parse_args(argv=None) -> argparse.Namespace:
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     add = parser.add_argument
     add("--device", default="cpu", help="cpu or cuda")
-    add("--shape", default=None, choices=list(scale.MODELS), help="of a known model, instead of the next five")
+    add("--shape", default=None, choices=list(scale.MODELS),
+        help="of a known model, instead of the next five")
     add("--width", type=int, default=512, help="hidden width")
     add("--mlp", type=int, default=1376, help="mlp width")
     add("--layers", type=int, default=8)
@@ -266,14 +279,17 @@ def parse_args(argv=None) -> argparse.Namespace:
     add("--trl-checkpointing", action="store_true", help="TRL: recompute activations")
     add("--trl-liger", action="store_true", help="TRL: with liger-kernel, where that is installed")
     add("--trl-precompute", action="store_true", help="TRL: reference log-probs in a pass of their own")
-    add("--trl-sampling", default="sequential", choices=["sequential", "random", "group_by_length"], help="TRL: order")
+    add("--trl-sampling", default="sequential", choices=["sequential", "random", "group_by_length"],
+        help="TRL: order")
     add("--dtype", default="fp32", choices=list(clo.DTYPES))
     add("--threads", type=int, default=2)
     add("--rounds", type=int, default=1)
     add("--sides", nargs="+", default=list(SIDES), choices=list(SIDES))
-    add("--flat", action="store_true", help="cost per token with 400 to 6,400 samples instead (give a small model)")
+    add("--flat", action="store_true",
+        help="cost per token with 400 to 6,400 samples instead (give a small model)")
     add("--flat-steps", type=int, default=20, help="steps timed for each number of samples")
-    add("--run", default=None, help="directory of the checkpoint: run one side here (the program does it by itself)")
+    add("--run", default=None,
+        help="directory of the checkpoint: run one side here (the program does it by itself)")
     return parser.parse_args(argv)
 
 
@@ -301,7 +317,8 @@ def main(argv=None) -> None:
     for other in [side for side in args.sides if side != "ours" and "ours" in args.sides]:
         ratio = {name: statistics.median(b[name] / a[name] for a, b in zip(results["ours"], results[other]))
                  for name in ("seconds", "cpu_seconds", "peak_gb")}
-        print(f"ours / {other}: {ratio['seconds']:.2f} of its samples/s ({ratio['cpu_seconds']:.2f} by processor time), "
+        print(f"ours / {other}: {ratio['seconds']:.2f} of its samples/s "
+              f"({ratio['cpu_seconds']:.2f} by processor time), "
               f"{1 / ratio['peak_gb']:.2f} of its peak memory")
 
 

@@ -54,16 +54,19 @@ def wait_until(condition, process: subprocess.Popen) -> bool:
 
 @pytest.fixture
 def world(tmp_path):
-    """A checkpoint none of whose sizes two ranks divide evenly, rows for it, and flags of a short run in float64."""
+    """A checkpoint none of whose sizes two ranks divide evenly, rows for it,
+    and flags of a short run in float64."""
     write_checkpoint(tmp_path / "base", hidden_size=17, intermediate_size=25, num_attention_heads=3,
                      num_key_value_heads=1, tie_word_embeddings=False, model_type="qwen2", qkv_bias=True)
     rows = parallel_rows(24)
     data.write_rows(tmp_path / "rows.jsonl", rows[:16])
     splits = ("test", "validation")
-    data.write_rows(tmp_path / "eval.jsonl", [row | {"split": splits[i % 2]} for i, row in enumerate(rows[16:])])
-    return tmp_path, ["--model", str(tmp_path / "base"), "--data", str(tmp_path / "rows.jsonl"), "--out",
-                      str(tmp_path / "run"), "--lang", "sw", "--row-tokens", "200", "--max-new-tokens", "6",
-                      "--lr", "1e-2", "--device", "cpu", "--dtype", "fp64", "--baseline", "none", "--batch-size", "4"]
+    data.write_rows(tmp_path / "eval.jsonl",
+                    [row | {"split": splits[i % 2]} for i, row in enumerate(rows[16:])])
+    return tmp_path, ["--model", str(tmp_path / "base"), "--data", str(tmp_path / "rows.jsonl"),
+                      "--out", str(tmp_path / "run"), "--lang", "sw", "--row-tokens", "200",
+                      "--max-new-tokens", "6", "--lr", "1e-2", "--device", "cpu", "--dtype", "fp64",
+                      "--baseline", "none", "--batch-size", "4"]
 
 
 def state(run: Path) -> dict[str, torch.Tensor]:
@@ -76,11 +79,13 @@ def state(run: Path) -> dict[str, torch.Tensor]:
 
 
 def results(run: Path) -> dict:
-    """What a run leaves, to be compared bit for bit: tensors, the last checkpoints, metrics without their times."""
+    """What a run leaves, to be compared bit for bit:
+    tensors, the last checkpoints, metrics without their times."""
     last = [runs.checkpoints(path)[-1] for path in run.rglob("checkpoint")]
     found = {str(path.relative_to(run)): path.read_bytes() for path in sorted(run.rglob("*.safetensors"))
              if path.parent in last or "checkpoint" not in path.parts}
-    return found | {str(path.relative_to(run)): without_times(path) for path in sorted(run.rglob("metrics.jsonl"))}
+    return found | {str(path.relative_to(run)): without_times(path)
+                    for path in sorted(run.rglob("metrics.jsonl"))}
 
 
 # ---- many ranks, one result
@@ -98,7 +103,8 @@ def test_a_sharded_model_trains_to_what_one_process_gives(world, train):
     one, two = state(path / "run"), state(path / "two")
     assert one.keys() == two.keys()
     for name in one:
-        torch.testing.assert_close(two[name], one[name], rtol=0, atol=1e-10, msg=lambda text: f"{name}: {text}")
+        torch.testing.assert_close(two[name], one[name], rtol=0, atol=1e-10,
+                                   msg=lambda text: f"{name}: {text}")
     for a, b in zip(*(without_times(path / name / "clo" / "metrics.jsonl") for name in ("run", "two"))):
         assert a.keys() == b.keys()
         assert all(b[key] == (a[key] if key == "answers" else pytest.approx(a[key], abs=1e-10)) for key in a)
@@ -138,7 +144,7 @@ def shared_model(path: Path) -> None:
         torch.testing.assert_close(model(tokens), expected(tokens), rtol=0, atol=1e-12)
     calls = []
 
-    def answer():                            # as often as the first rank likes, in any shape; the others only follow
+    def answer():                    # as often as the first rank likes, in any shape; the others only follow
         calls.append(llama.generate(model, [[1, 2, 3], [4]], max_tokens=5, stop_ids={0}))
         return calls[0], {name: value.sum().item() for name, value in ranks.Whole(parameters).items()}
     replies, sums = ranks.on_first(answer, model)
@@ -146,14 +152,15 @@ def shared_model(path: Path) -> None:
     assert len(calls) == (r == 0)
     assert sums == {name: value.sum().item() for name, value in expected.named_parameters()}
     with torch.no_grad():
-        torch.testing.assert_close(model(tokens), expected(tokens), rtol=0, atol=1e-12)     # nobody is out of step
+        # nobody is out of step
+        torch.testing.assert_close(model(tokens), expected(tokens), rtol=0, atol=1e-12)
 
     def fail():
         model(tokens)
         raise data.DataError("no")
     with pytest.raises(data.DataError, match="no"):
         ranks.on_first(fail, model)
-    for train in ("lora", "attention", "full"):              # fp32 among bf16 weights; gradients are summed, not averaged
+    for train in ("lora", "attention", "full"):  # fp32 among bf16 weights; gradients are summed, not averaged
         def learn(model):
             clo.make_trainable(model, train, 4, 8, seed=0, device="cpu")
         alone = llama.load(path / "base", dtype=torch.bfloat16)
@@ -172,7 +179,8 @@ def shared_model(path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux's account of a process's memory")
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(),
+                    reason="needs Linux's account of a process's memory")
 def test_loading_takes_a_rank_its_share_of_the_memory_and_of_the_file(tmp_path):
     config = llama.Config(vocab_size=8203, hidden_size=1024, intermediate_size=6145, num_hidden_layers=1,
                           num_attention_heads=8, num_key_value_heads=8, head_dim=64)
@@ -188,8 +196,9 @@ def test_loading_takes_a_rank_its_share_of_the_memory_and_of_the_file(tmp_path):
 
 
 def memory_of_loading(path: Path) -> None:
-    """Says how many bytes a model takes of this rank's own memory, and how many its pages took at the peak: its own and
-    those it read of the file. Reading all of it would show as half the file more, a copy of all as the whole more."""
+    """Says how many bytes a model takes of this rank's own memory, and how many its pages took at the peak:
+    its own and those it read of the file. Reading all of it would show as half the file more, a copy of all
+    as the whole more."""
     def kilobytes(kind: str) -> int:
         return int(re.search(rf"{kind}:\s+(\d+) kB", Path("/proc/self/status").read_text())[1])
     ranks.start("cpu")
@@ -244,7 +253,7 @@ def one_is_killed(path: Path) -> None:
 def one_fails(path: Path) -> None:
     ranks.start("cpu")
     ranks.wait_for_all()
-    signal.signal(signal.SIGTERM, lambda *_: None)           # as during training, where it asks for a checkpoint first
+    signal.signal(signal.SIGTERM, lambda *_: None)  # as during training, where it asks for a checkpoint first
     if ranks.rank():
         raise data.DataError("no bread")
     while True:                                              # as in a library that waits for the other rank
@@ -260,7 +269,8 @@ def all_fail(path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="finds the ranks' processes as Linux lists them")
+@pytest.mark.skipif(not Path("/proc/self/task").exists(),
+                    reason="finds the ranks' processes as Linux lists them")
 def test_signals_save_a_sharded_run_once_and_it_goes_on_bit_for_bit(world):
     path, flags = world
     flags = [*flags, "--train", "full", "--epochs", "6", "--shard"]
@@ -274,11 +284,13 @@ def test_signals_save_a_sharded_run_once_and_it_goes_on_bit_for_bit(world):
         os.kill(int(children[1]) if to_rank else process.pid, number)
         out, err = process.communicate(timeout=120)
         assert process.returncode != 0 and out.count(f"stopped by signal {int(number)}") == 1
-        assert code is None or re.search(rf"exitcode *: {code} ", err)       # of the first rank that torchrun saw leave
+        assert (code is None
+                or re.search(rf"exitcode *: {code} ", err))      # of the first rank that torchrun saw leave
         assert step == 0 or f"resuming at step {step} of 24" in out
         step = int(runs.checkpoints(path / "stopped" / "clo" / "checkpoint")[-1].name[5:])
     three = finished(*TORCHRUN[:-1], "3", "clo.py", *flags)
-    assert three.returncode != 0 and sum("written by 2 ranks" in line for line in three.stderr.splitlines()) == 1
+    assert (three.returncode != 0
+            and sum("written by 2 ranks" in line for line in three.stderr.splitlines()) == 1)
     last = on_two("clo.py", *flags, "--resume")
     assert last.returncode == 0 and f"resuming at step {step} of 24" in last.stdout
     assert results(path / "stopped") == results(path / "run")
@@ -300,7 +312,7 @@ def test_kills_at_any_moment_and_during_a_checkpoint_change_nothing(world, flags
         if attempt % 3 == 2:
             wait_until(lambda: found(run, ""), process)
             time.sleep(draw.random())
-        else:                                                # at the writing of a checkpoint, each time of another step
+        else:                                    # at the writing of a checkpoint, each time of another step
             wait_until(lambda: found(run, f"step-*{(4 * attempt + 1) % 10}.tmp"), process)
         kill(process)
         halves += any(found(run, "step-*.tmp"))
@@ -311,7 +323,8 @@ def test_kills_at_any_moment_and_during_a_checkpoint_change_nothing(world, flags
 
 
 def found(run: Path, name: str) -> list[Path]:
-    """What is in the checkpoint directories of a run, without looking into what may be gone the next moment."""
+    """What is in the checkpoint directories of a run,
+    without looking into what may be gone the next moment."""
     return [path for stage in ("*", "*/*") for path in run.glob(f"{stage}/checkpoint/{name}")]
 
 
@@ -338,7 +351,8 @@ DAMAGE = {"cut short": lambda path: cut(path / "state-0.safetensors"),
           "without its tensors": lambda path: (path / "state-0.safetensors").unlink(),
           "empty": lambda path: (path / "state-0.safetensors").write_bytes(b""),
           "without its step": lambda path: (path / "state.json").unlink(),
-          "of another model": lambda path: shutil.copyfile(path.parents[2] / "other", path / "state-0.safetensors")}
+          "of another model": lambda path: shutil.copyfile(path.parents[2] / "other",
+                                                           path / "state-0.safetensors")}
 
 
 @pytest.mark.parametrize("damage", DAMAGE)
@@ -355,7 +369,8 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_gives_the_same_end(wor
     capsys.readouterr()
     clo.main(flags)
     out = capsys.readouterr().out
-    assert out.count("checkpoint passed over") == 1 and newest.name in out and "resuming at step 2 of 4" in out
+    assert (out.count("checkpoint passed over") == 1 and newest.name in out
+            and "resuming at step 2 of 4" in out)
     (path / "run" / "other").unlink()
     assert results(path / "run") == expected
 
@@ -392,7 +407,8 @@ def test_the_order_of_samples_within_a_step_changes_nothing(checkpoint):
         [step] = clo.make_steps(order, clo.METHODS["clo"][0], args, None)
         reference = [clo.continuation_logps(model, micro).detach() for micro in step]
         result = clo.backward_step(model, step, reference, clo.METHODS["clo"][0], args, torch.device("cpu"))
-        found.append((len(step), result["loss"].item(), [parameter.grad for parameter in parameters.values()]))
+        found.append((len(step), result["loss"].item(),
+                      [parameter.grad for parameter in parameters.values()]))
     for _, loss, gradient in found[1:]:
         assert loss == pytest.approx(found[0][1], abs=1e-10)
         for one, two in zip(gradient, found[0][2]):
@@ -400,5 +416,6 @@ def test_the_order_of_samples_within_a_step_changes_nothing(checkpoint):
 
 
 if __name__ == "__main__":
-    parts = {part.__name__: part for part in (shared_model, memory_of_loading, one_fails, one_is_killed, all_fail)}
+    parts = {part.__name__: part
+             for part in (shared_model, memory_of_loading, one_fails, one_is_killed, all_fail)}
     ranks.run(lambda: parts[sys.argv[1]](Path(sys.argv[2])))

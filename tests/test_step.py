@@ -1,4 +1,5 @@
-"""The training step: what it keeps in memory, what it leaves out, what it compiles; and what scale.py predicts of it."""
+"""The training step: what it keeps in memory, what it leaves out, what it compiles;
+and what scale.py predicts of it."""
 
 import os
 import random
@@ -19,7 +20,8 @@ import scale
 CPU = torch.device("cpu")
 SHAPES = {
     "llama": llama.Config(31, 16, 24, 3, 4, 2, 6),
-    "tied": llama.Config(31, 16, 24, 2, 4, 4, 4, tie_word_embeddings=True, mlp_bias=True, qkv_bias=True, o_bias=True),
+    "tied": llama.Config(31, 16, 24, 2, 4, 4, 4, tie_word_embeddings=True,
+                         mlp_bias=True, qkv_bias=True, o_bias=True),
     "qwen2": llama.Config(31, 16, 40, 3, 4, 1, 8, qkv_bias=True, model_type="qwen2"),
     "qwen3": llama.Config(31, 16, 24, 3, 4, 2, 8, qk_norm=True, model_type="qwen3"),
 }
@@ -29,7 +31,7 @@ TRAIN = ("lora", "attention", "full")
 def make_model(shape: str = "llama", train: str = "lora", dtype=torch.float64) -> llama.Llama:
     model = llama.initialise_(llama.Llama(SHAPES[shape])).to(dtype)
     for name, parameter in clo.make_trainable(model, train, rank=3, alpha=6, seed=0).items():
-        if name.endswith("lora_B"):                                  # at its start, zero, half of the gradients are
+        if name.endswith("lora_B"):                      # at its start, zero, half of the gradients are
             torch.nn.init.normal_(parameter, std=0.1)
     return model
 
@@ -39,7 +41,8 @@ def make_forks(number: int = 6) -> list[list[data.Fork]]:
 
     def ids():
         return [rng.randrange(31) for _ in range(rng.randint(1, 9))]
-    return [[data.Fork(ids(), [ids(), ids()], language, row) for language in ("en", "sw")] for row in range(number)]
+    return [[data.Fork(ids(), [ids(), ids()], language, row) for language in ("en", "sw")]
+            for row in range(number)]
 
 
 def make_args(**changes):
@@ -55,17 +58,20 @@ def make_steps(**changes):
 def gradients(model, step, **changes) -> dict[str, torch.Tensor]:
     model.zero_grad(set_to_none=True)
     clo.backward_step(model, step, None, clo.METHODS["clo"][0], make_args(**changes), CPU)
-    return {name: parameter.grad for name, parameter in model.named_parameters() if parameter.grad is not None}
+    return {name: parameter.grad for name, parameter in model.named_parameters()
+            if parameter.grad is not None}
 
 
 def kept_bytes(model, batch: data.Batch) -> int:
-    """Bytes of the tensors that a forward pass keeps for its backward: each memory once, and the weights not at all. In
-    float64, so that integers and what all blocks share (tables of angles, of at most D a token) can be told apart."""
+    """Bytes of the tensors that a forward pass keeps for its backward: each memory once, and the weights not
+    at all. In float64, so that integers and what all blocks share (tables of angles, of at most D a token)
+    can be told apart."""
     own = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
     kept = {}
 
     def pack(tensor):
-        memory, angles = tensor.untyped_storage(), tensor.numel() == batch.tokens.numel() * model.config.head_dim
+        memory, angles = (tensor.untyped_storage(),
+                          tensor.numel() == batch.tokens.numel() * model.config.head_dim)
         if memory.data_ptr() not in own and tensor.is_floating_point() and not angles:
             kept[memory.data_ptr()] = memory.nbytes()
         return tensor
@@ -75,7 +81,7 @@ def kept_bytes(model, batch: data.Batch) -> int:
     return sum(kept.values())
 
 
-# ---------------------------------------------------------------------------------------------------------- the step
+# --------------------------------------------------------------------------------------------------- the step
 
 def test_swiglu_has_the_gradient_of_what_it_computes():
     gate, up = (torch.randn(3, 5, dtype=torch.float64, requires_grad=True) for _ in range(2))
@@ -90,7 +96,8 @@ def test_recomputed_activations_give_bit_for_bit_the_same_gradients(shape, train
     expected = gradients(model, step)
     model.recompute = True
     found = gradients(model, step)
-    assert expected.keys() == found.keys() and all(torch.equal(found[name], expected[name]) for name in expected)
+    assert (expected.keys() == found.keys()
+            and all(torch.equal(found[name], expected[name]) for name in expected))
     assert any(gradient.abs().max() > 0 for gradient in expected.values())
 
 
@@ -104,9 +111,11 @@ def test_recomputing_keeps_one_vector_per_token_and_block():
 
 
 def test_our_adamw_is_torchs_bit_for_bit():
-    ours, theirs = ([torch.nn.Parameter(torch.arange(-3.0, 4.0)), torch.nn.Parameter(torch.ones(2, 3))] for _ in range(2))
+    ours, theirs = ([torch.nn.Parameter(torch.arange(-3.0, 4.0)), torch.nn.Parameter(torch.ones(2, 3))]
+                    for _ in range(2))
     options = {"lr": 0.1, "weight_decay": 0.03}
-    optimizers = [clo.AdamW(ours, **options), torch.optim.AdamW(theirs, foreach=False, fused=False, **options)]
+    optimizers = [clo.AdamW(ours, **options),
+                  torch.optim.AdamW(theirs, foreach=False, fused=False, **options)]
     generator = torch.Generator().manual_seed(0)
     for step in range(5):
         for mine, other in zip(ours, theirs):
@@ -119,11 +128,13 @@ def test_our_adamw_is_torchs_bit_for_bit():
         assert all(torch.equal(mine, other) and mine.grad is None for mine, other in zip(ours, theirs))
     for mine, other in zip(ours, theirs):
         found, expected = optimizers[0].state[mine], optimizers[1].state[other]
-        assert found.keys() == expected.keys() and all(torch.equal(found[key], expected[key]) for key in found)
+        assert (found.keys() == expected.keys()
+                and all(torch.equal(found[key], expected[key]) for key in found))
 
 
 class Waits(TorchDispatchMode):
-    """Records operations that would make the program wait for a GPU: a number read, or a shape that depends on values."""
+    """Records operations that would make the program wait for a GPU:
+    a number read, or a shape that depends on values."""
     NAMES = {"_local_scalar_dense", "nonzero", "masked_select", "unique", "_unique2", "is_nonzero", "equal"}
 
     def __init__(self):
@@ -132,8 +143,9 @@ class Waits(TorchDispatchMode):
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         name = function.overloadpacket.__name__
-        mask = name.startswith("index") and any(isinstance(x, torch.Tensor) and x.dtype == torch.bool
-                                                for x in (args[1] if isinstance(args[1], (list, tuple)) else []))
+        mask = name.startswith("index") and any(
+            isinstance(x, torch.Tensor) and x.dtype == torch.bool
+            for x in (args[1] if isinstance(args[1], (list, tuple)) else []))
         if name in self.NAMES or mask:
             self.seen.append(name)
         return function(*args, **(kwargs or {}))
@@ -160,8 +172,8 @@ def test_nothing_in_a_step_waits_for_the_device(changes):
 
 
 def test_every_op_of_a_step_has_a_fixed_order_of_sums_on_cuda():
-    """Under deterministic algorithms CUDA has one for all but a few ops: those of torch.use_deterministic_algorithms' list
-    that could ever stand in a step."""
+    """Under deterministic algorithms CUDA has one for all but a few ops: those of
+    torch.use_deterministic_algorithms' list that could ever stand in a step."""
     class Names(TorchDispatchMode):
         def __init__(self):
             super().__init__()
@@ -175,19 +187,24 @@ def test_every_op_of_a_step_has_a_fixed_order_of_sums_on_cuda():
     with Names() as names:
         clo.backward_step(model, steps[0], None, clo.METHODS["clo"][0], make_args(), CPU)
     assert {"index_add", "index_select"} <= names.seen
-    assert not names.seen & {"cumsum", "histc", "bincount", "median", "put_", "nll_loss_forward", "nll_loss2d_forward"}
+    assert not names.seen & {"cumsum", "histc", "bincount", "median", "put_",
+                             "nll_loss_forward", "nll_loss2d_forward"}
 
 
 def test_deterministic_algorithms_are_asked_for_without_filling_memory():
-    fill, blas = torch.utils.deterministic.fill_uninitialized_memory, os.environ.get("CUBLAS_WORKSPACE_CONFIG")
+    fill, blas = (torch.utils.deterministic.fill_uninitialized_memory,
+                  os.environ.get("CUBLAS_WORKSPACE_CONFIG"))
     try:
         clo.fix_order_of_sums()
-        assert torch.are_deterministic_algorithms_enabled() and torch.is_deterministic_algorithms_warn_only_enabled()
-        assert os.environ["CUBLAS_WORKSPACE_CONFIG"] and not torch.utils.deterministic.fill_uninitialized_memory
+        assert (torch.are_deterministic_algorithms_enabled()
+                and torch.is_deterministic_algorithms_warn_only_enabled())
+        assert (os.environ["CUBLAS_WORKSPACE_CONFIG"]
+                and not torch.utils.deterministic.fill_uninitialized_memory)
     finally:
         torch.use_deterministic_algorithms(False)
         torch.utils.deterministic.fill_uninitialized_memory = fill
-        os.environ.pop("CUBLAS_WORKSPACE_CONFIG") if blas is None else os.environ.update(CUBLAS_WORKSPACE_CONFIG=blas)
+        (os.environ.pop("CUBLAS_WORKSPACE_CONFIG") if blas is None
+         else os.environ.update(CUBLAS_WORKSPACE_CONFIG=blas))
 
 
 def test_the_next_micro_batch_is_sent_before_the_current_one_is_worked_on():
@@ -242,7 +259,7 @@ def test_a_compiled_block_takes_the_mask_of_other_rows_without_compiling_again()
     assert counter.frame_count == 1
 
 
-# ------------------------------------------------------------------------------------------------------- calculator
+# ------------------------------------------------------------------------------------------------- calculator
 
 @pytest.mark.parametrize("shape", SHAPES)
 def test_predicted_parameter_counts_are_those_of_the_model(shape):
@@ -252,11 +269,13 @@ def test_predicted_parameter_counts_are_those_of_the_model(shape):
     assert sum(scale.parameters(c).values()) == sum(parameter.numel() for parameter in names.values())
     part = {"attention": "_proj", "mlp": ".mlp.", "embedding": "embed_tokens", "head": "lm_head"}
     for name, mark in part.items():
-        found = sum(p.numel() for key, p in names.items() if mark in key and (name != "attention" or ".self_attn." in key))
+        found = sum(p.numel() for key, p in names.items()
+                    if mark in key and (name != "attention" or ".self_attn." in key))
         assert scale.parameters(c)[name] == found
     for train in TRAIN:
         trainable = clo.make_trainable(llama.initialise_(llama.Llama(c)), train, 3, 6, 0)
-        assert scale.trainable_parameters(c, train, 3) == sum(parameter.numel() for parameter in trainable.values())
+        assert (scale.trainable_parameters(c, train, 3)
+                == sum(parameter.numel() for parameter in trainable.values()))
 
 
 @pytest.mark.parametrize("train", TRAIN)
@@ -285,7 +304,8 @@ def test_sharding_divides_weights_and_leaves_activations():
 def test_the_calculator_says_what_does_not_fit_and_what_recomputing_saves(capsys):
     c = scale.MODELS["Llama-3-70B"]
     text = scale.describe(c, scale.Plan(row_tokens=4096))
-    assert "too much for the device" in text and "--recompute would save" in text and f"{70_553_706_496:,}" in text
+    assert ("too much for the device" in text and "--recompute would save" in text
+            and f"{70_553_706_496:,}" in text)
     scale.main(["--table"])
     assert capsys.readouterr().out.count("Llama-3-8B") == 3
 
