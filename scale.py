@@ -4,12 +4,12 @@
     python scale.py path/to/Llama-3-8B --gpus 8 --shard      # FSDP2
     python scale.py --table                                  # the tables of docs/scale.md
 
-Every formula stands where it is computed, with its reason. Letters as in model.py: H hidden width, F mlp width,
-V vocabulary, Q query heads, G kv heads, D head width, R LoRA rank. A GB is 1e9 bytes.
+Every formula stands where it is computed, with its reason. Letters as in model.py: H hidden width,
+F mlp width, V vocabulary, Q query heads, G kv heads, D head width, R LoRA rank. A GB is 1e9 bytes.
 
-Exact: parameters. Held against the program by the tests: the bytes a forward pass keeps for its backward, on the CPU.
-An estimate: everything of a GPU, whose achieved rate of matrix products is an argument (--tflops) and no promise;
-torch.compile keeps less than is counted here.
+Exact: parameters. Held against the program by the tests: the bytes a forward pass keeps for its backward, on
+the CPU. An estimate: everything of a GPU, whose achieved rate of matrix products is an argument (--tflops)
+and no promise; torch.compile keeps less than is counted here.
 """
 
 import argparse
@@ -33,7 +33,7 @@ HOST_BYTES = 0.3 * GB                    # Python and PyTorch on a CPU
 CONTEXT_BYTES = 1.5 * GB                 # a CUDA context, cuBLAS's workspace, what the allocator rounds up
 
 
-# ------------------------------------------------------------------------------------------------------- parameters
+# ------------------------------------------------------------------------------------------------- parameters
 
 def attention_shapes(c: llama.Config) -> dict[str, tuple[int, int]]:
     """(out, in) of the four projections of a block."""
@@ -43,7 +43,7 @@ def attention_shapes(c: llama.Config) -> dict[str, tuple[int, int]]:
 
 
 def parameters(c: llama.Config) -> dict[str, int]:
-    """Number of parameters by part; their sum is the model's. A tied head is counted once, as the embedding."""
+    """Number of parameters by part; their sum is the model's. A tied head counts once, as the embedding."""
     H, F, V, L = c.hidden_size, c.intermediate_size, c.vocab_size, c.num_hidden_layers
     shapes = attention_shapes(c)
     biases = c.qkv_bias * sum(shapes[name][0] for name in ("q_proj", "k_proj", "v_proj")) + c.o_bias * H
@@ -54,14 +54,15 @@ def parameters(c: llama.Config) -> dict[str, int]:
 
 
 def trainable_parameters(c: llama.Config, train: str = "lora", rank: int = 16) -> int:
-    """lora: R (in + out) for each projection (B is out x R, A is R x in). attention: the projections. full: all."""
+    """lora: R (in + out) for each projection, whose B is out x R and A is R x in; attention: the projections;
+    full: all."""
     if train == "lora":
-        return c.num_hidden_layers * rank * sum(rows + columns for rows, columns in attention_shapes(c).values())
+        return c.num_hidden_layers * rank * sum(map(sum, attention_shapes(c).values()))
     counts = parameters(c)
     return counts["attention"] if train == "attention" else sum(counts.values())
 
 
-# ------------------------------------------------------------------------------------------------------ activations
+# ------------------------------------------------------------------------------------------------ activations
 
 def block_bytes(c: llama.Config, train: str = "lora", rank: int = 16, itemsize: int = 4, copies: float = 1.0,
                 first: bool = False) -> float:
@@ -74,21 +75,21 @@ def block_bytes(c: llama.Config, train: str = "lora", rank: int = 16, itemsize: 
     QD, GD = c.num_attention_heads * c.head_dim, c.num_key_value_heads * c.head_dim
     full, wide = train == "full", max(4, itemsize)
     heads, kv_heads = c.num_attention_heads, c.num_key_value_heads
-    norm = H * wide + wide + full * H * itemsize       # input and 1 / rms in fp32; the normed x if the norm learns
+    norm = H * wide + wide + full * H * itemsize       # input, 1 / rms in fp32; normed x if the norm learns
     kept = 0 if first and not full else norm
-    kept += H * itemsize                               # input of q, k, v: a weight's gradient is output^T input
+    kept += H * itemsize                               # input of q, k, v: for the gradients of their weights
     kept += QD * itemsize                              # input of o
     if train == "lora":
         kept += 4 * rank * itemsize                    # A x, for the gradient of B
     if c.qk_norm:
         kept += (QD + GD) * (wide + full * itemsize) + (heads + kv_heads) * wide
     kept += copies * (2 * (QD + GD) * itemsize + heads * wide)      # q, k, v, the result, its log-sum-exp
-    kept += norm + full * H * itemsize                 # second norm, and the input of gate and up if they learn
+    kept += norm + full * H * itemsize                 # second norm; input of gate and up if they learn
     return kept + (2 + full) * F * itemsize            # gate and up (SwiGLU); their product if down learns
 
 
-def activation_bytes(c: llama.Config, tokens: int, train: str = "lora", recompute: bool = False, rank: int = 16,
-                     itemsize: int = 4, copies: float = 1.0) -> float:
+def activation_bytes(c: llama.Config, tokens: int, train: str = "lora", recompute: bool = False,
+                     rank: int = 16, itemsize: int = 4, copies: float = 1.0) -> float:
     """Bytes all blocks keep for the backward of one micro-batch of so many row tokens.
 
     With recompute a block keeps its input, H per token; in the backward one block at a time is run again.
@@ -102,16 +103,16 @@ def activation_bytes(c: llama.Config, tokens: int, train: str = "lora", recomput
 
 
 def working_bytes(c: llama.Config, tokens: int, itemsize: int = 4) -> float:
-    """What a block's backward holds at once besides: gradients of gate, up, their product and one temporary, and four
-    tensors of the width of x."""
+    """What a block's backward holds at once besides: gradients of gate, up, their product and one temporary,
+    and four tensors of the width of x."""
     return tokens * (4 * c.intermediate_size + 4 * c.hidden_size) * itemsize
 
 
-# ----------------------------------------------------------------------------------------------------------- memory
+# ----------------------------------------------------------------------------------------------------- memory
 
 @dataclass(frozen=True)
 class Plan:
-    """How a model is trained, and on what. tflops: TFLOP/s a device achieves; link_gb: GB/s it sends to others."""
+    """How a model is trained, and on what. tflops: TFLOP/s a device achieves; link_gb: GB/s it sends."""
     train: str = "lora"
     rank: int = 16
     dtype: str = "bf16"
@@ -130,7 +131,7 @@ def memory(c: llama.Config, plan: Plan) -> dict[str, float]:
     b, tokens, counts = ITEMSIZE[plan.dtype], plan.row_tokens * plan.micro_rows, parameters(c)
     learned = trainable_parameters(c, plan.train, plan.rank)
     frozen = sum(counts.values()) - (0 if plan.train == "lora" else learned)
-    parts = plan.gpus if plan.shard else 1                       # FSDP2 splits every tensor evenly over the devices
+    parts = plan.gpus if plan.shard else 1                       # FSDP2 splits every tensor evenly
     root = counts["embedding"] + counts["head"]
     block = (counts["attention"] + counts["mlp"]) / c.num_hidden_layers
     chunk = GPU_CHUNK_BYTES if plan.device == "cuda" else CPU_CHUNK_ROWS * CPU_TILE_WORDS * 4
@@ -139,53 +140,57 @@ def memory(c: llama.Config, plan: Plan) -> dict[str, float]:
             "trainables, gradients, AdamW": TRAINABLE_BYTES * learned / parts,
             # Copies in compute type, kept until the backward has passed: the trainables are fp32.
             "trainables, cast": 0 if plan.shard or plan.dtype in ("fp32", "fp64") else b * learned,
-            # The root (embedding and head) stays whole during a step; of the blocks the running one and the next.
+            # The root (embedding, head) stays whole during a step; of blocks the running one and the next.
             "gathered weights": b * (root + 2 * block) if plan.shard else 0,
             "activations": activation_bytes(c, tokens, plan.train, plan.recompute, plan.rank, b),
             "head": logits + tokens * c.hidden_size * b,         # and the directions (N, H)
-            # Gradients are whole until they are split: the root's, and a block's while the next one is computed.
+            # Gradients are whole until they are split: the root's, and a block's while the next is computed.
             "gradients before the split": plan.shard * 4 * (
                 root + 2 * block if plan.train == "full" else 2 * learned / c.num_hidden_layers),
             "working": working_bytes(c, tokens, b),
             "the program itself": CONTEXT_BYTES if plan.device == "cuda" else HOST_BYTES}
 
 
-# ------------------------------------------------------------------------------------------------------------- time
+# ------------------------------------------------------------------------------------------------------- time
 
-def token_flops(c: llama.Config, train: str = "lora", rank: int = 16, recompute: bool = False) -> dict[str, float]:
+def token_flops(c: llama.Config, train: str = "lora", rank: int = 16,
+                recompute: bool = False) -> dict[str, float]:
     """FLOPs per token of a packed row, all of whose tokens are predicted (an upper bound: prompts are not).
 
-    A product costs 2 FLOPs a weight and token, forward; as much again for the gradient of its input; and as much
-    once more for that of its weight, where it learns. The head: 2HV forward, 2HV for the gradient of its input,
-    which is computed in the forward (kernels/), and 2HV if it learns. Attention's own products are left out: in rows
-    of forks they are a few percent.
+    A product costs 2 FLOPs a weight and token, forward; as much again for the gradient of its input; and as
+    much once more for that of its weight, where it learns. The head: 2HV forward, 2HV for the gradient of its
+    input, which is computed in the forward (kernels/), and 2HV if it learns. Attention's own products are
+    left out: in rows of forks they are a few percent.
     """
     counts = parameters(c)
     body, head = counts["attention"] + counts["mlp"], c.vocab_size * c.hidden_size
-    learned = {"lora": trainable_parameters(c, "lora", rank), "attention": counts["attention"], "full": body}[train]
+    learned = {"lora": trainable_parameters(c, "lora", rank), "attention": counts["attention"],
+               "full": body}[train]
     once = 2 * (body + learned if train == "lora" else body)     # LoRA's products come beside the frozen ones
     return {"forward": once, "backward": once + 2 * learned, "head": (6 if train == "full" else 4) * head,
             "recompute": once if recompute else 0, "reference": 2 * body + 2 * head}
 
 
 def step_seconds(c: llama.Config, plan: Plan, tokens: float) -> dict[str, float]:
-    """Seconds of an optimiser step over so many row tokens, dealt evenly to the devices; apart, those of the reference
-    pass, which comes once, before training. Communication hides behind the products where it is shorter."""
+    """Seconds of an optimiser step over so many row tokens, dealt evenly to the devices; apart, those of the
+    reference pass, which comes once, before training. Communication hides behind the products where it is
+    shorter."""
     flops = token_flops(c, plan.train, plan.rank, plan.recompute)
     each = max(tokens / plan.gpus, 1)
     compute = each * (sum(flops.values()) - flops["reference"]) / (plan.tflops * 1e12)
     learned, total = trainable_parameters(c, plan.train, plan.rank), sum(parameters(c).values())
-    b, share = ITEMSIZE[plan.dtype], (plan.gpus - 1) / plan.gpus           # a ring sends this share from each device
+    b, share = ITEMSIZE[plan.dtype], (plan.gpus - 1) / plan.gpus   # a ring sends this share from each device
     micros = max(1, each / (plan.row_tokens * plan.micro_rows))
-    gathered = micros * 2 * b * total * share if plan.shard else 0          # weights: in the forward and the backward
-    reduced = 2 * 4 * learned * share                                       # gradients: reduced, and sent back
+    gathered = micros * 2 * b * total * share if plan.shard else 0    # weights: in forward and backward
+    reduced = 2 * 4 * learned * share                                 # gradients: reduced, and sent back
     sent = (gathered + reduced) / (plan.link_gb * GB)
     return {"products": compute, "communication": sent, "step": max(compute, sent),
             "reference": each * flops["reference"] / (plan.tflops * 1e12)}
 
 
-def measure_device(c: llama.Config, device: torch.device, dtype: torch.dtype, seconds: float = 0.5) -> tuple[float, float]:
-    """TFLOP/s that this device achieves on the mlp's product, timed here and now, and the bytes of its memory."""
+def measure_device(c: llama.Config, device: torch.device, dtype: torch.dtype,
+                   seconds: float = 0.5) -> tuple[float, float]:
+    """TFLOP/s this device achieves on the mlp's product, timed here and now, and the bytes of its memory."""
     x = torch.randn(1024, c.hidden_size, device=device, dtype=dtype)
     weight = torch.randn(c.intermediate_size, c.hidden_size, device=device, dtype=dtype)
     wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
@@ -203,7 +208,7 @@ def measure_device(c: llama.Config, device: torch.device, dtype: torch.dtype, se
     return rate, os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
-# ------------------------------------------------------------------------------------------------------------ print
+# ------------------------------------------------------------------------------------------------------ print
 
 def recompute_saves(c: llama.Config, plan: Plan) -> float:
     """Bytes that --recompute saves."""
@@ -212,23 +217,27 @@ def recompute_saves(c: llama.Config, plan: Plan) -> float:
     return kept[0] - kept[1]
 
 
-def describe(c: llama.Config, plan: Plan, step_tokens: float | None = None, device_bytes: float = DEVICE_BYTES) -> str:
-    """Parameters, memory of a device and time of a step, as text. step_tokens: row tokens of an optimiser step over all
-    devices; by default every device runs one micro-batch."""
+def describe(c: llama.Config, plan: Plan, step_tokens: float | None = None,
+             device_bytes: float = DEVICE_BYTES) -> str:
+    """Parameters, memory of a device and time of a step, as text. step_tokens: row tokens of an optimiser
+    step over all devices; by default every device runs one micro-batch."""
     counts, parts = parameters(c), memory(c, plan)
     tokens = step_tokens or plan.gpus * plan.row_tokens * plan.micro_rows
     seconds, total = step_seconds(c, plan, tokens), sum(parts.values())
     by_part = ", ".join(f"{name} {count:,}" for name, count in counts.items())
-    where = "one device" if plan.gpus == 1 else f"each of {plan.gpus} devices, {'sharded' if plan.shard else 'all alike'}"
+    where = ("one device" if plan.gpus == 1
+             else f"each of {plan.gpus} devices, {'sharded' if plan.shard else 'all alike'}")
     lines = [f"parameters {sum(counts.values()):,}: {by_part}",
-             f"trainable ({plan.train}) {trainable_parameters(c, plan.train, plan.rank):,}", f"memory of {where}:"]
+             f"trainable ({plan.train}) {trainable_parameters(c, plan.train, plan.rank):,}",
+             f"memory of {where}:"]
     lines += [f"  {name:30}{size / GB:9.3f} GB" for name, size in parts.items() if size]
-    lines += [f"  {'sum':30}{total / GB:9.3f} GB" + ("" if total < device_bytes else ": too much for the device")]
+    lines += [f"  {'sum':30}{total / GB:9.3f} GB"
+              + ("" if total < device_bytes else ": too much for the device")]
     if not plan.recompute:
         lines.append(f"  --recompute would save {recompute_saves(c, plan) / GB:.3f} GB")
-    lines.append(f"step of {tokens:,.0f} row tokens at {plan.tflops:.3g} TFLOP/s: {seconds['step']:.3g} s (products "
-                 f"{seconds['products']:.3g} s, communication {seconds['communication']:.3g} s); reference pass over as "
-                 f"many: {seconds['reference']:.3g} s, once")
+    lines.append(f"step of {tokens:,.0f} row tokens at {plan.tflops:.3g} TFLOP/s: {seconds['step']:.3g} s "
+                 f"(products {seconds['products']:.3g} s, communication {seconds['communication']:.3g} s); "
+                 f"reference pass over as many: {seconds['reference']:.3g} s, once")
     return "\n".join(lines)
 
 
@@ -244,8 +253,10 @@ MODELS = {
 
 
 def table(train: str, plan: Plan, device_bytes: float, step_tokens: int) -> str:
-    """Markdown: a row for each model, GB of a device and seconds of a step on 1, 8 and 64 devices, sharded beyond one."""
-    lines = ["| model | parameters | trainable | 1 GPU: GB | s | 8: GB | s | 64: GB | s |", "|---|" + "---:|" * 8]
+    """Markdown: a row for each model, GB of a device and seconds of a step on 1, 8 and 64 devices, sharded
+    beyond one."""
+    lines = ["| model | parameters | trainable | 1 GPU: GB | s | 8: GB | s | 64: GB | s |",
+             "|---|" + "---:|" * 8]
     for name, c in MODELS.items():
         cells = []
         for gpus in (1, 8, 64):
@@ -255,7 +266,8 @@ def table(train: str, plan: Plan, device_bytes: float, step_tokens: int) -> str:
             seconds = f"{step_seconds(c, used, step_tokens)['step']:.2g}" if fits else "does not fit"
             cells += [f"{size / GB:.0f}", seconds]
         total, learned = sum(parameters(c).values()), trainable_parameters(c, train, plan.rank)
-        lines.append(" | ".join([f"| {name}", f"{total / 1e9:.2f} B", f"{learned / 1e6:,.1f} M", *cells]) + " |")
+        cells = [f"| {name}", f"{total / 1e9:.2f} B", f"{learned / 1e6:,.1f} M", *cells]
+        lines.append(" | ".join(cells) + " |")
     return "\n".join(lines)
 
 
@@ -270,15 +282,17 @@ def parse_args(argv=None) -> argparse.Namespace:
     add("--dtype", default="bf16", choices=list(ITEMSIZE), help="compute type")
     add("--row-tokens", type=int, default=4096, help="tokens of a packed row")
     add("--micro-rows", type=int, default=1, help="rows per forward pass")
-    add("--step-tokens", type=int, default=64 * 4096, help="row tokens of an optimiser step, over all devices")
+    add("--step-tokens", type=int, default=64 * 4096, help="row tokens of an optimiser step on all devices")
     add("--recompute", action="store_true", help="run blocks again in the backward")
     add("--gpus", type=int, default=1, help="devices")
     add("--shard", action="store_true", help="FSDP2 instead of the whole model on each")
-    add("--tflops", type=float, default=380.0, help="TFLOP/s a device achieves: 55 %% of an H200's sustained bf16")
+    add("--tflops", type=float, default=380.0,
+        help="TFLOP/s a device achieves: 55 %% of an H200's sustained bf16")
     add("--link-gb", type=float, default=50.0, help="GB/s a device sends to others: a port of 400 Gbit/s")
     add("--device-gb", type=float, default=141.0, help="memory of a device: an H200's")
     args = parser.parse_args(argv)
-    for name in ("lora_rank", "row_tokens", "micro_rows", "step_tokens", "gpus", "tflops", "link_gb", "device_gb"):
+    for name in ("lora_rank", "row_tokens", "micro_rows", "step_tokens", "gpus", "tflops", "link_gb",
+                 "device_gb"):
         if not 0 < getattr(args, name) < math.inf:
             parser.error(f"--{name.replace('_', '-')} {getattr(args, name)}: a number above 0 was expected")
     return args
@@ -286,8 +300,8 @@ def parse_args(argv=None) -> argparse.Namespace:
 
 def main(argv=None) -> None:
     args = parse_args(argv)
-    plan = Plan(args.train, args.lora_rank, args.dtype, args.row_tokens, args.micro_rows, args.recompute, args.gpus,
-                args.shard, args.tflops, link_gb=args.link_gb)
+    plan = Plan(args.train, args.lora_rank, args.dtype, args.row_tokens, args.micro_rows, args.recompute,
+                args.gpus, args.shard, args.tflops, link_gb=args.link_gb)
     if args.table:
         for train in ("lora", "attention", "full"):
             print(f"--train {train}\n\n{table(train, plan, args.device_gb * GB, args.step_tokens)}\n")
