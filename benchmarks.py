@@ -1,16 +1,18 @@
 """Multiple-choice benchmarks: their distributed files -> questions -> forks -> the log-prob of every choice.
 
     for i, logps in score(model, tokenizer, read_benchmark("mmlu", "mmlu/data", shots=5).questions):
-        ...                                               # the command line is python eval.py mc mmlu mmlu/data
+        ...                                       # the command line is python eval.py mc mmlu mmlu/data
 
-MMLU, MMMLU, CMMLU, BELEBELE and AfriMMLU, worded, tokenised and averaged as lm-evaluation-harness does it, so that numbers
-can be compared with published ones. A question is a *fork*: its text is the prompt, its choices are the continuations.
-What all questions of a subject begin with (description, examples) is computed once, as a prefix of keys and values.
+MMLU, MMMLU, CMMLU, BELEBELE and AfriMMLU, worded, tokenised and averaged as lm-evaluation-harness does it, so
+that numbers can be compared with published ones. A question is a *fork*: its text is the prompt, its choices
+are the continuations. What all questions of a subject begin with (description, examples) is computed once, as
+a prefix of keys and values.
 
-Why a file of its own: the wording of five benchmarks and the oddities of their files have nothing to do with the rest of
-eval.py, and would hide it.
+Why a file of its own: the wording of five benchmarks and the oddities of their files have nothing to do with
+the rest of eval.py, and would hide it.
 
-Task wordings and sampling rules: lm-evaluation-harness (Gao et al., doi 10.5281/zenodo.10256836), lm_eval/tasks.
+Task wordings and sampling rules: lm-evaluation-harness (Gao et al., doi 10.5281/zenodo.10256836),
+lm_eval/tasks.
 """
 
 import ast
@@ -34,7 +36,8 @@ from data import DataError
 LETTERS = ("A", "B", "C", "D")
 EXAMPLE_SEED = 1234                    # of the harness, where a task draws its examples by chance
 MMLU_DESCRIPTION = "The following are multiple choice questions (with answers) about {subject}.\n\n"
-MMMLU_DESCRIPTION = "The following are multiple choice questions (with answers) about {subject} ({language}).\n\n"
+MMMLU_DESCRIPTION = ("The following are multiple choice questions (with answers) about {subject} "
+                     "({language}).\n\n")
 CMMLU_DESCRIPTION = "以下是关于{subject}的单项选择题，请直接给出正确答案的选项。\n\n"
 LETTERED = "{question}\nA. {A}\nB. {B}\nC. {C}\nD. {D}\nAnswer:"
 CMMLU_TEXT = "{question}\nA. {A}\nB. {B}\nC. {C}\nD. {D}\n答案："
@@ -57,30 +60,36 @@ MMLU_CATEGORIES = {
             "college_mathematics college_physics computer_security conceptual_physics electrical_engineering "
             "elementary_mathematics high_school_biology high_school_chemistry high_school_computer_science "
             "high_school_mathematics high_school_physics high_school_statistics machine_learning",
-    "other": "business_ethics clinical_knowledge college_medicine global_facts human_aging management marketing "
-             "medical_genetics miscellaneous nutrition professional_accounting professional_medicine virology",
+    "other": "business_ethics clinical_knowledge college_medicine global_facts human_aging management "
+             "marketing medical_genetics miscellaneous nutrition professional_accounting "
+             "professional_medicine virology",
     "social_sciences": "econometrics high_school_geography high_school_government_and_politics "
-                       "high_school_macroeconomics high_school_microeconomics high_school_psychology human_sexuality "
-                       "professional_psychology public_relations security_studies sociology us_foreign_policy",
-    "humanities": "formal_logic high_school_european_history high_school_us_history high_school_world_history "
-                  "international_law jurisprudence logical_fallacies moral_disputes moral_scenarios philosophy "
-                  "prehistory professional_law world_religions"}
-# the names the harness uses, in the categories of CMMLU's src/categories.py; CHINA_SPECIFIC ones count in a fifth one too
+                       "high_school_macroeconomics high_school_microeconomics high_school_psychology "
+                       "human_sexuality professional_psychology public_relations security_studies "
+                       "sociology us_foreign_policy",
+    "humanities": "formal_logic high_school_european_history high_school_us_history "
+                  "high_school_world_history international_law jurisprudence logical_fallacies "
+                  "moral_disputes moral_scenarios philosophy prehistory professional_law world_religions"}
+# the names the harness uses, in the categories of CMMLU's src/categories.py;
+# CHINA_SPECIFIC ones count in a fifth one too
 CMMLU_SUBJECTS = {
     "stem": {"anatomy": "解剖学", "astronomy": "天文学", "college_actuarial_science": "大学精算学",
              "college_engineering_hydrology": "大学工程水文学", "college_mathematics": "大学数学",
-             "college_medical_statistics": "大学医学统计", "computer_science": "计算机科学", "conceptual_physics": "概念物理学",
-             "electrical_engineering": "电气工程", "elementary_mathematics": "初等数学", "genetics": "遗传学",
-             "high_school_biology": "高中生物", "high_school_chemistry": "高中化学", "high_school_mathematics": "高中数学",
+             "college_medical_statistics": "大学医学统计", "computer_science": "计算机科学",
+             "conceptual_physics": "概念物理学", "electrical_engineering": "电气工程",
+             "elementary_mathematics": "初等数学", "genetics": "遗传学", "high_school_biology": "高中生物",
+             "high_school_chemistry": "高中化学", "high_school_mathematics": "高中数学",
              "high_school_physics": "高中物理学", "machine_learning": "机器学习", "virology": "病毒学"},
-    "humanities": {"arts": "艺术学", "chinese_history": "中国历史", "chinese_literature": "中国文学", "college_law": "大学法律",
-                   "global_facts": "全球事实", "international_law": "国际法学", "jurisprudence": "法理学", "logical": "逻辑学",
-                   "marxist_theory": "马克思主义理论", "philosophy": "哲学", "professional_law": "专业法学",
-                   "world_history": "世界历史", "world_religions": "世界宗教"},
-    "social_sciences": {"ancient_chinese": "古汉语", "business_ethics": "商业伦理", "chinese_civil_service_exam": "中国公务员考试",
-                        "chinese_food_culture": "中国饮食文化", "chinese_foreign_policy": "中国外交政策",
-                        "chinese_teacher_qualification": "中国教师资格", "college_education": "大学教育学",
-                        "economics": "经济学", "education": "教育学", "elementary_chinese": "小学语文", "ethnology": "民族学",
+    "humanities": {"arts": "艺术学", "chinese_history": "中国历史", "chinese_literature": "中国文学",
+                   "college_law": "大学法律", "global_facts": "全球事实", "international_law": "国际法学",
+                   "jurisprudence": "法理学", "logical": "逻辑学", "marxist_theory": "马克思主义理论",
+                   "philosophy": "哲学", "professional_law": "专业法学", "world_history": "世界历史",
+                   "world_religions": "世界宗教"},
+    "social_sciences": {"ancient_chinese": "古汉语", "business_ethics": "商业伦理",
+                        "chinese_civil_service_exam": "中国公务员考试", "chinese_food_culture": "中国饮食文化",
+                        "chinese_foreign_policy": "中国外交政策", "chinese_teacher_qualification": "中国教师资格",
+                        "college_education": "大学教育学", "economics": "经济学", "education": "教育学",
+                        "elementary_chinese": "小学语文", "ethnology": "民族学",
                         "high_school_geography": "高中地理", "high_school_politics": "高中政治", "journalism": "新闻学",
                         "management": "管理学", "marketing": "市场营销", "modern_chinese": "现代汉语",
                         "professional_accounting": "专业会计", "professional_psychology": "专业心理学",
@@ -90,19 +99,23 @@ CMMLU_SUBJECTS = {
               "construction_project_management": "建设工程管理", "elementary_commonsense": "小学常识",
               "elementary_information_and_technology": "小学信息技术", "food_science": "食品科学",
               "human_sexuality": "人类性行为", "legal_and_moral_basis": "法律与道德基础", "nutrition": "营养学",
-              "professional_medicine": "专业医学", "sports_science": "体育学", "traditional_chinese_medicine": "中医中药"}}
-CHINA_SPECIFIC = {"ancient_chinese", "construction_project_management", "elementary_chinese", "elementary_commonsense",
-                  "ethnology", "high_school_politics", "modern_chinese", "traditional_chinese_medicine",
-                  *(f"chinese_{name}" for name in ("civil_service_exam", "driving_rule", "food_culture", "foreign_policy",
-                                                   "history", "literature", "teacher_qualification"))}
-MMMLU_LANGUAGES = {"AR-XY": "Arabic", "BN-BD": "Bengali", "DE-DE": "German", "ES-LA": "Spanish", "FR-FR": "French",
-                   "HI-IN": "Hindi", "ID-ID": "Indonesian", "IT-IT": "Italian", "JA-JP": "Japanese", "KO-KR": "Korean",
-                   "PT-BR": "Brazilian Portuguese", "SW-KE": "Swahili", "YO-NG": "Yoruba", "ZH-CN": "Simplified Chinese"}
+              "professional_medicine": "专业医学", "sports_science": "体育学",
+              "traditional_chinese_medicine": "中医中药"}}
+CHINA_SPECIFIC = {"ancient_chinese", "construction_project_management", "elementary_chinese",
+                  "elementary_commonsense", "ethnology", "high_school_politics", "modern_chinese",
+                  "traditional_chinese_medicine", *(f"chinese_{name}" for name in (
+                      "civil_service_exam", "driving_rule", "food_culture", "foreign_policy", "history",
+                      "literature", "teacher_qualification"))}
+MMMLU_LANGUAGES = {"AR-XY": "Arabic", "BN-BD": "Bengali", "DE-DE": "German", "ES-LA": "Spanish",
+                   "FR-FR": "French", "HI-IN": "Hindi", "ID-ID": "Indonesian", "IT-IT": "Italian",
+                   "JA-JP": "Japanese", "KO-KR": "Korean", "PT-BR": "Brazilian Portuguese",
+                   "SW-KE": "Swahili", "YO-NG": "Yoruba", "ZH-CN": "Simplified Chinese"}
 BELEBELE_CODES = {"en": "eng_Latn", "de": "deu_Latn", "zh": "zho_Hans", "ko": "kor_Hang", "id": "ind_Latn",
                   "sw": "swh_Latn", "yo": "yor_Latn"}
 AFRIMMLU_CODES = {"en": "eng", "sw": "swa", "yo": "yor"}
-PARQUET = ("parquet files, which are not read here; with pandas and pyarrow installed, convert each: python -c \"import sys, "
-           "pandas; pandas.read_parquet(sys.argv[1]).to_json(sys.argv[2], orient='records', lines=True)\" X.parquet X.jsonl")
+PARQUET = ("parquet files, which are not read here; with pandas and pyarrow installed, convert each: "
+           "python -c \"import sys, pandas; pandas.read_parquet(sys.argv[1])"
+           ".to_json(sys.argv[2], orient='records', lines=True)\" X.parquet X.jsonl")
 
 
 @dataclass(frozen=True)
@@ -155,11 +168,11 @@ class Benchmark:
     categories: dict[str, set[str]]    # subjects of each; {} where a benchmark has none
 
 
-# ------------------------------------------------------------------------------------------------------ files -> rows
+# ---------------------------------------------------------------------------------------------- files -> rows
 
 def table_rows(path: Path, wanted: tuple[str, ...], header: bool = True) -> list[tuple[str, dict]]:
-    """[("file:line", {column: text})] of a csv, tsv or jsonl file. A table's header has to hold the columns `wanted`;
-    without a header they are its columns, in this order."""
+    """[("file:line", {column: text})] of a csv, tsv or jsonl file. A table's header has to hold the columns
+    `wanted`; without a header they are its columns, in this order."""
     if path.suffix == ".jsonl":
         return data.read_records(path)
     rows, columns = [], None if header else list(wanted)
@@ -169,15 +182,18 @@ def table_rows(path: Path, wanted: tuple[str, ...], header: bool = True) -> list
             for name in wanted:
                 data.need(dict.fromkeys(columns), name, where)
         elif len(cells) != len(columns):
-            raise DataError(f"{where}: {len(cells)} columns, {len(columns)} are wanted ({', '.join(columns)})")
+            raise DataError(f"{where}: {len(cells)} columns, {len(columns)} are wanted "
+                            f"({', '.join(columns)})")
         elif header or [cell.strip().lower() for cell in cells] != [name.lower() for name in wanted]:
             rows.append((where, dict(zip(columns, cells))))
     return rows
 
 
 def table_cells(path: Path):
-    """Yields ("file:line", cells) of a csv or tsv file; a record is named by its first line. Blank lines are left out."""
-    reader = csv.reader(io.StringIO(data.read_text(path), newline=""), delimiter="\t" if path.suffix == ".tsv" else ",")
+    """Yields ("file:line", cells) of a csv or tsv file; a record is named by its first line.
+    Blank lines are left out."""
+    reader = csv.reader(io.StringIO(data.read_text(path), newline=""),
+                        delimiter="\t" if path.suffix == ".tsv" else ",")
     line = 1
     while True:
         try:
@@ -192,7 +208,8 @@ def table_cells(path: Path):
 
 
 def make_document(row: dict, where: str, subject: str, keys: tuple[str, ...], strip: bool = True) -> Document:
-    """keys: those of the passage ("" without), the question, four options (or one list of them), and the answer."""
+    """keys: those of the passage ("" without), the question, four options (or one list of them),
+    and the answer."""
     passage, question, *options, answer = keys
     found = [data.need(row, key, where) for key in options]
     if len(found) == 1:
@@ -218,7 +235,8 @@ def choice_list(value, where: str) -> list:
 
 
 def gold_index(answer, where: str) -> int:
-    """0 to 3 from a letter A-D or, as the hub's MMLU has it, from a number 0-3 (no text: "1" may be counted from 1)."""
+    """0 to 3 from a letter A-D or, as the hub's MMLU has it, from a number 0-3
+    (no text: "1" may be counted from 1)."""
     if isinstance(answer, int) and not isinstance(answer, bool) and 0 <= answer < len(LETTERS):
         return answer
     letter = answer.strip() if isinstance(answer, str) else answer
@@ -232,12 +250,14 @@ def refuse_duplicates(identified: list[tuple[str, object]]) -> None:
     seen = {}
     for where, identifier in identified:
         if identifier in seen:
-            raise DataError(f"{where}: the same identifier as in {seen[identifier]}: {str(identifier)[:80]!r}")
+            raise DataError(f"{where}: the same identifier as in {seen[identifier]}: "
+                            f"{str(identifier)[:80]!r}")
         seen[identifier] = where
 
 
 def local_files(name: str, path, language: str) -> Path:
-    """The benchmark's directory; of a data set on the hub, its csv, tsv and jsonl files (of one language) downloaded."""
+    """The benchmark's directory; of a data set on the hub,
+    its csv, tsv and jsonl files (of one language) downloaded."""
     if not hub.is_id(path):
         return Path(path)
     patterns = ["*.csv", "*.jsonl"]
@@ -261,24 +281,26 @@ def listed(root: Path, folders: list[str], names: list[str]) -> list[Path]:
     if any(root.rglob("*.parquet")):
         raise DataError(f"{root} holds {PARQUET}")
     places = ", ".join(sorted({str(root / folder) for folder in folders}))
-    raise DataError(f"{root}: found no {' or '.join(names)} in {places} (of data sets on the hub some hold only {PARQUET})")
+    raise DataError(f"{root}: found no {' or '.join(names)} in {places} "
+                    f"(of data sets on the hub some hold only {PARQUET})")
 
 
 def read_subjects(task: Task, root: Path, split: str) -> dict[Path, list[Document]]:
-    """MMLU or CMMLU: one csv a subject in a folder of the split, MMLU's without a header; or files converted to jsonl from
-    the hub's parquet, MMLU's with all subjects in one."""
+    """MMLU or CMMLU: one csv a subject in a folder of the split, MMLU's without a header;
+    or files converted to jsonl from the hub's parquet, MMLU's with all subjects in one."""
     mmlu = task.name == "mmlu"
     columns = ("question", *LETTERS, "answer") if mmlu else ("Question", *LETTERS, "Answer")
     names = [f"*_{split}.csv", f"{split}.jsonl", f"{split}-*.jsonl"] if mmlu else ["*.csv", "*.jsonl"]
     documents = {}
     for path in listed(root, [split, f"data/{split}", "", "data"], names):
         rows, name = table_rows(path, columns, header=not mmlu), path.stem.removesuffix(f"_{split}")
-        if rows and "" in rows[0][1]:                                                         # CMMLU numbers its rows
+        if rows and "" in rows[0][1]:                                           # CMMLU numbers its rows
             refuse_duplicates([(where, row[""]) for where, row in rows])
         joined = mmlu and path.suffix == ".jsonl"
         keys = ("", "question", "choices", "answer") if joined else ("", *columns)
-        documents[path] = [make_document(row, where, data.need(row, "subject", where) if joined else name, keys)
-                           for where, row in rows]
+        documents[path] = [
+            make_document(row, where, data.need(row, "subject", where) if joined else name, keys)
+            for where, row in rows]
     return documents
 
 
@@ -293,12 +315,14 @@ def mmmlu_code(language: str) -> str:
 def read_mmmlu(root: Path, language: str) -> dict[Path, list[Document]]:
     """MMMLU: one csv a language with all subjects, whose Subject cells may carry a file name's rest."""
     code = mmmlu_code(language)
-    path = root if root.is_file() else listed(root, ["", "test"], [f"mmlu_{code}.*", f"*{code.replace('-', '_')}.*"])[0]
+    path = root if root.is_file() else \
+        listed(root, ["", "test"], [f"mmlu_{code}.*", f"*{code.replace('-', '_')}.*"])[0]
     columns, documents, seen = ("Question", *LETTERS, "Answer"), [], []
     for where, row in table_rows(path, (*columns, "Subject")):
-        subject = data.as_kind(data.need(row, "Subject", where), str, where).split("_test.csv")[0].split("_test-")[0]
+        subject = (data.as_kind(data.need(row, "Subject", where), str, where)
+                   .split("_test.csv")[0].split("_test-")[0])
         documents.append(make_document(row, where, subject, ("", *columns)))
-        seen += [(where, (subject, row[""]))] if "" in row else []                            # the index column
+        seen += [(where, (subject, row[""]))] if "" in row else []              # the index column
     refuse_duplicates(seen)
     return {path: documents}
 
@@ -345,7 +369,7 @@ def read_split(task: Task, root: Path, language: str, split: str) -> dict[Path, 
     return documents
 
 
-# ------------------------------------------------------------------------------------------------ rows -> questions
+# ------------------------------------------------------------------------------------------ rows -> questions
 
 def text_of(task: Task, document: Document) -> str:
     """The question as it is asked, without its answer."""
@@ -363,7 +387,8 @@ def description_of(task: Task, subject: str, language: str) -> str:
     if task.name == "cmmlu":
         names = {name: chinese for part in CMMLU_SUBJECTS.values() for name, chinese in part.items()}
         if subject not in names:
-            raise DataError(f"CMMLU has no subject {subject!r}: the file's name must be one of {', '.join(sorted(names))}")
+            raise DataError(f"CMMLU has no subject {subject!r}: "
+                            f"the file's name must be one of {', '.join(sorted(names))}")
         spaced = names[subject]
     if task.name == "mmmlu":
         language = MMMLU_LANGUAGES[mmmlu_code(language)]
@@ -379,7 +404,8 @@ def draw_examples(task: Task, document: Document, pool: list[Document], shots: i
         own = (document.passage, document.question, document.options, document.gold)
         pool = [other for other in pool if (other.passage, other.question, other.options, other.gold) != own]
     if shots > len(pool):
-        raise DataError(f"{document.where}: --shots {shots}, but {document.subject} has only {len(pool)} examples")
+        raise DataError(f"{document.where}: --shots {shots}, "
+                        f"but {document.subject} has only {len(pool)} examples")
     return chance.sample(pool, shots) if task.draw == "chance" else pool[:shots]
 
 
@@ -397,7 +423,8 @@ def subject_questions(task: Task, documents: list[Document], pool: list[Document
 
 
 def by_subject(task: Task, files: dict[Path, list[Document]]) -> dict[str, list[Document]]:
-    """{subject: documents}. AfriMMLU counts as one: the harness makes it one task, with one stream of chance."""
+    """{subject: documents}. AfriMMLU counts as one:
+    the harness makes it one task, with one stream of chance."""
     groups = {}
     for documents in files.values():
         for document in documents:
@@ -407,8 +434,8 @@ def by_subject(task: Task, files: dict[Path, list[Document]]) -> dict[str, list[
 
 def read_benchmark(name: str, path, shots: int = 0, language: str = "", subjects: list[str] | None = None,
                    split: str = "test", limit: int | None = None) -> Benchmark:
-    """The questions of a benchmark, from the directory (or, with one file a language, the file) it is distributed as, or from
-    the hub id of its data set.
+    """The questions of a benchmark, from the directory (or, with one file a language, the file)
+    it is distributed as, or from the hub id of its data set.
 
     language: of MMMLU, BELEBELE, AfriMMLU. subjects: only these. limit: the first so many of every subject.
     Raises DataError with file and line.
@@ -422,25 +449,29 @@ def read_benchmark(name: str, path, shots: int = 0, language: str = "", subjects
     groups = by_subject(task, files)
     unknown = set(subjects or ()) - set(groups)
     if unknown:
-        raise DataError(f"{root} has no subject {', '.join(sorted(unknown))}; it has {', '.join(sorted(groups))}")
+        raise DataError(f"{root} has no subject {', '.join(sorted(unknown))}; "
+                        f"it has {', '.join(sorted(groups))}")
     examples = read_split(task, root, language, task.examples) if shots and task.examples else files
     pools, questions = by_subject(task, examples), []
     for subject, documents in groups.items():
         if not subjects or subject in subjects:
             questions += subject_questions(task, documents, pools.get(subject, []), shots, language, limit)
-    used = {str(path.relative_to(root) if root.is_dir() else path.name): file_hash(path) for path in {**files, **examples}}
+    used = {str(path.relative_to(root) if root.is_dir() else path.name): file_hash(path)
+            for path in {**files, **examples}}
     settings = {"benchmark": name, "language": language, "split": split, "shots": shots,
-                "examples from": task.examples or split, "examples drawn": task.draw, "description": task.description,
-                "template": task.text, "choices": task.answers,
+                "examples from": task.examples or split, "examples drawn": task.draw,
+                "description": task.description, "template": task.text, "choices": task.answers,
                 "scored": "log-prob of ' ' + choice, summed, not normalised; argmax, the first of equals",
-                "subjects": sorted({question.subject for question in questions}), "limit": limit, "files": used}
+                "subjects": sorted({question.subject for question in questions}),
+                "limit": limit, "files": used}
     return Benchmark(task, questions, settings, categories_of(task))
 
 
 def categories_of(task: Task) -> dict[str, set[str]]:
     if task.name == "cmmlu":
         return {name: set(part) for name, part in CMMLU_SUBJECTS.items()} | {"china_specific": CHINA_SPECIFIC}
-    return {name: set(part.split()) for name, part in MMLU_CATEGORIES.items()} if task.name in ("mmlu", "mmmlu") else {}
+    return {name: set(part.split()) for name, part in MMLU_CATEGORIES.items()} \
+        if task.name in ("mmlu", "mmmlu") else {}
 
 
 def file_hash(path) -> str:
@@ -452,10 +483,11 @@ def file_hash(path) -> str:
     return digest.hexdigest()[:16]
 
 
-# ------------------------------------------------------------------------------------------------- questions -> forks
+# ----------------------------------------------------------------------------------------- questions -> forks
 
 def encode(tokenizer, texts: list[str]) -> list[list[int]]:
-    """Ids as the tokenizer itself adds special tokens: Llama's one BOS, none of Qwen; none where the text brings it."""
+    """Ids as the tokenizer itself adds special tokens: Llama's one BOS, none of Qwen;
+    none where the text brings it."""
     bos = tokenizer.names.get("bos_token")
     bare = [bool(bos) and text.startswith(bos) for text in texts]
     if not any(bare):
@@ -466,7 +498,8 @@ def encode(tokenizer, texts: list[str]) -> list[list[int]]:
 def encode_questions(tokenizer, questions: list[Question]) -> list[tuple[list[int], list[list[int]]]]:
     """(prompt ids, ids of each choice) of questions, prompt and choice tokenised jointly.
 
-    What follows the prompt's own tokens in the joint text is the choice's; spaces at the prompt's end go over to it.
+    What follows the prompt's own tokens in the joint text is the choice's;
+    spaces at the prompt's end go over to it.
     """
     prompts, joint = [], []
     for question in questions:
@@ -479,8 +512,8 @@ def encode_questions(tokenizer, questions: list[Question]) -> list[tuple[list[in
     for question, prompt in zip(questions, prompts):
         choices = [next(joint)[len(prompt):] for _ in question.choices]
         if not all(choices):
-            raise DataError(f"{question.where}: the tokenizer merges choice {question.choices[choices.index([])]!r} with the "
-                            f"prompt")
+            raise DataError(f"{question.where}: the tokenizer merges choice "
+                            f"{question.choices[choices.index([])]!r} with the prompt")
         pairs.append((prompt, choices))
     return pairs
 
@@ -494,14 +527,16 @@ class Part:
     cut: bool                          # the prompt lost its start to the model's longest input
 
 
-def make_parts(index: int, where: str, prompt: list[int], choices: list[list[int]], max_tokens: int) -> list[Part]:
-    """Forks of one question. Too long for the model, the prompt loses its start, more of it before a longer choice: where
-    prompts then differ, the choices are forks of their own."""
+def make_parts(index: int, where: str, prompt: list[int], choices: list[list[int]],
+               max_tokens: int) -> list[Part]:
+    """Forks of one question. Too long for the model, the prompt loses its start, more of it before a longer
+    choice: where prompts then differ, the choices are forks of their own."""
     parts = {}
     for number, choice in enumerate(choices):
         kept = tuple((prompt + choice)[-(max_tokens + 1):][:-len(choice)])
         if not kept:
-            raise DataError(f"{where}: {len(choice)} tokens to be scored, the model reads {max_tokens}: leave it out")
+            raise DataError(f"{where}: {len(choice)} tokens to be scored, the model reads {max_tokens}: "
+                            f"leave it out")
         if kept not in parts:
             parts[kept] = Part(data.Fork(list(kept), [], "", where), index, [], len(kept) < len(prompt))
         parts[kept].fork.continuations.append(choice)
@@ -511,18 +546,20 @@ def make_parts(index: int, where: str, prompt: list[int], choices: list[list[int
 
 def common_prefix(prompts: list[list[int]]) -> list[int]:
     """The tokens all prompts begin with, short of the last one of any."""
-    first, last = min(prompts), max(prompts)                  # in lexical order, all others lie between these two
+    first, last = min(prompts), max(prompts)          # in lexical order, all others lie between these two
     shared = next((i for i, (a, b) in enumerate(zip(first, last)) if a != b), min(len(first), len(last)))
     return first[:min(shared, min(map(len, prompts)) - 1)]
 
 
 def buckets(tokenizer, questions: list[Question], max_tokens: int):
-    """Lists of Parts that share their header: those of each header that several questions have, then all others."""
+    """Lists of Parts that share their header: those of each header that several questions have,
+    then all others."""
     headers, others = Counter(question.header for question in questions), []
     for header, count in headers.items():
         indices = [i for i, question in enumerate(questions) if question.header == header]
         parts = []
-        for i, (prompt, choices) in zip(indices, encode_questions(tokenizer, [questions[i] for i in indices])):
+        for i, (prompt, choices) in zip(indices, encode_questions(
+                tokenizer, [questions[i] for i in indices])):
             parts += make_parts(i, questions[i].where, prompt, choices, max_tokens)
         whole = [part for part in parts if not part.cut] if count > 1 else []
         others += [part for part in parts if part.cut or count == 1]
@@ -532,23 +569,25 @@ def buckets(tokenizer, questions: list[Question], max_tokens: int):
         yield others
 
 
-# ------------------------------------------------------------------------------------------------------------ scores
+# ----------------------------------------------------------------------------------------------------- scores
 
 @torch.no_grad()
 def sequence_logps(model, forks: list[data.Fork], batch_tokens: int, shared: list[int] | None = None):
-    """Yields ([index of a fork], [log-probs of each one's continuations, summed over tokens]) a batch of packed forks.
+    """Yields ([index of a fork], [log-probs of each one's continuations, summed over tokens])
+    a batch of packed forks.
 
-    shared: tokens all prompts begin with; they are computed once. batch_tokens: of a forward pass, at most, but for longer
-    forks.
+    shared: tokens all prompts begin with; they are computed once.
+    batch_tokens: of a forward pass, at most, but for longer forks.
     """
     shared, device = shared or [], model.head.device
     prefix = llama.keys_and_values(model, shared)
-    rest = [data.Fork(fork.prompt[len(shared):], fork.continuations, fork.language, fork.row) for fork in forks]
+    rest = [data.Fork(fork.prompt[len(shared):], fork.continuations, fork.language, fork.row)
+            for fork in forks]
     longest = max(fork.length for fork in rest)
     for batch in data.micro_batches(rest, max(batch_tokens, longest), 1, ends=False):
         on = batch.to(device)
-        hidden = model(on.tokens, on.positions, on.fork, on.branch, prefix=prefix)                       # (1, T, H)
-        predicted = hidden.reshape(-1, hidden.shape[-1]).index_select(0, on.row_index)                   # (N, H)
+        hidden = model(on.tokens, on.positions, on.fork, on.branch, prefix=prefix)              # (1, T, H)
+        predicted = hidden.reshape(-1, hidden.shape[-1]).index_select(0, on.row_index)          # (N, H)
         logp = kernels.token_logp(predicted, model.head.to(predicted.dtype), on.targets)
         sizes = [len(fork.continuations) for fork in batch.forks]
         sums = torch.zeros(sum(sizes), dtype=logp.dtype, device=device).index_add(0, on.sequence, logp)
@@ -566,12 +605,13 @@ def score(model, tokenizer, questions: list[Question], batch_tokens: int = 2048)
                     found[part.question][choice] = value
                 cut |= {part.question} if part.cut else set()
                 if None not in found[part.question]:
-                    yield part.question, verdict(questions[part.question], found[part.question], part.question in cut)
+                    yield part.question, verdict(questions[part.question], found[part.question],
+                                                 part.question in cut)
 
 
 def multiple_choice(model, tokenizer, questions: list[Question], batch_tokens: int = 2048) -> list[dict]:
-    """For each question {"choice": int, "correct": bool, "logp": [log-prob of each choice], "cut": bool}; cut: the prompt
-    was longer than the model reads and lost its start."""
+    """For each question {"choice": int, "correct": bool, "logp": [log-prob of each choice], "cut": bool};
+    cut: the prompt was longer than the model reads and lost its start."""
     scored = dict(score(model, tokenizer, questions, batch_tokens))
     return [scored[i] for i in range(len(questions))]
 
@@ -581,7 +621,7 @@ def verdict(question: Question, logps: list[float], cut: bool) -> dict:
     return {"choice": choice, "correct": choice == question.gold, "logp": logps, "cut": cut}
 
 
-# --------------------------------------------------------------------------------------------------------- summaries
+# -------------------------------------------------------------------------------------------------- summaries
 
 def accuracy(correct: list[bool]) -> dict:
     """Accuracy in %, its standard error (of the sample, n - 1; None for a single question) and n."""
@@ -591,8 +631,8 @@ def accuracy(correct: list[bool]) -> dict:
 
 
 def pooled(parts: list[dict]) -> dict:
-    """The accuracy over all questions of several subjects, with the pooled standard error of the harness: the questions'
-    variance within subjects, so that differences between subjects do not count."""
+    """The accuracy over all questions of several subjects, with the pooled standard error of the harness:
+    the questions' variance within subjects, so that differences between subjects do not count."""
     sizes = [part["n"] for part in parts]
     n = sum(sizes)
     squares = sum((size - 1) * size * part["stderr"] ** 2 for size, part in zip(sizes, parts) if size > 1)
@@ -610,7 +650,8 @@ def weighted_f1(gold: list[int], choice: list[int]) -> float:
 
 
 def summarise(benchmark: Benchmark, verdicts: list[dict]) -> dict:
-    """{"all", "categories": {name}, "subjects": {name}}, each with accuracy, stderr and n; AfriMMLU's F1 too."""
+    """{"all", "categories": {name}, "subjects": {name}}, each with accuracy, stderr and n;
+    AfriMMLU's F1 too."""
     subjects = {}
     for question, result in zip(benchmark.questions, verdicts):
         subjects.setdefault(question.subject, []).append(result["correct"])
@@ -619,7 +660,7 @@ def summarise(benchmark: Benchmark, verdicts: list[dict]) -> dict:
                   for name, members in benchmark.categories.items()}
     summary = {"all": pooled(list(subjects.values())), "subjects": subjects,
                "categories": {name: pooled(parts) for name, parts in categories.items() if parts}}
-    if benchmark.task.name == "afrimmlu":                       # one task of the harness, whatever its subjects
+    if benchmark.task.name == "afrimmlu":               # one task of the harness, whatever its subjects
         summary["all"] = accuracy([result["correct"] for result in verdicts])
         summary["weighted_f1"] = weighted_f1([question.gold for question in benchmark.questions],
                                              [result["choice"] for result in verdicts])

@@ -444,7 +444,8 @@ class Tokenizer:
         self.bos_id, self.eos_id, self.unk_id = (
             self.full.token_to_id(self.names.get(key, "")) for key in ("bos_token", "eos_token", "unk_token"))
         self.vocab_size = 1 + max(self.full.get_vocab(with_added_tokens=True).values())
-        rows = optional_object(directory / "config.json").get("vocab_size")  # of the embedding: often more, never fewer
+        # of the embedding: often more, never fewer
+        rows = optional_object(directory / "config.json").get("vocab_size")
         self.rows = rows if type(rows) is int else self.vocab_size
         self._build_encoders(source)
         self._find_added(source)
@@ -457,7 +458,8 @@ class Tokenizer:
         """A special token's text; tokenizer_config.json gives it bare or inside {"content": ...}."""
         name = token.get("content") if isinstance(token, dict) else token
         if not isinstance(name, str):
-            raise DataError(f"{self.directory / 'tokenizer_config.json'}: {key} is {name!r}, a string was expected")
+            raise DataError(f"{self.directory / 'tokenizer_config.json'}: {key} is {name!r}, "
+                            "a string was expected")
         return name
 
     def _build(self, source):
@@ -502,15 +504,16 @@ class Tokenizer:
             as_kind(chat, str, f"{self.directory}: chat_template")
         adds_bos = config.get("add_bos_token", self.bos_id in self.full.encode("").ids)
         # a chat template decides on BOS itself, the plain one as the tokenizer
-        self.template = chat or (PLAIN_TEMPLATE if adds_bos else PLAIN_TEMPLATE.removeprefix("{{ bos_token }}"))
+        self.template = chat or (PLAIN_TEMPLATE if adds_bos
+                                 else PLAIN_TEMPLATE.removeprefix("{{ bos_token }}"))
         self.render = compile_template(self.template, self.directory)
         self.variables = dict(self.names)
 
     def _named_template(self, entries):
         """Of several templates the default one, else the first; None if there are none."""
         where = f"{self.directory}: chat_template"
-        named = {as_kind(need(entry, "name", where), str, where): as_kind(need(entry, "template", where), str, where)
-                 for entry in entries}
+        named = {as_kind(need(entry, "name", where), str, where):
+                 as_kind(need(entry, "template", where), str, where) for entry in entries}
         return named.get("default", next(iter(named.values()), None))
 
     def _find_stops(self):
@@ -531,7 +534,8 @@ class Tokenizer:
             ids = optional_object(self.directory / name).get("eos_token_id")
             ids = ids if isinstance(ids, list) else [] if ids is None else [ids]
             if not all(type(token) is int for token in ids):
-                raise DataError(f"{self.directory / name}: eos_token_id is {ids!r}, whole numbers were expected")
+                raise DataError(f"{self.directory / name}: eos_token_id is {ids!r}, "
+                                "whole numbers were expected")
             self.stop_ids |= set(ids)
 
     def _text(self, messages, asking):
@@ -569,7 +573,8 @@ class Tokenizer:
             cursor, encoder = match.end(), self.later
         ids += self._plain(encoder, text[cursor:].replace(mark, ""))
         if ids and max(ids) >= self.rows:
-            raise DataError(f"{self.directory}: tokenizer.json gives id {max(ids)}, config.json's vocab_size is {self.rows}: "
+            raise DataError(f"{self.directory}: tokenizer.json gives id {max(ids)}, "
+                            f"config.json's vocab_size is {self.rows}: "
                             "tokenizer and weights do not belong together")
         return ids
 
@@ -742,9 +747,11 @@ def lay_out(forks, rows, width, ends=True):
 
 
 def micro_batches(forks, row_tokens, rows, trim=True, ends=True):
-    """[Batch]: forks packed into rows of row_tokens, `rows` of them a batch; trim drops shared padding.
+    """[Batch]: forks packed into rows of row_tokens, `rows` of them a batch.
 
-    ends=False leaves each continuation's last token out of the row: it is a target, but predicts nothing.
+    trim drops padding that all rows share; without it every batch has one shape, in the last one with empty
+    rows if need be. ends=False leaves each continuation's last token out of the row: it is a target, but
+    predicts nothing.
     """
     assert forks and rows > 0, f"{len(forks)} forks in batches of {rows} rows"
     packed = best_fit([laid_length(fork, ends) for fork in forks], row_tokens)
@@ -752,13 +759,16 @@ def micro_batches(forks, row_tokens, rows, trim=True, ends=True):
     for first in range(0, len(packed), rows):
         part = packed[first:first + rows]
         longest = max(sum(laid_length(forks[i], ends) for i in row) for row in part)
-        batches.append(lay_out(forks, part, longest if trim else row_tokens, ends))
+        if not trim:
+            longest, part = row_tokens, part + [[]] * (rows - len(part))
+        batches.append(lay_out(forks, part, longest, ends))
     return batches
 
 
 def pack(forks, row_tokens, trim=True):
     """All forks in one Batch."""
-    return micro_batches(forks, row_tokens, len(forks), trim)[0]
+    rows = len(best_fit([fork.length for fork in forks], row_tokens))
+    return micro_batches(forks, row_tokens, rows, trim)[0]
 
 
 # ---- command line ----

@@ -1,12 +1,13 @@
 """Evaluation: exact answers, the language of replies, the report of a run, and a prompt to talk to a model.
 
     python eval.py ask --adapter runs/sw/clo/adapter "Mji mkuu wa Ufaransa ni upi?"
-    python eval.py ask --adapter runs/sw/clo/adapter                # a small conversation, one question at a time
+    python eval.py ask --adapter runs/sw/clo/adapter    # a small conversation, one question at a time
 
-A reply is *correct* when, normalised (Unicode NFC, case, spaces, final punctuation), it equals the row's response in the
-language of the question. Whether it is in the *right language* is judged by a naive Bayes classifier over character
-n-grams, fitted on the run's own parallel rows: it knows no language by name, only the ones it was given. Rows whose
-response is the same in another language say nothing about language; they are left out of that figure and counted.
+A reply is *correct* when, normalised (Unicode NFC, case, spaces, final punctuation), it equals the row's
+response in the language of the question. Whether it is in the *right language* is judged by a naive Bayes
+classifier over character n-grams, fitted on the run's own parallel rows: it knows no language by name, only
+the ones it was given. Rows whose response is the same in another language say nothing about language; they
+are left out of that figure and counted.
 
 References: naive Bayes over n-grams for language identification (Lui and Baldwin 2012, langid.py).
 """
@@ -37,23 +38,24 @@ from report import report_text, table  # noqa: F401  clo.py prints with them
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 HASH_DIGITS = 16
-TRANSLATED_AT_ONCE = 16         # instructions between two writes
-MIXED = "mixed"                 # what a reply in two languages is called:
-MIXED_SHARE = 0.2               # one with this part of its letters in another language than the rest
-SWITCH = 12.0                   # nats that a change of language costs: a name or a loan word does not make one
+TRANSLATED_AT_ONCE = 16     # instructions between two writes
+MIXED = "mixed"             # what a reply in two languages is called:
+MIXED_SHARE = 0.2           # one with this part of its letters in another language than the rest
+SWITCH = 12.0               # nats that a change of language costs: a name or a loan word does not make one
 LONGEST_NGRAM = 4
-UNSEEN = 0.3                    # added to every n-gram's count
-INDEPENDENCE = 0.3              # neighbouring n-grams overlap: their evidence counts for this part of itself
-SURE = 0.8                      # below this posterior probability the classifier abstains
-SCRIPTS = {"han": ((0x2E80, 0x2FDF), (0x3400, 0x4DBF), (0x4E00, 0x9FFF), (0xF900, 0xFAFF), (0x20000, 0x323AF)),
-           "hangul": ((0x1100, 0x11FF), (0x3130, 0x318F), (0xAC00, 0xD7AF)), "kana": ((0x3040, 0x30FF),),
-           "latin": ((0x0041, 0x024F), (0x1E00, 0x1EFF)), "cyrillic": ((0x0400, 0x052F),), "greek": ((0x0370, 0x03FF),),
-           "arabic": ((0x0600, 0x06FF), (0x0750, 0x077F)), "hebrew": ((0x0590, 0x05FF),),
-           "devanagari": ((0x0900, 0x097F),), "bengali": ((0x0980, 0x09FF),), "tamil": ((0x0B80, 0x0BFF),),
-           "thai": ((0x0E00, 0x0E7F),), "ethiopic": ((0x1200, 0x137F),)}
+UNSEEN = 0.3                # added to every n-gram's count
+INDEPENDENCE = 0.3          # neighbouring n-grams overlap: their evidence counts for this part of itself
+SURE = 0.8                  # below this posterior probability the classifier abstains
+SCRIPTS = {
+    "han": ((0x2E80, 0x2FDF), (0x3400, 0x4DBF), (0x4E00, 0x9FFF), (0xF900, 0xFAFF), (0x20000, 0x323AF)),
+    "hangul": ((0x1100, 0x11FF), (0x3130, 0x318F), (0xAC00, 0xD7AF)), "kana": ((0x3040, 0x30FF),),
+    "latin": ((0x0041, 0x024F), (0x1E00, 0x1EFF)), "cyrillic": ((0x0400, 0x052F),),
+    "greek": ((0x0370, 0x03FF),), "arabic": ((0x0600, 0x06FF), (0x0750, 0x077F)),
+    "hebrew": ((0x0590, 0x05FF),), "devanagari": ((0x0900, 0x097F),), "bengali": ((0x0980, 0x09FF),),
+    "tamil": ((0x0B80, 0x0BFF),), "thai": ((0x0E00, 0x0E7F),), "ethiopic": ((0x1200, 0x137F),)}
 
 
-# ----------------------------------------------------------------------------------------------------- reply language
+# --------------------------------------------------------------------------------------------- reply language
 
 @dataclass
 class LanguageModel:
@@ -66,7 +68,8 @@ class LanguageModel:
 @lru_cache(maxsize=1 << 16)
 def script(char: str) -> str:
     code = ord(char)
-    return next((name for name, ranges in SCRIPTS.items() if any(low <= code <= high for low, high in ranges)), "other")
+    return next((name for name, ranges in SCRIPTS.items()
+                 if any(low <= code <= high for low, high in ranges)), "other")
 
 
 def split_words(text: str) -> list[str]:
@@ -77,7 +80,8 @@ def split_words(text: str) -> list[str]:
 
 
 def pieces_by_script(word: str) -> list[str]:
-    """Cut where the script changes; marks and letters of no listed script stay with what stands before them."""
+    """Cut where the script changes;
+    marks and letters of no listed script stay with what stands before them."""
     pieces, before = [""], "other"
     for char in word:
         own = script(char)
@@ -89,10 +93,12 @@ def pieces_by_script(word: str) -> list[str]:
 
 
 def ngrams(word: str) -> list[list[str]]:
-    """Character n-grams of a word by length, in lower case, padded with spaces; [0] holds each letter's script instead."""
+    """Character n-grams of a word by length, in lower case, padded with spaces;
+    [0] holds each letter's script instead."""
     padded = f" {word.lower()} "
-    return [[script(c) for c in word]] + [[gram for i in range(len(padded) - n + 1) if (gram := padded[i:i + n]) != " "]
-                                          for n in range(1, LONGEST_NGRAM + 1)]
+    return [[script(c) for c in word]] + [
+        [gram for i in range(len(padded) - n + 1) if (gram := padded[i:i + n]) != " "]
+        for n in range(1, LONGEST_NGRAM + 1)]
 
 
 def fit_languages(texts: dict[str, list[str]]) -> LanguageModel:
@@ -104,7 +110,8 @@ def fit_languages(texts: dict[str, list[str]]) -> LanguageModel:
                 for counter, grams in zip(counts[language], ngrams(word)):
                     counter.update(grams)
     logp, unseen = {}, {}
-    vocabulary = [len(set().union(*(counters[n] for counters in counts.values()))) for n in range(LONGEST_NGRAM + 1)]
+    vocabulary = [len(set().union(*(counters[n] for counters in counts.values())))
+                  for n in range(LONGEST_NGRAM + 1)]
     for language, counters in counts.items():
         totals = [counter.total() + UNSEEN * (size + 1) for counter, size in zip(counters, vocabulary)]
         logp[language] = [{gram: math.log((count + UNSEEN) / total) for gram, count in counter.items()}
@@ -117,13 +124,13 @@ def word_evidence(word: str, languages: LanguageModel) -> list[float]:
     """Log-likelihood of a word under each language, in nats, overlap discounted."""
     grams = ngrams(word)
     return [INDEPENDENCE * sum(known.get(gram, unseen) for known, unseen, part in
-                               zip(languages.logp[language], languages.unseen_logp[language], grams) for gram in part)
-            for language in languages.logp]
+                               zip(languages.logp[language], languages.unseen_logp[language], grams)
+                               for gram in part) for language in languages.logp]
 
 
 def reply_language(text: str, languages: LanguageModel) -> tuple[str | None, float]:
-    """(language, its posterior probability); "mixed" for a reply in two languages, with the share of its letters that are
-    not of the first; None when unsure or without letters."""
+    """(language, its posterior probability); "mixed" for a reply in two languages, with the share of its
+    letters that are not of the first; None when unsure or without letters."""
     words = split_words(text)
     if not words:
         return None, 0.0
@@ -138,9 +145,9 @@ def reply_language(text: str, languages: LanguageModel) -> tuple[str | None, flo
 
 
 def foreign_share(words: list[str], evidence: list[list[float]]) -> float:
-    """Share of the text (in bytes of letters) outside its main language, along the likeliest path of languages over the
-    words; a change of language costs SWITCH nats (Viterbi 1967). Words with a capital, names most of them, belong to no
-    language."""
+    """Share of the text (in bytes of letters) outside its main language, along the likeliest path of
+    languages over the words; a change of language costs SWITCH nats (Viterbi 1967). Words with a capital,
+    names most of them, belong to no language."""
     kept = [i for i, word in enumerate(words) if not word[0].isupper()]
     if not kept:
         return 0.0
@@ -158,10 +165,11 @@ def foreign_share(words: list[str], evidence: list[list[float]]) -> float:
 
 
 def texts_by_language(rows: list[dict], languages: tuple[str, ...]) -> dict[str, list[str]]:
-    return {language: [row[language][part] for row in rows for part in ("prompt", "response")] for language in languages}
+    return {language: [row[language][part] for row in rows for part in ("prompt", "response")]
+            for language in languages}
 
 
-# ------------------------------------------------------------------------------------------------------------ answers
+# ---------------------------------------------------------------------------------------------------- answers
 
 def normalise(text: str) -> str:
     """NFC, one space between words, no case, no final punctuation."""
@@ -169,7 +177,8 @@ def normalise(text: str) -> str:
     return text.rstrip(".!?…。！？ ")
 
 
-def answer(model, tokenizer, questions: list[str], max_tokens: int, system=None, label="answers") -> list[str]:
+def answer(model, tokenizer, questions: list[str], max_tokens: int, system=None,
+           label="answers") -> list[str]:
     """Greedy replies to questions, in their order."""
     prompts = [tokenizer.prompt_ids(question, system) for question in questions]
     with tqdm(total=len(prompts), desc=label, unit="reply") as bar:
@@ -177,20 +186,22 @@ def answer(model, tokenizer, questions: list[str], max_tokens: int, system=None,
     return [tokenizer.decode(reply).strip() for reply in replies]
 
 
-def answer_and_score(model, tokenizer, rows: list[dict], languages: tuple[str, ...], classifier: LanguageModel,
-                     max_tokens: int, system: str | None, path: Path) -> dict:
-    """Answer the rows in every language; {language: {"correct": %, "right_language": %, "n": int, ...}}. Every reply is
-    written to `path`, one JSON line each."""
+def answer_and_score(model, tokenizer, rows: list[dict], languages: tuple[str, ...],
+                     classifier: LanguageModel, max_tokens: int, system: str | None, path: Path) -> dict:
+    """Answer the rows in every language; {language: {"correct": %, "right_language": %, "n": int, ...}}.
+    Every reply is written to `path`, one JSON line each."""
     scores, lines = {}, []
     for language in languages:
-        replies = answer(model, tokenizer, [row[language]["prompt"] for row in rows], max_tokens, system, f"answer {language}")
+        replies = answer(model, tokenizer, [row[language]["prompt"] for row in rows], max_tokens, system,
+                         f"answer {language}")
         for row, reply in zip(rows, replies):
             expected = row[language]["response"]
             same = sum(normalise(row[other]["response"]) == normalise(expected) for other in languages) > 1
             found, confidence = reply_language(reply, classifier)
-            lines.append({"row_id": row["row_id"], "language": language, "prompt": row[language]["prompt"], "reply": reply,
-                          "expected": expected, "correct": normalise(reply) == normalise(expected),
-                          "reply_language": found, "confidence": round(confidence, 4), "judged": not same})
+            lines.append({
+                "row_id": row["row_id"], "language": language, "prompt": row[language]["prompt"],
+                "reply": reply, "expected": expected, "correct": normalise(reply) == normalise(expected),
+                "reply_language": found, "confidence": round(confidence, 4), "judged": not same})
         scores[language] = score(line for line in lines if line["language"] == language)
     data.write_jsonl(path, lines)
     return scores | {"decoding": {"temperature": 0, "max_tokens": max_tokens, "system_prompt": system,
@@ -198,12 +209,15 @@ def answer_and_score(model, tokenizer, rows: list[dict], languages: tuple[str, .
 
 
 def score(lines) -> dict:
-    """Percentages over replies of one language; right_language over those whose response differs between languages."""
+    """Percentages over replies of one language;
+    right_language over those whose response differs between languages."""
     lines = list(lines)
     judged = [line for line in lines if line["judged"]]
     return {"correct": percent(sum(line["correct"] for line in lines), len(lines)),
-            "right_language": percent(sum(line["reply_language"] == line["language"] for line in judged), len(judged)),
-            "n": len(lines), "n_language": len(judged), "unsure": sum(line["reply_language"] is None for line in judged),
+            "right_language": percent(sum(line["reply_language"] == line["language"] for line in judged),
+                                      len(judged)),
+            "n": len(lines), "n_language": len(judged),
+            "unsure": sum(line["reply_language"] is None for line in judged),
             "mixed": sum(line["reply_language"] == MIXED for line in judged)}
 
 
@@ -211,10 +225,11 @@ def percent(part: int, whole: int) -> float:
     return round(100 * part / whole, 2) if whole else 0.0
 
 
-# ---------------------------------------------------------------------------------------------------------------- ask
+# -------------------------------------------------------------------------------------------------------- ask
 
 def load_model(args) -> tuple[llama.Llama, data.Tokenizer, str, str]:
-    """(model, tokenizer, name of the base, name of the dtype) that --model, --adapter, --device and --dtype ask for."""
+    """(model, tokenizer, name of the base, name of the dtype)
+    that --model, --adapter, --device and --dtype ask for."""
     base = args.model or (args.adapter and llama.adapter_base(args.adapter)) or "demo/llama"
     tokenizer = data.load_tokenizer(base)
     dtype = args.dtype if args.dtype != "auto" else "bf16" if args.device.startswith("cuda") else "fp32"
@@ -226,8 +241,8 @@ def ask(args) -> None:
     model, tokenizer, base, _ = load_model(args)
 
     def reply(question: str) -> str:
-        ids = llama.generate(model, [tokenizer.prompt_ids(question, args.system_prompt)], args.max_tokens, tokenizer.stop_ids,
-                             args.temperature, args.top_p, args.seed)[0]
+        ids = llama.generate(model, [tokenizer.prompt_ids(question, args.system_prompt)], args.max_tokens,
+                             tokenizer.stop_ids, args.temperature, args.top_p, args.seed)[0]
         return tokenizer.decode(ids).strip()
     if args.question:
         print(reply(args.question))
@@ -243,11 +258,11 @@ def ask(args) -> None:
         print(reply(question))
 
 
-# ---------------------------------------------------------------------------------------------- evaluation directory
+# --------------------------------------------------------------------------------------- evaluation directory
 
 class Journal:
-    """A file of answers, one JSON line each behind one line of settings. `done` holds the answers of an earlier, perhaps
-    killed, run with the same settings; other settings are refused."""
+    """A file of answers, one JSON line each behind one line of settings. `done` holds the answers of
+    an earlier, perhaps killed, run with the same settings; other settings are refused."""
 
     def __init__(self, path: Path, settings: dict, fresh: bool = False):
         self.path, self.done = path, []
@@ -267,8 +282,9 @@ class Journal:
         before = found[0].get("settings", {}) if found else settings
         for key in [*before, *settings]:
             if before.get(key) != settings.get(key):
-                raise data.DataError(f"{self.path} was begun with {key} = {before.get(key)!r}, now it is "
-                                     f"{settings.get(key)!r}: choose another --out, or start over with --fresh")
+                raise data.DataError(f"{self.path} was begun with {key} = {before.get(key)!r}, "
+                                     f"now it is {settings.get(key)!r}: choose another --out, "
+                                     f"or start over with --fresh")
         if len(found) > 1:
             print(f"{self.path} holds {len(found) - 1} answers: going on behind them")
         return found[1:]
@@ -286,12 +302,13 @@ class Journal:
 
 
 def open_model(args) -> tuple[llama.Llama, data.Tokenizer, dict]:
-    """The model that --model and --adapter name, its tokenizer, and the settings that stand beside its numbers."""
+    """The model that --model and --adapter name, its tokenizer,
+    and the settings that stand beside its numbers."""
     model, tokenizer, base, dtype = load_model(args)
     settings = {"model": str(base), "model hash": weights_hash(hub.local(base)), "adapter": args.adapter,
                 "adapter hash": args.adapter and weights_hash(Path(args.adapter)),
-                "tokenizer and template": tokenizer.fingerprint[:HASH_DIGITS], "dtype": dtype, "device": args.device,
-                "torch": torch.__version__}
+                "tokenizer and template": tokenizer.fingerprint[:HASH_DIGITS], "dtype": dtype,
+                "device": args.device, "torch": torch.__version__}
     print(f"{base}{' with ' + args.adapter if args.adapter else ''}: {dtype} on {args.device}")
     return model, tokenizer, settings
 
@@ -317,10 +334,11 @@ def with_error(value: float, error: float | None, digits: int = 2) -> str:
     return f"{value:.{digits}f}" + ("" if error is None else f" ± {error:.{digits}f}")
 
 
-# --------------------------------------------------------------------------------------------------- multiple choice
+# -------------------------------------------------------------------------------------------- multiple choice
 
 def mc(args) -> None:
-    """Score a multiple-choice benchmark: accuracies with their standard error, and every question's log-probs."""
+    """Score a multiple-choice benchmark: accuracies with their standard error,
+    and every question's log-probs."""
     benchmark = benchmarks.read_benchmark(args.benchmark, args.files, args.shots, args.lang,
                                           args.subjects and args.subjects.split(","), args.split, args.limit)
     model, tokenizer, settings = open_model(args)
@@ -332,15 +350,18 @@ def mc(args) -> None:
     names = [f"{question.subject} {numbers.update([question.subject]) or numbers[question.subject]}"
              for question in benchmark.questions]
     with Journal(out / "answers.jsonl", settings, args.fresh) as journal:
-        score_questions(model, tokenizer, dict(zip(names, benchmark.questions)), figure, journal, args.batch_tokens)
+        score_questions(model, tokenizer, dict(zip(names, benchmark.questions)), figure, journal,
+                        args.batch_tokens)
     answers = {line["question"]: line for line in journal.done}
     summary = benchmarks.summarise(benchmark, [answers[name] for name in names])
-    total, categories = summary["all"], {f"all of {name}": part for name, part in summary["categories"].items()}
+    total, categories = summary["all"], {f"all of {name}": part
+                                         for name, part in summary["categories"].items()}
     print(table([figure, "accuracy %", "questions"],
                 [[name, with_error(part["accuracy"], part["stderr"]), str(part["n"])]
                  for name, part in {**summary["subjects"], **categories, "all": total}.items()]))
     cut = tell_cut(journal)
-    finish(out, settings, {figure: {"value": total["accuracy"], "stderr": total["stderr"], "n": total["n"]}}, **summary, cut=cut)
+    finish(out, settings, {figure: {"value": total["accuracy"], "stderr": total["stderr"], "n": total["n"]}},
+           **summary, cut=cut)
 
 
 def tell_cut(journal: Journal) -> int:
@@ -351,7 +372,8 @@ def tell_cut(journal: Journal) -> int:
     return cut
 
 
-def score_questions(model, tokenizer, questions: dict, figure: str, journal: Journal, batch_tokens: int) -> None:
+def score_questions(model, tokenizer, questions: dict, figure: str, journal: Journal,
+                    batch_tokens: int) -> None:
     """Add a line for each of {name: Question} that the journal does not hold yet."""
     done = {line["question"] for line in journal.done}
     left = [name for name in questions if name not in done]
@@ -362,7 +384,7 @@ def score_questions(model, tokenizer, questions: dict, figure: str, journal: Jou
             bar.update()
 
 
-# -------------------------------------------------------------------------------------------------------- perplexity
+# ------------------------------------------------------------------------------------------------- perplexity
 
 def ratio(nll: list[float], sizes: list[int]) -> dict:
     """sum(nll) / sum(sizes), with the standard error of a ratio over rows (Cochran 1977, ch. 2)."""
@@ -372,17 +394,19 @@ def ratio(nll: list[float], sizes: list[int]) -> dict:
 
 
 def perplexity(args) -> None:
-    """NLL of held-out responses per UTF-8 byte (the stop token's too), which models with other tokenizers can be compared
-    with, and its exponential."""
+    """NLL of held-out responses per UTF-8 byte (the stop token's too),
+    which models with other tokenizers can be compared with, and its exponential."""
     rows = data.require_languages(data.read_rows(args.data), args.source, args.lang)
     rows = [row for row in rows if row.get("split", args.split) == args.split] if args.split else rows
-    benchmarks.refuse_duplicates([(where, data.identifier(record, where)) for where, record in data.read_records(args.data)])
+    benchmarks.refuse_duplicates([(where, data.identifier(record, where))
+                                  for where, record in data.read_records(args.data)])
     if not rows:
         raise data.DataError(f"{args.data} has no row of split {args.split!r}: see --split")
     model, tokenizer, settings = open_model(args)
     settings |= {"language": args.lang, "source": args.source, "data": args.data,
                  "data hash": benchmarks.file_hash(args.data), "split": args.split, "rows": len(rows),
-                 "system_prompt": args.system_prompt, "scored": "the response and its stop token, after the prompt"}
+                 "system_prompt": args.system_prompt,
+                 "scored": "the response and its stop token, after the prompt"}
     out = out_directory(args, "perplexity", args.lang)
     places = ((report.SOURCE, args.source), (report.TARGET, args.lang))
     with Journal(out / "answers.jsonl", settings, args.fresh) as journal:
@@ -395,13 +419,15 @@ def perplexity(args) -> None:
         tokens = sum(line["tokens"] for line in found)
         exponential = {"value": math.exp(figure["value"]), "n": figure["n"]}
         figures |= {f"nll/byte {place}": figure, f"perplexity/byte {place}": exponential}
-        lines.append([language, with_error(figure["value"], figure["stderr"], 4), f"{exponential['value']:.4f}",
-                      f"{sum(line['nll'] for line in found) / tokens:.4f}", str(figure["n"])])
+        lines.append([language, with_error(figure["value"], figure["stderr"], 4),
+                      f"{exponential['value']:.4f}", f"{sum(line['nll'] for line in found) / tokens:.4f}",
+                      str(figure["n"])])
     print(table(["", "nll per byte", "perplexity per byte", "nll per token", "rows"], lines))
     finish(out, settings, figures, cut=tell_cut(journal))
 
 
-def score_responses(model, tokenizer, rows: list[dict], place: str, language: str, journal: Journal, args) -> None:
+def score_responses(model, tokenizer, rows: list[dict], place: str, language: str,
+                    journal: Journal, args) -> None:
     """Add the NLL of each row's response in `language` to the journal."""
     done = {line["question"] for line in journal.done if line["place"] == place}
     left, longest = [row for row in rows if row["row_id"] not in done], model.config.max_position_embeddings
@@ -410,29 +436,34 @@ def score_responses(model, tokenizer, rows: list[dict], place: str, language: st
     replies = [tokenizer.response_ids(row[language]["response"]) for row in left]
     long = [row["row_id"] for row, reply in zip(left, replies) if len(reply) > longest]
     if long:
-        raise data.DataError(f"{args.data}: {len(long)} responses in {language} are longer than the {longest} tokens the "
-                             f"model reads: leave out rows {', '.join(long)}")
+        raise data.DataError(f"{args.data}: {len(long)} responses in {language} are longer than "
+                             f"the {longest} tokens the model reads: leave out rows {', '.join(long)}")
     parts = [part for i, (row, reply) in enumerate(zip(left, replies)) for part in benchmarks.make_parts(
-        i, row["row_id"], tokenizer.prompt_ids(row[language]["prompt"], args.system_prompt), [reply], longest)]
+        i, row["row_id"], tokenizer.prompt_ids(row[language]["prompt"], args.system_prompt),
+        [reply], longest)]
     forks = [part.fork for part in parts]
     shared = benchmarks.common_prefix([fork.prompt for fork in forks])
     with tqdm(total=len(rows), initial=len(done), desc=f"nll {language}", unit="row") as bar:
         for order, logps in benchmarks.sequence_logps(model, forks, args.batch_tokens, shared):
             for i, (logp,) in zip(order, logps):
                 journal.add({"question": left[i]["row_id"], "place": place, "nll": -logp, "cut": parts[i].cut,
-                             "bytes": len(left[i][language]["response"].encode()), "tokens": len(forks[i].continuations[0])})
+                             "bytes": len(left[i][language]["response"].encode()),
+                             "tokens": len(forks[i].continuations[0])})
             bar.update(len(order))
 
 
-# -------------------------------------------------------------------------------------------------------- AlpacaEval
+# ------------------------------------------------------------------------------------------------- AlpacaEval
 
 def read_instructions(path, language: str) -> list[dict]:
-    """[{"instruction", "dataset"}] of a file in alpaca_eval's format, or of parallel rows that hold the language."""
+    """[{"instruction", "dataset"}] of a file in alpaca_eval's format,
+    or of parallel rows that hold the language."""
     found = []
     for where, record in data.read_records(path):
         own = data.as_kind(record, dict, where).get(language)
-        text = own["prompt"] if isinstance(own, dict) and "prompt" in own else data.need(record, "instruction", where)
-        found.append((where, {"instruction": data.as_kind(text, str, where), "dataset": record.get("dataset")}))
+        text = own["prompt"] if isinstance(own, dict) and "prompt" in own else \
+            data.need(record, "instruction", where)
+        found.append((where, {"instruction": data.as_kind(text, str, where),
+                              "dataset": record.get("dataset")}))
     benchmarks.refuse_duplicates([(where, item["instruction"]) for where, item in found])
     if not found:
         raise data.DataError(f"{path}: the file holds no instruction")
@@ -440,17 +471,20 @@ def read_instructions(path, language: str) -> list[dict]:
 
 
 def translate_instructions(items: list[dict], args) -> list[dict]:
-    """The items in --lang. The translation is kept under a hash of what made it, so that every system gets the same
-    strings, byte for byte: alpaca_eval joins answers on them."""
+    """The items in --lang. The translation is kept under a hash of what made it, so that every system gets
+    the same strings, byte for byte: alpaca_eval joins answers on them."""
     translator = translate.load(args.translator, args.device)
-    settings = {"translator": translator.fingerprint, "source": args.source, "lang": args.lang, "beams": args.beams}
+    settings = {"translator": translator.fingerprint, "source": args.source, "lang": args.lang,
+                "beams": args.beams}
     key = runs.fingerprint([item["instruction"] for item in items], settings)[:HASH_DIGITS]
     path = Path("runs/eval") / f"instructions-{args.lang}-{key}.jsonl"
     with Journal(path, settings) as journal, \
-            tqdm(total=len(items), initial=len(journal.done), desc=f"translate to {args.lang}", unit="instruction") as bar:
+            tqdm(total=len(items), initial=len(journal.done), desc=f"translate to {args.lang}",
+                 unit="instruction") as bar:
         for first in range(len(journal.done), len(items), TRANSLATED_AT_ONCE):
             texts = [item["instruction"] for item in items[first:first + TRANSLATED_AT_ONCE]]
-            for text, drawn in zip(texts, translate.translate(texts, args.source, args.lang, translator, args.beams)):
+            for text, drawn in zip(texts, translate.translate(
+                    texts, args.source, args.lang, translator, args.beams)):
                 journal.add({"source": text, "instruction": drawn})
             bar.update(len(texts))
     print(f"translated instructions, the same for every system: {path}")
@@ -471,31 +505,32 @@ def alpaca(args) -> None:
     model, tokenizer, settings = open_model(args)
     settings |= {"language": args.lang, "instructions": args.instructions, "translator": args.translator,
                  "instructions hash": runs.fingerprint([item["instruction"] for item in items]),
-                 "temperature": args.temperature, "top_p": args.top_p, "seed": args.seed, "max_tokens": args.max_tokens,
-                 "system_prompt": args.system_prompt, "batch": args.batch_size}
+                 "temperature": args.temperature, "top_p": args.top_p, "seed": args.seed,
+                 "max_tokens": args.max_tokens, "system_prompt": args.system_prompt, "batch": args.batch_size}
     out = out_directory(args, "alpaca", args.lang)
     with Journal(out / "answers.jsonl", settings, args.fresh) as journal:
         answer_instructions(model, tokenizer, items, journal, args)
     name = args.name or Path(args.adapter or args.model or "demo/llama").as_posix()
     runs.write_json(out / "model_outputs.json", [
-        {"dataset": item["dataset"], "instruction": item["instruction"], "output": line["output"], "generator": name,
-         "datasplit": "eval"} for item, line in zip(items, journal.done)])
+        {"dataset": item["dataset"], "instruction": item["instruction"], "output": line["output"],
+         "generator": name, "datasplit": "eval"} for item, line in zip(items, journal.done)])
     length = sum(len(line["output"]) for line in journal.done) / len(items)
     cut = sum(line["tokens"] >= args.max_tokens for line in journal.done)
-    print(f"{out}/model_outputs.json: {len(items)} answers of {length:.0f} characters on average, {cut} of them cut at "
-          f"{args.max_tokens} tokens")
+    print(f"{out}/model_outputs.json: {len(items)} answers of {length:.0f} characters on average, "
+          f"{cut} of them cut at {args.max_tokens} tokens")
     finish(out, settings, {"answer characters": {"value": length, "n": len(items)}}, cut=cut)
 
 
 def answer_instructions(model, tokenizer, items: list[dict], journal: Journal, args) -> None:
-    """Add answers to the journal, a batch at a time. Sampling starts anew with each batch, so that a resumed run equals an
-    undisturbed one."""
+    """Add answers to the journal, a batch at a time. Sampling starts anew with each batch,
+    so that a resumed run equals an undisturbed one."""
     with tqdm(total=len(items), initial=len(journal.done), desc="answers", unit="answer") as bar:
-        for first in range(len(journal.done) // args.batch_size * args.batch_size, len(items), args.batch_size):
+        for first in range(len(journal.done) // args.batch_size * args.batch_size, len(items),
+                           args.batch_size):
             part = items[first:first + args.batch_size]
             prompts = [tokenizer.prompt_ids(item["instruction"], args.system_prompt) for item in part]
-            replies = llama.generate(model, prompts, args.max_tokens, tokenizer.stop_ids, args.temperature, args.top_p,
-                                     args.seed + first, args.batch_size)
+            replies = llama.generate(model, prompts, args.max_tokens, tokenizer.stop_ids,
+                                     args.temperature, args.top_p, args.seed + first, args.batch_size)
             for item, reply in list(zip(part, replies))[len(journal.done) - first:]:
                 journal.add({"instruction": item["instruction"], "output": tokenizer.decode(reply).strip(),
                              "tokens": len(reply)})
@@ -503,12 +538,14 @@ def answer_instructions(model, tokenizer, items: list[dict], journal: Journal, a
 
 
 def judge_outputs(args) -> None:
-    """Ask the judge about every pair of answers: annotations.json in alpaca_eval's format, and the win rate of A."""
+    """Ask the judge about every pair of answers:
+    annotations.json in alpaca_eval's format, and the win rate of A."""
     pairs = judge.pair_outputs(args.outputs, args.reference)[:args.limit]
     settings = judge_settings(args, len(pairs))
-    out = Path(args.out) if args.out else Path(args.outputs).parent / f"against-{Path(args.reference).parent.name}"
-    endpoint = judge.endpoint_from_environment(args.judge_model, max_tokens=args.judge_tokens, timeout=args.timeout,
-                                               attempts=args.attempts, pause=args.pause)
+    out = Path(args.out) if args.out else \
+        Path(args.outputs).parent / f"against-{Path(args.reference).parent.name}"
+    endpoint = judge.endpoint_from_environment(args.judge_model, max_tokens=args.judge_tokens,
+                                               timeout=args.timeout, attempts=args.attempts, pause=args.pause)
     figure = f"win rate over {pairs[0]['generator_1']}"
     with Journal(out / "answers.jsonl", settings, args.fresh) as journal:
         failed = ask_judge(pairs, endpoint, figure, journal, args)
@@ -516,14 +553,15 @@ def judge_outputs(args) -> None:
     annotations = [lines[pair["instruction"]] for pair in pairs if pair["instruction"] in lines]
     runs.write_json(out / "annotations.json", [judge.annotation_record(line) for line in annotations])
     if failed:
-        print(f"{sum(failed.values())} pairs have no verdict ({data.describe(failed)}) and are left out; the same command "
-              f"tries them again")
+        print(f"{sum(failed.values())} pairs have no verdict ({data.describe(failed)}) and are left out; "
+              f"the same command tries them again")
     rate = judge.win_rate(annotations)
     read, written = (sum(line[key] for line in annotations) for key in ("prompt_tokens", "completion_tokens"))
     cost = (read * args.price_in + written * args.price_out) / 1e6
     print(f"{pairs[0]['generator_2']} against {pairs[0]['generator_1']}: {judge.describe_rate(rate)}")
     print(f"judge: {read:,} tokens read, {written:,} written" + (f", {cost:.2f} USD" if cost else ""))
-    finish(out, settings, {figure: {"value": rate["win_rate"], "stderr": rate["standard_error"], "n": rate["n_total"]}},
+    finish(out, settings,
+           {figure: {"value": rate["win_rate"], "stderr": rate["standard_error"], "n": rate["n_total"]}},
            win_rate=rate, tokens={"read": read, "written": written}, cost_usd=cost, failed=dict(failed))
 
 
@@ -532,9 +570,10 @@ def judge_settings(args, pairs: int) -> dict:
     beside = Path(args.outputs).with_name("result.json")
     settings = report.load_object(beside)["settings"] if beside.is_file() else {"model": args.outputs}
     return settings | {"outputs hash": benchmarks.file_hash(args.outputs), "reference": args.reference,
-                       "reference hash": benchmarks.file_hash(args.reference), "pairs": pairs, "judge": args.judge_model,
-                       "judge prompt": judge.prompt_hash(), "judge tokens": args.judge_tokens, "judge temperature": 0,
-                       "order": args.order, "order seed": args.seed, "language": args.lang or settings.get("language")}
+                       "reference hash": benchmarks.file_hash(args.reference), "pairs": pairs,
+                       "judge": args.judge_model, "judge prompt": judge.prompt_hash(),
+                       "judge tokens": args.judge_tokens, "judge temperature": 0, "order": args.order,
+                       "order seed": args.seed, "language": args.lang or settings.get("language")}
 
 
 def ask_judge(pairs: list[dict], endpoint: judge.Endpoint, figure: str, journal: Journal, args) -> Counter:
@@ -542,9 +581,11 @@ def ask_judge(pairs: list[dict], endpoint: judge.Endpoint, figure: str, journal:
     done, failed = {line["question"] for line in journal.done}, Counter()
     left = [pair for pair in pairs if pair["instruction"] not in done]
     with tqdm(total=len(pairs), initial=len(done), desc="judged", unit="pair") as bar:
-        for pair, found, fault in judge.annotate_all(left, endpoint, args.order, args.seed, args.lang, args.parallel):
+        for pair, found, fault in judge.annotate_all(left, endpoint, args.order, args.seed, args.lang,
+                                                     args.parallel):
             if found:
-                journal.add({"question": pair["instruction"], **found, "scores": {figure: 100 * (found["preference"] - 1)}})
+                journal.add({"question": pair["instruction"], **found,
+                             "scores": {figure: 100 * (found["preference"] - 1)}})
             else:
                 failed[fault] += 1
             bar.update()
@@ -563,7 +604,7 @@ def winrate(args) -> None:
     print(json.dumps(rate | {"annotations hash": benchmarks.file_hash(args.annotations)}))
 
 
-# ----------------------------------------------------------------------------------------------------------- compare
+# ---------------------------------------------------------------------------------------------------- compare
 
 def compare(args) -> None:
     """One table over runs and evaluations, paired differences from the baseline, and plots when asked."""
@@ -575,27 +616,32 @@ def compare(args) -> None:
             print(f"plot: {path}")
 
 
-# ------------------------------------------------------------------------------------------------------ command line
+# ----------------------------------------------------------------------------------------------- command line
 
 def add_model_flags(parser) -> None:
     add = parser.add_argument_group("model").add_argument
     add("--model", default=None, help="directory or hub id; default: the adapter's base, else demo/llama")
-    add("--adapter", default=None, help="PEFT LoRA adapter directory, e.g. runs/sw/clo/adapter, or an attn_delta.safetensors")
+    add("--adapter", default=None,
+        help="PEFT LoRA adapter directory, e.g. runs/sw/clo/adapter, or an attn_delta.safetensors")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
-    add("--dtype", default="auto", choices=["auto", *DTYPES], help="compute type; auto: bf16 on CUDA, else fp32")
+    add("--dtype", default="auto", choices=["auto", *DTYPES],
+        help="compute type; auto: bf16 on CUDA, else fp32")
 
 
 def add_output_flags(parser) -> None:
     add = parser.add_argument_group("files").add_argument
-    add("--out", default=None, help="directory for answers.jsonl and result.json; default: named after what is evaluated")
-    add("--fresh", action="store_true", help="start over instead of going on behind the answers that are there")
+    add("--out", default=None,
+        help="directory for answers.jsonl and result.json; default: named after what is evaluated")
+    add("--fresh", action="store_true",
+        help="start over instead of going on behind the answers that are there")
 
 
 def add_answer_flags(parser, max_tokens: int) -> None:
     add = parser.add_argument_group("answers").add_argument
     add("--system-prompt", default=None, help="put before every question, in the checkpoint's chat template")
     add("--temperature", type=float, default=0.0, help="0 is greedy; higher is more varied")
-    add("--top-p", type=float, default=1.0, help="sample from the likeliest tokens that hold this probability")
+    add("--top-p", type=float, default=1.0,
+        help="sample from the likeliest tokens that hold this probability")
     add("--max-tokens", type=int, default=max_tokens, help="longest answer, in tokens")
     add("--seed", type=int, default=0, help="of the sampling")
 
@@ -608,10 +654,14 @@ def add_ask(sub) -> None:
 
 
 def add_mc(sub) -> None:
-    sub.add_argument("benchmark", choices=list(benchmarks.TASKS), help="how files are read and questions worded")
-    sub.add_argument("files", help="directory of the benchmark as distributed (csv, tsv, jsonl), or hub id of its data set")
-    sub.add_argument("--shots", type=int, default=0, help="worked examples before each question; tables mostly use 5")
-    sub.add_argument("--lang", default="", help="of MMMLU, BELEBELE, AfriMMLU: sw, or its own code (SW-KE, swh_Latn, swa)")
+    sub.add_argument("benchmark", choices=list(benchmarks.TASKS),
+                     help="how files are read and questions worded")
+    sub.add_argument("files", help="directory of the benchmark as distributed (csv, tsv, jsonl), "
+                                   "or hub id of its data set")
+    sub.add_argument("--shots", type=int, default=0,
+                     help="worked examples before each question; tables mostly use 5")
+    sub.add_argument("--lang", default="",
+                     help="of MMMLU, BELEBELE, AfriMMLU: sw, or its own code (SW-KE, swh_Latn, swa)")
     sub.add_argument("--subjects", default=None, help="only these, joined by commas")
     sub.add_argument("--split", default="test", help="the split asked")
     sub.add_argument("--limit", type=int, default=None, help="the first so many questions of every subject")
@@ -626,7 +676,8 @@ def add_perplexity(sub) -> None:
     sub.add_argument("--lang", required=True, help="target language")
     sub.add_argument("--source", default="en", help="source language")
     sub.add_argument("--split", default="test", help='rows of this split, and rows without one; "" takes all')
-    sub.add_argument("--system-prompt", default=None, help="put before every question, in the checkpoint's chat template")
+    sub.add_argument("--system-prompt", default=None,
+                     help="put before every question, in the checkpoint's chat template")
     sub.add_argument("--batch-tokens", type=int, default=2048, help="tokens of one forward pass")
     sub.set_defaults(run=perplexity)
     add_model_flags(sub)
@@ -634,14 +685,19 @@ def add_perplexity(sub) -> None:
 
 
 def add_alpaca(sub) -> None:
-    sub.add_argument("--instructions", required=True, help='JSON with "instruction"s (alpaca_eval\'s format), or parallel rows')
-    sub.add_argument("--lang", required=True, help="language of the instructions; with --translator, translated into")
-    sub.add_argument("--translator", default=None, help="M2M100 or NLLB directory: translate the instructions first")
+    sub.add_argument("--instructions", required=True,
+                     help='JSON with "instruction"s (alpaca_eval\'s format), or parallel rows')
+    sub.add_argument("--lang", required=True,
+                     help="language of the instructions; with --translator, translated into")
+    sub.add_argument("--translator", default=None,
+                     help="M2M100 or NLLB directory: translate the instructions first")
     sub.add_argument("--source", default="en", help="language translated from")
     sub.add_argument("--beams", type=int, default=5, help="beam width of the translation")
-    sub.add_argument("--name", default=None, help="generator's name in the output; default: the adapter or model")
+    sub.add_argument("--name", default=None,
+                     help="generator's name in the output; default: the adapter or model")
     sub.add_argument("--limit", type=int, default=None, help="the first so many instructions")
-    sub.add_argument("--batch-size", type=int, default=32, help="answers generated at once, and saved together")
+    sub.add_argument("--batch-size", type=int, default=32,
+                     help="answers generated at once, and saved together")
     sub.set_defaults(run=alpaca)
     add_answer_flags(sub, 1024)
     add_model_flags(sub)
@@ -649,14 +705,17 @@ def add_alpaca(sub) -> None:
 
 
 def add_judge(sub) -> None:
-    sub.add_argument("outputs", metavar="A.json", help="answers of the system in question (model_outputs.json)")
+    sub.add_argument("outputs", metavar="A.json",
+                     help="answers of the system in question (model_outputs.json)")
     sub.add_argument("reference", metavar="B.json", help="answers it is compared with")
     sub.add_argument("--judge-model", default="gpt-4o", help="name the endpoint knows it by")
     sub.add_argument("--lang", default="", help="language the answers should be in, named to the judge")
-    sub.add_argument("--order", default="random", choices=["random", "both"], help="alpaca_eval's coin, or each pair twice")
+    sub.add_argument("--order", default="random", choices=["random", "both"],
+                     help="alpaca_eval's coin, or each pair twice")
     sub.add_argument("--seed", type=int, default=0, help="of the coin")
     sub.add_argument("--limit", type=int, default=None, help="the first so many pairs")
-    sub.add_argument("--judge-tokens", type=int, default=1, help="tokens the judge may write; more if it gives no log-probs")
+    sub.add_argument("--judge-tokens", type=int, default=1,
+                     help="tokens the judge may write; more if it gives no log-probs")
     sub.add_argument("--price-in", type=float, default=0.0, help="USD for a million tokens read")
     sub.add_argument("--price-out", type=float, default=0.0, help="USD for a million tokens written")
     add = sub.add_argument_group("endpoint (OPENAI_BASE_URL, OPENAI_API_KEY)").add_argument
@@ -674,9 +733,12 @@ def add_winrate(sub) -> None:
 
 
 def add_compare(sub) -> None:
-    sub.add_argument("runs", nargs="+", metavar="RUN", help="run directories of clo.py; directories of mc, perplexity, judge")
-    sub.add_argument("--baseline", default="sft", help="method the others are compared with, question by question")
-    sub.add_argument("--plot", default=None, metavar="DIR", help="draw learning curves and the trade-off into this directory")
+    sub.add_argument("runs", nargs="+", metavar="RUN",
+                     help="run directories of clo.py; directories of mc, perplexity, judge")
+    sub.add_argument("--baseline", default="sft",
+                     help="method the others are compared with, question by question")
+    sub.add_argument("--plot", default=None, metavar="DIR",
+                     help="draw learning curves and the trade-off into this directory")
     sub.set_defaults(run=compare)
 
 
@@ -690,12 +752,14 @@ COMMANDS = {"ask": (add_ask, "one answer, or a small terminal conversation"),
 
 
 def parse_args(argv=None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="eval.py", description="Look at what a model answers, and measure it.")
+    parser = argparse.ArgumentParser(prog="eval.py",
+                                     description="Look at what a model answers, and measure it.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, (add, text) in COMMANDS.items():
         add(commands.add_parser(name, help=text, formatter_class=argparse.ArgumentDefaultsHelpFormatter))
     args = parser.parse_args(argv)
-    for name in ("limit", "batch_tokens", "batch_size", "beams", "max_tokens", "judge_tokens", "parallel", "attempts"):
+    for name in ("limit", "batch_tokens", "batch_size", "beams", "max_tokens",
+                 "judge_tokens", "parallel", "attempts"):
         if getattr(args, name, None) is not None and getattr(args, name) < 1:
             parser.error(f"--{name.replace('_', '-')} {getattr(args, name)}: at least 1 was expected")
     if getattr(args, "shots", 0) < 0:

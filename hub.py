@@ -3,8 +3,9 @@
     hub.local("Qwen/Qwen2.5-0.5B")         # the directory it lies in, downloaded at first use
     hub.local("demo/llama")                # what is a path stays a path
 
-huggingface_hub, which comes with tokenizers, does the work: it keeps finished files in its cache (HF_HOME), goes on after
-a broken connection, and answers from the cache when the hub is out of reach. It is imported only when an id is met.
+huggingface_hub, which comes with tokenizers, does the work: it keeps finished files in its cache
+(HF_HOME), goes on after a broken connection, and answers from the cache when the hub is out of reach. It
+is imported only when an id is met.
 """
 
 import json
@@ -12,8 +13,8 @@ import re
 from pathlib import Path
 
 INDEX = "model.safetensors.index.json"
-SETTINGS = ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
-            "chat_template.jinja", INDEX)
+SETTINGS = ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json",
+            "special_tokens_map.json", "chat_template.jinja", INDEX)
 WEIGHTS = ("model.safetensors",)
 TRANSLATOR_SETTINGS = (*SETTINGS, "vocab.json", "sentencepiece.bpe.model")
 TRANSLATOR_WEIGHTS = (*WEIGHTS, "pytorch_model.bin")
@@ -31,8 +32,9 @@ def is_id(path) -> bool:
 
 
 def local(path, settings=SETTINGS, weights=WEIGHTS) -> Path:
-    """The directory of a model given as path or hub id. Downloads what is not there yet: the small files of `settings`,
-    then the weight files that the index names or, without an index, the first of `weights` the hub has. HubError."""
+    """The directory of a model given as path or hub id. Downloads what is not there yet: the small files
+    of `settings`, then the weight files that the index names or, without an index, the first of `weights`
+    the hub has. HubError."""
     if not is_id(path):
         return Path(path)
     directory = fetch(path, settings)
@@ -49,7 +51,8 @@ def shard_names(index: Path) -> tuple[str, ...]:
     try:
         return tuple(sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())))
     except (ValueError, KeyError, TypeError, AttributeError):
-        raise HubError(f"{index} is damaged: it names no weight files; report it to the model's owner") from None
+        raise HubError(f"{index} is damaged: it names no weight files; "
+                       f"report it to the model's owner") from None
 
 
 def data_file(path) -> Path:
@@ -61,21 +64,25 @@ def data_file(path) -> Path:
 
 
 def fetch(repository: str, names: tuple[str, ...], revision: str | None = None, kind: str = "model") -> Path:
-    """Those of the files that the repository has, at one commit; the directory of that commit in huggingface_hub's cache."""
+    """Those of the files that the repository has, at one commit;
+    the directory of that commit in huggingface_hub's cache."""
     from huggingface_hub import errors, snapshot_download
-    # Broken connections are OSErrors, or errors of the HTTP client, whose name changed with huggingface_hub's versions.
+    # Broken connections are OSErrors, or errors of the HTTP client,
+    # whose name changed with huggingface_hub's versions.
     broken = (OSError, *errors.HfHubHTTPError.__bases__)
     try:
-        return Path(snapshot_download(repository, repo_type=kind, revision=revision, allow_patterns=list(names)))
+        return Path(snapshot_download(repository, repo_type=kind, revision=revision,
+                                      allow_patterns=list(names)))
     except errors.GatedRepoError:
-        raise HubError(f"{repository} is gated on the hub: accept its licence at https://huggingface.co/{repository}, then "
-                       f"log in with `hf auth login` (or set HF_TOKEN)") from None
+        raise HubError(
+            f"{repository} is gated on the hub: accept its licence at https://huggingface.co/{repository}, "
+            f"then log in with `hf auth login` (or set HF_TOKEN)") from None
     except (errors.RepositoryNotFoundError, errors.HFValidationError):
-        raise HubError(f"{repository}: neither a directory here nor a public {kind} on the hub: check the spelling; "
-                       f"for a private one log in with `hf auth login`") from None
+        raise HubError(f"{repository}: neither a directory here nor a public {kind} on the hub: "
+                       f"check the spelling; for a private one log in with `hf auth login`") from None
     except errors.LocalEntryNotFoundError as error:
         raise HubError(f"{repository} is not (wholly) in the cache and the hub cannot be reached "
                        f"({type(error.__cause__ or error).__name__}): connect, or give a directory") from None
     except broken as error:
-        raise HubError(f"the download of {repository} broke off ({str(error).splitlines()[0]}): run the same command again, "
-                       f"finished files are kept") from None
+        raise HubError(f"the download of {repository} broke off ({str(error).splitlines()[0]}): "
+                       f"run the same command again, finished files are kept") from None

@@ -5,22 +5,23 @@
     logits = hidden @ model.head.T                    # (B, T, V)
     replies = generate(model, [[1, 17, 5]], max_tokens=32, stop_ids={2})
 
-Shapes: B rows, T tokens, N predicted tokens, H hidden width, V vocabulary, Q query heads, G kv heads, D head width,
-F mlp width, R LoRA rank, P pairs.
+Shapes: B rows, T tokens, N predicted tokens, H hidden width, V vocabulary, Q query heads, G kv heads,
+D head width, F mlp width, R LoRA rank, P pairs.
 
-Every parameter carries the name it has in the checkpoint, so loading needs no rename map. `forward` returns hidden
-states, not logits: training needs the head on few of the rows, and kernels/ computes log-probs from them directly.
+Every parameter carries the name it has in the checkpoint, so loading needs no rename map. `forward`
+returns hidden states, not logits: training needs the head on few of the rows, and kernels/ computes
+log-probs from them directly.
 
-Packed forks. A row may hold several *forks*: a prompt followed by alternative continuations, which share the prompt and
-do not see each other. With `fork` and `branch` (both (B, T)), token q sees token k iff                         (eq. 1)
+Packed forks. A row may hold several *forks*: a prompt followed by alternative continuations, which share the
+prompt and do not see each other. With `fork` and `branch` (both (B, T)), token q sees token k iff     (eq. 1)
 
     fork[q] == fork[k]  and  k <= q  and  (branch[k] == 0 or branch[k] == branch[q])
 
-and, for a sliding window of w (Mistral), positions[q] - positions[k] < w. A header that all forks begin with (few-shot
-examples) is left out of them and given as `prefix`, its keys and values: every token sees them too.
+and, for a sliding window of w (Mistral), positions[q] - positions[k] < w. A header that all forks begin with
+(few-shot examples) is left out of them and given as `prefix`, its keys and values: every token sees them too.
 
-References: LLaMA (arXiv 2302.13971), RoPE (arXiv 2104.09864), GQA (arXiv 2305.13245), RMSNorm (arXiv 1910.07467),
-FlexAttention (arXiv 2412.05496), LoRA (arXiv 2106.09685).
+References: LLaMA (arXiv 2302.13971), RoPE (arXiv 2104.09864), GQA (arXiv 2305.13245),
+RMSNorm (arXiv 1910.07467), FlexAttention (arXiv 2412.05496), LoRA (arXiv 2106.09685).
 """
 
 import json
@@ -42,20 +43,23 @@ import hub
 
 ARCHITECTURES = {"llama": "LlamaForCausalLM", "mistral": "MistralForCausalLM", "qwen2": "Qwen2ForCausalLM",
                  "qwen3": "Qwen3ForCausalLM"}
-DTYPE_NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16", torch.float64: "float64"}
+DTYPE_NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16",
+               torch.float64: "float64"}
 MAX_SHARD_BYTES = 5_000_000_000
-# Keys of adapter_config.json with all they may say. Anything else means more, or another base, than W + scale B A.
-ADAPTER_SETTINGS = {"bias": ("none",), "init_lora_weights": (True, "gaussian", "orthogonal", "eva"), **dict.fromkeys((
-    "use_dora", "fan_in_fan_out", "alpha_pattern", "modules_to_save", "lora_bias", "trainable_token_indices", "use_qalora",
-    "use_bdlora", "layer_replication", "target_parameters", "alora_invocation_tokens", "arrow_config", "kasa_config",
-    "monteclora_config"), ())}
+# Keys of adapter_config.json with all they may say.
+# Anything else means more, or another base, than W + scale B A.
+ADAPTER_SETTINGS = {
+    "bias": ("none",), "init_lora_weights": (True, "gaussian", "orthogonal", "eva"), **dict.fromkeys((
+        "use_dora", "fan_in_fan_out", "alpha_pattern", "modules_to_save", "lora_bias",
+        "trainable_token_indices", "use_qalora", "use_bdlora", "layer_replication", "target_parameters",
+        "alora_invocation_tokens", "arrow_config", "kasa_config", "monteclora_config"), ())}
 
 
 class CheckpointError(ValueError):
     """A checkpoint that cannot be used: the message is one line that says what, where, and what to do."""
 
 
-# ---------------------------------------------------------------------------------------------------- configuration
+# ---------------------------------------------------------------------------------------------- configuration
 
 @dataclass(frozen=True)
 class Config:
@@ -88,19 +92,22 @@ def read_json(path) -> dict:
     except (FileNotFoundError, NotADirectoryError):
         raise CheckpointError(f"{path} is missing: a directory in Hugging Face layout holds one") from None
     except (OSError, UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
-        raise CheckpointError(f"{path} cannot be read as JSON ({error}): download or write it again") from None
+        raise CheckpointError(f"{path} cannot be read as JSON ({error}): "
+                              f"download or write it again") from None
     if not isinstance(value, dict):
         raise CheckpointError(f"{path} holds a JSON {type(value).__name__}, an object was expected")
     return value
 
 
 def read_config(directory) -> Config:
-    """Config from config.json in the spelling of transformers 4 or 5; refuses by name what this model does not do."""
+    """Config from config.json in the spelling of transformers 4 or 5;
+    refuses by name what this model does not do."""
     path = Path(directory) / "config.json"
     raw = read_json(path)
     kind = raw.get("model_type")
     if not isinstance(kind, str) or kind not in ARCHITECTURES:
-        raise CheckpointError(f"{path}: model_type {kind!r} is not supported, only {', '.join(sorted(ARCHITECTURES))}")
+        raise CheckpointError(f"{path}: model_type {kind!r} is not supported, "
+                              f"only {', '.join(sorted(ARCHITECTURES))}")
     rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
     refuse_unsupported(path, raw, rope)
     number, flag = partial(positive, path, raw), partial(boolean, path, raw)
@@ -114,18 +121,20 @@ def read_config(directory) -> Config:
         head_dim=number("head_dim", width // heads if width >= heads else 1),
         rms_norm_eps=number("rms_norm_eps", 1e-6, float),
         rope_theta=positive(path, {**raw, **rope}, "rope_theta", 10000.0, float),
-        rope_scaling=read_rope_scaling(path, rope), max_position_embeddings=number("max_position_embeddings", 2048),
+        rope_scaling=read_rope_scaling(path, rope),
+        max_position_embeddings=number("max_position_embeddings", 2048),
         tie_word_embeddings=flag("tie_word_embeddings"), qkv_bias=bias or kind == "qwen2",
         o_bias=bias and kind != "qwen2", mlp_bias=flag("mlp_bias"), qk_norm=kind == "qwen3",
         sliding_window=number("sliding_window") if window is not None else None, model_type=kind)
     if config.num_attention_heads % config.num_key_value_heads or config.head_dim % 2:
-        raise CheckpointError(f"{path}: {heads} query heads over {config.num_key_value_heads} kv heads of width "
-                              f"{config.head_dim} do not divide evenly")
+        raise CheckpointError(f"{path}: {heads} query heads over {config.num_key_value_heads} kv heads "
+                              f"of width {config.head_dim} do not divide evenly")
     return config
 
 
 def positive(path, raw: dict, key: str, default=None, kind=int):
-    """raw[key], or the default where it is null or absent, as `kind`. CheckpointError unless it is a positive number."""
+    """raw[key], or the default where it is null or absent, as `kind`.
+    CheckpointError unless it is a positive number."""
     value = default if raw.get(key) is None else raw[key]
     good = (int,) if kind is int else (int, float)
     if isinstance(value, bool) or not isinstance(value, good) or not 0 < value < 1e12:
@@ -135,7 +144,7 @@ def positive(path, raw: dict, key: str, default=None, kind=int):
 
 def boolean(path, raw: dict, key: str) -> bool:
     """raw[key], false where it is null or absent. CheckpointError when it is neither true nor false."""
-    value = raw.get(key) or False
+    value = False if raw.get(key) is None else raw[key]
     if not isinstance(value, bool):
         raise CheckpointError(f"{path}: {key} is {value!r}, true or false was expected")
     return value
@@ -148,27 +157,32 @@ def refuse_unsupported(path, raw: dict, rope: dict) -> None:
         if raw.get(key):
             raise CheckpointError(f"{path}: {key} = {raw[key]}: mixture-of-experts models are not supported")
     if raw.get("quantization_config"):
-        raise CheckpointError(f"{path}: quantization_config: use the unquantised checkpoint (fp32, bf16 or fp16)")
+        raise CheckpointError(f"{path}: quantization_config: "
+                              f"use the unquantised checkpoint (fp32, bf16 or fp16)")
     for where in (raw, rope):
         if where.get("partial_rotary_factor", 1) not in (1, None):
-            raise CheckpointError(f"{path}: partial_rotary_factor = {where['partial_rotary_factor']} is not supported")
+            raise CheckpointError(f"{path}: partial_rotary_factor = {where['partial_rotary_factor']} "
+                                  f"is not supported")
     if raw.get("hidden_act", "silu") != "silu":
         raise CheckpointError(f"{path}: hidden_act = {raw['hidden_act']!r} is not supported, only silu")
     if any(isinstance(value, dict) for value in rope.values()):
-        raise CheckpointError(f"{path}: rope_parameters of their own for each kind of layer are not supported")
+        raise CheckpointError(f"{path}: rope_parameters of their own for each kind of layer "
+                              f"are not supported")
     if raw.get("model_type") in ("qwen2", "qwen3"):
         if raw.get("use_sliding_window") or "sliding" in str(raw.get("layer_types")):
-            raise CheckpointError(f"{path}: use_sliding_window, sliding layer_types: not supported for {raw['model_type']}")
+            raise CheckpointError(f"{path}: use_sliding_window, sliding layer_types: "
+                                  f"not supported for {raw['model_type']}")
 
 
 def read_rope_scaling(path, rope: dict) -> dict | None:
-    kind = rope.get("rope_type", rope.get("type", "default"))
+    kind = rope.get("rope_type") or rope.get("type") or "default"
     if kind == "default":
         return None
     needed = {"linear": ("factor",), "llama3": ("factor", "low_freq_factor", "high_freq_factor",
                                                 "original_max_position_embeddings")}
     if kind not in needed:
-        raise CheckpointError(f"{path}: rope_scaling of type {kind!r} is not supported, only llama3 and linear")
+        raise CheckpointError(f"{path}: rope_scaling of type {kind!r} is not supported, "
+                              f"only llama3 and linear")
     for key in needed[kind]:
         positive(f"{path}: rope_scaling", rope, key, kind=float)
     if kind == "llama3" and rope["low_freq_factor"] >= rope["high_freq_factor"]:
@@ -185,7 +199,7 @@ def config_dict(config: Config) -> dict:
     return {"architectures": [ARCHITECTURES[config.model_type]], "hidden_act": "silu", **raw}
 
 
-# ------------------------------------------------------------------------------------------------------------ layers
+# ----------------------------------------------------------------------------------------------------- layers
 
 class Linear(nn.Module):
     """y = x W^T + b with W in any dtype: trainable weights stay fp32 while the activations are bf16."""
@@ -200,7 +214,8 @@ class Linear(nn.Module):
 
 
 class Embedding(nn.Embedding):
-    """nn.Embedding without its random start, which on the meta device alone would import half of torch's compiler."""
+    """nn.Embedding without its random start,
+    which on the meta device alone would import half of torch's compiler."""
 
     def reset_parameters(self) -> None:
         pass
@@ -217,7 +232,8 @@ class RMSNorm(nn.Module):
         weight = self.weight.to(x.dtype)
         if x.dtype.itemsize >= 4:
             return F.rms_norm(x, weight.shape, weight, self.eps)
-        return weight * F.rms_norm(x.float(), weight.shape, None, self.eps).to(x.dtype)      # rounded as transformers rounds
+        normed = F.rms_norm(x.float(), weight.shape, None, self.eps)
+        return weight * normed.to(x.dtype)                           # rounded as transformers rounds
 
 
 class Attention(nn.Module):
@@ -245,8 +261,8 @@ class Attention(nn.Module):
 
 
 class SwiGLU(torch.autograd.Function):
-    """silu(gate) * up, any equal shapes. Keeps its two inputs for the backward and nothing else: plain autograd keeps
-    silu(gate) as well, a fifth of all that a block keeps."""
+    """silu(gate) * up, any equal shapes. Keeps its two inputs for the backward and nothing else:
+    plain autograd keeps silu(gate) as well, a fifth of all that a block keeps."""
 
     @staticmethod
     def forward(ctx, gate: Tensor, up: Tensor) -> Tensor:
@@ -285,7 +301,8 @@ class Block(nn.Module):
 
 
 def rope_frequencies(config: Config, device=None) -> Tensor:
-    """Angle per position of each pair of channels, (D/2,) fp32: theta^(-2i/D), stretched as rope_scaling says.
+    """Angle per position of each pair of channels, (D/2,) fp32: theta^(-2i/D),
+    stretched as rope_scaling says.
 
     llama3 leaves wavelengths short against the original context alone, divides the long ones by `factor`, and
     interpolates between (transformers' `_compute_llama3_parameters`, from Meta's llama-models).
@@ -297,7 +314,8 @@ def rope_frequencies(config: Config, device=None) -> Tensor:
     if scaling["rope_type"] == "linear":
         return frequency / scaling["factor"]
     factor, low, high = scaling["factor"], scaling["low_freq_factor"], scaling["high_freq_factor"]
-    turns = scaling["original_max_position_embeddings"] * frequency / (2 * math.pi)   # full turns over that context
+    context = scaling["original_max_position_embeddings"]
+    turns = context * frequency / (2 * math.pi)                      # full ones over that context
     keep = ((turns - low) / (high - low)).clamp(0, 1)
     return (1 - keep) * frequency / factor + keep * frequency
 
@@ -310,23 +328,25 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return x * cos + x.roll(x.shape[-1] // 2, dims=-1) * sin
 
 
-# --------------------------------------------------------------------------------------------------------- attention
+# -------------------------------------------------------------------------------------------------- attention
 # Every function below takes q (B, T, Q, D), k and v (B, S, G, D) and returns (B, T, Q, D).
 
 def sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, causal: bool = False) -> Tensor:
-    """Scaled dot-product attention; G kv heads serve Q/G query heads each. mask (B or 1, 1, T, S): True where a query may
-    see, or what is added to its scores."""
+    """Scaled dot-product attention; G kv heads serve Q/G query heads each.
+    mask (B or 1, 1, T, S): True where a query may see, or what is added to its scores."""
     B, T, Q, D = q.shape
     k, v = k.transpose(1, 2), v.transpose(1, 2)                                  # (B, G, S, D)
     G = k.shape[1]
-    if T == 1:                        # the query heads of a group become its queries: no key is copied for each of them
+    if T == 1:          # the query heads of a group become its queries: no key is copied for each of them
         return F.scaled_dot_product_attention(q.reshape(B, G, Q // G, D), k, v, mask).reshape(B, T, Q, D)
     q = q.transpose(1, 2)                                                        # (B, Q, T, D)
     return F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal, enable_gqa=Q != G).transpose(1, 2)
 
 
-def visible(fork: Tensor, branch: Tensor, positions: Tensor, window: int | None = None, header: int = 0) -> Tensor:
-    """Eq. 1 as a boolean mask (B, 1, T, header + T). A padding token sees itself, so that no row of it is empty."""
+def visible(fork: Tensor, branch: Tensor, positions: Tensor, window: int | None = None,
+            header: int = 0) -> Tensor:
+    """Eq. 1 as a boolean mask (B, 1, T, header + T).
+    A padding token sees itself, so that no row of it is empty."""
     T = fork.shape[1]
     order = torch.arange(T, device=fork.device)
     seen = (fork[:, :, None] == fork[:, None, :]) & (order[:, None] >= order[None, :])
@@ -340,7 +360,8 @@ def visible(fork: Tensor, branch: Tensor, positions: Tensor, window: int | None 
 
 def behind(prefix: tuple[Tensor, Tensor], k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     """Keys and values (B, S, G, D) with those of the header, (1, P, G, D), before them: (B, P + S, G, D)."""
-    return tuple(torch.cat((header.expand(len(x), -1, -1, -1), x), dim=1) for header, x in zip(prefix, (k, v)))
+    return tuple(torch.cat((header.expand(len(x), -1, -1, -1), x), dim=1)
+                 for header, x in zip(prefix, (k, v)))
 
 
 def attend_dense(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, prefix=None) -> Tensor:
@@ -360,9 +381,10 @@ def attend_causal(q: Tensor, k: Tensor, v: Tensor, window: int | None = None) ->
 def unfold_forks(fork: Tensor, branch: Tensor) -> tuple[list[Tensor], Tensor]:
     """How to turn packed rows into one plain causal sequence per continuation, for attention alone.
 
-    Returns gathers, each (S, L) int64 of flat token indices (prompt + one continuation a line, right-padded; lines of
-    like length share a gather, so padding stays small), and restore (B*T,) int64: where each token's output lies in the
-    concatenation of the flattened gathers (a prompt's is read from its first continuation). Padding restores line 0.
+    Returns gathers, each (S, L) int64 of flat token indices (prompt + one continuation a line, right-padded;
+    lines of like length share a gather, so padding stays small), and restore (B*T,) int64: where each token's
+    output lies in the concatenation of the flattened gathers (a prompt's is read from its first
+    continuation). Padding restores line 0.
     """
     flat_fork, flat_branch = fork.reshape(-1).tolist(), branch.reshape(-1).tolist()
     prompts, continuations = {}, {}
@@ -397,9 +419,11 @@ def unfold_forks(fork: Tensor, branch: Tensor) -> tuple[list[Tensor], Tensor]:
 
 def attend_unfolded(q: Tensor, k: Tensor, v: Tensor, gathers: list[Tensor], restore: Tensor,
                     window: int | None = None, prefix=None) -> Tensor:
-    """Packed forks on the CPU: gather each continuation behind its prompt, attend causally, put the rows back.
+    """Packed forks on the CPU: gather each continuation behind its prompt, attend causally,
+    put the rows back.
 
-    Only attention sees the prompt once per continuation; projections and MLP, nearly all the work, see it once.
+    Only attention sees the prompt once per continuation;
+    projections and MLP, nearly all the work, see it once.
     """
     B, T, Q, D = q.shape
     q, k, v = q.reshape(B * T, -1), k.reshape(B * T, -1), v.reshape(B * T, -1)
@@ -424,6 +448,7 @@ def fork_predicate(fork: Tensor, branch: Tensor, positions: Tensor, window: int 
     """Eq. 1 in the form FlexAttention asks: (row, head, query, key) -> may see."""
     def sees(b, _, q, k):
         seen = (fork[b, q] == fork[b, k]) & (k <= q) & ((branch[b, k] == 0) | (branch[b, k] == branch[b, q]))
+        seen = seen & ((fork[b, q] >= 0) | (q == k))               # padding sees itself: its tiles are skipped
         return seen if window is None else seen & (positions[b, q] - positions[b, k] < window)
     return sees
 
@@ -431,7 +456,8 @@ def fork_predicate(fork: Tensor, branch: Tensor, positions: Tensor, window: int 
 def flex_mask(fork: Tensor, branch: Tensor, positions: Tensor, window: int | None = None):
     """Eq. 1 as a block-sparse mask: tiles that nobody may see are skipped, forward and backward."""
     B, T = fork.shape
-    return compiled_flex()[1](fork_predicate(fork, branch, positions, window), B, None, T, T, device=fork.device)
+    return compiled_flex()[1](fork_predicate(fork, branch, positions, window), B, None, T, T,
+                              device=fork.device)
 
 
 def attend_flex(q: Tensor, k: Tensor, v: Tensor, mask, flex) -> Tensor:
@@ -440,9 +466,11 @@ def attend_flex(q: Tensor, k: Tensor, v: Tensor, mask, flex) -> Tensor:
     return flex(q, k, v, block_mask=mask, enable_gqa=q.shape[1] != k.shape[1]).transpose(1, 2)
 
 
-def fork_attention(fork: Tensor, branch: Tensor, positions: Tensor, window: int | None, header: int | None = None):
-    """The attention function for packed forks that suits the device; compared with attend_dense by the tests. With a
-    header of so many tokens (scoring: row lengths differ, each would compile FlexAttention anew) CUDA takes the mask."""
+def fork_attention(fork: Tensor, branch: Tensor, positions: Tensor, window: int | None,
+                   header: int | None = None):
+    """The attention function for packed forks that suits the device; compared with attend_dense by the tests.
+    With a header of so many tokens (scoring: row lengths differ, each would compile FlexAttention anew)
+    CUDA takes the mask."""
     if fork.is_cuda and header is not None:
         return partial(attend_dense, mask=visible(fork, branch, positions, window, header))
     if fork.is_cuda:
@@ -451,7 +479,7 @@ def fork_attention(fork: Tensor, branch: Tensor, positions: Tensor, window: int 
     return partial(attend_unfolded, gathers=gathers, restore=restore, window=window)
 
 
-# ------------------------------------------------------------------------------------------------------------- cache
+# ------------------------------------------------------------------------------------------------------ cache
 
 class LayerCache:
     """Keys and values of one layer, (B, capacity, G, D), of which the first `length` columns are filled.
@@ -460,7 +488,8 @@ class LayerCache:
     """
 
     def __init__(self, B: int, capacity: int, G: int, D: int, device, dtype):
-        self.k, self.v = (torch.empty(B, G, capacity, D, device=device, dtype=dtype).transpose(1, 2) for _ in range(2))
+        self.k, self.v = (torch.empty(B, G, capacity, D, device=device, dtype=dtype).transpose(1, 2)
+                          for _ in range(2))
         self.length = 0
 
     def append_(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
@@ -479,7 +508,8 @@ class Cache:
         self.start, self.padded, self.window = start, bool(start.any()), config.sliding_window
 
     def attention(self, T: int):
-        """Attention of T new tokens over everything cached, the new ones included (which `append_` adds first)."""
+        """Attention of T new tokens over everything cached,
+        the new ones included (which `append_` adds first)."""
         past, device, dtype = self.layers[0].length, self.start.device, self.layers[0].k.dtype
         if not self.padded and (self.window is None or past + T <= self.window) and (T == 1 or past == 0):
             return partial(sdpa, causal=True)
@@ -488,7 +518,7 @@ class Cache:
         seen = (key <= query) & (key >= self.start[:, None, None])
         if self.window is not None:
             seen &= query - key < self.window
-        seen |= key == query                       # a padding query sees itself: an empty softmax row would be NaN
+        seen |= key == query            # a padding query sees itself: an empty softmax row would be NaN
         bias = torch.zeros(seen.shape, dtype=dtype, device=device).masked_fill(~seen, -math.inf)
         return partial(sdpa, mask=bias[:, None])   # made once for all layers
 
@@ -500,7 +530,7 @@ class Cache:
             layer.k, layer.v = (x.transpose(1, 2)[rows].transpose(1, 2) for x in (layer.k, layer.v))
 
 
-# ------------------------------------------------------------------------------------------------------------- model
+# ------------------------------------------------------------------------------------------------------ model
 
 def run_block(block: Block, x: Tensor, cos: Tensor, sin: Tensor, attend, cache=None) -> Tensor:
     """A block as a function of its weights too: compiled, one graph serves all blocks of a model."""
@@ -513,9 +543,9 @@ class Llama(nn.Module):
     def __init__(self, config: Config):
         super().__init__()
         self.config = config
-        self.compute_dtype = None                  # None: that of the embedding; set when trainables are wider
-        self.recompute = False                     # keep a block's input alone for the backward, and run the block again there
-        self.compiled = None                       # run_block for packed forks, set by compile_blocks_
+        self.compute_dtype = None   # None: that of the embedding; set when trainables are wider
+        self.recompute = False      # keep a block's input alone, and run the block again in the backward
+        self.compiled = None        # run_block for packed forks, set by compile_blocks_
         self.model = nn.ModuleDict({
             "embed_tokens": Embedding(config.vocab_size, config.hidden_size),
             "layers": nn.ModuleList(Block(config) for _ in range(config.num_hidden_layers)),
@@ -528,9 +558,10 @@ class Llama(nn.Module):
 
     def forward(self, tokens: Tensor, positions: Tensor | None = None, fork: Tensor | None = None,
                 branch: Tensor | None = None, cache: Cache | None = None, prefix=None) -> Tensor:
-        """Hidden states (B, T, H) of tokens (B, T) int64. Alone: causal. With fork and branch: eq. 1. With cache: T new
-        tokens after what it holds. positions (B, T) default to 0, 1, ..., T-1 in every row. prefix, only with fork and
-        branch: `keys_and_values` of the header every fork continues; positions count from its end."""
+        """Hidden states (B, T, H) of tokens (B, T) int64. Alone: causal. With fork and branch: eq. 1.
+        With cache: T new tokens after what it holds. positions (B, T) default to 0, 1, ..., T-1 in every row.
+        prefix, only with fork and branch: `keys_and_values` of the header every fork continues;
+        positions count from its end."""
         B, T = tokens.shape
         window = self.config.sliding_window
         run, gradient = run_block, torch.is_grad_enabled()
@@ -553,7 +584,8 @@ class Llama(nn.Module):
         angles = positions[..., None] * rope_frequencies(self.config, tokens.device)       # (B, T, D/2)
         cos, sin = angles.cos().to(x.dtype)[:, :, None], angles.sin().to(x.dtype)[:, :, None]
         cos, sin = torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1)           # (B, T, 1, D)
-        # Without a gradient another graph would be compiled, which rounds otherwise: then no reference equals the policy.
+        # Without a gradient another graph would be compiled, which rounds otherwise:
+        # then no reference equals the policy.
         with torch.set_grad_enabled(gradient or run is self.compiled):
             for i, block in enumerate(self.model["layers"]):
                 seen = attend if prefix is None else partial(attend, prefix=prefix[i])
@@ -562,13 +594,15 @@ class Llama(nn.Module):
 
 
 def compile_blocks_(model: Llama, backend: str = "inductor") -> None:
-    """Let the forward pass of packed forks run through torch.compile, a graph for all blocks; rows must keep one length."""
+    """Let the forward pass of packed forks run through torch.compile, a graph for all blocks;
+    rows must keep one length."""
     model.compiled = torch.compile(run_block, dynamic=False, fullgraph=True, backend=backend)
 
 
 @torch.no_grad()
 def keys_and_values(model: Llama, tokens: list[int]) -> list[tuple[Tensor, Tensor]]:
-    """Per layer the keys and values (1, P, G, D) of P header tokens, for `forward(prefix=...)`. P may be 0."""
+    """Per layer the keys and values (1, P, G, D) of P header tokens,
+    for `forward(prefix=...)`. P may be 0."""
     device, dtype = model.head.device, model.compute_dtype or model.head.dtype
     cache = Cache(model.config, torch.zeros(1, dtype=torch.int64, device=device), len(tokens), dtype)
     if tokens:
@@ -576,28 +610,31 @@ def keys_and_values(model: Llama, tokens: list[int]) -> list[tuple[Tensor, Tenso
     return [(layer.k[:, :layer.length], layer.v[:, :layer.length]) for layer in cache.layers]
 
 
-# ----------------------------------------------------------------------------------------------------------- loading
+# ---------------------------------------------------------------------------------------------------- loading
 
 class Weights(Mapping):
     """The tensors of a checkpoint by name, read lazily through memory maps.
 
-    Takes model.safetensors, or the files that model.safetensors.index.json names and no others. One file is open at a
-    time: read in the order of `where`'s files, a sharded checkpoint never holds more than a shard in memory.
-    CheckpointError when a file is missing, damaged, outside the directory, or does not hold what the index promises.
+    Takes model.safetensors, or the files that model.safetensors.index.json names and no others. One file
+    is open at a time: read in the order of `where`'s files, a sharded checkpoint never holds more than a
+    shard in memory. CheckpointError when a file is missing, damaged, outside the directory, or does not
+    hold what the index promises.
     """
 
     def __init__(self, directory):
         self.directory = Path(directory)
         single, index = self.directory / "model.safetensors", self.directory / "model.safetensors.index.json"
         if not self.directory.is_dir():
-            raise CheckpointError(f"{directory} is not a directory: give a model directory in Hugging Face layout")
+            raise CheckpointError(f"{directory} is not a directory: "
+                                  f"give a model directory in Hugging Face layout")
         if index.is_file():
             self.where = self.read_index(index)
         elif single.is_file():
             self.where = None
         else:
-            raise CheckpointError(f"{directory} holds neither model.safetensors nor model.safetensors.index.json: "
-                                  f"download the weights, or convert .bin files to safetensors")
+            raise CheckpointError(
+                f"{directory} holds neither model.safetensors nor model.safetensors.index.json: "
+                f"download the weights, or convert .bin files to safetensors")
         self.opened, self.shapes = (None, None), {}
         for name in [single.name] if self.where is None else sorted(set(self.where.values())):
             file = open_safetensors(self.directory / name)
@@ -606,7 +643,8 @@ class Weights(Mapping):
         self.where = self.where or {key: name for key, name in self.shapes}
         for key, name in self.where.items():
             if (key, name) not in self.shapes:
-                raise CheckpointError(f"{index} promises {key} in {name}, which does not hold it: download it again")
+                raise CheckpointError(f"{index} promises {key} in {name}, which does not hold it: "
+                                      f"download it again")
 
     def read_index(self, index: Path) -> dict:
         where = read_json(index).get("weight_map")
@@ -614,18 +652,19 @@ class Weights(Mapping):
             raise CheckpointError(f"{index} has no weight_map")
         for name in where.values():
             if not isinstance(name, str) or Path(name).name != name or not name.endswith(".safetensors"):
-                raise CheckpointError(f"{index} names {name!r}, which is not a safetensors file of its directory")
+                raise CheckpointError(f"{index} names {name!r}, "
+                                      f"which is not a safetensors file of its directory")
         return where
 
     def __getitem__(self, key: str) -> Tensor:
         name = self.where[key]
         if self.opened[0] != name:
-            self.opened = (None, None)                                       # unmap the last file before the next one
+            self.opened = (None, None)                          # unmap the last file before the next one
             self.opened = (name, open_safetensors(self.directory / name))
         tensor = self.opened[1].get_tensor(key)
         if tensor.dtype not in DTYPE_NAMES:
-            raise CheckpointError(f"{self.directory}: tensor {key} has dtype {tensor.dtype}: quantised checkpoints are "
-                                  f"not supported")
+            raise CheckpointError(f"{self.directory}: tensor {key} has dtype {tensor.dtype}: "
+                                  f"quantised checkpoints are not supported")
         return tensor
 
     def __contains__(self, key) -> bool:             # Mapping's own reads the tensor
@@ -645,9 +684,11 @@ def open_safetensors(path: Path):
     try:
         return safe_open(path, framework="pt", device="cpu")
     except FileNotFoundError:
-        raise CheckpointError(f"{path} is missing: download it again, or convert .bin files to safetensors") from None
+        raise CheckpointError(f"{path} is missing: download it again, "
+                              f"or convert .bin files to safetensors") from None
     except (SafetensorError, OSError) as error:
-        raise CheckpointError(f"{path} is damaged or not a safetensors file ({error}): download it again") from None
+        raise CheckpointError(f"{path} is damaged or not a safetensors file ({error}): "
+                              f"download it again") from None
 
 
 def open_weights(directory) -> Weights:
@@ -671,25 +712,27 @@ def check_tensors(weights: Weights, shapes: dict[str, tuple]) -> None:
 
 
 def checkpoint_names(model: Llama, weights: Weights) -> dict[str, str]:
-    """Parameter name -> tensor name. They are equal but for a tied head, which files hold under one or both names."""
+    """Parameter name -> tensor name. They are equal but for a tied head,
+    which files hold under one or both names."""
     names = {name: name for name, _ in model.named_parameters()}
     embed, head = "model.embed_tokens.weight", "lm_head.weight"
     if model.lm_head is None and head in weights:
         if embed not in weights:
             names[embed] = head
         elif weights.shape(embed) != weights.shape(head) or not torch.equal(weights[embed], weights[head]):
-            raise CheckpointError(f"{weights.directory}: tie_word_embeddings is true, yet {embed} and {head} differ")
+            raise CheckpointError(f"{weights.directory}: tie_word_embeddings is true, "
+                                  f"yet {embed} and {head} differ")
     return names
 
 
 def open_checkpoint(directory) -> tuple[Llama, Weights, dict[str, str]]:
-    """The model without memory (on the meta device), its tensors, and parameter name -> tensor name in the order of the
-    files. CheckpointError when anything is missing, surplus or of another shape."""
+    """The model without memory (on the meta device), its tensors, and parameter name -> tensor name
+    in the order of the files. CheckpointError when anything is missing, surplus or of another shape."""
     config, weights = read_config(directory), open_weights(directory)
     last = f"model.layers.{config.num_hidden_layers - 1}.input_layernorm.weight"
     if last not in weights:                                        # before any number of layers is built
-        raise CheckpointError(f"{directory}: tensor {last} is missing, though num_hidden_layers is {config.num_hidden_layers}: "
-                              f"the weights do not belong to this config.json")
+        raise CheckpointError(f"{directory}: tensor {last} is missing, though num_hidden_layers is "
+                              f"{config.num_hidden_layers}: the weights do not belong to this config.json")
     with torch.device("meta"):
         model = Llama(config)
     names = checkpoint_names(model, weights)
@@ -703,12 +746,13 @@ def open_checkpoint(directory) -> tuple[Llama, Weights, dict[str, str]]:
 
 
 def load(path, device="cpu", dtype: torch.dtype = torch.float32, adapter=None) -> Llama:
-    """The model in a Hugging Face directory or on the hub, on `device` in `dtype`, with a PEFT LoRA adapter or an
-    attn_delta.safetensors added if given.
+    """The model in a Hugging Face directory or on the hub, on `device` in `dtype`, with a PEFT LoRA adapter
+    or an attn_delta.safetensors added if given.
 
-    What is on the CPU in the dtype of the files stays memory-mapped, privately: changing it changes no file, but a file
-    must not be overwritten in place meanwhile (renaming another one over it, as `save` does, is fine). Peak host memory is
-    the model's and one shard. CheckpointError when anything is missing, surplus, damaged or of another shape.
+    What is on the CPU in the dtype of the files stays memory-mapped, privately: changing it changes no file,
+    but a file must not be overwritten in place meanwhile (renaming another one over it, as `save` does, is
+    fine). Peak host memory is the model's and one shard. CheckpointError when anything is missing, surplus,
+    damaged or of another shape.
     """
     path = hub.local(path)
     model, weights, names = open_checkpoint(path)
@@ -724,8 +768,8 @@ def load(path, device="cpu", dtype: torch.dtype = torch.float32, adapter=None) -
 
 
 def read_adapter(path, parameters: set[str]) -> dict[str, Callable[[], Tensor]]:
-    """{parameter name: function giving what is to be added to it}, of a PEFT LoRA directory (scale B A, arXiv 2106.09685)
-    or of an attn_delta.safetensors file. CheckpointError when it does not fit the parameters."""
+    """{parameter name: function giving what is to be added to it}, of a PEFT LoRA directory (scale B A, arXiv
+    2106.09685) or of an attn_delta.safetensors file. CheckpointError when it does not fit the parameters."""
     if Path(path).suffix == ".safetensors":
         file = open_safetensors(Path(path))
         return {known(key, parameters, path): partial(file.get_tensor, key) for key in file.keys()}
@@ -741,7 +785,8 @@ def read_adapter(path, parameters: set[str]) -> dict[str, Callable[[], Tensor]]:
             name = known(module.removeprefix("base_model.model.") + ".weight", parameters, path)
             A, B = map(file.get_tensor, pair)
             R = A.shape[0]
-            updates[name] = partial(lora_product, A, B, raw["lora_alpha"] / (math.sqrt(R) if raw.get("use_rslora") else R))
+            updates[name] = partial(lora_product, A, B,
+                                    raw["lora_alpha"] / (math.sqrt(R) if raw.get("use_rslora") else R))
     if not updates:
         raise CheckpointError(f"{path}: adapter_model.safetensors holds no LoRA factors")
     return updates
@@ -756,7 +801,8 @@ def known(name: str, parameters: set[str], path) -> str:
 def read_lora_config(path: Path) -> dict:
     raw = {"lora_alpha": 8} | read_json(path)
     if str(raw.get("peft_type")).upper() != "LORA":
-        raise CheckpointError(f"{path}: peft_type is {raw.get('peft_type')!r}, only LORA adapters are supported")
+        raise CheckpointError(f"{path}: peft_type is {raw.get('peft_type')!r}, "
+                              f"only LORA adapters are supported")
     for key, fine in ADAPTER_SETTINGS.items():
         if raw.get(key) and raw[key] not in fine:
             raise CheckpointError(f"{path}: {key} = {raw[key]!r} is not supported")
@@ -800,21 +846,24 @@ def initialise_(model: Llama, seed: int = 0) -> Llama:
     return model
 
 
-def save(model: Llama, directory, dtype: torch.dtype = torch.float32, max_shard_bytes: int = MAX_SHARD_BYTES) -> None:
+def save(model: Llama, directory, dtype: torch.dtype = torch.float32,
+         max_shard_bytes: int = MAX_SHARD_BYTES) -> None:
     """Write config.json and the weights as `dtype` in Hugging Face layout."""
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
     raw = {**config_dict(model.config), "torch_dtype": DTYPE_NAMES[dtype]}
     (directory / "config.json").write_text(json.dumps(raw, indent=2) + "\n", encoding="utf-8")
     parameters = dict(model.named_parameters())
-    save_sharded(directory, {name: parameter.numel() * dtype.itemsize for name, parameter in parameters.items()},
+    save_sharded(directory,
+                 {name: parameter.numel() * dtype.itemsize for name, parameter in parameters.items()},
                  lambda name: parameters[name].detach().to("cpu", dtype).contiguous(), max_shard_bytes)
 
 
 def save_sharded(directory: Path, sizes: dict[str, int], tensor: Callable[[str], Tensor],
                  max_shard_bytes: int = MAX_SHARD_BYTES) -> None:
-    """Write tensor(name) for every name of `sizes` (bytes), in files of at most max_shard_bytes unless one tensor is larger,
-    with an index if there are several. A file's tensors are made when it is written, so no more than those are in memory."""
+    """Write tensor(name) for every name of `sizes` (bytes), in files of at most max_shard_bytes unless one
+    tensor is larger, with an index if there are several. A file's tensors are made when it is written, so no
+    more than those are in memory."""
     shards, size = [[]], 0
     for name, nbytes in sizes.items():
         if shards[-1] and size + nbytes > max_shard_bytes:
@@ -830,25 +879,27 @@ def save_sharded(directory: Path, sizes: dict[str, int], tensor: Callable[[str],
     if len(shards) > 1:
         index = {"metadata": {"total_size": sum(sizes.values())},
                  "weight_map": {name: file for file, names in zip(files, shards) for name in names}}
-        (directory / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+        (directory / "model.safetensors.index.json").write_text(
+            json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
 
 def save_tensors(path: Path, tensors: dict[str, Tensor], **metadata: str) -> None:
-    """Write to a temporary name, then rename: a kill leaves the old file or the new one. Readers want format: pt."""
+    """Write to a temporary name, then rename: a kill leaves the old file or the new one.
+    Readers want format: pt."""
     temporary = path.with_name(path.name + ".tmp")
     save_file(tensors, temporary, metadata={"format": "pt", **metadata})
     os.replace(temporary, path)
 
 
-# -------------------------------------------------------------------------------------------------------- generation
+# ------------------------------------------------------------------------------------------------- generation
 
 @torch.no_grad()
 def generate(model: Llama, prompts: list[list[int]], max_tokens: int, stop_ids, temperature: float = 0.0,
              top_p: float = 1.0, seed: int = 0, batch_size: int = 64, progress=None) -> list[list[int]]:
     """Replies to prompts of token ids, without the stop id that ends them; at most max_tokens each.
 
-    Greedy at temperature 0, else sampled from the smallest set of tokens holding top_p of the probability. Prompts
-    of like length share a batch. `progress(n)` is called with the number of replies a batch finished.
+    Greedy at temperature 0, else sampled from the smallest set of tokens holding top_p of the probability.
+    Prompts of like length share a batch. `progress(n)` is called with the number of replies a batch finished.
     """
     assert all(prompts), "every prompt needs a token"
     device = model.head.device
@@ -858,15 +909,18 @@ def generate(model: Llama, prompts: list[list[int]], max_tokens: int, stop_ids, 
     for first in range(0, len(order), batch_size):
         batch = order[first:first + batch_size]
         pick = partial(pick_token, temperature=temperature, top_p=top_p, generator=generator)
-        for i, reply in zip(batch, generate_batch(model, [prompts[i] for i in batch], max_tokens, stop_ids, pick)):
+        for i, reply in zip(batch, generate_batch(
+                model, [prompts[i] for i in batch], max_tokens, stop_ids, pick)):
             replies[i] = reply
         if progress:
             progress(len(batch))
     return replies
 
 
-def generate_batch(model: Llama, prompts: list[list[int]], max_tokens: int, stop_ids, pick) -> list[list[int]]:
-    """One left-padded batch: a pass over the prompts, then one token a step for the replies not yet finished."""
+def generate_batch(model: Llama, prompts: list[list[int]], max_tokens: int, stop_ids,
+                   pick) -> list[list[int]]:
+    """One left-padded batch: a pass over the prompts,
+    then one token a step for the replies not yet finished."""
     device, width = model.head.device, max(map(len, prompts))
     start = torch.tensor([width - len(prompt) for prompt in prompts], device=device)
     tokens = torch.tensor([[0] * (width - len(prompt)) + prompt for prompt in prompts], device=device)
@@ -874,11 +928,11 @@ def generate_batch(model: Llama, prompts: list[list[int]], max_tokens: int, stop
     dtype = model.compute_dtype or model.head.dtype
     cache, head = Cache(model.config, start, width + max_tokens, dtype), None
     stops = torch.tensor(sorted(stop_ids), device=device)
-    replies, rows = [[] for _ in prompts], list(range(len(prompts)))             # rows: which prompt each line is
+    replies, rows = [[] for _ in prompts], list(range(len(prompts)))    # rows: which prompt each line is
     for step in range(max_tokens):
         hidden = model(tokens, positions, cache=cache)[:, -1]
-        head = model.head.to(dtype) if head is None else head                    # a sharded one is whole only after forward
-        chosen = pick((head @ hidden.T).T)         # (B,); with few rows twice as fast on the CPU as hidden @ head.T
+        head = model.head.to(dtype) if head is None else head     # a sharded one is whole only after forward
+        chosen = pick((head @ hidden.T).T)  # (B,); with few rows twice as fast on the CPU as hidden @ head.T
         going = ~torch.isin(chosen, stops)
         for row, token, goes in zip(rows, chosen.tolist(), going.tolist()):
             if goes:
@@ -898,5 +952,5 @@ def pick_token(logits: Tensor, temperature: float, top_p: float, generator) -> T
     if temperature == 0:
         return logits.argmax(-1)
     probs, tokens = (logits.float() / temperature).softmax(-1).sort(-1, descending=True)
-    probs = probs.masked_fill(probs.cumsum(-1) - probs >= top_p, 0.0)            # the first token is always kept
+    probs = probs.masked_fill(probs.cumsum(-1) - probs >= top_p, 0.0)   # the first token is always kept
     return tokens.gather(-1, torch.multinomial(probs, 1, generator=generator))[:, 0]

@@ -1,7 +1,9 @@
-"""Which rows a run trains on, holds out and answers: read, counted, translated where the target language is missing.
+"""Which rows a run trains on, holds out and answers:
+read, counted, translated where the target language is missing.
 
-The rows of `--data` are for training; those of `--eval-data` were written by people in every language and are never
-translated, since that would score the translator. Held-out rows steer choices (validation), answered rows are the report.
+The rows of `--data` are for training; those of `--eval-data` were written by people in every language and
+are never translated, since that would score the translator. Held-out rows steer choices (validation),
+answered rows are the report.
 """
 
 from collections import Counter
@@ -27,8 +29,9 @@ def settings(args) -> dict:
 
 
 def read_inputs(args) -> tuple[list[dict], list[dict], list[dict], int]:
-    """Training rows (some perhaps without the target languages yet), held-out rows, rows to answer at the end, and how many
-    of the training rows are to be set apart as held-out ones: none when --eval-data has a validation split."""
+    """Training rows (some perhaps without the target languages yet), held-out rows, rows to answer at the
+    end, and how many of the training rows are to be set apart as held-out ones: none when --eval-data has a
+    validation split."""
     rows = usable_rows(read_counted(args.data, args), args)
     evaluated = []
     if args.eval_data:
@@ -41,7 +44,8 @@ def read_inputs(args) -> tuple[list[dict], list[dict], list[dict], int]:
     order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(args.seed)).tolist()
     rows = [rows[i] for i in order[:apart + (args.samples or len(rows))]]
     if args.samples and len(rows) < apart + args.samples:
-        print(f"{args.data} has {len(rows) - apart} rows to train on, fewer than --samples {args.samples}: all are used")
+        print(f"{args.data} has {len(rows) - apart} rows to train on, "
+              f"fewer than --samples {args.samples}: all are used")
     return rows, heldout, answered, apart
 
 
@@ -53,7 +57,8 @@ def read_counted(path: str, args) -> list[dict]:
 
 
 def usable_rows(rows: list[dict], args) -> list[dict]:
-    """The rows with the source and every target that any row holds; a target that none holds is left to the translator."""
+    """The rows with the source and every target that any row holds;
+    a target that none holds is left to the translator."""
     held = [target for target in args.targets if any(target in row for row in rows)]
     usable = data.require_languages(rows, args.source, *held)
     if len(usable) < len(rows):
@@ -66,7 +71,8 @@ def missing_targets(rows: list[dict], args) -> list[str]:
 
 
 def load_translator(rows: list[dict], args, device):
-    """The translator, or None when no row needs it; DataError when it does not know a language that is missing."""
+    """The translator, or None when no row needs it;
+    DataError when it does not know a language that is missing."""
     missing = missing_targets(rows, args)
     if not missing:
         return None
@@ -74,14 +80,14 @@ def load_translator(rows: list[dict], args, device):
     for target in missing:
         if target not in translator.languages:
             held = sorted({language for row in rows for language in data.languages(row)})
-            raise data.DataError(f"--lang {target}: {args.data} holds {', '.join(held)} and the translator {args.translator} "
-                                 f"knows {', '.join(translator.languages)}")
+            raise data.DataError(f"--lang {target}: {args.data} holds {', '.join(held)} and the translator "
+                                 f"{args.translator} knows {', '.join(translator.languages)}")
     return translator
 
 
 def look_ahead(args, device) -> tuple[int, list[dict]]:
-    """How many rows a run would train on, and rows with every language to tell their lengths by: all of them where the data
-    hold the languages, else the first LOOK rows, translated without writing anything."""
+    """How many rows a run would train on, and rows with every language to tell their lengths by: all of them
+    where the data hold the languages, else the first LOOK rows, translated without writing anything."""
     rows, _, _, apart = read_inputs(args)
     count, rows = len(rows) - apart, rows[apart:]
     missing = missing_targets(rows, args)
@@ -95,8 +101,9 @@ def look_ahead(args, device) -> tuple[int, list[dict]]:
 
 
 def prepare_rows(args, inputs: dict, device) -> tuple[list[dict], list[dict], list[dict]]:
-    """Rows to train on, to hold out and to answer, all with every language; all ranks call this, and translate. The run
-    directory is claimed once all input has been read, and before anything is translated into it."""
+    """Rows to train on, to hold out and to answer, all with every language; all ranks call this,
+    and translate. The run directory is claimed once all input has been read, and before anything is
+    translated into it."""
     rows, heldout, answered, apart = ranks.on_first(lambda: read_inputs(args))
     translator = load_translator(rows, args, device)
 
@@ -107,10 +114,12 @@ def prepare_rows(args, inputs: dict, device) -> tuple[list[dict], list[dict], li
     run = ranks.on_first(claim)
     if translator is not None:
         missing = missing_targets(rows, args)
-        rows = translate.translate_rows(rows, translator, args.source, missing, run / f"translated-{','.join(missing)}.jsonl",
-                                        args.beams, keep_failed=args.keep_failed)
+        rows = translate.translate_rows(
+            rows, translator, args.source, missing, run / f"translated-{','.join(missing)}.jsonl",
+            args.beams, keep_failed=args.keep_failed)
     heldout, rows = heldout or rows[:apart], rows[apart:]
     if not rows or not heldout:
-        raise data.DataError(f"{args.data}: {len(rows)} rows are left to train on and {len(heldout)} to hold out, one of each "
-                             f"is needed: give more rows, or --keep-failed if the translation checks dropped them")
+        raise data.DataError(
+            f"{args.data}: {len(rows)} rows are left to train on and {len(heldout)} to hold out, "
+            f"one of each is needed: give more rows, or --keep-failed if the translation checks dropped them")
     return rows, heldout, answered or heldout

@@ -26,8 +26,8 @@ from torch import Tensor
 
 import ranks
 from data import DataError
-from model import (MAX_SHARD_BYTES, CheckpointError, add_update, load, open_checkpoint, open_weights, read_adapter, read_json,
-                   save_sharded, save_tensors)
+from model import (MAX_SHARD_BYTES, CheckpointError, add_update, load, open_checkpoint, open_weights,
+                   read_adapter, read_json, save_sharded, save_tensors)
 
 CHECKPOINTS_KEPT = 2
 
@@ -57,7 +57,8 @@ def empty_directory(path: Path) -> Path:
 
 
 def put_in_place(temporary: Path, path: Path) -> None:
-    """Rename a directory, over another one if need be; a kill in between leaves the new one or none, never half of one."""
+    """Rename a directory, over another one if need be;
+    a kill in between leaves the new one or none, never half of one."""
     if path.exists():
         old = path.with_name(path.name + ".old")
         shutil.rmtree(old, ignore_errors=True)
@@ -83,7 +84,8 @@ def fingerprint(*parts) -> str:
 
 
 def model_fingerprint(directory) -> str:
-    """Of config.json and the names, sizes and modification times of the weight files (hashing 16 GB takes a minute)."""
+    """Of config.json and the names, sizes and modification times of the weight files
+    (hashing 16 GB takes a minute)."""
     directory = Path(directory)
     files = [(path.name, path.stat().st_size, path.stat().st_mtime_ns)
              for path in sorted(directory.glob("*.safetensors"))]
@@ -93,8 +95,8 @@ def model_fingerprint(directory) -> str:
 def open_run(directory, flags: dict, inputs: dict, fresh: bool = False, resume: bool = False) -> Path:
     """The run directory for these flags and inputs: made, or taken up again when config.json says the same.
 
-    DataError, naming the first difference, when it belongs to another run; nothing in it is touched then. With `resume` there
-    has to be a run.
+    DataError, naming the first difference, when it belongs to another run; nothing in it is touched then.
+    With `resume` there has to be a run.
     """
     directory = Path(directory)
     config = {"flags": flags, "inputs": inputs, "seed": flags["seed"],
@@ -103,7 +105,8 @@ def open_run(directory, flags: dict, inputs: dict, fresh: bool = False, resume: 
     if fresh and path.exists():
         shutil.rmtree(directory)
     if resume and not path.exists():
-        raise DataError(f"--resume: {directory} holds no run to go on with: see --out, or leave --resume out to start one")
+        raise DataError(f"--resume: {directory} holds no run to go on with: "
+                        f"see --out, or leave --resume out to start one")
     if path.exists():
         try:
             before = json.loads(path.read_text(encoding="utf-8"))
@@ -127,20 +130,21 @@ def open_run(directory, flags: dict, inputs: dict, fresh: bool = False, resume: 
 
 
 def check_disk_space(directory: Path, parameters: dict[str, Tensor], exported: int) -> None:
-    """DataError unless the disk has room for a method's files: checkpoints (the kept ones and one being written, each the
-    trainable weights and AdamW's two moments) and `exported` bytes of results, which are written before old ones go."""
+    """DataError unless the disk has room for a method's files: checkpoints (the kept ones and one being
+    written, each the trainable weights and AdamW's two moments) and `exported` bytes of results, which are
+    written before old ones go."""
     checkpoint = 3 * sum(parameter.nbytes for parameter in parameters.values())
     needed, free = (CHECKPOINTS_KEPT + 1) * checkpoint + exported, shutil.disk_usage(directory).free
     if needed > free:
-        raise DataError(f"{directory} needs about {needed / 1e9:.1f} GB for checkpoints and results, its disk has "
-                        f"{free / 1e9:.1f} GB free: make room, or choose another --out")
+        raise DataError(f"{directory} needs about {needed / 1e9:.1f} GB for checkpoints and results, "
+                        f"its disk has {free / 1e9:.1f} GB free: make room, or choose another --out")
 
 
-# ----------------------------------------------------------------------------------------------- reference log-probs
+# ---------------------------------------------------------------------------------------- reference log-probs
 
 def load_reference(run: Path, key: str, sizes: list[int]) -> list[Tensor] | None:
-    """Summed log-probs (S,) per micro-batch from the cache file of this key; None when there is none, or it is damaged or of
-    other sizes: then they are computed again, never trusted."""
+    """Summed log-probs (S,) per micro-batch from the cache file of this key; None when there is none,
+    or it is damaged or of other sizes: then they are computed again, never trusted."""
     try:
         flat = load_file(run / "reference" / f"{key}.safetensors")["logp"]
     except (FileNotFoundError, SafetensorError, KeyError):
@@ -154,11 +158,11 @@ def save_reference(run: Path, key: str, sums: list[Tensor]) -> None:
     save_tensors(path, {"logp": torch.cat(sums)})
 
 
-# -------------------------------------------------------------------------------------------------------- checkpoints
+# ------------------------------------------------------------------------------------------------ checkpoints
 
 def save_checkpoint(directory: Path, step: int, parameters: dict[str, Tensor], optimizer) -> None:
-    """Everything the next step depends on: fp32 trainables, AdamW's two moments, the step. All ranks call this; the first one
-    writes, or each its own part where parameters are sharded. Keeps the last two."""
+    """Everything the next step depends on: fp32 trainables, AdamW's two moments, the step. All ranks call
+    this; the first one writes, or each its own part where parameters are sharded. Keeps the last two."""
     path = directory / f"step-{step:06d}"
     temporary = path.with_name(path.name + ".tmp")
     ranks.on_first(lambda: empty_directory(temporary))
@@ -195,8 +199,8 @@ def state_tensors(parameters: dict[str, Tensor], optimizer) -> dict[str, Tensor]
 
 
 def load_checkpoint(directory: Path, parameters: dict[str, Tensor], optimizer) -> int:
-    """Restore the newest whole checkpoint into parameters and optimiser; the number of steps done (0 without one). One that
-    any rank finds damaged is named and passed over."""
+    """Restore the newest whole checkpoint into parameters and optimiser; the number of steps done
+    (0 without one). One that any rank finds damaged is named and passed over."""
     device = next(iter(parameters.values())).device
     for path in reversed(checkpoints(directory)):
         try:
@@ -206,17 +210,18 @@ def load_checkpoint(directory: Path, parameters: dict[str, Tensor], optimizer) -
         if not ranks.largest(int(step < 0), device):
             restore_(parameters, optimizer, tensors)
             return step
-        print(f"checkpoint passed over, going back to the one before: {why if step < 0 else f'{path} is damaged'}")
+        print(f"checkpoint passed over, going back to the one before: "
+              f"{why if step < 0 else f'{path} is damaged'}")
     return 0
 
 
 def read_checkpoint(path: Path, parameters: dict[str, Tensor]) -> tuple[int, dict[str, Tensor]]:
-    """Step and tensors of this rank's part of a checkpoint. CheckpointError when it is damaged or not complete, DataError when
-    it was written by another number of ranks."""
+    """Step and tensors of this rank's part of a checkpoint. CheckpointError when it is damaged or
+    not complete, DataError when it was written by another number of ranks."""
     state, (part, parts) = read_json(path / "state.json"), own_part(parameters)
     if state.get("parts") != parts and isinstance(state.get("parts"), int):
-        raise DataError(f"{path} was written by {state['parts']} ranks with --shard, now there are {parts}: start as many, or "
-                        f"start over with --fresh")
+        raise DataError(f"{path} was written by {state['parts']} ranks with --shard, now there are {parts}: "
+                        f"start as many, or start over with --fresh")
     try:
         tensors = load_file(path / f"state-{part}.safetensors")
     except (OSError, SafetensorError) as error:
@@ -267,7 +272,8 @@ def open_board(directory: Path, wanted: bool, step: int):
 
 
 def truncate_metrics(path: Path, steps: int) -> None:
-    """Drop the lines past step `steps` (a killed run wrote further than its checkpoint) and a half-written last one."""
+    """Drop the lines past step `steps` (a killed run wrote further than its checkpoint)
+    and a half-written last one."""
     if path.exists():
         lines = []
         for line in path.read_text(encoding="utf-8").splitlines():
@@ -279,35 +285,38 @@ def truncate_metrics(path: Path, steps: int) -> None:
         write_text(path, "".join(lines))
 
 
-# ------------------------------------------------------------------------------------------------------------ exports
+# ---------------------------------------------------------------------------------------------------- exports
 
 COPIED = (".json", ".jinja", ".model", ".txt")        # a base's tokenizer and generation files, its licence
 TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
 
 
-def save_adapter(model, directory: Path, base: str, targets: tuple[str, ...], rank: int, alpha: float, template: str) -> None:
-    """The LoRA factors in PEFT's layout, fp32: loads in PEFT and vLLM over the base model `base`. With them the chat template
-    they were trained in, which a server of a base model has to be given."""
+def save_adapter(model, directory: Path, base: str, targets: tuple[str, ...], rank: int, alpha: float,
+                 template: str) -> None:
+    """The LoRA factors in PEFT's layout, fp32: loads in PEFT and vLLM over the base model `base`. With them
+    the chat template they were trained in, which a server of a base model has to be given."""
     tensors = {f"base_model.model.{name}.weight": parameter.detach().float().cpu().contiguous()
                for name, parameter in model.named_parameters() if ".lora_" in name}
     save_tensors(directory / "adapter_model.safetensors", tensors)
     write_json(directory / "adapter_config.json", {
-        "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": base, "r": rank, "lora_alpha": alpha,
-        "lora_dropout": 0.0, "target_modules": list(targets), "bias": "none", "fan_in_fan_out": False,
-        "inference_mode": True, "modules_to_save": None, "use_rslora": False, "use_dora": False, "rank_pattern": {},
-        "alpha_pattern": {}})
+        "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": base, "r": rank,
+        "lora_alpha": alpha, "lora_dropout": 0.0, "target_modules": list(targets), "bias": "none",
+        "fan_in_fan_out": False, "inference_mode": True, "modules_to_save": None, "use_rslora": False,
+        "use_dora": False, "rank_pattern": {}, "alpha_pattern": {}})
     write_text(directory / "chat_template.jinja", template)
 
 
 def save_model(directory: Path, base, tokenizer, change, max_shard_bytes: int = MAX_SHARD_BYTES) -> None:
-    """The base checkpoint (its directory) with change(parameter name, tensor) in the place of every tensor, as a whole Hugging
-    Face directory. A tensor keeps the dtype it has in the base, and one that is not changed its bits."""
+    """The base checkpoint (its directory) with change(parameter name, tensor) in the place of every tensor,
+    as a whole Hugging Face directory. A tensor keeps the dtype it has in the base, and one that is
+    not changed its bits."""
     _, weights, names = open_checkpoint(base)
 
     def tensor(name: str) -> Tensor:
         old = weights[names[name]]
         return change(name, old).detach().to("cpu", old.dtype).contiguous()
-    save_sharded(directory, {name: weights[key].nbytes for name, key in names.items()}, tensor, max_shard_bytes)
+    save_sharded(directory, {name: weights[key].nbytes for name, key in names.items()}, tensor,
+                 max_shard_bytes)
     for path in sorted(Path(base).iterdir()):
         if path.suffix in COPIED and not path.name.endswith(".index.json"):
             shutil.copyfile(path, directory / path.name)
@@ -315,10 +324,12 @@ def save_model(directory: Path, base, tokenizer, change, max_shard_bytes: int = 
     raw = read_json(generation) if generation.exists() else {"bos_token_id": tokenizer.bos_id}
     stops = sorted(tokenizer.stop_ids)
     write_json(generation, raw | {"eos_token_id": stops if len(stops) > 1 else stops[0]})
-    write_text(directory / "chat_template.jinja", tokenizer.template)        # base models bring none: ours is what was trained
+    # base models bring none: ours is what was trained
+    write_text(directory / "chat_template.jinja", tokenizer.template)
 
 
-def save_merged(directory: Path, base, adapter: Path, tokenizer, max_shard_bytes: int = MAX_SHARD_BYTES) -> None:
+def save_merged(directory: Path, base, adapter: Path, tokenizer,
+                max_shard_bytes: int = MAX_SHARD_BYTES) -> None:
     """save_model with the adapter's products added, in at least fp32."""
     updates = read_adapter(adapter, set(open_checkpoint(base)[2]))
 
@@ -328,7 +339,8 @@ def save_merged(directory: Path, base, adapter: Path, tokenizer, max_shard_bytes
 
 
 def save_delta(path: Path, base, parameters: dict[str, Tensor], named: str) -> None:
-    """What training added to the base's tensors, in their dtype: a small file that `--adapter` takes over the base `named`."""
+    """What training added to the base's tensors, in their dtype:
+    a small file that `--adapter` takes over the base `named`."""
     _, weights, names = open_checkpoint(base)
     tensors = {}
     for name, parameter in parameters.items():
@@ -339,9 +351,9 @@ def save_delta(path: Path, base, parameters: dict[str, Tensor], named: str) -> N
 
 @torch.no_grad()
 def check_outputs(model, outputs: dict[Path, dict], ids: list[int], load=load) -> None:
-    """Load what was written (`outputs`: path -> arguments of `load`, model's or ranks') and compare its logits of a text with
-    the trained model's, on the same device in the same dtype. The model gives up its memory for that: it ends on the meta
-    device."""
+    """Load what was written (`outputs`: path -> arguments of `load`, model's or ranks') and compare its
+    logits of a text with the trained model's, on the same device in the same dtype. The model gives up its
+    memory for that: it ends on the meta device."""
     tokens = torch.tensor([ids], device=model.head.device)
     device, dtype = model.head.device, model.compute_dtype or model.head.dtype
     expected = (model(tokens)[0] @ model.head.to(dtype).T).float().cpu()
@@ -353,6 +365,7 @@ def check_outputs(model, outputs: dict[Path, dict], ids: list[int], load=load) -
         weights = open_weights(arguments["path"])
         stored = weights[next(iter(weights))].dtype
         if not difference < max(TOLERANCE[dtype], TOLERANCE[stored]):
-            raise DataError(f"{path} was written, but its logits differ from the trained model's by {difference:.1e} of their "
-                            f"size: do not use it, and report this")
-        print(f"{path}: written, loaded again; its logits differ from the trained model's by {difference:.1e} of their size")
+            raise DataError(f"{path} was written, but its logits differ from the trained model's "
+                            f"by {difference:.1e} of their size: do not use it, and report this")
+        print(f"{path}: written, loaded again; "
+              f"its logits differ from the trained model's by {difference:.1e} of their size")

@@ -1,11 +1,12 @@
-"""Multiple choice side by side with lm-evaluation-harness: the same questions, the same model, questions per second.
+"""Multiple choice side by side with lm-evaluation-harness: questions per second of the same model.
 
     python -m bench.eval --mmlu DIR --tokenizer DIR [--questions 100] [--shots 5]
 
-Both score " A" to " D" after every question in fp32 on the CPU, tokenisation included, loading excluded. The harness (its
-Hugging Face back end) is run at every batch size given and its best one counts. They take turns subject by subject, so that
-a busy machine slows both, and CPU seconds stand beside those of the clock. The printed ratios are those of the medians over
---repeats. The log-probs of the two are compared as well. Needs tests/requirements.txt.
+Both score " A" to " D" after every question in fp32 on the CPU, tokenisation included, loading excluded.
+The harness (its Hugging Face back end) is run at every batch size given and its best one counts. They take
+turns subject by subject, so that a busy machine slows both, and CPU seconds stand beside those of the
+clock. The printed ratios are those of the medians over --repeats. The log-probs of the two are compared as
+well. Needs tests/requirements.txt.
 """
 
 import argparse
@@ -33,9 +34,10 @@ def random_checkpoint(directory: Path, tokenizer: Path, width: int, layers: int)
     for name in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copyfile(tokenizer / name, directory / name)
     vocabulary = data.load_tokenizer(directory).vocab_size
-    config = llama.Config(vocab_size=vocabulary, hidden_size=width, intermediate_size=11 * width // 4 // 32 * 32,
-                          num_hidden_layers=layers, num_attention_heads=width // 64, num_key_value_heads=width // 64,
-                          head_dim=64, max_position_embeddings=4096)
+    config = llama.Config(
+        vocab_size=vocabulary, hidden_size=width, intermediate_size=11 * width // 4 // 32 * 32,
+        num_hidden_layers=layers, num_attention_heads=width // 64, num_key_value_heads=width // 64,
+        head_dim=64, max_position_embeddings=4096)
     llama.save(llama.initialise_(llama.Llama(config)), directory)
     return directory
 
@@ -58,7 +60,8 @@ def harness(checkpoint: Path, batch_size: int):
 
 def ours(checkpoint: Path, batch_tokens: int):
     model, tokenizer = llama.load(checkpoint), data.load_tokenizer(checkpoint)
-    return lambda questions: [found["logp"] for found in benchmarks.multiple_choice(model, tokenizer, questions, batch_tokens)]
+    return lambda questions: [
+        found["logp"] for found in benchmarks.multiple_choice(model, tokenizer, questions, batch_tokens)]
 
 
 def spread(questions: list, count: int) -> list[list]:
@@ -71,7 +74,8 @@ def spread(questions: list, count: int) -> list[list]:
 
 
 def compete(rivals: dict, subjects: list[list], repeats: int) -> tuple[dict, dict]:
-    """({name: (seconds, CPU seconds) of every repeat}, {name: log-probs}); the rivals take turns after each subject."""
+    """({name: (seconds, CPU seconds) of every repeat}, {name: log-probs});
+    the rivals take turns after each subject."""
     times, scores = {name: np.zeros((repeats, 2)) for name in rivals}, {}
     for score in rivals.values():
         score(subjects[0][:2])
@@ -88,7 +92,8 @@ def compete(rivals: dict, subjects: list[list], repeats: int) -> tuple[dict, dic
 
 
 def parse_args(argv=None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0],
+                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--mmlu", required=True, help="directory of MMLU as distributed")
     parser.add_argument("--tokenizer", type=Path, required=True, help="directory with a tokenizer.json")
     parser.add_argument("--questions", type=int, default=100, help="spread over the subjects")
@@ -109,17 +114,22 @@ def main(argv=None) -> None:
     with tempfile.TemporaryDirectory() as folder:
         checkpoint = random_checkpoint(Path(folder), args.tokenizer, args.width, args.layers)
         rivals = {"ours": ours(checkpoint, args.batch_tokens)}
-        rivals |= {f"harness, batch {size}": harness(checkpoint, int(size)) for size in args.batch_sizes.split(",")}
+        rivals |= {f"harness, batch {size}": harness(checkpoint, int(size))
+                   for size in args.batch_sizes.split(",")}
         times, scores = compete(rivals, subjects, args.repeats)
-    medians, count = {name: np.median(found, axis=0) for name, found in times.items()}, sum(map(len, subjects))
+    medians, count = ({name: np.median(found, axis=0) for name, found in times.items()},
+                      sum(map(len, subjects)))
     print(table(["", "questions/s", "seconds", "CPU seconds"],
-                [[name, f"{count / median[0]:.2f}", *(", ".join(f"{value:.1f}" for value in column) for column in times[name].T)]
+                [[name, f"{count / median[0]:.2f}",
+                  *(", ".join(f"{value:.1f}" for value in column) for column in times[name].T)]
                  for name, median in medians.items()]))
     best = min((name for name in rivals if name != "ours"), key=lambda name: medians[name][0])
     gap = max(abs(a - b) for mine, theirs in zip(scores["ours"], scores[best]) for a, b in zip(mine, theirs))
     clock, cpu = medians[best] / medians["ours"]
-    print(f"ours / {best}: {clock:.2f} x the questions/s, 1/{cpu:.2f} of the CPU seconds; log-probs differ by at most {gap:.1e}")
-    settings = {"torch": torch.__version__, "tokens of a prompt": prompt_tokens(sum(subjects, []), args.tokenizer)}
+    print(f"ours / {best}: {clock:.2f} x the questions/s, 1/{cpu:.2f} of the CPU seconds; "
+          f"log-probs differ by at most {gap:.1e}")
+    settings = {"torch": torch.__version__,
+                "tokens of a prompt": prompt_tokens(sum(subjects, []), args.tokenizer)}
     print(json.dumps(vars(args) | settings, default=str))
 
 

@@ -1,11 +1,11 @@
-"""Tokens per second of greedy generation: ours, transformers' `generate`, and the bare matrix products of the same pass.
+"""Tokens per second of greedy generation: ours, transformers' `generate`, and the bare matrix products.
 
-    python -m bench.generate                     # the shape of its defaults, paired and interleaved in one process
+    python -m bench.generate            # the shape of its defaults, paired and interleaved in one process
 
-Every round runs all contenders in turn, and ratios are taken within a round; the median over rounds is printed with the
-middle half. The bare products are one F.linear for every weight matrix and pass, of the same shapes and weights, nothing
-between them: what is left of the time when attention, norms, cache and bookkeeping are free. Prompts are of mixed lengths.
-Needs transformers (tests/requirements.txt).
+Every round runs all contenders in turn, and ratios are taken within a round; the median over rounds is
+printed with the middle half. The bare products are one F.linear for every weight matrix and pass, of the same
+shapes and weights, nothing between them: what is left of the time when attention, norms, cache and
+bookkeeping are free. Prompts are of mixed lengths. Needs transformers (tests/requirements.txt).
 """
 
 import argparse
@@ -21,8 +21,9 @@ import model as llama
 
 
 def make_model(args) -> llama.Llama:
-    config = llama.Config(vocab_size=args.vocab, hidden_size=args.width, intermediate_size=args.mlp, head_dim=args.head_dim,
-                          num_hidden_layers=args.layers, num_attention_heads=args.width // args.head_dim,
+    config = llama.Config(vocab_size=args.vocab, hidden_size=args.width, intermediate_size=args.mlp,
+                          head_dim=args.head_dim, num_hidden_layers=args.layers,
+                          num_attention_heads=args.width // args.head_dim,
                           num_key_value_heads=args.kv_heads or args.width // args.head_dim)
     return llama.initialise_(llama.Llama(config)).requires_grad_(False).eval()
 
@@ -38,16 +39,18 @@ def their_generate(theirs, prompts: list[list[int]], max_tokens: int) -> list[li
     tokens = torch.tensor([[0] * (width - len(prompt)) + prompt for prompt in prompts])
     mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts])
     with torch.no_grad():
-        out = theirs.generate(tokens, attention_mask=mask, max_new_tokens=max_tokens, min_new_tokens=max_tokens,
-                              do_sample=False, pad_token_id=0)
+        out = theirs.generate(tokens, attention_mask=mask, max_new_tokens=max_tokens,
+                              min_new_tokens=max_tokens, do_sample=False, pad_token_id=0)
     return out[:, width:].tolist()
 
 
 @torch.no_grad()
 def bare_products(model: llama.Llama, rows: int, width: int, max_tokens: int) -> None:
-    """The products of one pass over the prompts (the head for the last position alone), then of one token a step."""
+    """The products of one pass over the prompts (the head for the last position alone),
+    then of one token a step."""
     inner = [parameter for name, parameter in model.named_parameters() if name.endswith("_proj.weight")]
-    inputs = {(N, H): torch.randn(N, H) for N in (rows * width, rows) for H in {weight.shape[1] for weight in inner}}
+    inputs = {(N, H): torch.randn(N, H)
+              for N in (rows * width, rows) for H in {weight.shape[1] for weight in inner}}
     last = torch.randn(rows, model.head.shape[1])
     for N in [rows * width] + [rows] * (max_tokens - 1):
         for weight in inner:
@@ -67,7 +70,8 @@ def quartiles(values: list[float]) -> str:
 
 
 def parse_args(argv=None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0],
+                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--width", type=int, default=512, help="hidden width")
     parser.add_argument("--mlp", type=int, default=1376, help="mlp width")
     parser.add_argument("--layers", type=int, default=8)
@@ -75,11 +79,13 @@ def parse_args(argv=None) -> argparse.Namespace:
     parser.add_argument("--kv-heads", type=int, default=None, help="default: as many as query heads")
     parser.add_argument("--vocab", type=int, default=32_000)
     parser.add_argument("--batch", type=int, default=8, help="prompts")
-    parser.add_argument("--prompt", type=int, default=32, help="tokens of the longest prompt; the shortest has half")
+    parser.add_argument("--prompt", type=int, default=32,
+                        help="tokens of the longest prompt; the shortest has half")
     parser.add_argument("--tokens", type=int, default=64, help="new tokens per prompt")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--cpu-time", action="store_true", help="seconds of CPU, not of the clock: on a busy machine, one thread")
+    parser.add_argument("--cpu-time", action="store_true",
+                        help="seconds of CPU, not of the clock: on a busy machine, one thread")
     return parser.parse_args(argv)
 
 
@@ -94,8 +100,9 @@ def main(argv=None) -> None:
     contenders = {"ours": lambda: llama.generate(model, prompts, args.tokens, set()),
                   "transformers": lambda: their_generate(theirs, prompts, args.tokens),
                   "bare products": lambda: bare_products(model, args.batch, args.prompt, args.tokens)}
-    same = [one == other for pair in zip(contenders["ours"](), contenders["transformers"]()) for one, other in zip(*pair)]
-    print(f"{sum(same) / len(same):.1%} of the tokens are those of transformers")       # fp32 may break a near-tie either way
+    same = [one == other for pair in zip(contenders["ours"](), contenders["transformers"]())
+            for one, other in zip(*pair)]
+    print(f"{sum(same) / len(same):.1%} of the tokens are those of transformers")      # near-ties fall either way
     seconds = {name: [] for name in contenders}
     for round in range(args.rounds + 1):
         for name, function in contenders.items():

@@ -1,12 +1,12 @@
-"""Time to load a random checkpoint: ours against safetensors' `load_file` and `.to(device, dtype)` of every tensor.
+"""Time to load a random checkpoint: ours against safetensors' `load_file` and `.to` of every tensor.
 
-    python -m bench.load                         # 1 GB of bf16 in four files, as bf16, as fp32; both paired in one process
+    python -m bench.load       # 1 GB of bf16 in four files, as bf16, as fp32; both paired in one process
     python -m bench.load --device cuda
 
-Ours builds the model and checks every name and shape besides. A tensor that keeps its dtype on the CPU is only mapped by
-both, in milliseconds whatever its size, and its bytes come from disk when they are first used: "used" times the loading and one
-sum over every tensor. The first round, which is not counted, puts the files into the page cache. The median ratio of the
-rounds and its middle half.
+Ours builds the model and checks every name and shape besides. A tensor that keeps its dtype on the CPU is
+only mapped by both, in milliseconds whatever its size, and its bytes come from disk when they are first used:
+"used" times the loading and one sum over every tensor. The first round, which is not counted, puts the files
+into the page cache. The median ratio of the rounds and its middle half.
 """
 
 import argparse
@@ -22,12 +22,14 @@ from safetensors.torch import load_file
 import model as llama
 from bench.generate import quartiles
 
-BLOCK = {"hidden_size": 2048, "intermediate_size": 5632, "num_attention_heads": 16, "num_key_value_heads": 16, "head_dim": 128}
+BLOCK = {"hidden_size": 2048, "intermediate_size": 5632,
+         "num_attention_heads": 16, "num_key_value_heads": 16, "head_dim": 128}
 
 
 def write_checkpoint(directory: str, gigabytes: float, files: int) -> None:
     with torch.device("meta"):
-        block = sum(parameter.numel() for parameter in llama.Block(llama.Config(32, num_hidden_layers=1, **BLOCK)).parameters())
+        block = sum(parameter.numel() for parameter in
+                    llama.Block(llama.Config(32, num_hidden_layers=1, **BLOCK)).parameters())
     layers = max(1, round(gigabytes * 1e9 / (2 * block)))
     model = llama.Llama(llama.Config(32, num_hidden_layers=layers, **BLOCK))
     llama.save(llama.initialise_(model), directory, torch.bfloat16, int(2.05 * layers * block / files))
@@ -57,7 +59,8 @@ def timed(load, used: bool, *arguments) -> float:
 
 
 def parse_args(argv=None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0],
+                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--gigabytes", type=float, default=1.0, help="size of the checkpoint, 1e9 bytes")
     parser.add_argument("--files", type=int, default=4, help="shards")
     parser.add_argument("--device", default="cpu")
@@ -79,8 +82,9 @@ def main(argv=None) -> None:
                         times.append(elapsed)
             ratios = [own / plain for plain, own in zip(*seconds.values())]
             plain, own = (statistics.median(times) for times in seconds.values())
-            print(f"bf16 file as {llama.DTYPE_NAMES[dtype]:9}{'used' if used else 'loaded':8}load_file {plain:.3f} s, ours "
-                  f"{own:.3f} s, ours / load_file {quartiles(ratios)}", flush=True)
+            print(f"bf16 file as {llama.DTYPE_NAMES[dtype]:9}{'used' if used else 'loaded':8}"
+                  f"load_file {plain:.3f} s, ours {own:.3f} s, ours / load_file {quartiles(ratios)}",
+                  flush=True)
 
 
 if __name__ == "__main__":

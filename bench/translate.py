@@ -2,7 +2,8 @@
 
     python -m bench.translate                 # random M2M100, paired and interleaved in one process
     python -m bench.translate --chrf          # the demo's translator on the test split of demo/eval.jsonl
-    python -m bench.translate --device cuda --dtype bfloat16 --width 1024 --ffn 4096 --layers 12 --vocab 128112
+    python -m bench.translate --device cuda --dtype bfloat16
+        --width 1024 --ffn 4096 --layers 12 --vocab 128112
 
 All contenders translate the same inputs into the same number of tokens: the end token cannot win, since its
 row of the table is zero. Every round runs all of them in turn, ratios are taken within a round, and the
@@ -183,7 +184,7 @@ def compare(directory: Path, args, argv: list[str]) -> None:
     contenders = {"ours": ours(directory, sources, language, args),
                   f"transformers, batch {args.sentences}": lambda: generate(args.sentences)}
     if importlib.util.find_spec("ctranslate2"):
-        start = ctranslate if args.cpu_time else apart              # another process's time would not be counted
+        start = ctranslate if args.cpu_time else apart        # another process's time would not be counted
         contenders["CTranslate2"] = start(directory, sources, language, args)
     else:
         print("CTranslate2 is not installed (pip install ctranslate2): it is left out")

@@ -87,7 +87,8 @@ def direction_into(out, scale, weight, targets, product):
 
 
 def operator(name):
-    """`torch.library.custom_op` without the wrapper that imports the compiler at the first call: 2 s, 150 MB."""
+    """`torch.library.custom_op` without the wrapper that imports the compiler at the first call:
+    2 s, 150 MB."""
     def register(function):
         torch.library.define(f"clo::{name}", torch.library.infer_schema(function, mutates_args=()))
         torch.library.impl(f"clo::{name}", "default", function)

@@ -488,6 +488,16 @@ def test_packing_loses_no_fork_and_is_the_same_every_time():
     assert len(batch.tokens) == -(-used // 50)  # no packing needs fewer rows than this
 
 
+def test_untrimmed_batches_have_one_shape_whatever_they_hold():
+    for number in (1, 3, 40):
+        forks = random_forks(number, seed=2)
+        batches = data.micro_batches(forks, 40, 4, trim=False)
+        assert {tuple(batch.tokens.shape) for batch in batches} == {(4, 40)}
+        assert [fork.row for batch in batches for fork in batch.forks] == [
+            fork.row for batch in data.micro_batches(forks, 40, 4) for fork in batch.forks]
+        assert len(batches) == -(-len(data.pack(forks, 40).tokens) // 4)
+
+
 def test_trimmed_rows_are_as_long_as_the_longest_used():
     fork = data.Fork([5, 6], [[7], [8, 9]], "en", "a")
     assert data.pack([fork], 16).tokens.tolist() == [[5, 6, 7, 8, 9]]

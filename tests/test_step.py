@@ -110,6 +110,15 @@ def test_recomputing_keeps_one_vector_per_token_and_block():
     assert kept_bytes(model, batch) <= tokens * (c.num_hidden_layers * c.hidden_size + c.hidden_size + 1) * 8
 
 
+def test_rows_of_one_shape_for_a_gpu_change_no_gradient():
+    model = make_model()
+    plain, fixed = make_steps(), make_steps(device="cuda", micro_rows=4)
+    assert {tuple(micro.batch.tokens.shape) for step in fixed for micro in step} == {(4, 40)}
+    for trimmed, padded in zip(plain, fixed):
+        expected, found = gradients(model, trimmed), gradients(model, padded)
+        assert all((found[name] - expected[name]).abs().max() < 1e-13 for name in expected)
+
+
 def test_our_adamw_is_torchs_bit_for_bit():
     ours, theirs = ([torch.nn.Parameter(torch.arange(-3.0, 4.0)), torch.nn.Parameter(torch.ones(2, 3))]
                     for _ in range(2))
