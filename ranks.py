@@ -39,8 +39,9 @@ def pick_device(name: str) -> str:
         if torch.backends.mps.is_available():
             print("device: an Apple GPU is there, but MPS has not passed the tests; using the CPU "
                   "(--device mps tries it)")
+    own = name + ":" + os.environ["LOCAL_RANK"] if name == "cuda" and "RANK" in os.environ else name
     try:
-        torch.empty(1, device=name)
+        torch.empty(1, device=own)               # not on the first GPU from every rank: half a GB there for each
     except (RuntimeError, AssertionError) as error:
         raise data.DataError(f"--device {name} cannot be used ({str(error).splitlines()[0]}): "
                              f"try --device auto") from None
