@@ -3,6 +3,7 @@ and what scale.py predicts of it."""
 
 import os
 import random
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -266,6 +267,24 @@ def test_a_compiled_block_takes_the_mask_of_other_rows_without_compiling_again()
         expected = block(x, angles, angles, dense)
         assert (found - expected)[fork >= 0].abs().max() < 1e-5
     assert counter.frame_count == 1
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler on a CPU")
+def test_the_compiled_block_of_a_gpu_run_equals_the_plain_one():
+    """Mask, attention and block as on CUDA, by the real compiler; for a CPU it knows the forward alone."""
+    model = llama.initialise_(llama.Llama(llama.Config(31, 64, 96, 1, 4, 2, 16)))
+    clo.add_lora(model, rank=3)
+    block, run = model.model["layers"][0], torch.compile(llama.run_block, dynamic=False, fullgraph=True)
+    for number in range(2):
+        batch = data.micro_batches(make_forks()[number], 128, 2, trim=False)[0]
+        rows = (batch.fork, batch.branch, batch.positions)
+        x, angles = torch.randn(2, 128, 64), torch.randn(2, 128, 1, 16)
+        attend = llama.partial(llama.attend_flex, mask=llama.flex_mask(*rows), flex=llama.compiled_flex()[0])
+        with torch.no_grad():
+            found = run(block, x, angles, angles, attend)
+            expected = block(x, angles, angles, llama.partial(llama.attend_dense, mask=llama.visible(*rows)))
+        assert (found - expected).abs().max() < 1e-5
 
 
 # ------------------------------------------------------------------------------------------------- calculator
