@@ -275,6 +275,16 @@ def stage_forks(group: list[data.Fork], stage: Stage, source: str) -> list[data.
     return forks
 
 
+def check_pairs(groups: list[list[data.Fork]], args) -> None:
+    """DataError when a stage of the wanted methods prefers and no sample gives it a pair."""
+    prefers = [name for name in (args.baseline, args.method)
+               if any(stage.preference for stage in METHODS.get(name, ()))]
+    if prefers and all(ids == fork.continuations[0] for group in groups for fork in group
+                       for ids in fork.continuations):
+        raise data.DataError(f"{args.data}: every row has the same response in all languages, so "
+                             f"{prefers[0]} finds nothing to prefer: give other rows, or train by --method sft")
+
+
 def make_steps(groups: list[list[data.Fork]], stage: Stage, args, seed: int | None) -> list[list[Micro]]:
     """Optimiser steps of args.batch_size samples, each a list of micro-batches. Packed once: reference and
     training see the same rows (a GEMM row's bits depend on the row count). On CUDA rows keep one length,
@@ -571,7 +581,8 @@ def memory_advice(args):
                  "--shard on more devices": not args.shard}
         raise data.DataError(f"out of memory on {args.device} ({text}): "
                              f"try {', '.join(flag for flag, new in helps.items() if new)}; "
-                             f"--dry-run estimates what a setting needs") from None
+                             f"--dry-run estimates what a setting needs. But for --recompute they make "
+                             f"another run: --fresh or another --out") from None
 
 
 def stop_unless_finite(metrics: dict, name: str, rate: float) -> None:
@@ -584,6 +595,8 @@ def stop_unless_finite(metrics: dict, name: str, rate: float) -> None:
 def check_first_rewards(rewards: Tensor) -> None:
     """Before the first update policy and reference are one model:
     any reward is an error in one of the two paths."""
+    if not rewards.numel():                                      # of this step's samples none has a pair
+        return
     worst = rewards.abs().max().item()
     if not worst < 1e-2:
         raise data.DataError(f"rewards before the first update reach {worst:.3g} and should be 0: "
@@ -649,6 +662,12 @@ def load_model(args, device, learns: bool) -> tuple[llama.Llama, dict[str, nn.Pa
     return model, {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
 
 
+def epochs_of(name: str, args) -> int:
+    """Passes over the rows in each stage of a method."""
+    prefers = any(stage.preference for stage in METHODS.get(name, ()))
+    return args.epochs if prefers else args.baseline_epochs or args.epochs
+
+
 def run_method(name: str, groups, heldout, tokenizer, args, run: Path, device, finish) -> dict:
     """Load the base model, train it by one method (or not at all: 'base'), export it and score it. A finished
     method is read back from its result.json. `finish(model)` scores the model's answers."""
@@ -671,7 +690,7 @@ def run_method(name: str, groups, heldout, tokenizer, args, run: Path, device, f
         ranks.on_first(lambda: runs.check_disk_space(run, parameters, exported))
     base_reference = heldout_reference = reference_of(
         model, pairs, run, args, device, "", "reference held-out")
-    epochs = args.epochs if any(stage.preference for stage in stages) else args.baseline_epochs or args.epochs
+    epochs = epochs_of(name, args)
     for number, stage in enumerate(stages):
         steps = make_steps(groups, stage, args, args.seed)
         history = "" if number == 0 else runs.fingerprint(prepare.settings(args), name, number)
@@ -724,6 +743,12 @@ def export(model: llama.Llama, parameters, tokenizer, args, directory: Path) -> 
     return outputs
 
 
+def step_tokens(groups: list[list[data.Fork]], stage: Stage, args, count: int) -> float:
+    """Row tokens of an average optimiser step of a stage over `count` samples like these."""
+    forks = [fork for group in groups for fork in stage_forks(group, stage, args.source)]
+    return sum(fork.length for fork in forks) / len(groups) * min(args.batch_size, count)
+
+
 def dry_run(args, device: torch.device) -> None:
     """Say what the run would train, need and take, show two samples with the loss mask, and write nothing.
     Without --lang the estimate alone, from config.json; with --gpus for other devices than this machine's."""
@@ -746,15 +771,19 @@ def dry_run(args, device: torch.device) -> None:
     groups, counts = data.make_forks(sample, tokenizer, args.source, args.targets,
                                      row_tokens, args.system_prompt)
     print(f"of {len(sample)} rows: {data.describe(counts)}")
-    tokens = (sum(fork.length for group in groups for fork in group) / len(groups)
-              * min(args.batch_size, count))
-    steps = math.ceil(count / args.batch_size) * args.epochs
-    seconds = scale.step_seconds(config, plan, tokens)
-    print(scale.describe(config, plan, tokens, memory))
-    print(f"{args.method}: {count:,} rows, {steps:,} steps of about {seconds['step']:.3g} s, "
-          f"and the reference pass: about "
-          f"{(steps * seconds['step'] + steps / args.epochs * seconds['reference']) / 60:.1f} min, "
-          f"translation and evaluation apart")
+    check_pairs(groups, args)
+    print(scale.describe(config, plan, step_tokens(groups, METHODS[args.method][-1], args, count), memory))
+    total, each = 0.0, math.ceil(count / args.batch_size)
+    for name, stage in [(name, stage) for name in dict.fromkeys((args.baseline, args.method))
+                        for stage in METHODS.get(name, ())]:
+        tokens, epochs = step_tokens(groups, stage, args, count), epochs_of(name, args)
+        seconds = scale.step_seconds(config, plan, tokens)
+        took = each * (epochs * seconds["step"] + stage.preference * seconds["reference"])
+        total += took
+        print(f"{name}, stage {stage.name}: {count:,} rows, {epochs * each:,} steps of about {tokens:,.0f} "
+              f"tokens and {seconds['step']:.3g} s" + ", a reference pass" * stage.preference
+              + f": about {took / 60:.1f} min")
+    print(f"in all about {total / 60:.1f} min; translation, validation and evaluation come on top")
     for fork in [fork for group in groups[:2] for fork in group]:
         print("\n" + data.show(fork, tokenizer, sys.stdout.isatty()))
 
@@ -782,16 +811,17 @@ def main(argv=None) -> None:
 
     print(f"\n1. Rows: {args.source} and {', '.join(args.targets)}")
     inputs = {"model": runs.model_fingerprint(args.model), "tokenizer": tokenizer.fingerprint}
-    rows, heldout_rows, eval_rows = prepare.prepare_rows(args, inputs, device)
+    row_tokens = min(args.row_tokens, config.max_position_embeddings)
+    rows, heldout_rows, eval_rows = prepare.prepare_rows(args, inputs, tokenizer, row_tokens, device)
     run = Path(args.out)
 
     print("\n2. Forks")
-    row_tokens = min(args.row_tokens, config.max_position_embeddings)
     groups, counts = data.make_forks(rows, tokenizer, args.source, args.targets,
                                      row_tokens, args.system_prompt)
     heldout, _ = data.make_forks(heldout_rows, tokenizer, args.source, args.targets,
                                  row_tokens, args.system_prompt)
     print(data.describe(counts))
+    check_pairs(groups, args)
 
     names = ["base"] + [name for name in (args.baseline, args.method) if name != "none"]
     languages = (args.source, *args.targets)
@@ -841,9 +871,9 @@ def parse_args(argv=None) -> argparse.Namespace:
     add_where(parser)
     args = parser.parse_args(argv)
     check_args(parser, args)
-    args.targets = args.lang.split(",") if args.lang else []
-    if (args.lang is not None and not all(args.targets)
-            or len({args.source, *args.targets}) <= len(args.targets)):
+    args.targets = [] if args.lang is None else [code.strip() for code in args.lang.split(",")]
+    args.lang = None if args.lang is None else ",".join(args.targets)
+    if not all(args.targets) or len({args.source, *args.targets}) <= len(args.targets):
         parser.error(f"--lang {args.lang}: different languages joined by commas were expected, "
                      f"{args.source} not among them")
     args.out = args.out or f"runs/{args.lang}"
@@ -958,6 +988,8 @@ def check_args(parser, args) -> None:
     if args.gpus is not None and (args.gpus < 1 or not args.dry_run):
         parser.error(f"--gpus {args.gpus}: a number of devices for --dry-run was expected; "
                      f"torchrun starts a run on several")
+    if not 0 <= args.seed < 2 ** 63:
+        parser.error(f"--seed {args.seed}: a number from 0 to 2^63 - 1 was expected")
     for names, good, wanted in ((AT_LEAST_ONE, lambda x: x >= 1, "at least 1"),
                                 (POSITIVE, lambda x: 0 < x < math.inf, "above 0"),
                                 (NOT_NEGATIVE, lambda x: 0 <= x < math.inf, "0 or more"),

@@ -17,10 +17,9 @@ import ranks
 import runs
 import translate
 
-
 LOOK = 4                # rows that a dry run translates
 # Arguments in which a command may differ from that of the run it goes on with.
-UNSAVED = {"dry_run", "gpus", "fresh", "resume", "out", "targets", "tensorboard"}
+UNSAVED = {"dry_run", "gpus", "fresh", "resume", "out", "targets", "tensorboard", "recompute"}
 
 
 def settings(args) -> dict:
@@ -59,7 +58,7 @@ def read_counted(path: str, args) -> list[dict]:
 def usable_rows(rows: list[dict], args) -> list[dict]:
     """The rows with the source and every target that any row holds;
     a target that none holds is left to the translator."""
-    held = [target for target in args.targets if any(target in row for row in rows)]
+    held = [target for target in args.targets if any(target in data.languages(row) for row in rows)]
     usable = data.require_languages(rows, args.source, *held)
     if len(usable) < len(rows):
         print(f"{len(rows) - len(usable)} rows without {' or '.join([args.source, *held])} are left out")
@@ -67,7 +66,7 @@ def usable_rows(rows: list[dict], args) -> list[dict]:
 
 
 def missing_targets(rows: list[dict], args) -> list[str]:
-    return [target for target in args.targets if not all(target in row for row in rows)]
+    return [target for target in args.targets if not all(target in data.languages(row) for row in rows)]
 
 
 def load_translator(rows: list[dict], args, device):
@@ -100,14 +99,40 @@ def look_ahead(args, device) -> tuple[int, list[dict]]:
     return count, rows
 
 
-def prepare_rows(args, inputs: dict, device) -> tuple[list[dict], list[dict], list[dict]]:
+def check_enough(rows: list[dict], heldout: list[dict], args) -> None:
+    if not rows or not heldout:
+        raise data.DataError(
+            f"{args.data}: {len(rows)} rows are left to train on and {len(heldout)} to hold out, "
+            f"one of each is needed: give more rows, or --keep-failed if the translation checks dropped them")
+
+
+def check_fit(rows: list[dict], path: str, tokenizer, args, row_tokens: int) -> None:
+    """DataError, naming the file, unless one of the rows makes forks: of those that need no translation."""
+    failed = None
+    for row in rows:
+        if not missing_targets([row], args):
+            try:
+                data.make_forks([row], tokenizer, args.source, args.targets, row_tokens, args.system_prompt)
+                return
+            except data.DataError as error:
+                failed = error
+    if failed:
+        raise data.DataError(f"{path}: {failed}")
+
+
+def prepare_rows(args, inputs: dict, tokenizer, row_tokens: int,
+                 device) -> tuple[list[dict], list[dict], list[dict]]:
     """Rows to train on, to hold out and to answer, all with every language; all ranks call this,
-    and translate. The run directory is claimed once all input has been read, and before anything is
-    translated into it."""
+    and translate. The run directory is claimed once all input has been read and found usable, and before
+    anything is translated into it."""
     rows, heldout, answered, apart = ranks.on_first(lambda: read_inputs(args))
     translator = load_translator(rows, args, device)
 
     def claim() -> Path:
+        check_enough(rows[apart:], heldout or rows[:apart], args)
+        check_fit(rows[apart:], args.data, tokenizer, args, row_tokens)
+        check_fit(heldout or rows[:apart], args.eval_data if heldout else args.data, tokenizer, args,
+                  row_tokens)
         files = {"data": runs.fingerprint(hub.data_file(args.data)),
                  "eval_data": args.eval_data and runs.fingerprint(Path(args.eval_data))}
         return runs.open_run(args.out, settings(args), inputs | files, args.fresh, args.resume)
@@ -118,8 +143,5 @@ def prepare_rows(args, inputs: dict, device) -> tuple[list[dict], list[dict], li
             rows, translator, args.source, missing, run / f"translated-{','.join(missing)}.jsonl",
             args.beams, keep_failed=args.keep_failed)
     heldout, rows = heldout or rows[:apart], rows[apart:]
-    if not rows or not heldout:
-        raise data.DataError(
-            f"{args.data}: {len(rows)} rows are left to train on and {len(heldout)} to hold out, "
-            f"one of each is needed: give more rows, or --keep-failed if the translation checks dropped them")
+    check_enough(rows, heldout, args)
     return rows, heldout, answered or heldout

@@ -120,6 +120,35 @@ def test_rows_of_one_shape_for_a_gpu_change_no_gradient():
         assert all((found[name] - expected[name]).abs().max() < 1e-13 for name in expected)
 
 
+def equal_forks(number: int = 3) -> list[list[data.Fork]]:
+    """Samples whose responses are the same in both languages: no pair."""
+    return [[data.Fork(fork.prompt, [fork.continuations[0]] * 2, fork.language, fork.row) for fork in group]
+            for group in make_forks(number)]
+
+
+def test_a_step_without_a_pair_learns_from_its_responses_alone():
+    model, stage = make_model(), clo.METHODS["clo"][0]
+    step, = clo.make_steps(equal_forks(), stage, make_args(), seed=0)
+    result = clo.backward_step(model, step, clo.reference_logps(model, [step], CPU), stage, make_args(), CPU)
+    clo.check_first_rewards(result["rewards"])
+    assert result["rewards"].shape == (2, 0) and result["loss"] == 0.5 * result["nll"] > 0
+
+
+def test_methods_that_prefer_refuse_data_without_any_pair():
+    with pytest.raises(data.DataError, match="the same response in all languages, so clo finds"):
+        clo.check_pairs(equal_forks(), make_args(baseline="sft"))
+    clo.check_pairs(equal_forks(), make_args(method="sft", baseline="none"))
+    clo.check_pairs(equal_forks() + make_forks(1), make_args())
+
+
+@pytest.mark.parametrize("name, tokens, epochs", [("sft", 60, 5), ("sft-en", 30, 5), ("dpo", 96, 3)])
+def test_a_dry_run_counts_the_tokens_and_passes_of_each_stage(name, tokens, epochs):
+    args = make_args(epochs=3, baseline_epochs=5, batch_size=3)
+    groups = [[data.Fork([1] * 4, [[2] * 6, [3] * 6], language, 0) for language in ("en", "sw")]]
+    assert clo.step_tokens(groups, clo.METHODS[name][-1], args, count=7) == tokens
+    assert clo.epochs_of(name, args) == epochs
+
+
 def test_our_adamw_is_torchs_bit_for_bit():
     ours, theirs = ([torch.nn.Parameter(torch.arange(-3.0, 4.0)), torch.nn.Parameter(torch.ones(2, 3))]
                     for _ in range(2))
