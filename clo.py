@@ -23,7 +23,6 @@ References: CLO (ACL 2025, arXiv 2505.14297), DPO (arXiv 2305.18290), LoRA (arXi
 import argparse
 import contextlib
 import importlib.util
-import json
 import math
 import os
 import resource
@@ -282,7 +281,7 @@ def check_pairs(groups: list[list[data.Fork]], args) -> None:
     if prefers and all(ids == fork.continuations[0] for group in groups for fork in group
                        for ids in fork.continuations):
         raise data.DataError(f"{args.data}: every row has the same response in all languages, so "
-                             f"{prefers[0]} finds nothing to prefer: give other rows, or train by --method sft")
+                             f"{prefers[0]} finds nothing to prefer: give other rows, or --method sft")
 
 
 def make_steps(groups: list[list[data.Fork]], stage: Stage, args, seed: int | None) -> list[list[Micro]]:
@@ -675,7 +674,7 @@ def run_method(name: str, groups, heldout, tokenizer, args, run: Path, device, f
     result = directory / "result.json"
     if ranks.on_first(result.exists):
         print(f"{name}: done before, read from {result}")
-        return json.loads(result.read_text(encoding="utf-8"))
+        return runs.read_result(result)
     stages = METHODS.get(name, ())
     model, parameters = load_model(args, device, learns=bool(stages))
     started, seconds = time.perf_counter(), 0.0
@@ -837,7 +836,7 @@ def main(argv=None) -> None:
                                                run / name / "answers.jsonl")
         with memory_advice(args):
             report["methods"][name] = run_method(name, groups, heldout, tokenizer, args, run, device, finish)
-        answers[name] = [line for _, line in data.read_records(run / name / "answers.jsonl")]
+        answers[name] = evaluation.read_answers(run / name / "answers.jsonl", report["methods"][name])
 
     text = evaluation.report_text(report, answers, args.source)
     ranks.on_first(lambda: (runs.write_json(run / "report.json", report),

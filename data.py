@@ -38,6 +38,7 @@ import torch
 import hub
 
 PARTS = ("prompt", "response")
+HALF_A_CHARACTER = "[\ud800-\udfff]"  # JSON can spell a surrogate on its own
 ROLES = {"user": "user", "human": "user", "prompter": "user", "system": "system",
          "assistant": "assistant", "gpt": "assistant", "chatgpt": "assistant", "model": "assistant"}
 FORMATS = ('parallel ({"en": {"prompt", "response"}, ...}), Alpaca (instruction, output), messages, ShareGPT '
@@ -85,30 +86,33 @@ def read_text(path):
         raise DataError(f"{path}:{line}: not UTF-8 text; JSON or JSONL in UTF-8 is wanted") from None
 
 
+def parse_json(text, path, wanted, line=1):
+    """The value of JSON text that begins in this line of a file. wanted: what belongs there, for errors."""
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        line, why = line + error.lineno - 1, f"{error.msg} (column {error.colno})"
+    except RecursionError:
+        why = "lists or objects nested too deeply"
+    except ValueError as error:  # a number of thousands of digits
+        why = str(error)
+    raise DataError(f"{path}:{line}: not valid JSON: {why}; {wanted}")
+
+
 def read_records(path):
     """[(where, object)] of a JSONL file ("file:line") or of a file holding one JSON list ("file[item]")."""
-    text, number, records = read_text(path), 1, []
-    try:
-        if text.lstrip()[:1] == "[":
-            return [(f"{path}[{item}]", record) for item, record in enumerate(json.loads(text))]
-        for number, line in enumerate(text.split("\n"), 1):  # splitlines() also cuts at U+2028 inside strings
-            if line.strip():
-                records.append((f"{path}:{number}", json.loads(line)))
-    except json.JSONDecodeError as error:
-        raise DataError(f"{path}:{number + error.lineno - 1}: not valid JSON: {error.msg} (column "
-                        f"{error.colno}); one object a line is wanted, or one list") from None
-    return records
+    text, wanted = read_text(path), "one object a line is wanted, or one list"
+    if text.lstrip()[:1] == "[":
+        return [(f"{path}[{item}]", record) for item, record in enumerate(parse_json(text, path, wanted))]
+    return [(f"{path}:{number}", parse_json(line, path, wanted, number))  # splitlines() also cuts at U+2028
+            for number, line in enumerate(text.split("\n"), 1) if line.strip()]
 
 
 def optional_object(path):
     """The object in a JSON file, {} without the file."""
     if not path.exists():
         return {}
-    try:
-        found = json.loads(read_text(path))
-    except json.JSONDecodeError as error:
-        raise DataError(f"{path}:{error.lineno}: not valid JSON: {error.msg}") from None
-    return as_kind(found, dict, path)
+    return as_kind(parse_json(read_text(path), path, "one object is wanted"), dict, path)
 
 
 def write_jsonl(path, records):
@@ -138,6 +142,13 @@ def need(record, key, where):
     return record[key]
 
 
+def whole(value, where):
+    """The value, or an error if a string anywhere in it holds half of a character: no file can hold that."""
+    if re.search(HALF_A_CHARACTER, json.dumps(value, ensure_ascii=False)):
+        raise DataError(f"{where}: broken Unicode (half of a character): write the whole one, or take it out")
+    return value
+
+
 def as_text(value, where):
     """A message's text: a string, null (a tool call), or a list of parts that are joined."""
     if isinstance(value, list):
@@ -154,8 +165,18 @@ def identifier(record, where):
     """row_id, or id (an object under "id" is Indonesian, no identifier), or file name and line."""
     for key in ("row_id", "id"):
         if isinstance(record.get(key), (str, int)):
-            return str(record[key])
+            return whole(str(record[key]), where)
     return Path(where).name
+
+
+def held_languages(record, codes, where):
+    """The record without those of the languages that are null: not translated yet. DataError for another kind
+    than an object; a string under "id" is the identifier."""
+    for code in codes & record.keys():
+        if record[code] is not None and not (code == "id" and isinstance(record[code], (str, int))):
+            for part in PARTS:
+                need(record[code], part, f'{where}: language "{code}" (prompt and response, or null)')
+    return {key: value for key, value in record.items() if value is not None or key not in codes}
 
 
 def parallel_rows(records, language, turns, counts):
@@ -163,8 +184,11 @@ def parallel_rows(records, language, turns, counts):
     for where, record in records:
         row = {"row_id": identifier(record, where)}
         for key, value in record.items():
+            rest = value
             if isinstance(value, dict) and value.keys() & PARTS:
+                rest = {name: value[name] for name in value if name not in PARTS}
                 value = value | {part: as_text(need(value, part, where), where) for part in PARTS}
+            whole([key, rest], where)
             if key != "row_id" and (key != "id" or isinstance(value, dict)):
                 row[key] = value
         if not languages(row):
@@ -277,7 +301,7 @@ def oasst_rows(records, language, turns, counts):
             counts[f"skipped: {why or 'tree without a best reply'}"] += 1
         for prompt, reply in edges:
             texts = [as_text(need(message, "text", where), where) for message in (prompt, reply)]
-            yield {"row_id": need(reply, "message_id", where), language: dict(zip(PARTS, texts))}
+            yield {"row_id": whole(reply["message_id"], where), language: dict(zip(PARTS, texts))}
 
 
 def sniff(record, where):
@@ -299,16 +323,17 @@ def fault(row):
         for part in PARTS:
             if not row[language][part].strip():
                 return f"empty {part}"
-            if re.search("[\ud800-\udfff]", row[language][part]):
+            if re.search(HALF_A_CHARACTER, row[language][part]):
                 return "broken Unicode (half of a character)"
     return None
 
 
-def read_rows(path, language="en", turns="first", counts=None):
+def read_rows(path, language="en", turns="first", counts=None, targets=()):
     """Rows of a file in any of FORMATS, told by its first record, or of a data set that hub.py knows by name.
 
     language: of formats that hold only one. turns: "first" exchange of a conversation, or "all".
-    counts: a Counter that receives what was read, kept and skipped, and why.
+    counts: a Counter that receives what was read, kept and skipped, and why. targets: languages that parallel
+    rows may still lack; a key of that name has to be one.
     Raises DataError with file and line.
     """
     assert turns in ("first", "all"), f"turns {turns!r} is neither first nor all"
@@ -318,11 +343,17 @@ def read_rows(path, language="en", turns="first", counts=None):
     counts.update({"read": len(records), "kept": 0})
     reader = sniff(records[0][1], records[0][0])
     records = [(where, as_kind(record, dict, where)) for where, record in records]
+    if reader is parallel_rows:
+        codes = {*targets}.union(*(languages(record) for _, record in records))
+        records = [(where, held_languages(record, codes, where)) for where, record in records]
     rows = []
-    for row in reader(records, language, turns, counts):
-        why = fault(row)
-        counts[f"skipped: {why}" if why else "kept"] += 1
-        rows += [] if why else [row]
+    try:
+        for row in reader(records, language, turns, counts):
+            why = fault(row)
+            counts[f"skipped: {why}" if why else "kept"] += 1
+            rows += [] if why else [row]
+    except RecursionError:
+        raise DataError(f"{path}: lists or objects nested too deeply after row {len(rows)}") from None
     if not rows:
         raise DataError(f"{path}: no usable row ({describe(counts)})")
     return rows
@@ -391,6 +422,9 @@ def compile_template(source, where):
     """A chat template as transformers compiles it: render(**variables) -> str."""
     import jinja2.ext
     import jinja2.sandbox  # comes with torch
+    # a template is a program: these are what its own mistakes raise
+    mistakes = (jinja2.TemplateError, ArithmeticError, AttributeError, LookupError, MemoryError, RuntimeError,
+                SyntaxError, TypeError, ValueError)
 
     class Generation(jinja2.ext.Extension):
         """{% generation %} marks replies, for masks in transformers; here what is inside stands as it is."""
@@ -411,16 +445,21 @@ def compile_template(source, where):
     environment.filters["tojson"] = to_json
     environment.globals |= {"raise_exception": raise_exception, "strftime_now": TEMPLATE_DATE.strftime}
 
+    def refusal(what, error):
+        why = " ".join(f"{type(error).__name__}: {error}".split())
+        return DataError(f"{where}: the chat template {what} ({why}): mend it, or put another into "
+                         "chat_template.jinja")
+
     def render(**variables):
         try:
             return template.render(tools=None, documents=None, **variables)
-        except jinja2.TemplateError as error:
-            raise DataError(f"{where}: the chat template fails: {error}") from None
+        except mistakes as error:
+            raise refusal("fails", error) from None
 
     try:
         template = environment.from_string(source)
-    except jinja2.TemplateError as error:
-        raise DataError(f"{where}: the chat template does not compile: {error}") from None
+    except mistakes as error:
+        raise refusal("does not compile", error) from None
     return render
 
 
@@ -488,7 +527,13 @@ class Tokenizer:
                 added.setdefault(self.names[key], {"content": self.names[key], "id": token})
         added = sorted((token for token in added.values() if len(token["content"]) > 1),
                        key=lambda token: (-len(token["content"]), token["content"]))
-        self.added_ids = {token["id"] for token in added} - {self.unk_id}
+        by_id = {token["id"]: token["content"] for token in added}
+        for token in added:
+            if by_id[token["id"]] != token["content"]:
+                raise DataError(f"{self.directory / 'tokenizer.json'}: the added tokens {token['content']!r} "
+                                f"and {by_id[token['id']]!r} have the same id, {token['id']}: "
+                                "give each its own")
+        self.added_ids = {*by_id} - {self.unk_id}
         names = [re.escape(token["content"]) for token in added]
         groups = [f"(?P<id{token['id']}>" + r"\s*" * token.get("lstrip", False) + name
                   + r"\s*" * token.get("rstrip", False) + ")" for token, name in zip(added, names)]
@@ -523,6 +568,10 @@ class Tokenizer:
                                       for match in self.added_token.finditer(self.opening))
         probe = "probe"
         reply = self._reply(probe)
+        if probe not in reply:
+            raise DataError(f"{self.directory}: the chat template does not write replies as they are given "
+                            f"({probe!r} became {reply[:60]!r}): mend it, or put another into "
+                            "chat_template.jinja")
         end = reply.index(probe) + len(probe)
         after = [match.start() >= end for match in self.added_token.finditer(reply)]
         self.stop_place = after.index(True) if any(after) else None  # which of a reply's added tokens ends it
@@ -590,6 +639,9 @@ class Tokenizer:
         ids = self._ids(self.start, text, mark)
         if self.bos_id is not None and ids.count(self.bos_id) > 1:
             raise DataError(f"{self.directory}: the chat template writes BOS more than once")
+        if not ids:
+            raise DataError(f"{self.directory}: the chat template writes nothing before a reply, which then "
+                            "has no token to follow: mend it, or put another into chat_template.jinja")
         return ids
 
     def response_ids(self, response):

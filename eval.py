@@ -45,6 +45,7 @@ SWITCH = 12.0               # nats that a change of language costs: a name or a 
 LONGEST_NGRAM = 4
 UNSEEN = 0.3                # added to every n-gram's count
 INDEPENDENCE = 0.3          # neighbouring n-grams overlap: their evidence counts for this part of itself
+ANSWER_KEYS = ("row_id", "language", "prompt", "reply", "expected", "correct", "reply_language", "judged")
 SURE = 0.8                  # below this posterior probability the classifier abstains
 SCRIPTS = {
     "han": ((0x2E80, 0x2FDF), (0x3400, 0x4DBF), (0x4E00, 0x9FFF), (0xF900, 0xFAFF), (0x20000, 0x323AF)),
@@ -208,6 +209,19 @@ def answer_and_score(model, tokenizer, rows: list[dict], languages: tuple[str, .
                                   "template": tokenizer.fingerprint[:HASH_DIGITS]}}
 
 
+def read_answers(path: Path, scores: dict) -> list[dict]:
+    """The lines that answer_and_score wrote when it returned `scores`. DataError unless all are there."""
+    lines = data.read_records(path) if path.is_file() else []
+    for where, line in lines:
+        for key in ANSWER_KEYS:
+            data.need(line, key, where)
+    written = sum(part["n"] for part in scores.values() if isinstance(part, dict) and "n_language" in part)
+    if len(lines) != written:
+        raise data.DataError(f"{path} holds {len(lines)} answers, {written} were written: delete the "
+                             f"result.json beside it, and the same command answers again")
+    return [line for _, line in lines]
+
+
 def score(lines) -> dict:
     """Percentages over replies of one language;
     right_language over those whose response differs between languages."""
@@ -230,7 +244,7 @@ def percent(part: int, whole: int) -> float:
 def load_model(args) -> tuple[llama.Llama, data.Tokenizer, str, str]:
     """(model, tokenizer, name of the base, name of the dtype)
     that --model, --adapter, --device and --dtype ask for."""
-    base = args.model or (args.adapter and llama.adapter_base(args.adapter)) or "demo/llama"
+    base = args.model or (llama.adapter_base(args.adapter) if args.adapter else "demo/llama")
     tokenizer = data.load_tokenizer(base)
     dtype = args.dtype if args.dtype != "auto" else "bf16" if args.device.startswith("cuda") else "fp32"
     return llama.load(base, args.device, DTYPES[dtype], args.adapter), tokenizer, base, dtype
@@ -262,24 +276,27 @@ def ask(args) -> None:
 
 class Journal:
     """A file of answers, one JSON line each behind one line of settings. `done` holds the answers of
-    an earlier, perhaps killed, run with the same settings; other settings are refused."""
+    an earlier, perhaps killed, run with the same settings; other settings are refused, and so are lines
+    without the `keys` of an answer."""
 
-    def __init__(self, path: Path, settings: dict, fresh: bool = False):
-        self.path, self.done = path, []
+    def __init__(self, path: Path, settings: dict, keys: tuple[str, ...], fresh: bool = False):
+        self.path, self.keys, self.done = path, keys, []
         if path.exists() and not fresh:
             self.done = self.read(json.loads(json.dumps(settings)))
         data.write_jsonl(path, [{"settings": settings}, *self.done])
         self.file = open(path, "a", encoding="utf-8", newline="\n")
 
     def read(self, settings: dict) -> list[dict]:
-        lines, found = self.path.read_text(encoding="utf-8").split("\n"), []
+        lines, found = self.path.read_bytes().split(b"\n")[:-1], []      # without the half line of a kill
         for number, line in enumerate(lines, 1):
             try:
-                found += [json.loads(line)] if line else []
-            except json.JSONDecodeError:
-                if number < len(lines):                         # the last one may be half a line
-                    raise data.DataError(f"{self.path}:{number}: damaged; start over with --fresh") from None
-        before = found[0].get("settings", {}) if found else settings
+                found.append(json.loads(line))
+                for key in self.keys if number > 1 else ("settings",):
+                    data.need(found[-1], key, number)
+            except (ValueError, RecursionError):
+                raise data.DataError(f"{self.path}:{number}: damaged; delete the file, "
+                                     f"or start over with --fresh") from None
+        before = data.as_kind(found[0]["settings"], dict, f"{self.path}:1") if found else settings
         for key in [*before, *settings]:
             if before.get(key) != settings.get(key):
                 raise data.DataError(f"{self.path} was begun with {key} = {before.get(key)!r}, "
@@ -349,7 +366,8 @@ def mc(args) -> None:
     numbers = Counter()
     names = [f"{question.subject} {numbers.update([question.subject]) or numbers[question.subject]}"
              for question in benchmark.questions]
-    with Journal(out / "answers.jsonl", settings, args.fresh) as journal:
+    keys = ("question", "correct", "choice", "cut", "scores")
+    with Journal(out / "answers.jsonl", settings, keys, args.fresh) as journal:
         score_questions(model, tokenizer, dict(zip(names, benchmark.questions)), figure, journal,
                         args.batch_tokens)
     answers = {line["question"]: line for line in journal.done}
@@ -409,7 +427,8 @@ def perplexity(args) -> None:
                  "scored": "the response and its stop token, after the prompt"}
     out = out_directory(args, "perplexity", args.lang)
     places = ((report.SOURCE, args.source), (report.TARGET, args.lang))
-    with Journal(out / "answers.jsonl", settings, args.fresh) as journal:
+    keys = ("question", "place", "nll", "bytes", "tokens", "cut")
+    with Journal(out / "answers.jsonl", settings, keys, args.fresh) as journal:
         for place, language in places:
             score_responses(model, tokenizer, rows, place, language, journal, args)
     figures, lines = {}, []
@@ -462,8 +481,8 @@ def read_instructions(path, language: str) -> list[dict]:
         own = data.as_kind(record, dict, where).get(language)
         text = own["prompt"] if isinstance(own, dict) and "prompt" in own else \
             data.need(record, "instruction", where)
-        found.append((where, {"instruction": data.as_kind(text, str, where),
-                              "dataset": record.get("dataset")}))
+        found.append((where, data.whole({"instruction": data.as_kind(text, str, where),
+                                         "dataset": record.get("dataset")}, where)))
     benchmarks.refuse_duplicates([(where, item["instruction"]) for where, item in found])
     if not found:
         raise data.DataError(f"{path}: the file holds no instruction")
@@ -478,7 +497,7 @@ def translate_instructions(items: list[dict], args) -> list[dict]:
                 "beams": args.beams}
     key = runs.fingerprint([item["instruction"] for item in items], settings)[:HASH_DIGITS]
     path = Path("runs/eval") / f"instructions-{args.lang}-{key}.jsonl"
-    with Journal(path, settings) as journal, \
+    with Journal(path, settings, ("source", "instruction")) as journal, \
             tqdm(total=len(items), initial=len(journal.done), desc=f"translate to {args.lang}",
                  unit="instruction") as bar:
         for first in range(len(journal.done), len(items), TRANSLATED_AT_ONCE):
@@ -508,7 +527,7 @@ def alpaca(args) -> None:
                  "temperature": args.temperature, "top_p": args.top_p, "seed": args.seed,
                  "max_tokens": args.max_tokens, "system_prompt": args.system_prompt, "batch": args.batch_size}
     out = out_directory(args, "alpaca", args.lang)
-    with Journal(out / "answers.jsonl", settings, args.fresh) as journal:
+    with Journal(out / "answers.jsonl", settings, ("instruction", "output", "tokens"), args.fresh) as journal:
         answer_instructions(model, tokenizer, items, journal, args)
     name = args.name or Path(args.adapter or args.model or "demo/llama").as_posix()
     runs.write_json(out / "model_outputs.json", [
@@ -547,7 +566,8 @@ def judge_outputs(args) -> None:
     endpoint = judge.endpoint_from_environment(args.judge_model, max_tokens=args.judge_tokens,
                                                timeout=args.timeout, attempts=args.attempts, pause=args.pause)
     figure = f"win rate over {pairs[0]['generator_1']}"
-    with Journal(out / "answers.jsonl", settings, args.fresh) as journal:
+    keys = ("question", "output_1", "output_2", "preference", "prompt_tokens", "completion_tokens")
+    with Journal(out / "answers.jsonl", settings, keys, args.fresh) as journal:
         failed = ask_judge(pairs, endpoint, figure, journal, args)
     lines = {line["question"]: line for line in journal.done}
     annotations = [lines[pair["instruction"]] for pair in pairs if pair["instruction"] in lines]

@@ -50,7 +50,7 @@ def local(path, settings=SETTINGS, weights=WEIGHTS) -> Path:
 def shard_names(index: Path) -> tuple[str, ...]:
     try:
         return tuple(sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())))
-    except (ValueError, KeyError, TypeError, AttributeError):
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         raise HubError(f"{index} is damaged: it names no weight files; "
                        f"report it to the model's owner") from None
 

@@ -91,7 +91,7 @@ def read_json(path) -> dict:
         value = json.loads(path.read_text(encoding="utf-8"))
     except (FileNotFoundError, NotADirectoryError):
         raise CheckpointError(f"{path} is missing: a directory in Hugging Face layout holds one") from None
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{path} cannot be read as JSON ({error}): "
                               f"download or write it again") from None
     if not isinstance(value, dict):
@@ -448,7 +448,7 @@ def fork_predicate(fork: Tensor, branch: Tensor, positions: Tensor, window: int 
     """Eq. 1 in the form FlexAttention asks: (row, head, query, key) -> may see."""
     def sees(b, _, q, k):
         seen = (fork[b, q] == fork[b, k]) & (k <= q) & ((branch[b, k] == 0) | (branch[b, k] == branch[b, q]))
-        seen = seen & ((fork[b, q] >= 0) | (q == k))               # padding sees itself: its tiles are skipped
+        seen = seen & ((fork[b, q] >= 0) | (q == k))              # padding sees itself: its tiles are skipped
         return seen if window is None else seen & (positions[b, q] - positions[b, k] < window)
     return sees
 
@@ -771,8 +771,8 @@ def read_adapter(path, parameters: set[str]) -> dict[str, Callable[[], Tensor]]:
     """{parameter name: function giving what is to be added to it}, of a PEFT LoRA directory (scale B A, arXiv
     2106.09685) or of an attn_delta.safetensors file. CheckpointError when it does not fit the parameters."""
     if Path(path).suffix == ".safetensors":
-        file = open_safetensors(Path(path))
-        return {known(key, parameters, path): partial(file.get_tensor, key) for key in file.keys()}
+        file = open_delta(Path(path))
+        return {known(key, parameters, path): partial(read_update, file, key, path) for key in file.keys()}
     raw = read_lora_config(Path(path) / "adapter_config.json")
     file = open_safetensors(Path(path) / "adapter_model.safetensors")
     keys, updates = set(file.keys()), {}
@@ -783,13 +783,42 @@ def read_adapter(path, parameters: set[str]) -> dict[str, Callable[[], Tensor]]:
             raise CheckpointError(f"{path}: {key} is no factor of a pair lora_A, lora_B")
         if key == pair[0]:
             name = known(module.removeprefix("base_model.model.") + ".weight", parameters, path)
-            A, B = map(file.get_tensor, pair)
+            A, B = (read_update(file, factor, path) for factor in pair)
+            if A.ndim != 2 or B.ndim != 2 or not A.shape[0] == B.shape[1] > 0:
+                raise CheckpointError(f"{path}: {module}: factors {list(B.shape)} x {list(A.shape)} "
+                                      f"do not fit each other: write the adapter again")
             R = A.shape[0]
             updates[name] = partial(lora_product, A, B,
                                     raw["lora_alpha"] / (math.sqrt(R) if raw.get("use_rslora") else R))
     if not updates:
         raise CheckpointError(f"{path}: adapter_model.safetensors holds no LoRA factors")
     return updates
+
+
+def open_delta(path: Path):
+    """The file that runs.save_delta wrote. CheckpointError for a whole model, which added to another one's
+    weights would fit them."""
+    file = open_safetensors(path)
+    other = [key for key in file.keys() if ".self_attn." not in key or "_proj." not in key]
+    why = (f"holds {other[0]}" if other else "holds no tensors" if not file.keys() else
+           "names no base model" if "base_model_name_or_path" not in (file.metadata() or {}) else None)
+    if why:
+        raise CheckpointError(f"{path} {why}: it is not the difference of attention's weights that "
+                              f"clo.py --train attention writes; a whole model is given by its directory, "
+                              f"with --model")
+    return file
+
+
+def read_update(file, key: str, path) -> Tensor:
+    """A tensor of an adapter's file. CheckpointError for one that no training gives."""
+    tensor = file.get_tensor(key)
+    if tensor.dtype not in DTYPE_NAMES:
+        raise CheckpointError(f"{path}: {key} has dtype {tensor.dtype}, only "
+                              f"{', '.join(DTYPE_NAMES.values())} are supported: write the adapter again")
+    if not tensor.isfinite().all():
+        raise CheckpointError(f"{path}: {key} holds NaN or infinite numbers: its training failed, "
+                              f"or the file is damaged")
+    return tensor
 
 
 def known(name: str, parameters: set[str], path) -> str:
@@ -810,18 +839,20 @@ def read_lora_config(path: Path) -> dict:
     return raw
 
 
-def adapter_base(path) -> str | None:
-    """The base model an adapter names: a path or a hub id."""
-    if Path(path).suffix == ".safetensors":
-        return (open_safetensors(Path(path)).metadata() or {}).get("base_model_name_or_path")
-    return read_json(Path(path) / "adapter_config.json").get("base_model_name_or_path")
+def adapter_base(path) -> str:
+    """The base model an adapter names: a path or a hub id. CheckpointError when it names none."""
+    raw = (open_delta(Path(path)).metadata() if Path(path).suffix == ".safetensors"
+           else read_json(Path(path) / "adapter_config.json"))
+    base = raw.get("base_model_name_or_path")
+    if not isinstance(base, str) or not base:
+        raise CheckpointError(f"{path} names no base model (base_model_name_or_path is {base!r}): "
+                              f"say which with --model")
+    return base
 
 
 def lora_product(A: Tensor, B: Tensor, scale: float) -> Tensor:
     """scale B A, in at least fp32; A (R, in), B (out, R)."""
     wide = torch.promote_types(A.dtype, torch.float32)
-    if A.ndim != 2 or B.ndim != 2 or A.shape[0] != B.shape[1]:
-        raise CheckpointError(f"adapter factors {list(B.shape)} x {list(A.shape)} do not fit each other")
     return scale * (B.to(wide) @ A.to(wide))
 
 

@@ -34,7 +34,7 @@ def read_inputs(args) -> tuple[list[dict], list[dict], list[dict], int]:
     rows = usable_rows(read_counted(args.data, args), args)
     evaluated = []
     if args.eval_data:
-        evaluated = data.require_languages(read_counted(args.eval_data, args), args.source, *args.targets)
+        evaluated = require(args.eval_data, read_counted(args.eval_data, args), args.source, *args.targets)
     heldout = [row for row in evaluated if row.get("split") == "validation"][:args.holdout]
     answered = [row for row in evaluated if row.get("split", args.eval_split) == args.eval_split]
     if evaluated and not answered:
@@ -50,16 +50,24 @@ def read_inputs(args) -> tuple[list[dict], list[dict], list[dict], int]:
 
 def read_counted(path: str, args) -> list[dict]:
     counts = Counter()
-    rows = data.read_rows(path, args.source, args.turns, counts)
+    rows = data.read_rows(path, args.source, args.turns, counts, args.targets)
     print(f"{path}: {data.describe(counts)}")
     return rows
+
+
+def require(path: str, rows: list[dict], *languages: str) -> list[dict]:
+    """data.require_languages, which does not know the file."""
+    try:
+        return data.require_languages(rows, *languages)
+    except data.DataError as error:
+        raise data.DataError(f"{path}: {error}") from None
 
 
 def usable_rows(rows: list[dict], args) -> list[dict]:
     """The rows with the source and every target that any row holds;
     a target that none holds is left to the translator."""
     held = [target for target in args.targets if any(target in data.languages(row) for row in rows)]
-    usable = data.require_languages(rows, args.source, *held)
+    usable = require(args.data, rows, args.source, *held)
     if len(usable) < len(rows):
         print(f"{len(rows) - len(usable)} rows without {' or '.join([args.source, *held])} are left out")
     return usable

@@ -41,7 +41,7 @@ def pick_device(name: str) -> str:
                   "(--device mps tries it)")
     own = name + ":" + os.environ["LOCAL_RANK"] if name == "cuda" and "RANK" in os.environ else name
     try:
-        torch.empty(1, device=own)               # not on the first GPU from every rank: half a GB there for each
+        torch.empty(1, device=own)               # not every rank on the first GPU: half a GB there for each
     except (RuntimeError, AssertionError) as error:
         raise data.DataError(f"--device {name} cannot be used ({str(error).splitlines()[0]}): "
                              f"try --device auto") from None

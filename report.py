@@ -133,11 +133,16 @@ class Result:
 
 def load_object(path: Path) -> dict:
     """The object in a JSON file, or a DataError that says which file is missing or damaged."""
-    try:
-        return data.as_kind(json.loads(data.read_text(path)), dict, path)
-    except json.JSONDecodeError as error:
-        raise DataError(f"{path}:{error.lineno}: not valid JSON ({error.msg}): "
-                        f"was the run interrupted?") from None
+    return data.as_kind(data.parse_json(data.read_text(path), path, "was the run interrupted?"), dict, path)
+
+
+def load_lines(path: Path, keys: tuple[str, ...]) -> list[dict]:
+    """The objects of a JSONL file, or a DataError that names the line without one of the keys."""
+    found = data.read_records(path)
+    for where, line in found:
+        for key in keys:
+            data.need(line, key, where)
+    return [line for _, line in found]
 
 
 def differing_flags(configs: dict[Path, dict]) -> dict[str, set[str]]:
@@ -183,7 +188,8 @@ def read_run(run: Path, flags: dict, differing: dict[str, set[str]]) -> list[Res
     report, results = load_object(run / "report.json"), []
     source = flags.get("source", "en")
     for method, scores in data.need(report, "methods", run / "report.json").items():
-        answers = [line for _, line in data.read_records(run / method / "answers.jsonl")]
+        answers = load_lines(run / method / "answers.jsonl",
+                             ("row_id", "language", "correct", "reply_language", "judged"))
         metrics = run / method / "metrics.jsonl"
         steps = [line for _, line in data.read_records(metrics)] if metrics.is_file() else []
         for target in report["lang"].split(","):
@@ -224,7 +230,8 @@ def read_evaluation(directory: Path, configs: dict[Path, dict],
     results = results or [Result(language, "-", str(model or directory.name), "-")]
     lines = [line for _, line in data.read_records(directory / "answers.jsonl")]
     for name, figure in data.need(found, "figures", directory / "result.json").items():
-        scores = {line["question"]: line["scores"][name] for line in lines if name in line.get("scores", {})}
+        scores = {line["question"]: line["scores"][name] for line in lines
+                  if "question" in line and name in line.get("scores", {})}
         for result in results:
             result.figures[name], result.errors[name] = figure["value"], figure.get("stderr")
             result.scores |= {name: scores} if scores else {}

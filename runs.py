@@ -12,10 +12,12 @@
 Everything is written under a temporary name and renamed, so a file that is there is whole.
 """
 
+import contextlib
 import hashlib
 import json
 import os
 import platform
+import re
 import shutil
 from pathlib import Path
 
@@ -30,6 +32,7 @@ from model import (MAX_SHARD_BYTES, CheckpointError, add_update, load, open_chec
                    read_adapter, read_json, save_sharded, save_tensors)
 
 CHECKPOINTS_KEPT = 2
+READ = ("model", "data", "eval_data", "translator")     # flags that name what a run reads: never deleted
 
 
 def write_text(path: Path, text: str) -> None:
@@ -45,13 +48,14 @@ def write_json(path: Path, value) -> None:
 
 def fill_directory(path: Path, fill) -> None:
     """Call fill(temporary directory), then put it in the place of `path`."""
-    temporary = empty_directory(path.with_name(path.name + ".tmp"))
-    fill(temporary)
-    put_in_place(temporary, path)
+    with writing(path):
+        temporary = empty_directory(path.with_name(path.name + ".tmp"))
+        fill(temporary)
+        put_in_place(temporary, path)
 
 
 def empty_directory(path: Path) -> Path:
-    shutil.rmtree(path, ignore_errors=True)
+    remove(path)
     path.mkdir(parents=True)
     return path
 
@@ -59,14 +63,30 @@ def empty_directory(path: Path) -> Path:
 def put_in_place(temporary: Path, path: Path) -> None:
     """Rename a directory, over another one if need be;
     a kill in between leaves the new one or none, never half of one."""
+    old = path.with_name(path.name + ".old")
+    remove(old)
     if path.exists():
-        old = path.with_name(path.name + ".old")
-        shutil.rmtree(old, ignore_errors=True)
         os.replace(path, old)
-        os.replace(temporary, path)
-        shutil.rmtree(old)
+    os.replace(temporary, path)
+    remove(old)
+
+
+def remove(path: Path) -> None:
+    """A file, a link, or a directory with all that is in it; nothing when nothing is there."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
     else:
-        os.replace(temporary, path)
+        path.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def writing(path: Path):
+    """What keeps `path` from being written, mostly a full disk, becomes one line."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        raise DataError(f"{path} cannot be written ({error}): make room on its disk; "
+                        f"the same command goes on from the last checkpoint") from None
 
 
 def fingerprint(*parts) -> str:
@@ -96,37 +116,94 @@ def open_run(directory, flags: dict, inputs: dict, fresh: bool = False, resume: 
     """The run directory for these flags and inputs: made, or taken up again when config.json says the same.
 
     DataError, naming the first difference, when it belongs to another run; nothing in it is touched then.
-    With `resume` there has to be a run.
+    With `resume` there has to be a run; with `fresh` the one that is there is deleted.
     """
     directory = Path(directory)
     config = {"flags": flags, "inputs": inputs, "seed": flags["seed"],
               "versions": {"python": platform.python_version(), "torch": torch.__version__}}
     path = directory / "config.json"
-    if fresh and path.exists():
-        shutil.rmtree(directory)
-    if resume and not path.exists():
-        raise DataError(f"--resume: {directory} holds no run to go on with: "
-                        f"see --out, or leave --resume out to start one")
-    if path.exists():
-        try:
-            before = json.loads(path.read_text(encoding="utf-8"))
-        except (UnicodeDecodeError, json.JSONDecodeError):
-            raise DataError(f"{path} is damaged: start over with --fresh, or choose another --out") from None
-        for part in ("flags", "inputs"):
-            for key in {**before.get(part, {}), **config[part]}:
-                old, new = before.get(part, {}).get(key), config[part].get(key)
-                if old != new:
-                    raise DataError(f"{directory} belongs to a run with {key} = {old!r}, now it is {new!r}: "
-                                    f"choose another --out, or start over with --fresh")
-        print(f"{directory} is there with the same settings: going on where it stopped (--fresh starts over)")
-        return directory
-    if directory.exists() and any(directory.iterdir()):
-        raise DataError(f"{directory} is not empty and holds no run: choose another --out")
     try:
-        write_json(path, config)
+        if fresh:
+            delete_run(directory, [Path(flags[name]) for name in READ if flags.get(name)])
+        before = read_run(path)
+        if before is not None and not resume and list(directory.iterdir()) == [path]:
+            before = None                    # a run that stopped before it had anything: its input was refused
+            path.unlink()
+        if before is not None:
+            compare_runs(directory, before, config)
+            print(f"{directory} is there with the same settings: "
+                  f"going on where it stopped (--fresh starts over)")
+        elif resume:
+            raise DataError(f"--resume: {directory} holds no run to go on with: "
+                            f"see --out, or leave --resume out to start one")
+        else:
+            check_vacant(directory)
+            write_json(path, config)
     except OSError as error:
         raise DataError(f"cannot write to {directory} ({error.strerror}): choose another --out") from None
     return directory
+
+
+def read_run(path: Path) -> dict | None:
+    """The config.json of a run; None when it is none: missing, damaged, or another program's
+    (a model's config.json has the same name)."""
+    try:
+        config = read_json(path)
+    except CheckpointError:
+        return None
+    whole = all(isinstance(config.get(part), dict) for part in ("flags", "inputs", "versions"))
+    return config if whole else None
+
+
+def compare_runs(directory: Path, before: dict, config: dict) -> None:
+    for part in ("flags", "inputs"):
+        for key in {**before[part], **config[part]}:
+            old, new = before[part].get(key), config[part].get(key)
+            if old != new:
+                raise DataError(f"{directory} belongs to a run with {key} = {old!r}, now it is {new!r}: "
+                                f"choose another --out, or start over with --fresh")
+
+
+def check_vacant(directory: Path) -> None:
+    """DataError unless a run can begin here:
+    nothing is there but what a kill leaves while config.json is being written."""
+    path, half = directory / "config.json", directory / "config.json.tmp"
+    if not directory.exists() or not set(directory.iterdir()) - {half}:
+        return
+    if path.exists():
+        raise DataError(f"{directory} is not empty and its config.json is not a run's, or damaged: "
+                        f"choose another --out")
+    if read_run(half) is not None:
+        raise DataError(f"{directory} holds the rest of a run whose deletion was killed: "
+                        f"delete it with --fresh, or choose another --out")
+    raise DataError(f"{directory} is not empty and holds no run: choose another --out")
+
+
+def delete_run(directory: Path, needed: list[Path]) -> None:
+    """Empty the directory of a run, and no other one. config.json gets another name first and goes last, so
+    that a deletion that was killed leaves no run to go on with, and can be repeated."""
+    path, half = directory / "config.json", directory / "config.json.tmp"
+    if read_run(path) is None and (path.exists() or read_run(half) is None):
+        return
+    for kept in needed:
+        if kept.exists() and directory.resolve() in (kept.resolve(), *kept.resolve().parents):
+            raise DataError(f"--fresh would delete {kept}, which the new run reads: choose another --out")
+    if path.exists():
+        os.replace(path, half)
+    for entry in set(directory.iterdir()) - {half}:
+        remove(entry)
+    half.unlink()
+
+
+def read_result(path: Path) -> dict:
+    """The scores of a finished method; DataError when the file is damaged."""
+    try:
+        scores = read_json(path)
+    except CheckpointError:
+        scores = {}
+    if not isinstance(scores.get("heldout"), dict) or "train_seconds" not in scores:
+        raise DataError(f"{path} is damaged: delete it, and the same command writes it again")
+    return scores
 
 
 def check_disk_space(directory: Path, parameters: dict[str, Tensor], exported: int) -> None:
@@ -143,19 +220,23 @@ def check_disk_space(directory: Path, parameters: dict[str, Tensor], exported: i
 # ---------------------------------------------------------------------------------------- reference log-probs
 
 def load_reference(run: Path, key: str, sizes: list[int]) -> list[Tensor] | None:
-    """Summed log-probs (S,) per micro-batch from the cache file of this key; None when there is none,
-    or it is damaged or of other sizes: then they are computed again, never trusted."""
+    """Summed log-probs (S,) per micro-batch from the cache file of this key; None when there is none, or it
+    is damaged or holds anything but finite log-probs of these sizes: then they are computed again."""
     try:
         flat = load_file(run / "reference" / f"{key}.safetensors")["logp"]
-    except (FileNotFoundError, SafetensorError, KeyError):
+    except (OSError, SafetensorError, KeyError):
         return None
-    return list(flat.split(sizes)) if flat.numel() == sum(sizes) else None
+    sound = (flat.shape == (sum(sizes),) and flat.dtype in (torch.float32, torch.float64)
+             and bool(flat.isfinite().all()))
+    return list(flat.split(sizes)) if sound else None
 
 
 def save_reference(run: Path, key: str, sums: list[Tensor]) -> None:
     path = run / "reference" / f"{key}.safetensors"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    save_tensors(path, {"logp": torch.cat(sums)})
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        remove(path)                                               # which load_reference found no use for
+        save_tensors(path, {"logp": torch.cat(sums)})
 
 
 # ------------------------------------------------------------------------------------------------ checkpoints
@@ -165,24 +246,36 @@ def save_checkpoint(directory: Path, step: int, parameters: dict[str, Tensor], o
     this; the first one writes, or each its own part where parameters are sharded. Keeps the last two."""
     path = directory / f"step-{step:06d}"
     temporary = path.with_name(path.name + ".tmp")
-    ranks.on_first(lambda: empty_directory(temporary))
-    part, parts = own_part(parameters)
-    if parts > 1 or ranks.rank() == 0:
-        save_tensors(temporary / f"state-{part}.safetensors", state_tensors(parameters, optimizer))
-    ranks.wait_for_all()
 
     def finish() -> None:
         write_json(temporary / "state.json", {"step": step, "parts": parts})
         put_in_place(temporary, path)
-        kept = checkpoints(directory)[-CHECKPOINTS_KEPT:]
-        for old in set(directory.glob("step-*")) - set(kept):         # and what a kill left behind
-            shutil.rmtree(old)
-    ranks.on_first(finish)
+        # one of a later step was passed over when this run went on: damaged
+        prune(directory, [old for old in checkpoints(directory) if step_of(old) <= step][-CHECKPOINTS_KEPT:])
+    with writing(path):
+        ranks.on_first(lambda: empty_directory(temporary))
+        part, parts = own_part(parameters)
+        if parts > 1 or ranks.rank() == 0:
+            save_tensors(temporary / f"state-{part}.safetensors", state_tensors(parameters, optimizer))
+        ranks.wait_for_all()
+        ranks.on_first(finish)
 
 
 def checkpoints(directory: Path) -> list[Path]:
     """Oldest first."""
-    return sorted(directory.glob("step-*[0-9]"), key=lambda path: int(path.name.removeprefix("step-")))
+    return sorted((path for path in directory.glob("step-*") if re.fullmatch("step-[0-9]+", path.name)),
+                  key=step_of)
+
+
+def step_of(path: Path) -> int:
+    return int(path.name.removeprefix("step-"))
+
+
+def prune(directory: Path, kept: list[Path]) -> None:
+    """Delete the checkpoints not to be kept, and what a kill left of others."""
+    for path in set(directory.glob("step-*")) - set(kept):
+        if re.fullmatch(r"step-[0-9]+(\.tmp|\.old)?", path.name):
+            remove(path)
 
 
 def own_part(parameters: dict[str, Tensor]) -> tuple[int, int]:
@@ -201,14 +294,15 @@ def state_tensors(parameters: dict[str, Tensor], optimizer) -> dict[str, Tensor]
 def load_checkpoint(directory: Path, parameters: dict[str, Tensor], optimizer) -> int:
     """Restore the newest whole checkpoint into parameters and optimiser; the number of steps done
     (0 without one). One that any rank finds damaged is named and passed over."""
-    device = next(iter(parameters.values())).device
-    for path in reversed(checkpoints(directory)):
+    device, found = next(iter(parameters.values())).device, checkpoints(directory)
+    for i, path in reversed(list(enumerate(found))):
         try:
             step, tensors = read_checkpoint(path, parameters)
         except CheckpointError as error:
             step, why = -1, error
         if not ranks.largest(int(step < 0), device):
             restore_(parameters, optimizer, tensors)
+            ranks.on_first(lambda: prune(directory, found[max(i + 1 - CHECKPOINTS_KEPT, 0):]))
             return step
         print(f"checkpoint passed over, going back to the one before: "
               f"{why if step < 0 else f'{path} is damaged'}")
@@ -219,8 +313,11 @@ def read_checkpoint(path: Path, parameters: dict[str, Tensor]) -> tuple[int, dic
     """Step and tensors of this rank's part of a checkpoint. CheckpointError when it is damaged or
     not complete, DataError when it was written by another number of ranks."""
     state, (part, parts) = read_json(path / "state.json"), own_part(parameters)
-    if state.get("parts") != parts and isinstance(state.get("parts"), int):
-        raise DataError(f"{path} was written by {state['parts']} ranks with --shard, now there are {parts}: "
+    step, written = state.get("step"), state.get("parts")
+    if type(step) is not int or not 0 < step == step_of(path) or type(written) is not int or written < 1:
+        raise CheckpointError(f"{path}/state.json is damaged (step {step!r:.20}, parts {written!r:.20})")
+    if written != parts:
+        raise DataError(f"{path} was written by {written} ranks with --shard, now there are {parts}: "
                         f"start as many, or start over with --fresh")
     try:
         tensors = load_file(path / f"state-{part}.safetensors")
@@ -231,9 +328,7 @@ def read_checkpoint(path: Path, parameters: dict[str, Tensor]) -> tuple[int, dic
                             "exp_avg_sq": ranks.local(parameter).shape, "step": ()}.items():
             if f"{kind}.{name}" not in tensors or tensors[f"{kind}.{name}"].shape != shape:
                 raise CheckpointError(f"{path}: {kind}.{name} is missing or has another shape")
-    if not isinstance(state.get("step"), int):
-        raise CheckpointError(f"{path}/state.json names no step")
-    return state["step"], tensors
+    return step, tensors
 
 
 @torch.no_grad()
@@ -271,18 +366,18 @@ def open_board(directory: Path, wanted: bool, step: int):
     return SummaryWriter(str(directory / "tensorboard"), purge_step=step)
 
 
-def truncate_metrics(path: Path, steps: int) -> None:
-    """Drop the lines past step `steps` (a killed run wrote further than its checkpoint)
-    and a half-written last one."""
-    if path.exists():
-        lines = []
-        for line in path.read_text(encoding="utf-8").splitlines():
-            try:
-                if json.loads(line)["step"] <= steps:
-                    lines.append(line + "\n")
-            except json.JSONDecodeError:
-                break
-        write_text(path, "".join(lines))
+def truncate_metrics(path: Path, done: int) -> None:
+    """Keep the lines of steps 0 to `done`, none for -1: a killed run wrote further than its checkpoint,
+    perhaps half a line. DataError when one of those is missing or damaged: nothing writes it again."""
+    try:
+        lines = path.read_bytes().split(b"\n")[:done + 1] if done >= 0 else []
+        sound = [json.loads(line.decode())["step"] for line in lines] == list(range(done + 1))
+    except (OSError, ValueError, TypeError, KeyError, RecursionError):
+        sound = False
+    if not sound:
+        raise DataError(f"{path} is damaged: not every step up to {done}, where the checkpoint is, "
+                        f"has its line: start over with --fresh, or choose another --out")
+    write_text(path, "".join(line.decode() + "\n" for line in lines))
 
 
 # ---------------------------------------------------------------------------------------------------- exports
@@ -346,7 +441,8 @@ def save_delta(path: Path, base, parameters: dict[str, Tensor], named: str) -> N
     for name, parameter in parameters.items():
         old = weights[names[name]]
         tensors[name] = (parameter.detach().cpu() - old.to(parameter.dtype)).to(old.dtype)
-    save_tensors(path, tensors, base_model_name_or_path=named)
+    with writing(path):
+        save_tensors(path, tensors, base_model_name_or_path=named)
 
 
 @torch.no_grad()

@@ -350,7 +350,18 @@ def file_failed_(record: dict, keep_failed: bool) -> bool:
     return bool(moving)
 
 
-def read_done(path: Path, keys: set[tuple[str, str]], keep_failed: bool) -> dict[tuple[str, str], dict]:
+def check_draft(record: dict, targets: list[str]) -> None:
+    """KeyError, TypeError or AttributeError unless the record is as translate_chunk and file_failed_ leave
+    it: a prompt and a response in every target, and how many segments failed why."""
+    for code in targets:
+        side = (record if code in record else record["clo"]["drafts"])[code]
+        "".join([side["prompt"], side["response"]])
+    for faults in record["clo"]["failed"].values():
+        sum(faults.values())
+
+
+def read_done(path: Path, keys: set[tuple[str, str]], targets: list[str],
+              keep_failed: bool) -> dict[tuple[str, str], dict]:
     """{(row id, hash): record} of those rows in `path` that need no more work. DataError for a foreign file.
 
     The file is written anew if it holds half a line (after a kill) or rows whose text, model or settings have
@@ -364,8 +375,11 @@ def read_done(path: Path, keys: set[tuple[str, str]], keep_failed: bool) -> dict
             record = json.loads(line)
             key = data.identifier(record, str(path)), record["clo"]["hash"]
             changed |= file_failed_(record, keep_failed)
-        except (json.JSONDecodeError, KeyError, TypeError, AttributeError):
-            raise DataError(f"{path}:{number}: not written by translate.py; choose another file") from None
+            if key in keys:
+                check_draft(record, targets)
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+            raise DataError(f"{path}:{number}: not written by translate.py, or damaged: choose another file, "
+                            f"or delete the line to have its row translated again") from None
         if key not in keys and key[0] in names or key in done:
             changed = True
         else:
@@ -409,7 +423,7 @@ def translate_rows(rows: list[dict], translator: Translator, source: str, target
     job.language(next((code for code in targets if code not in translator.languages), source))
     keys = [(row["row_id"], row_hash(row, targets, job)) for row in rows]
     path.parent.mkdir(parents=True, exist_ok=True)
-    done = ranks.on_first(lambda: read_done(path, set(keys), keep_failed))
+    done = ranks.on_first(lambda: read_done(path, set(keys), targets, keep_failed))
     todo = [i for i, key in enumerate(keys) if key not in done]
     chunks = [todo[first:first + chunk] for first in range(0, len(todo), chunk)]
     title = f"{source} -> {','.join(targets)}"
@@ -496,7 +510,7 @@ def main():
         for target in targets:
             print(*translate([args.text], args.source, target, translator, args.beams, args.batch_tokens))
         return
-    rows = data.read_rows(args.data, args.source, args.turns)[:args.samples or None]
+    rows = data.read_rows(args.data, args.source, args.turns, targets=targets)[:args.samples or None]
     translator = load(args.translator, device, dtype)
     print(f"{args.data}: {len(rows)} rows; {args.translator} on {device} in {args.dtype}")
     translate_rows(rows, translator, args.source, targets, args.out, args.beams, args.batch_tokens,

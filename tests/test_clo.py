@@ -513,6 +513,21 @@ def test_clo_moves_a_real_checkpoint_into_swahili(shared, tmp_path, capsys):
         assert after[f"rewards/margins_{direction}"] > 1 and after[f"rewards/accuracies_{direction}"] > 0.9
 
 
+@pytest.mark.parametrize("flags, wanted", [
+    (["--row-tokens", "9"], r"rows.jsonl: no row fits into 9 tokens"),
+    (["--data", "two.jsonl", "--eval-data", "test.jsonl"], "2 rows are left to train on and 0 to hold out"),
+    (["--eval-data", "null.jsonl"], "null.jsonl: no row holds en and sw")])
+def test_refused_input_leaves_no_run_directory(world, flags, wanted):
+    path, usual = world
+    rows = parallel_rows(5)
+    data.write_rows(path / "two.jsonl", rows[:2])
+    data.write_rows(path / "test.jsonl", [row | {"split": "test"} for row in rows[2:]])
+    (path / "null.jsonl").write_text(json.dumps(rows[0] | {"sw": None}) + "\n", encoding="utf-8")
+    with pytest.raises(data.DataError, match=wanted):
+        clo.main(usual + [str(path / flag) if flag.endswith(".jsonl") else flag for flag in flags])
+    assert not (path / "run").exists()
+
+
 # ---- look before you train
 
 def test_a_dry_run_tells_steps_and_samples_and_writes_nothing(world, capsys):
@@ -522,7 +537,7 @@ def test_a_dry_run_tells_steps_and_samples_and_writes_nothing(world, capsys):
     out = capsys.readouterr().out
     model = llama.load(path / "base")
     assert (f"parameters {sum(p.numel() for p in model.parameters()):,}" in out
-            and "clo: 16 rows, 6 steps" in out)
+            and "clo, stage clo: 16 rows, 6 steps" in out)
     learned = clo.make_trainable(model, "lora", 16, 32, 0)
     assert f"trainable (lora) {sum(p.numel() for p in learned.values()):,}" in out
     assert out.count("continuation 0, right") == 4 and "GB" in out

@@ -185,23 +185,55 @@ def test_openassistant_rows_follow_the_top_1_rule(tmp_path, form):
     assert [row["row_id"] for row in data.read_rows(path, "de")] == ["a9"]
 
 
+PARALLEL = b'{"en": {"prompt": "q", "response": "r"}}\n'
+
+
 @pytest.mark.parametrize("content, told", [
     (b'{"prompt": "q", "response": "r"}\n\n{"prompt": "q", }\n', "f:3: not valid JSON"),
     (b'{"prompt": "q", "response": "r"}\n{"prompt": "q"}\n', 'f:2: "response" is missing'),
-    (b'{"en": {"prompt": "q", "response": "r"}}\n{"en": {"prompt": "q"}}\n', 'f:2: "response" is missing'),
+    (b'{"en": {"prompt": "q", "response": "r"}}\n{"en": {"prompt": "q"}}\n',
+     'f:2: language "en" (prompt and response, or null): "response" is missing'),
     (b'{"en": {"prompt": "q", "response": 3}}\n', "f:1: str expected, found int"),
     (b'{"prompt": "q", "response": "r"}\n[1]\n', "f:2: dict expected, found list"),
     (b'[{"prompt": "q",\n "response": "r"},\n {]', "f:3: not valid JSON"),
     (b'{"messages": [{"role": "user"}]}\n', 'f:1: "content" is missing'),
     (b'{"text": "plain"}\n', "f:1: unknown format (keys: text); known: parallel"),
     (b'{"prompt": "q", "response": "r"}\n\xff\n', "f:2: not UTF-8"),
+    (b"[" * 100_000, "f:1: not valid JSON: lists or objects nested too deeply"),
+    (b'{"prompt": "q"}\n{"a": ' + b"[" * 100_000, "f:2: not valid JSON: lists or objects nested too deeply"),
+    (b'{"prompt": ' + b"1" * 5000 + b"}\n", "f:1: not valid JSON: Exceeds the limit"),
+    (PARALLEL + b'{"id": "\\ud800", "en": {"prompt": "q", "response": "r"}}\n', "f:2: broken Unicode"),
+    (PARALLEL + b'{"x": ["\\ud800"], "en": {"prompt": "q", "response": "r"}}\n', "f:2: broken Unicode"),
+    (PARALLEL + b'{"en": {"prompt": "q", "response": "r", "by": "\\ud800"}}\n', "f:2: broken Unicode"),
+    (b'{"prompt": "q", "response": "r", "id": "\\udfff"}\n', "f:1: broken Unicode"),
+    (PARALLEL + b'{"en": "q", "sw": {"prompt": "q", "response": "r"}}\n', 'f:2: language "en" (prompt and'),
+    (PARALLEL + b'{"en": {"prompt": "q", "response": "r"}, "yo": "q"}\n', 'f:2: language "yo" (prompt and'),
+    (PARALLEL + b'{"en": {"prompt": "q", "response": "r"}, "yo": {}}\n', 'f:2: language "yo" (prompt and'),
     (b"\x1f\x8b\x08\x00broken", "f: damaged gzip"), (b" \n", "f: the file is empty"),
     (b'{"prompt": "q", "response": " "}\n', "f: no usable row (1 read, 1 skipped: empty response)")])
 def test_bad_input_is_named_with_its_place(tmp_path, content, told):
     (tmp_path / "f").write_bytes(content)
     with pytest.raises(data.DataError) as error:
-        data.read_rows(tmp_path / "f")
+        data.read_rows(tmp_path / "f", targets=["yo"])
     assert str(error.value).startswith(f"{tmp_path}/{told}") and "\n" not in str(error.value)
+
+
+def test_a_language_that_is_null_is_not_there_yet_and_other_nulls_stay(tmp_path):
+    path = write_lines(tmp_path / "f", {"id": 7, "en": sides("q", "r"), "sw": None, "yo": None, "note": None},
+                       {"id": None, "en": sides("q", "r"), "sw": sides("s", "j")})
+    assert data.read_rows(path, targets=["yo", "id"]) == [
+        {"row_id": "7", "en": sides("q", "r"), "note": None},
+        {"row_id": "f:2", "en": sides("q", "r"), "sw": sides("s", "j")}]
+
+
+@pytest.mark.parametrize("depth", range(100, 500, 20))
+def test_text_nested_to_any_depth_is_read_or_refused(tmp_path, depth):
+    path = tmp_path / "f"
+    path.write_text('{"prompt": ' + '[{"text": ' * depth + '"q"' + "}]" * depth + ', "response": "r"}')
+    try:
+        assert data.read_rows(path)[0]["en"]["prompt"] == "q"
+    except data.DataError as error:
+        assert "nested too deeply" in str(error)
 
 
 def test_a_language_nobody_has_is_told_with_those_that_are_there():
@@ -379,6 +411,35 @@ def test_the_newer_template_file_wins_and_a_broken_one_is_named(tmp_path):
 def test_a_template_that_is_no_text_is_one_clear_line(tmp_path, chat):
     with pytest.raises(data.DataError, match="chat_template"):
         make_tokenizer(tmp_path, chat)
+
+
+EACH = "{% for m in messages %}{{ m.role + ': ' }}CONTENT{{ eos_token }}{% endfor %}"
+
+
+@pytest.mark.parametrize("template, told", [
+    (EACH.replace("CONTENT", "{{ m.content | upper }}"), "does not write replies as they are given ('probe'"),
+    (EACH.replace("CONTENT", "{{ m.content[0:3] }}"), "does not write replies as they are given"),
+    ("{{ messages[0].content }}", "does not write replies as they are given"),
+    ("{{ messages + 1 }}", "fails (TypeError: can only"), ("{{ 1 / 0 }}", "fails (ZeroDivisionError: "),
+    ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "fails (RecursionError: "),
+    ("{{ '%d' % 'x' }}", "fails (TypeError: "), ("{{ '{a}'.format() }}", "fails (KeyError: "),
+    ("{% for a in b %}" * 30 + "{% endfor %}" * 30, "does not compile (SyntaxError: "),
+    ("{% for m in messages if m.role == 'assistant' %}{{ m.content }}{% endfor %}",
+     "writes nothing before a reply")])
+def test_a_template_nothing_can_be_trained_in_is_one_clear_line(tmp_path, template, told):
+    with pytest.raises(data.DataError) as error:
+        make_tokenizer(tmp_path, template).prompt_ids("q")
+    assert str(error.value).startswith(f"{tmp_path}: the chat template {told}")
+    assert "\n" not in str(error.value) and str(error.value).endswith("put another into chat_template.jinja")
+
+
+def test_two_added_tokens_with_one_id_are_named(tmp_path):
+    make_tokenizer(tmp_path, added=["<a>", "<b>"])
+    source = json.loads((tmp_path / "tokenizer.json").read_text())
+    source["added_tokens"][-1]["id"] = source["added_tokens"][-2]["id"]
+    write_json(tmp_path / "tokenizer.json", source)
+    with pytest.raises(data.DataError, match="tokenizer.json: the added tokens '<a>' and '<b>' have"):
+        data.load_tokenizer(tmp_path)
 
 
 def test_the_marks_of_replies_in_a_template_leave_its_text_alone(tmp_path):

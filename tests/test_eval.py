@@ -130,6 +130,41 @@ def test_scores_leave_equal_responses_out_of_the_language_figure(tmp_path, monke
     assert len((tmp_path / "answers.jsonl").read_text().splitlines()) == 6
 
 
+ANSWER = {"row_id": "0", "language": "en", "prompt": "q", "reply": "r", "expected": "r", "correct": True,
+          "reply_language": "en", "judged": True}
+
+
+@pytest.mark.parametrize("text, told", [
+    (None, "holds 0 answers, 2 were written: delete the result.json"), ("", "holds 0 answers, 2 were"),
+    (json.dumps(ANSWER), "holds 1 answers, 2 were written"), ("{}\n", ':1: "row_id" is missing'),
+    (json.dumps(ANSWER) + '\n{"row', ":2: not valid JSON"), ("5\n", ":1: dict expected, found int")])
+def test_answers_that_are_not_all_there_are_one_clear_line(tmp_path, text, told):
+    path, scores = tmp_path / "answers.jsonl", {"en": {"n": 2, "n_language": 2}, "heldout": {}, "seconds": 3}
+    if text is not None:
+        path.write_text(text)
+    with pytest.raises(data.DataError) as error:
+        evaluation.read_answers(path, scores)
+    assert str(error.value).startswith(str(path)) and told in str(error.value)
+    data.write_jsonl(path, [ANSWER] * 2)
+    assert evaluation.read_answers(path, scores) == [ANSWER] * 2
+
+
+@pytest.mark.parametrize("lines, told", [
+    (["{}"], ":1: damaged"), (["[]"], ":1: damaged"), (['{"settings": 5}'], ":1: dict expected"),
+    (['{"settings": {"a": 1}}', "{}"], ":2: damaged"), (['{"settings": {"a": 1}}', "5"], ":2: damaged"),
+    (['{"settings": {"a": 1}}', '{"question": "\udcff"}'], ":2: damaged"),
+    (['{"settings": {"a": 1}}', "[" * 100_000], ":2: damaged")])
+def test_a_damaged_journal_is_named_with_its_line(tmp_path, lines, told):
+    path = tmp_path / "answers.jsonl"
+    path.write_bytes("".join(line + "\n" for line in lines).encode("utf-8", "surrogateescape"))
+    with pytest.raises(data.DataError) as error:
+        evaluation.Journal(path, {"a": 1}, ("question",))
+    assert str(error.value).startswith(f"{path}{told}")
+    path.write_bytes(b'{"settings": {"a": 1}}\n{"question": 1}\n{"question": "\xc3')     # killed in a letter
+    with evaluation.Journal(path, {"a": 1}, ("question",)) as journal:
+        assert journal.done == [{"question": 1}]
+
+
 def test_several_languages_are_answered_and_a_response_shared_by_two_is_not_judged(tmp_path, monkeypatch):
     rows = [{"row_id": "0", **{code: {"prompt": f"{code} {TEXTS[code][0]}", "response": TEXTS[code][0]}
                                for code in TEXTS}},
@@ -146,8 +181,8 @@ def test_several_languages_are_answered_and_a_response_shared_by_two_is_not_judg
         "en": (2, 1), "sw": (2, 1), "ko": (2, 2)}
     assert ([scores[code]["correct"] for code in TEXTS] == [100, 50, 100]
             and scores["ko"]["right_language"] == 100)
-    assert ([line["language"] for line in map(json.loads, (tmp_path / "answers.jsonl").open(encoding="utf-8"))]
-            == ["en"] * 2 + ["sw"] * 2 + ["ko"] * 2)
+    lines = [line["language"] for _, line in data.read_records(tmp_path / "answers.jsonl")]
+    assert lines == ["en"] * 2 + ["sw"] * 2 + ["ko"] * 2
 
 
 def test_answers_equal_generate_one_at_a_time(checkpoint):
@@ -310,6 +345,7 @@ def test_compare_prints_tables_settings_and_the_plots_it_drew(tmp_path):
     (["alpaca", "--instructions", "twice.json", "--lang", "en"],
      r"twice.json[1]: the same identifier as in twice.json[0]"),
     (["alpaca", "--instructions", "empty.json", "--lang", "en"], "holds no instruction"),
+    (["alpaca", "--instructions", "half.json", "--lang", "en"], "half.json[0]: broken Unicode"),
     (["winrate", "rows.jsonl"], 'rows.jsonl:1: "preference" is missing'),
     (["compare", "none"], "none: neither report.json"),
     (["mc", "mmlu", "none"], "none: no such file or directory"),
@@ -320,6 +356,7 @@ def test_bad_input_is_one_clear_line(arguments, wanted, tmp_path, monkeypatch, c
     (tmp_path / "twice.jsonl").write_text((tmp_path / "rows.jsonl").read_text() * 2)
     (tmp_path / "twice.json").write_text('[{"instruction": "a"}, {"instruction": "a"}]')
     (tmp_path / "empty.json").write_text("[]")
+    (tmp_path / "half.json").write_text(json.dumps([{"instruction": "\ud800"}]))
     (tmp_path / "odd.jsonl").write_text('{"preference": "M", "output_1": "a", "output_2": "b"}')
     monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit) as ended:

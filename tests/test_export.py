@@ -167,6 +167,34 @@ def test_an_adapter_with_more_or_less_than_pairs_of_factors_is_refused(checkpoin
         llama.load(checkpoint, adapter=adapter)
 
 
+@pytest.mark.parametrize("change, match", [
+    (lambda factor: torch.tensor(1.0), "do not fit each other"),
+    (lambda factor: factor[:0], "do not fit each other"), (lambda factor: factor[0], "do not fit each other"),
+    (lambda factor: factor.long(), "has dtype torch.int64"),
+    (lambda factor: factor * math.nan, "NaN or infinite"),
+    (lambda factor: factor + math.inf, "NaN or infinite")])
+def test_factors_that_no_training_gives_are_refused(checkpoint, tmp_path, change, match):
+    adapter = write_adapter(with_lora(checkpoint), checkpoint, tmp_path / "adapter")
+    tensors = load_file(adapter / "adapter_model.safetensors")
+    key = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
+    tensors[key] = change(tensors[key]).contiguous()
+    save_file(tensors, adapter / "adapter_model.safetensors")
+    with pytest.raises(CheckpointError, match=match) as error:
+        llama.load(checkpoint, adapter=adapter)
+    assert str(adapter) in str(error.value) and "layers.0.self_attn.q_proj" in str(error.value)
+
+
+@pytest.mark.parametrize("base", [5, None, "", ["a"]])
+def test_an_adapter_without_a_base_asks_for_one(checkpoint, tmp_path, base):
+    adapter = write_adapter(with_lora(checkpoint), checkpoint, tmp_path / "adapter")
+    path = adapter / "adapter_config.json"
+    runs.write_json(path, json.loads(path.read_text()) | {"base_model_name_or_path": base})
+    with pytest.raises(CheckpointError, match="names no base model .* --model"):
+        evaluation.main(["ask", "--adapter", str(adapter), PROMPT])
+    evaluation.main(["ask", "--adapter", str(adapter), "--model", str(checkpoint), "--max-tokens", "2",
+                     PROMPT])
+
+
 def test_an_adapter_of_another_model_is_refused(checkpoint, tmp_path):
     for shape, match in (({"num_hidden_layers": 3}, "is no parameter"),
                          ({"hidden_size": 20}, "does not fit the weight")):
@@ -200,6 +228,23 @@ def test_the_delta_over_the_base_is_the_written_model(checkpoint, tmp_path, dtyp
     with safe_open(whole / "model.safetensors", framework="pt") as file:
         assert (file.metadata() == {"format": "pt"}
                 and {file.get_tensor(key).dtype for key in file.keys()} == {dtype})
+
+
+NORM, QUERY = "model.norm.weight", "model.layers.0.self_attn.q_proj.weight"
+
+
+@pytest.mark.parametrize("metadata, tensors, match", [
+    ({}, {QUERY: torch.ones(24, 16)}, "names no base model"),
+    ({"base_model_name_or_path": "b"}, {}, "holds no tensors"),
+    ({"base_model_name_or_path": "b"}, {QUERY: torch.ones(24, 16), NORM: torch.ones(16)}, f"holds {NORM}"),
+    ({"base_model_name_or_path": "b"}, {QUERY: torch.full((24, 16), math.nan)}, "holds NaN or infinite")])
+def test_what_is_no_delta_is_not_added_to_the_weights(checkpoint, tmp_path, metadata, tensors, match):
+    delta = tmp_path / "attn_delta.safetensors"
+    save_file(tensors, delta, metadata={"format": "pt", **metadata})
+    with pytest.raises(CheckpointError, match=match):
+        llama.load(checkpoint, adapter=delta)
+    with pytest.raises(CheckpointError, match="a whole model is given by its directory, with --model"):
+        llama.load(checkpoint, adapter=checkpoint / "model.safetensors")
 
 
 # ---- the check after writing

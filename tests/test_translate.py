@@ -696,6 +696,23 @@ def test_a_language_that_is_there_is_not_translated(translator, tmp_path, shout)
     assert translate.translate_rows(rows, translator, "en", "sw", tmp_path / "o.jsonl") == rows and not shout
 
 
+@pytest.mark.parametrize("damage", [
+    lambda record: record.update(sw=5), lambda record: record.update(sw={"prompt": "x", "response": 5}),
+    lambda record: record.update(sw=None), lambda record: record.pop("sw"),
+    lambda record: record.update(id="\ud800"), lambda record: record["clo"].update(failed={"sw": 5}),
+    lambda record: record["clo"].update(failed=5), lambda record: record["clo"].update(hash=[])])
+def test_a_damaged_line_is_named_and_the_file_left_alone(translator, tmp_path, shout, damage):
+    path = tmp_path / "out.jsonl"
+    translate.translate_rows(make_rows(2), translator, "en", "sw", path)
+    first, second = map(json.loads, path.read_text().splitlines())
+    damage(second)
+    path.write_text(f"{json.dumps(first)}\n{json.dumps(second)}\n")
+    before = path.read_bytes()
+    with pytest.raises(DataError, match="out.jsonl:2: not written by translate.py, or damaged: .*the line"):
+        translate.translate_rows(make_rows(2), translator, "en", "sw", path)
+    assert path.read_bytes() == before
+
+
 def test_a_file_of_someone_else_is_left_alone(translator, tmp_path, shout):
     path = tmp_path / "english.jsonl"
     data.write_rows(path, make_rows(2))

@@ -1,0 +1,273 @@
+"""runs.py: what may be deleted, what a kill or a full disk leaves, and damaged files of a run."""
+
+import json
+import os
+import resource
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+import data
+import runs
+
+FLAGS = {"seed": 0, "model": "nowhere/base", "data": "nowhere/rows.jsonl"}
+
+
+def begin(directory, fresh=False, resume=False, **flags):
+    return runs.open_run(directory, FLAGS | flags, {"data": "1"}, fresh, resume)
+
+
+def refused(*words, **keywords):
+    """DataError of one line with all these words."""
+    return pytest.raises(data.DataError, match=r"\A(?=.*" + ")(?=.*".join(words) + r")[^\n]*\Z", **keywords)
+
+
+def tree(directory: Path) -> dict:
+    return {path: path.read_bytes() for path in directory.rglob("*") if path.is_file()}
+
+
+# ---- the directory
+
+def test_fresh_empties_the_directory_of_a_run(tmp_path):
+    run = begin(tmp_path / "run")
+    (run / "clo").mkdir()
+    (run / "clo" / "result.json").write_text("{}")
+    (run / "link").symlink_to(tmp_path / "elsewhere", target_is_directory=True)
+    (tmp_path / "elsewhere").mkdir()
+    begin(run, fresh=True, beta=2)
+    assert [path.name for path in run.iterdir()] == ["config.json"] and (tmp_path / "elsewhere").exists()
+
+
+def test_a_run_that_had_nothing_yet_makes_room_for_a_corrected_command(tmp_path):
+    begin(tmp_path, beta=1)
+    with refused("belongs to a run with beta = 1, now it is 2"):
+        begin(tmp_path, resume=True, beta=2)
+    begin(tmp_path, beta=2)
+    (tmp_path / "translated-sw.jsonl").write_text("")
+    with refused("belongs to a run with beta = 2, now it is 1"):
+        begin(tmp_path, beta=1)
+    assert json.loads((tmp_path / "config.json").read_text())["flags"]["beta"] == 2
+
+
+FOREIGN = {"a model's": json.dumps({"model_type": "llama", "hidden_size": 16}), "a list": "[]",
+           "no flags": json.dumps({"flags": None, "inputs": {}, "versions": {}}), "empty": "",
+           "cut short": '{"flags": {"seed"', "deep": "[" * 100_000}
+
+
+@pytest.mark.parametrize("fresh", [False, True])
+@pytest.mark.parametrize("text", FOREIGN.values(), ids=FOREIGN)
+def test_a_config_that_is_not_a_runs_keeps_its_directory_from_fresh(tmp_path, text, fresh):
+    (tmp_path / "config.json").write_text(text)
+    (tmp_path / "model.safetensors").write_bytes(b"mine")
+    before = tree(tmp_path)
+    with refused("config.json", "choose another --out"):
+        begin(tmp_path, fresh)
+    assert tree(tmp_path) == before
+
+
+def test_a_directory_named_config_json_is_refused(tmp_path):
+    (tmp_path / "config.json").mkdir()
+    with refused("config.json", "choose another --out"):
+        begin(tmp_path, fresh=True)
+
+
+@pytest.mark.parametrize("name", runs.READ)
+@pytest.mark.parametrize("below", ["", "clo/model"])
+def test_fresh_spares_what_the_new_run_reads(tmp_path, name, below):
+    begin(tmp_path / "run")
+    (tmp_path / "run" / below).mkdir(parents=True, exist_ok=True)
+    (tmp_path / "link").symlink_to(tmp_path / "run")
+    before = tree(tmp_path)
+    with refused("--fresh would delete", "choose another --out"):
+        begin(tmp_path / "run", fresh=True, **{name: str(tmp_path / "link" / below)})
+    assert tree(tmp_path) == before
+
+
+def test_a_file_as_run_directory_is_refused(tmp_path):
+    (tmp_path / "run").write_text("mine")
+    for fresh in (False, True):
+        with refused(str(tmp_path / "run"), "choose another --out"):
+            begin(tmp_path / "run", fresh)
+    assert (tmp_path / "run").read_text() == "mine"
+
+
+def test_a_kill_while_the_config_is_written_leaves_a_directory_to_begin_in(tmp_path):
+    (tmp_path / "config.json.tmp").write_text('{"flags"')
+    with refused("holds no run"):
+        begin(tmp_path, resume=True)
+    begin(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["config.json"]
+
+
+@pytest.mark.parametrize("deleted", range(4))
+def test_a_deletion_that_is_killed_can_be_repeated(tmp_path, monkeypatch, deleted):
+    run = begin(tmp_path / "run")
+    for name in "abc":
+        (run / name).mkdir()
+    done, remove = [], runs.remove
+
+    def removed(path):
+        if len(done) == deleted:
+            raise KeyboardInterrupt
+        done.append(remove(path))
+    monkeypatch.setattr(runs, "remove", removed)
+    if deleted < 3:
+        with pytest.raises(KeyboardInterrupt):
+            begin(run, fresh=True)
+        with refused("deletion was killed", "--fresh"):
+            begin(run)
+    monkeypatch.undo()
+    begin(run, fresh=True)
+    assert [path.name for path in run.iterdir()] == ["config.json"]
+
+
+# ---- checkpoints
+
+def trained(steps: int = 1):
+    parameters = {"w": torch.nn.Parameter(torch.zeros(3))}
+    optimizer = torch.optim.AdamW(parameters.values(), fused=False)
+    for _ in range(steps):
+        parameters["w"].grad = torch.ones(3)
+        optimizer.step()
+    return parameters, optimizer
+
+
+def saved(directory: Path, *steps: int) -> Path:
+    for step in steps:
+        runs.save_checkpoint(directory, step, *trained(step))
+    return directory
+
+
+def names(directory: Path) -> list[str]:
+    return sorted(path.name for path in directory.iterdir())
+
+
+@pytest.mark.parametrize("state", [
+    {"step": -1, "parts": 1}, {"step": True, "parts": 1}, {"step": 4.0, "parts": 1}, {"step": 3, "parts": 1},
+    {"step": "4", "parts": 1}, {"step": None, "parts": 1}, {"step": 4}, {"step": 4, "parts": True},
+    {"step": 4, "parts": 0}, [], 4])
+def test_a_checkpoint_with_a_damaged_state_is_passed_over(tmp_path, capsys, state):
+    saved(tmp_path, 2, 4)
+    (tmp_path / "step-000004" / "state.json").write_text(json.dumps(state))
+    parameters, optimizer = trained()
+    assert runs.load_checkpoint(tmp_path, parameters, optimizer) == 2
+    assert torch.equal(parameters["w"], trained(2)[0]["w"])
+    assert "passed over" in capsys.readouterr().out
+
+
+def test_what_is_named_almost_like_a_checkpoint_is_left_alone(tmp_path):
+    saved(tmp_path, 2)
+    for name in ("step-abc9", "step-1e9", "step-000002-mine"):
+        shutil.copytree(tmp_path / "step-000002", tmp_path / name)
+    assert runs.load_checkpoint(tmp_path, *trained()) == 2
+    saved(tmp_path, 4, 6)
+    assert names(tmp_path) == ["step-000002-mine", "step-000004", "step-000006", "step-1e9", "step-abc9"]
+
+
+def test_a_file_in_the_place_of_a_checkpoint_is_passed_over_and_replaced(tmp_path, capsys):
+    saved(tmp_path, 2)
+    (tmp_path / "step-000004").write_text("no directory")
+    assert runs.load_checkpoint(tmp_path, *trained()) == 2 and "step-000004" in capsys.readouterr().out
+    saved(tmp_path, 4)
+    assert runs.load_checkpoint(tmp_path, *trained()) == 4
+    assert names(tmp_path) == ["step-000002", "step-000004"]
+
+
+@pytest.mark.parametrize("finish", [lambda path: runs.load_checkpoint(path, *trained()),
+                                    lambda path: saved(path, 6)], ids=["load", "save"])
+def test_what_a_killed_deletion_left_goes_at_the_next_load_or_save(tmp_path, finish):
+    saved(tmp_path, 4, 6)
+    (tmp_path / "step-000002").mkdir()
+    (tmp_path / "step-000003.old").mkdir()
+    (tmp_path / "step-000005.tmp").mkdir()
+    finish(tmp_path)
+    assert names(tmp_path) == ["step-000004", "step-000006"]
+
+
+def test_a_checkpoint_passed_over_does_not_outlive_the_next_one(tmp_path):
+    saved(tmp_path, 2, 9)
+    (tmp_path / "step-000009" / "state.json").unlink()
+    assert runs.load_checkpoint(tmp_path, *trained()) == 2
+    saved(tmp_path, 4)
+    assert names(tmp_path) == ["step-000002", "step-000004"]
+
+
+def test_a_full_disk_is_one_line_and_keeps_the_checkpoint_before(tmp_path):
+    saved(tmp_path, 2)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100, limits[1]))
+        with refused("step-000004 cannot be written", "make room"):
+            saved(tmp_path, 4)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert runs.load_checkpoint(tmp_path, *trained()) == 2
+    saved(tmp_path, 4)
+    assert runs.load_checkpoint(tmp_path, *trained()) == 4
+
+
+# ---- other files
+
+WHOLE = [b'{"step": 0}', b'{"step": 1}', b'{"step": 2}']
+
+
+@pytest.mark.parametrize("after", [b"", b'{"step": 3}\n{"st', b"\xff", b"5\n{}\n"])
+def test_lines_past_the_checkpoint_are_dropped(tmp_path, after):
+    path = tmp_path / "metrics.jsonl"
+    path.write_bytes(b"\n".join(WHOLE) + b"\n" + after)
+    runs.truncate_metrics(path, 2)
+    assert path.read_bytes() == b"\n".join(WHOLE) + b"\n"
+    runs.truncate_metrics(path, -1)
+    assert path.read_bytes() == b""
+
+
+@pytest.mark.parametrize("number", range(3))
+@pytest.mark.parametrize("line", [b"", b'{"st', b"\xff\xfe", b"5", b"[]", b'"step"', b"null", b"{}",
+                                  b'{"step": null}', b'{"step": 7}', b"[" * 100_000, None])
+def test_a_damaged_line_up_to_the_checkpoint_is_refused(tmp_path, line, number):
+    path = tmp_path / "metrics.jsonl"
+    lines = WHOLE[:number] + ([] if line is None else [line]) + WHOLE[number + 1:]
+    path.write_bytes(b"\n".join(lines) + b"\n")
+    with refused("metrics.jsonl", "--fresh"):
+        runs.truncate_metrics(path, 2)
+    assert path.read_bytes() == b"\n".join(lines) + b"\n"
+
+
+def test_metrics_that_are_not_there_are_refused_after_a_checkpoint_alone(tmp_path):
+    with refused("metrics.jsonl", "--fresh"):
+        runs.truncate_metrics(tmp_path / "metrics.jsonl", 2)
+    runs.truncate_metrics(tmp_path / "metrics.jsonl", -1)
+
+
+@pytest.mark.parametrize("text", ["", "{}", "[]", '{"heldout": {"nll_en": 1', "\0", "[" * 100_000,
+                                  '{"heldout": 1, "train_seconds": 1}'])
+def test_a_damaged_result_is_refused_with_the_way_out(tmp_path, text):
+    path = tmp_path / "result.json"
+    path.write_text(text)
+    with refused("result.json is damaged", "delete it"):
+        runs.read_result(path)
+    runs.write_json(path, {"heldout": {}, "train_seconds": 0.0})
+    assert runs.read_result(path) == {"heldout": {}, "train_seconds": 0.0}
+
+
+SUMS = [torch.tensor([-1.0, -2.0]), torch.tensor([-3.0])]
+
+
+@pytest.mark.parametrize("logp", [
+    torch.zeros(3, 1), torch.zeros(1, 3), torch.zeros(2), torch.zeros(3, dtype=torch.int64),
+    torch.zeros(3, dtype=torch.float16), torch.tensor([0, 0, torch.nan]), torch.tensor([0, -torch.inf, 0])])
+def test_a_reference_that_is_not_finite_log_probs_of_these_sizes_is_no_reference(tmp_path, logp):
+    runs.save_reference(tmp_path, "key", SUMS)
+    assert all(map(torch.equal, runs.load_reference(tmp_path, "key", [2, 1]), SUMS))
+    save_file({"logp": logp}, tmp_path / "reference" / "key.safetensors")
+    assert runs.load_reference(tmp_path, "key", [2, 1]) is None
+
+
+def test_a_directory_in_the_place_of_a_reference_is_replaced(tmp_path):
+    os.makedirs(tmp_path / "reference" / "key.safetensors")
+    assert runs.load_reference(tmp_path, "key", [2, 1]) is None
+    runs.save_reference(tmp_path, "key", SUMS)
+    assert all(map(torch.equal, runs.load_reference(tmp_path, "key", [2, 1]), SUMS))
