@@ -127,7 +127,7 @@ def open_run(directory, flags: dict, inputs: dict, fresh: bool = False, resume: 
             delete_run(directory, [Path(flags[name]) for name in READ if flags.get(name)])
         before = read_run(path)
         if before is not None and not resume and list(directory.iterdir()) == [path]:
-            before = None                    # a run that stopped before it had anything: its input was refused
+            before = None                    # it stopped before it had anything: its input was refused
             path.unlink()
         if before is not None:
             compare_runs(directory, before, config)
