@@ -770,7 +770,8 @@ def dry_run(args, device: torch.device) -> None:
     groups, counts = data.make_forks(sample, tokenizer, args.source, args.targets,
                                      row_tokens, args.system_prompt)
     print(f"of {len(sample)} rows: {data.describe(counts)}")
-    check_pairs(groups, args)
+    if len(sample) == count:                                     # else the rows not looked at may have pairs
+        check_pairs(groups, args)
     print(scale.describe(config, plan, step_tokens(groups, METHODS[args.method][-1], args, count), memory))
     total, each = 0.0, math.ceil(count / args.batch_size)
     for name, stage in [(name, stage) for name in dict.fromkeys((args.baseline, args.method))
