@@ -39,14 +39,20 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 import data
-import eval as evaluation
-import hub
 import kernels
 import model as llama
 import prepare
-import ranks
-import runs
-import scale
+from engine import ranks, runs, scale
+from engine.files import InputError, fill_directory, fingerprint, write_json, write_text
+from evals.answers import answer_and_score, read_answers
+from evals.language import fit_languages, texts_by_language
+from evals.report import report_text
+from formats import hub
+from formats.chat import load_tokenizer
+from formats.checkpoints import check_outputs, save_adapter, save_delta, save_merged, save_model
+from formats.configs import read_config
+from formats.records import describe_counts
+from formats.weights import add_update, lora_product
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp64": torch.float64}
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
@@ -120,8 +126,8 @@ def merge_lora(model: llama.Llama) -> llama.Llama:
             layer = getattr(block.self_attn, name)
             if isinstance(layer, LoraLinear):
                 plain = llama.Linear(1, 1)
-                product = llama.lora_product(layer.lora_A.detach(), layer.lora_B.detach(), layer.scale)
-                merged = llama.add_update(layer.weight.detach(), product, name).to(layer.weight.dtype)
+                product = lora_product(layer.lora_A.detach(), layer.lora_B.detach(), layer.scale)
+                merged = add_update(layer.weight.detach(), product, name).to(layer.weight.dtype)
                 plain.weight, plain.bias = nn.Parameter(merged, requires_grad=False), layer.bias
                 setattr(block.self_attn, name, plain)
     return model
@@ -275,12 +281,12 @@ def stage_forks(group: list[data.Fork], stage: Stage, source: str) -> list[data.
 
 
 def check_pairs(groups: list[list[data.Fork]], args) -> None:
-    """DataError when a stage of the wanted methods prefers and no sample gives it a pair."""
+    """InputError when a stage of the wanted methods prefers and no sample gives it a pair."""
     prefers = [name for name in (args.baseline, args.method)
                if any(stage.preference for stage in METHODS.get(name, ()))]
     if prefers and all(ids == fork.continuations[0] for group in groups for fork in group
                        for ids in fork.continuations):
-        raise data.DataError(f"{args.data}: every row has the same response in all languages, so "
+        raise InputError(f"{args.data}: every row has the same response in all languages, so "
                              f"{prefers[0]} finds nothing to prefer: give other rows, or --method sft")
 
 
@@ -578,7 +584,7 @@ def memory_advice(args):
                  "--recompute": not args.recompute, f"--row-tokens {args.row_tokens // 2}": True,
                  "--dtype bf16": args.dtype != "bf16", "--train lora": args.train != "lora",
                  "--shard on more devices": not args.shard}
-        raise data.DataError(f"out of memory on {args.device} ({text}): "
+        raise InputError(f"out of memory on {args.device} ({text}): "
                              f"try {', '.join(flag for flag, new in helps.items() if new)}; "
                              f"--dry-run estimates what a setting needs. But for --recompute they make "
                              f"another run: --fresh or another --out") from None
@@ -586,7 +592,7 @@ def memory_advice(args):
 
 def stop_unless_finite(metrics: dict, name: str, rate: float) -> None:
     if not math.isfinite(metrics["loss"]) or not math.isfinite(metrics["grad_norm"]):
-        raise data.DataError(f"{name}: loss {metrics['loss']}, gradient norm {metrics['grad_norm']} "
+        raise InputError(f"{name}: loss {metrics['loss']}, gradient norm {metrics['grad_norm']} "
                              f"at step {metrics['step']}: stopped, the last checkpoint is kept; "
                              f"try a lower --lr than {rate:.2g}")
 
@@ -598,7 +604,7 @@ def check_first_rewards(rewards: Tensor) -> None:
         return
     worst = rewards.abs().max().item()
     if not worst < 1e-2:
-        raise data.DataError(f"rewards before the first update reach {worst:.3g} and should be 0: "
+        raise InputError(f"rewards before the first update reach {worst:.3g} and should be 0: "
                              f"the reference log-probs do not belong to this model; start over with --fresh")
     print("rewards before the first update: "
           + (f"at most {worst:.1g} (rounding)" if worst else "0, as they should be"))
@@ -633,7 +639,7 @@ def reference_of(model, steps, run: Path, args, device, history: str, label: str
     shapes = [list(micro.batch.tokens.shape) for micro in micros]
     # Other sums, other last bits.
     code = [Path(llama.__file__), *sorted(Path(kernels.__file__).parent.glob("*.py"))]
-    key = runs.fingerprint(runs.model_fingerprint(args.model), history, content, shapes, args.train,
+    key = fingerprint(runs.model_fingerprint(args.model), history, content, shapes, args.train,
                            args.dtype, device.type, torch.__version__, torch.get_num_threads(), *code)
     sizes = [micro.sequences for micro in micros]
     sums = ranks.on_first(lambda: runs.load_reference(run, key, sizes))
@@ -692,7 +698,7 @@ def run_method(name: str, groups, heldout, tokenizer, args, run: Path, device, f
     epochs = epochs_of(name, args)
     for number, stage in enumerate(stages):
         steps = make_steps(groups, stage, args, args.seed)
-        history = "" if number == 0 else runs.fingerprint(prepare.settings(args), name, number)
+        history = "" if number == 0 else fingerprint(prepare.settings(args), name, number)
         reference = None
         if stage.preference:
             flat = reference_of(model, steps, run, args, device, history, f"reference {name}")
@@ -712,10 +718,10 @@ def run_method(name: str, groups, heldout, tokenizer, args, run: Path, device, f
         outputs = ranks.on_first(
             lambda: export(model, ranks.Whole(parameters), tokenizer, args, directory), model)
         if args.shard:
-            runs.check_outputs(model, outputs, ids, ranks.load)
+            check_outputs(model, outputs, ids, ranks.load)
         else:
-            ranks.on_first(lambda: runs.check_outputs(model, outputs, ids))
-    ranks.on_first(lambda: runs.write_json(result, scores))
+            ranks.on_first(lambda: check_outputs(model, outputs, ids))
+    ranks.on_first(lambda: write_json(result, scores))
     return scores
 
 
@@ -726,17 +732,17 @@ def export(model: llama.Llama, parameters, tokenizer, args, directory: Path) -> 
     adapter, whole, delta = directory / "adapter", directory / "model", directory / "attn_delta.safetensors"
     outputs = {}
     if args.train == "lora":
-        runs.fill_directory(adapter, lambda path: runs.save_adapter(
+        fill_directory(adapter, lambda path: save_adapter(
             model, path, args.base, ATTENTION, args.lora_rank, args.lora_alpha, tokenizer.template))
         outputs[adapter] = {"path": args.model, "adapter": adapter}
     elif args.train == "attention":
-        runs.save_delta(delta, args.model, parameters, args.base)
+        save_delta(delta, args.model, parameters, args.base)
         outputs[delta] = {"path": args.model, "adapter": delta}
     if args.train != "lora":
-        runs.fill_directory(whole, lambda path: runs.save_model(
+        fill_directory(whole, lambda path: save_model(
             path, args.model, tokenizer, lambda name, old: parameters.get(name, old)))
     elif args.merge:
-        runs.fill_directory(whole, lambda path: runs.save_merged(path, args.model, adapter, tokenizer))
+        fill_directory(whole, lambda path: save_merged(path, args.model, adapter, tokenizer))
     if whole.exists():
         outputs[whole] = {"path": whole}
     return outputs
@@ -753,7 +759,7 @@ def dry_run(args, device: torch.device) -> None:
     Without --lang the estimate alone, from config.json; with --gpus for other devices than this machine's."""
     here = args.gpus is None
     args.model = str(hub.local(args.model, weights=()))
-    config = llama.read_config(args.model)
+    config = read_config(args.model)
     row_tokens = min(args.row_tokens, config.max_position_embeddings)
     rate, memory = (scale.measure_device(config, device, DTYPES[args.dtype]) if here
                     else (scale.Plan.tflops, scale.DEVICE_BYTES))
@@ -765,11 +771,11 @@ def dry_run(args, device: torch.device) -> None:
     if args.lang is None:
         print(scale.describe(config, plan, None, memory))
         return
-    tokenizer = data.load_tokenizer(args.model)
+    tokenizer = load_tokenizer(args.model)
     count, sample = prepare.look_ahead(args, device)
     groups, counts = data.make_forks(sample, tokenizer, args.source, args.targets,
                                      row_tokens, args.system_prompt)
-    print(f"of {len(sample)} rows: {data.describe(counts)}")
+    print(f"of {len(sample)} rows: {describe_counts(counts)}")
     if len(sample) == count:                                     # else the rows not looked at may have pairs
         check_pairs(groups, args)
     print(scale.describe(config, plan, step_tokens(groups, METHODS[args.method][-1], args, count), memory))
@@ -792,7 +798,7 @@ def main(argv=None) -> None:
     args = parse_args(argv)
     began = time.perf_counter()
     if args.tensorboard and importlib.util.find_spec("tensorboard") is None:
-        raise data.DataError("--tensorboard needs the tensorboard package: pip install tensorboard")
+        raise InputError("--tensorboard needs the tensorboard package: pip install tensorboard")
     device = ranks.start(ranks.pick_device(args.device))
     args.device = device.type
     if device.type == "cuda":
@@ -804,8 +810,8 @@ def main(argv=None) -> None:
         dry_run(args, device)
         return
     args.model = str(hub.local(args.model))                            # where it lies
-    tokenizer = data.load_tokenizer(args.model)
-    config = llama.read_config(args.model)
+    tokenizer = load_tokenizer(args.model)
+    config = read_config(args.model)
     print(f"device {device}, {args.dtype}; model {args.base}: {config.model_type}, "
           f"{config.num_hidden_layers} layers, width {config.hidden_size}; run directory {args.out}")
 
@@ -820,28 +826,28 @@ def main(argv=None) -> None:
                                      row_tokens, args.system_prompt)
     heldout, _ = data.make_forks(heldout_rows, tokenizer, args.source, args.targets,
                                  row_tokens, args.system_prompt)
-    print(data.describe(counts))
+    print(describe_counts(counts))
     check_pairs(groups, args)
 
     names = ["base"] + [name for name in (args.baseline, args.method) if name != "none"]
     languages = (args.source, *args.targets)
-    classifier = evaluation.fit_languages(evaluation.texts_by_language(rows, languages))
+    classifier = fit_languages(texts_by_language(rows, languages))
     report = {"lang": args.lang, "samples": len(rows), "seed": args.seed, "methods": {}}
     answers = {}
     for number, name in enumerate(dict.fromkeys(names)):
         print(f"\n{number + 3}. {'Base model' if name == 'base' else 'Train ' + name}")
 
         def finish(model):
-            return evaluation.answer_and_score(model, tokenizer, eval_rows, languages, classifier,
+            return answer_and_score(model, tokenizer, eval_rows, languages, classifier,
                                                args.max_new_tokens, args.system_prompt,
                                                run / name / "answers.jsonl")
         with memory_advice(args):
             report["methods"][name] = run_method(name, groups, heldout, tokenizer, args, run, device, finish)
-        answers[name] = evaluation.read_answers(run / name / "answers.jsonl", report["methods"][name])
+        answers[name] = read_answers(run / name / "answers.jsonl", report["methods"][name])
 
-    text = evaluation.report_text(report, answers, args.source)
-    ranks.on_first(lambda: (runs.write_json(run / "report.json", report),
-                            runs.write_text(run / "report.md", text)))
+    text = report_text(report, answers, args.source)
+    ranks.on_first(lambda: (write_json(run / "report.json", report),
+                            write_text(run / "report.md", text)))
     print("\n" + text)
     print_ending(args, run, eval_rows, time.perf_counter() - began)
     ranks.stop()

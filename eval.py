@@ -15,237 +15,44 @@ References: naive Bayes over n-grams for language identification (Lui and Baldwi
 import argparse
 import json
 import math
-import unicodedata
 from collections import Counter
-from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
 
 import torch
 from tqdm import tqdm
 
-import benchmarks
-import data
-import hub
-import judge
 import model as llama
-import ranks
-import report
-import runs
 import translate
-from benchmarks import multiple_choice  # noqa: F401  the library calls it eval.multiple_choice
-from report import report_text, table  # noqa: F401  clo.py prints with them
+from engine import ranks
+from engine.files import (InputError, Journal, as_kind, check_unicode, fingerprint, need, read_records, run,
+                          write_json)
+from evals import choice, judge, report
+from evals.answers import HASH_DIGITS, answer_and_score  # noqa: F401  the library face
+from evals.choice import multiple_choice  # noqa: F401
+from evals.language import fit_languages, reply_language  # noqa: F401
+from evals.report import table
+from formats import hub
+from formats.chat import Tokenizer, load_tokenizer
+from formats.records import describe_counts, identifier, read_rows, require_languages
+from formats.weights import adapter_base
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-HASH_DIGITS = 16
 TRANSLATED_AT_ONCE = 16     # instructions between two writes
-MIXED = "mixed"             # what a reply in two languages is called:
-MIXED_SHARE = 0.2           # one with this part of its letters in another language than the rest
-SWITCH = 12.0               # nats that a change of language costs: a name or a loan word does not make one
-LONGEST_NGRAM = 4
-UNSEEN = 0.3                # added to every n-gram's count
-INDEPENDENCE = 0.3          # neighbouring n-grams overlap: their evidence counts for this part of itself
-ANSWER_KEYS = ("row_id", "language", "prompt", "reply", "expected", "correct", "reply_language", "judged")
-SURE = 0.8                  # below this posterior probability the classifier abstains
-SCRIPTS = {
-    "han": ((0x2E80, 0x2FDF), (0x3400, 0x4DBF), (0x4E00, 0x9FFF), (0xF900, 0xFAFF), (0x20000, 0x323AF)),
-    "hangul": ((0x1100, 0x11FF), (0x3130, 0x318F), (0xAC00, 0xD7AF)), "kana": ((0x3040, 0x30FF),),
-    "latin": ((0x0041, 0x024F), (0x1E00, 0x1EFF)), "cyrillic": ((0x0400, 0x052F),),
-    "greek": ((0x0370, 0x03FF),), "arabic": ((0x0600, 0x06FF), (0x0750, 0x077F)),
-    "hebrew": ((0x0590, 0x05FF),), "devanagari": ((0x0900, 0x097F),), "bengali": ((0x0980, 0x09FF),),
-    "tamil": ((0x0B80, 0x0BFF),), "thai": ((0x0E00, 0x0E7F),), "ethiopic": ((0x1200, 0x137F),)}
 
 
 # --------------------------------------------------------------------------------------------- reply language
 
-@dataclass
-class LanguageModel:
-    """Per language, per n-gram length: how often each n-gram was seen, and the log-probs that follow."""
-    counts: dict[str, list[Counter]]
-    logp: dict[str, list[dict[str, float]]]
-    unseen_logp: dict[str, list[float]]  # of any n-gram the language has not shown
-
-
-@lru_cache(maxsize=1 << 16)
-def script(char: str) -> str:
-    code = ord(char)
-    return next((name for name, ranges in SCRIPTS.items()
-                 if any(low <= code <= high for low, high in ranges)), "other")
-
-
-def split_words(text: str) -> list[str]:
-    """Runs of letters of one script."""
-    text = unicodedata.normalize("NFC", text)
-    letters = "".join(c if unicodedata.category(c)[0] in "LM" else " " for c in text)
-    return [piece for word in letters.split() for piece in pieces_by_script(word)]
-
-
-def pieces_by_script(word: str) -> list[str]:
-    """Cut where the script changes;
-    marks and letters of no listed script stay with what stands before them."""
-    pieces, before = [""], "other"
-    for char in word:
-        own = script(char)
-        if own != before and own != "other":
-            pieces += [""] if before != "other" else []
-            before = own
-        pieces[-1] += char
-    return pieces
-
-
-def ngrams(word: str) -> list[list[str]]:
-    """Character n-grams of a word by length, in lower case, padded with spaces;
-    [0] holds each letter's script instead."""
-    padded = f" {word.lower()} "
-    return [[script(c) for c in word]] + [
-        [gram for i in range(len(padded) - n + 1) if (gram := padded[i:i + n]) != " "]
-        for n in range(1, LONGEST_NGRAM + 1)]
-
-
-def fit_languages(texts: dict[str, list[str]]) -> LanguageModel:
-    """Fit the classifier on texts of each language (a few hundred lines are enough)."""
-    counts = {language: [Counter() for _ in range(LONGEST_NGRAM + 1)] for language in texts}
-    for language, lines in texts.items():
-        for line in lines:
-            for word in split_words(line):
-                for counter, grams in zip(counts[language], ngrams(word)):
-                    counter.update(grams)
-    logp, unseen = {}, {}
-    vocabulary = [len(set().union(*(counters[n] for counters in counts.values())))
-                  for n in range(LONGEST_NGRAM + 1)]
-    for language, counters in counts.items():
-        totals = [counter.total() + UNSEEN * (size + 1) for counter, size in zip(counters, vocabulary)]
-        logp[language] = [{gram: math.log((count + UNSEEN) / total) for gram, count in counter.items()}
-                          for counter, total in zip(counters, totals)]
-        unseen[language] = [math.log(UNSEEN / total) for total in totals]
-    return LanguageModel(counts, logp, unseen)
-
-
-def word_evidence(word: str, languages: LanguageModel) -> list[float]:
-    """Log-likelihood of a word under each language, in nats, overlap discounted."""
-    grams = ngrams(word)
-    return [INDEPENDENCE * sum(known.get(gram, unseen) for known, unseen, part in
-                               zip(languages.logp[language], languages.unseen_logp[language], grams)
-                               for gram in part) for language in languages.logp]
-
-
-def reply_language(text: str, languages: LanguageModel) -> tuple[str | None, float]:
-    """(language, its posterior probability); "mixed" for a reply in two languages, with the share of its
-    letters that are not of the first; None when unsure or without letters."""
-    words = split_words(text)
-    if not words:
-        return None, 0.0
-    evidence, names = [word_evidence(word, languages) for word in words], list(languages.logp)
-    share = foreign_share(words, evidence)
-    if share >= MIXED_SHARE:
-        return MIXED, share
-    scores = [sum(column) for column in zip(*evidence)]
-    best = max(range(len(names)), key=scores.__getitem__)
-    confidence = 1 / sum(math.exp(score - scores[best]) for score in scores)
-    return (names[best] if confidence >= SURE else None), confidence
-
-
-def foreign_share(words: list[str], evidence: list[list[float]]) -> float:
-    """Share of the text (in bytes of letters) outside its main language, along the likeliest path of
-    languages over the words; a change of language costs SWITCH nats (Viterbi 1967). Words with a capital,
-    names most of them, belong to no language."""
-    kept = [i for i, word in enumerate(words) if not word[0].isupper()]
-    if not kept:
-        return 0.0
-    words, evidence = [words[i] for i in kept], [evidence[i] for i in kept]
-    best, steps = evidence[0], []
-    for row in evidence[1:]:
-        top = max(range(len(best)), key=best.__getitem__)
-        steps.append([state if best[state] >= best[top] - SWITCH else top for state in range(len(row))])
-        best = [max(stay, best[top] - SWITCH) + own for stay, own in zip(best, row)]
-    state, letters = max(range(len(best)), key=best.__getitem__), Counter()
-    for word, step in zip(reversed(words), [*reversed(steps), None]):
-        letters[state] += len(word.encode())      # bytes: a Chinese character says as much as three letters
-        state = step[state] if step else state
-    return 1 - max(letters.values()) / letters.total()
-
-
-def texts_by_language(rows: list[dict], languages: tuple[str, ...]) -> dict[str, list[str]]:
-    return {language: [row[language][part] for row in rows for part in ("prompt", "response")]
-            for language in languages}
-
 
 # ---------------------------------------------------------------------------------------------------- answers
-
-def normalise(text: str) -> str:
-    """NFC, one space between words, no case, no final punctuation."""
-    text = " ".join(unicodedata.normalize("NFC", text).casefold().split())
-    return text.rstrip(".!?…。！？ ")
-
-
-def answer(model, tokenizer, questions: list[str], max_tokens: int, system=None,
-           label="answers") -> list[str]:
-    """Greedy replies to questions, in their order."""
-    prompts = [tokenizer.prompt_ids(question, system) for question in questions]
-    with tqdm(total=len(prompts), desc=label, unit="reply") as bar:
-        replies = llama.generate(model, prompts, max_tokens, tokenizer.stop_ids, progress=bar.update)
-    return [tokenizer.decode(reply).strip() for reply in replies]
-
-
-def answer_and_score(model, tokenizer, rows: list[dict], languages: tuple[str, ...],
-                     classifier: LanguageModel, max_tokens: int, system: str | None, path: Path) -> dict:
-    """Answer the rows in every language; {language: {"correct": %, "right_language": %, "n": int, ...}}.
-    Every reply is written to `path`, one JSON line each."""
-    scores, lines = {}, []
-    for language in languages:
-        replies = answer(model, tokenizer, [row[language]["prompt"] for row in rows], max_tokens, system,
-                         f"answer {language}")
-        for row, reply in zip(rows, replies):
-            expected = row[language]["response"]
-            same = sum(normalise(row[other]["response"]) == normalise(expected) for other in languages) > 1
-            found, confidence = reply_language(reply, classifier)
-            lines.append({
-                "row_id": row["row_id"], "language": language, "prompt": row[language]["prompt"],
-                "reply": reply, "expected": expected, "correct": normalise(reply) == normalise(expected),
-                "reply_language": found, "confidence": round(confidence, 4), "judged": not same})
-        scores[language] = score(line for line in lines if line["language"] == language)
-    data.write_jsonl(path, lines)
-    return scores | {"decoding": {"temperature": 0, "max_tokens": max_tokens, "system_prompt": system,
-                                  "template": tokenizer.fingerprint[:HASH_DIGITS]}}
-
-
-def read_answers(path: Path, scores: dict) -> list[dict]:
-    """The lines that answer_and_score wrote when it returned `scores`. DataError unless all are there."""
-    lines = data.read_records(path) if path.is_file() else []
-    for where, line in lines:
-        for key in ANSWER_KEYS:
-            data.need(line, key, where)
-    written = sum(part["n"] for part in scores.values() if isinstance(part, dict) and "n_language" in part)
-    if len(lines) != written:
-        raise data.DataError(f"{path} holds {len(lines)} answers, {written} were written: delete the "
-                             f"result.json beside it, and the same command answers again")
-    return [line for _, line in lines]
-
-
-def score(lines) -> dict:
-    """Percentages over replies of one language;
-    right_language over those whose response differs between languages."""
-    lines = list(lines)
-    judged = [line for line in lines if line["judged"]]
-    return {"correct": percent(sum(line["correct"] for line in lines), len(lines)),
-            "right_language": percent(sum(line["reply_language"] == line["language"] for line in judged),
-                                      len(judged)),
-            "n": len(lines), "n_language": len(judged),
-            "unsure": sum(line["reply_language"] is None for line in judged),
-            "mixed": sum(line["reply_language"] == MIXED for line in judged)}
-
-
-def percent(part: int, whole: int) -> float:
-    return round(100 * part / whole, 2) if whole else 0.0
 
 
 # -------------------------------------------------------------------------------------------------------- ask
 
-def load_model(args) -> tuple[llama.Llama, data.Tokenizer, str, str]:
+def load_model(args) -> tuple[llama.Llama, Tokenizer, str, str]:
     """(model, tokenizer, name of the base, name of the dtype)
     that --model, --adapter, --device and --dtype ask for."""
-    base = args.model or (llama.adapter_base(args.adapter) if args.adapter else "demo/llama")
-    tokenizer = data.load_tokenizer(base)
+    base = args.model or (adapter_base(args.adapter) if args.adapter else "demo/llama")
+    tokenizer = load_tokenizer(base)
     dtype = args.dtype if args.dtype != "auto" else "bf16" if args.device.startswith("cuda") else "fp32"
     return llama.load(base, args.device, DTYPES[dtype], args.adapter), tokenizer, base, dtype
 
@@ -274,51 +81,8 @@ def ask(args) -> None:
 
 # --------------------------------------------------------------------------------------- evaluation directory
 
-class Journal:
-    """A file of answers, one JSON line each behind one line of settings. `done` holds the answers of
-    an earlier, perhaps killed, run with the same settings; other settings are refused, and so are lines
-    without the `keys` of an answer."""
 
-    def __init__(self, path: Path, settings: dict, keys: tuple[str, ...], fresh: bool = False):
-        self.path, self.keys, self.done = path, keys, []
-        if path.exists() and not fresh:
-            self.done = self.read(json.loads(json.dumps(settings)))
-        data.write_jsonl(path, [{"settings": settings}, *self.done])
-        self.file = open(path, "a", encoding="utf-8", newline="\n")
-
-    def read(self, settings: dict) -> list[dict]:
-        lines, found = self.path.read_bytes().split(b"\n")[:-1], []      # without the half line of a kill
-        for number, line in enumerate(lines, 1):
-            try:
-                found.append(json.loads(line))
-                for key in self.keys if number > 1 else ("settings",):
-                    data.need(found[-1], key, number)
-            except (ValueError, RecursionError):
-                raise data.DataError(f"{self.path}:{number}: damaged; delete the file, "
-                                     f"or start over with --fresh") from None
-        before = data.as_kind(found[0]["settings"], dict, f"{self.path}:1") if found else settings
-        for key in [*before, *settings]:
-            if before.get(key) != settings.get(key):
-                raise data.DataError(f"{self.path} was begun with {key} = {before.get(key)!r}, "
-                                     f"now it is {settings.get(key)!r}: choose another --out, "
-                                     f"or start over with --fresh")
-        if len(found) > 1:
-            print(f"{self.path} holds {len(found) - 1} answers: going on behind them")
-        return found[1:]
-
-    def add(self, line: dict) -> None:
-        self.done.append(line)
-        self.file.write(json.dumps(line, ensure_ascii=False) + "\n")
-        self.file.flush()
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *_):
-        self.file.close()
-
-
-def open_model(args) -> tuple[llama.Llama, data.Tokenizer, dict]:
+def open_model(args) -> tuple[llama.Llama, Tokenizer, dict]:
     """The model that --model and --adapter name, its tokenizer,
     and the settings that stand beside its numbers."""
     model, tokenizer, base, dtype = load_model(args)
@@ -332,7 +96,7 @@ def open_model(args) -> tuple[llama.Llama, data.Tokenizer, dict]:
 
 def weights_hash(path: Path) -> str:
     """Of the contents of a checkpoint's or adapter's weight files."""
-    return runs.fingerprint(*([path] if path.is_file() else sorted(path.glob("*.safetensors"))))[:HASH_DIGITS]
+    return fingerprint(*([path] if path.is_file() else sorted(path.glob("*.safetensors"))))[:HASH_DIGITS]
 
 
 def out_directory(args, *names: str) -> Path:
@@ -343,7 +107,7 @@ def out_directory(args, *names: str) -> Path:
 
 def finish(out: Path, settings: dict, figures: dict, **details) -> None:
     """result.json: the figures and everything they depend on. `compare` reads it."""
-    runs.write_json(out / "result.json", {"figures": figures, **details, "settings": settings})
+    write_json(out / "result.json", {"figures": figures, **details, "settings": settings})
     print(f"settings and details: {out}/result.json; answers: {out}/answers.jsonl")
 
 
@@ -356,7 +120,7 @@ def with_error(value: float, error: float | None, digits: int = 2) -> str:
 def mc(args) -> None:
     """Score a multiple-choice benchmark: accuracies with their standard error,
     and every question's log-probs."""
-    benchmark = benchmarks.read_benchmark(args.benchmark, args.files, args.shots, args.lang,
+    benchmark = choice.read_benchmark(args.benchmark, args.files, args.shots, args.lang,
                                           args.subjects and args.subjects.split(","), args.split, args.limit)
     model, tokenizer, settings = open_model(args)
     settings |= benchmark.settings
@@ -371,7 +135,7 @@ def mc(args) -> None:
         score_questions(model, tokenizer, dict(zip(names, benchmark.questions)), figure, journal,
                         args.batch_tokens)
     answers = {line["question"]: line for line in journal.done}
-    summary = benchmarks.summarise(benchmark, [answers[name] for name in names])
+    summary = choice.summarise(benchmark, [answers[name] for name in names])
     total, categories = summary["all"], {f"all of {name}": part
                                          for name, part in summary["categories"].items()}
     print(table([figure, "accuracy %", "questions"],
@@ -396,7 +160,7 @@ def score_questions(model, tokenizer, questions: dict, figure: str, journal: Jou
     done = {line["question"] for line in journal.done}
     left = [name for name in questions if name not in done]
     with tqdm(total=len(questions), initial=len(done), desc=figure, unit="question") as bar:
-        for i, found in benchmarks.score(model, tokenizer, [questions[name] for name in left], batch_tokens):
+        for i, found in choice.score(model, tokenizer, [questions[name] for name in left], batch_tokens):
             journal.add({"question": left[i], "gold": questions[left[i]].gold, **found,
                          "scores": {figure: 100.0 * found["correct"]}})
             bar.update()
@@ -414,15 +178,15 @@ def ratio(nll: list[float], sizes: list[int]) -> dict:
 def perplexity(args) -> None:
     """NLL of held-out responses per UTF-8 byte (the stop token's too),
     which models with other tokenizers can be compared with, and its exponential."""
-    rows = data.require_languages(data.read_rows(args.data), args.source, args.lang)
+    rows = require_languages(read_rows(args.data), args.source, args.lang)
     rows = [row for row in rows if row.get("split", args.split) == args.split] if args.split else rows
-    benchmarks.refuse_duplicates([(where, data.identifier(record, where))
-                                  for where, record in data.read_records(args.data)])
+    choice.refuse_duplicates([(where, identifier(record, where))
+                                  for where, record in read_records(args.data)])
     if not rows:
-        raise data.DataError(f"{args.data} has no row of split {args.split!r}: see --split")
+        raise InputError(f"{args.data} has no row of split {args.split!r}: see --split")
     model, tokenizer, settings = open_model(args)
     settings |= {"language": args.lang, "source": args.source, "data": args.data,
-                 "data hash": benchmarks.file_hash(args.data), "split": args.split, "rows": len(rows),
+                 "data hash": choice.file_hash(args.data), "split": args.split, "rows": len(rows),
                  "system_prompt": args.system_prompt,
                  "scored": "the response and its stop token, after the prompt"}
     out = out_directory(args, "perplexity", args.lang)
@@ -455,15 +219,15 @@ def score_responses(model, tokenizer, rows: list[dict], place: str, language: st
     replies = [tokenizer.response_ids(row[language]["response"]) for row in left]
     long = [row["row_id"] for row, reply in zip(left, replies) if len(reply) > longest]
     if long:
-        raise data.DataError(f"{args.data}: {len(long)} responses in {language} are longer than "
+        raise InputError(f"{args.data}: {len(long)} responses in {language} are longer than "
                              f"the {longest} tokens the model reads: leave out rows {', '.join(long)}")
-    parts = [part for i, (row, reply) in enumerate(zip(left, replies)) for part in benchmarks.make_parts(
+    parts = [part for i, (row, reply) in enumerate(zip(left, replies)) for part in choice.make_parts(
         i, row["row_id"], tokenizer.prompt_ids(row[language]["prompt"], args.system_prompt),
         [reply], longest)]
     forks = [part.fork for part in parts]
-    shared = benchmarks.common_prefix([fork.prompt for fork in forks])
+    shared = choice.common_prefix([fork.prompt for fork in forks])
     with tqdm(total=len(rows), initial=len(done), desc=f"nll {language}", unit="row") as bar:
-        for order, logps in benchmarks.sequence_logps(model, forks, args.batch_tokens, shared):
+        for order, logps in choice.sequence_logps(model, forks, args.batch_tokens, shared):
             for i, (logp,) in zip(order, logps):
                 journal.add({"question": left[i]["row_id"], "place": place, "nll": -logp, "cut": parts[i].cut,
                              "bytes": len(left[i][language]["response"].encode()),
@@ -477,15 +241,15 @@ def read_instructions(path, language: str) -> list[dict]:
     """[{"instruction", "dataset"}] of a file in alpaca_eval's format,
     or of parallel rows that hold the language."""
     found = []
-    for where, record in data.read_records(path):
-        own = data.as_kind(record, dict, where).get(language)
+    for where, record in read_records(path):
+        own = as_kind(record, dict, where).get(language)
         text = own["prompt"] if isinstance(own, dict) and "prompt" in own else \
-            data.need(record, "instruction", where)
-        found.append((where, data.whole({"instruction": data.as_kind(text, str, where),
+            need(record, "instruction", where)
+        found.append((where, check_unicode({"instruction": as_kind(text, str, where),
                                          "dataset": record.get("dataset")}, where)))
-    benchmarks.refuse_duplicates([(where, item["instruction"]) for where, item in found])
+    choice.refuse_duplicates([(where, item["instruction"]) for where, item in found])
     if not found:
-        raise data.DataError(f"{path}: the file holds no instruction")
+        raise InputError(f"{path}: the file holds no instruction")
     return [item for _, item in found]
 
 
@@ -495,7 +259,7 @@ def translate_instructions(items: list[dict], args) -> list[dict]:
     translator = translate.load(args.translator, args.device)
     settings = {"translator": translator.fingerprint, "source": args.source, "lang": args.lang,
                 "beams": args.beams}
-    key = runs.fingerprint([item["instruction"] for item in items], settings)[:HASH_DIGITS]
+    key = fingerprint([item["instruction"] for item in items], settings)[:HASH_DIGITS]
     path = Path("runs/eval") / f"instructions-{args.lang}-{key}.jsonl"
     with Journal(path, settings, ("source", "instruction")) as journal, \
             tqdm(total=len(items), initial=len(journal.done), desc=f"translate to {args.lang}",
@@ -523,14 +287,14 @@ def alpaca(args) -> None:
         items = translate_instructions(items, args)
     model, tokenizer, settings = open_model(args)
     settings |= {"language": args.lang, "instructions": args.instructions, "translator": args.translator,
-                 "instructions hash": runs.fingerprint([item["instruction"] for item in items]),
+                 "instructions hash": fingerprint([item["instruction"] for item in items]),
                  "temperature": args.temperature, "top_p": args.top_p, "seed": args.seed,
                  "max_tokens": args.max_tokens, "system_prompt": args.system_prompt, "batch": args.batch_size}
     out = out_directory(args, "alpaca", args.lang)
     with Journal(out / "answers.jsonl", settings, ("instruction", "output", "tokens"), args.fresh) as journal:
         answer_instructions(model, tokenizer, items, journal, args)
     name = args.name or Path(args.adapter or args.model or "demo/llama").as_posix()
-    runs.write_json(out / "model_outputs.json", [
+    write_json(out / "model_outputs.json", [
         {"dataset": item["dataset"], "instruction": item["instruction"], "output": line["output"],
          "generator": name, "datasplit": "eval"} for item, line in zip(items, journal.done)])
     length = sum(len(line["output"]) for line in journal.done) / len(items)
@@ -571,9 +335,9 @@ def judge_outputs(args) -> None:
         failed = ask_judge(pairs, endpoint, figure, journal, args)
     lines = {line["question"]: line for line in journal.done}
     annotations = [lines[pair["instruction"]] for pair in pairs if pair["instruction"] in lines]
-    runs.write_json(out / "annotations.json", [judge.annotation_record(line) for line in annotations])
+    write_json(out / "annotations.json", [judge.annotation_record(line) for line in annotations])
     if failed:
-        print(f"{sum(failed.values())} pairs have no verdict ({data.describe(failed)}) and are left out; "
+        print(f"{sum(failed.values())} pairs have no verdict ({describe_counts(failed)}) and are left out; "
               f"the same command tries them again")
     rate = judge.win_rate(annotations)
     read, written = (sum(line[key] for line in annotations) for key in ("prompt_tokens", "completion_tokens"))
@@ -589,8 +353,8 @@ def judge_settings(args, pairs: int) -> dict:
     """What a win rate depends on; of the answers too, where their own result.json lies beside them."""
     beside = Path(args.outputs).with_name("result.json")
     settings = report.load_object(beside)["settings"] if beside.is_file() else {"model": args.outputs}
-    return settings | {"outputs hash": benchmarks.file_hash(args.outputs), "reference": args.reference,
-                       "reference hash": benchmarks.file_hash(args.reference), "pairs": pairs,
+    return settings | {"outputs hash": choice.file_hash(args.outputs), "reference": args.reference,
+                       "reference hash": choice.file_hash(args.reference), "pairs": pairs,
                        "judge": args.judge_model, "judge prompt": judge.prompt_hash(),
                        "judge tokens": args.judge_tokens, "judge temperature": 0, "order": args.order,
                        "order seed": args.seed, "language": args.lang or settings.get("language")}
@@ -614,14 +378,14 @@ def ask_judge(pairs: list[dict], endpoint: judge.Endpoint, figure: str, journal:
 
 def winrate(args) -> None:
     """The win rate that a file of annotations in alpaca_eval's format gives."""
-    annotations = data.read_records(args.annotations)
+    annotations = read_records(args.annotations)
     for where, line in annotations:
-        judge.check_preference(data.need(line, "preference", where), where)
+        judge.check_preference(need(line, "preference", where), where)
         for key in ("output_1", "output_2"):
-            data.as_kind(data.need(line, key, where), str, where)
+            as_kind(need(line, key, where), str, where)
     rate = judge.win_rate([line for _, line in annotations])
     print(judge.describe_rate(rate))
-    print(json.dumps(rate | {"annotations hash": benchmarks.file_hash(args.annotations)}))
+    print(json.dumps(rate | {"annotations hash": choice.file_hash(args.annotations)}))
 
 
 # ---------------------------------------------------------------------------------------------------- compare
@@ -674,7 +438,7 @@ def add_ask(sub) -> None:
 
 
 def add_mc(sub) -> None:
-    sub.add_argument("benchmark", choices=list(benchmarks.TASKS),
+    sub.add_argument("benchmark", choices=list(choice.TASKS),
                      help="how files are read and questions worded")
     sub.add_argument("files", help="directory of the benchmark as distributed (csv, tsv, jsonl), "
                                    "or hub id of its data set")
@@ -795,4 +559,4 @@ def main(argv=None) -> None:
 
 
 if __name__ == "__main__":
-    data.run(main)
+    run(main)

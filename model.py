@@ -24,179 +24,20 @@ References: LLaMA (arXiv 2302.13971), RoPE (arXiv 2104.09864), GQA (arXiv 2305.1
 RMSNorm (arXiv 1910.07467), FlexAttention (arXiv 2412.05496), LoRA (arXiv 2106.09685).
 """
 
-import json
 import math
-import os
-from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
 from functools import lru_cache, partial
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-import hub
-
-ARCHITECTURES = {"llama": "LlamaForCausalLM", "mistral": "MistralForCausalLM", "qwen2": "Qwen2ForCausalLM",
-                 "qwen3": "Qwen3ForCausalLM"}
-DTYPE_NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16",
-               torch.float64: "float64"}
-MAX_SHARD_BYTES = 5_000_000_000
-# Keys of adapter_config.json with all they may say.
-# Anything else means more, or another base, than W + scale B A.
-ADAPTER_SETTINGS = {
-    "bias": ("none",), "init_lora_weights": (True, "gaussian", "orthogonal", "eva"), **dict.fromkeys((
-        "use_dora", "fan_in_fan_out", "alpha_pattern", "modules_to_save", "lora_bias",
-        "trainable_token_indices", "use_qalora", "use_bdlora", "layer_replication", "target_parameters",
-        "alora_invocation_tokens", "arrow_config", "kasa_config", "monteclora_config"), ())}
-
-
-class CheckpointError(ValueError):
-    """A checkpoint that cannot be used: the message is one line that says what, where, and what to do."""
-
+from engine.files import InputError
+from formats import hub
+from formats.configs import Config, read_config
+from formats.weights import Weights, add_update, open_weights, read_adapter
 
 # ---------------------------------------------------------------------------------------------- configuration
-
-@dataclass(frozen=True)
-class Config:
-    """The numbers that shape a model, under the names config.json uses."""
-    vocab_size: int
-    hidden_size: int
-    intermediate_size: int
-    num_hidden_layers: int
-    num_attention_heads: int
-    num_key_value_heads: int
-    head_dim: int
-    rms_norm_eps: float = 1e-6
-    rope_theta: float = 10000.0
-    rope_scaling: dict | None = None
-    max_position_embeddings: int = 2048
-    tie_word_embeddings: bool = False
-    qkv_bias: bool = False
-    o_bias: bool = False
-    mlp_bias: bool = False
-    qk_norm: bool = False
-    sliding_window: int | None = None
-    model_type: str = "llama"
-
-
-def read_json(path) -> dict:
-    """The object in a JSON file; CheckpointError when it is missing, not JSON, or not an object."""
-    path = Path(path)
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (FileNotFoundError, NotADirectoryError):
-        raise CheckpointError(f"{path} is missing: a directory in Hugging Face layout holds one") from None
-    except (OSError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path} cannot be read as JSON ({error}): "
-                              f"download or write it again") from None
-    if not isinstance(value, dict):
-        raise CheckpointError(f"{path} holds a JSON {type(value).__name__}, an object was expected")
-    return value
-
-
-def read_config(directory) -> Config:
-    """Config from config.json in the spelling of transformers 4 or 5;
-    refuses by name what this model does not do."""
-    path = Path(directory) / "config.json"
-    raw = read_json(path)
-    kind = raw.get("model_type")
-    if not isinstance(kind, str) or kind not in ARCHITECTURES:
-        raise CheckpointError(f"{path}: model_type {kind!r} is not supported, "
-                              f"only {', '.join(sorted(ARCHITECTURES))}")
-    rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
-    refuse_unsupported(path, raw, rope)
-    number, flag = partial(positive, path, raw), partial(boolean, path, raw)
-    heads, width = number("num_attention_heads"), number("hidden_size")
-    bias = flag("attention_bias")
-    window = raw.get("sliding_window") if kind == "mistral" else None
-    config = Config(
-        vocab_size=number("vocab_size"), hidden_size=width, intermediate_size=number("intermediate_size"),
-        num_hidden_layers=number("num_hidden_layers"), num_attention_heads=heads,
-        num_key_value_heads=number("num_key_value_heads", heads),
-        head_dim=number("head_dim", width // heads if width >= heads else 1),
-        rms_norm_eps=number("rms_norm_eps", 1e-6, float),
-        rope_theta=positive(path, {**raw, **rope}, "rope_theta", 10000.0, float),
-        rope_scaling=read_rope_scaling(path, rope),
-        max_position_embeddings=number("max_position_embeddings", 2048),
-        tie_word_embeddings=flag("tie_word_embeddings"), qkv_bias=bias or kind == "qwen2",
-        o_bias=bias and kind != "qwen2", mlp_bias=flag("mlp_bias"), qk_norm=kind == "qwen3",
-        sliding_window=number("sliding_window") if window is not None else None, model_type=kind)
-    if config.num_attention_heads % config.num_key_value_heads or config.head_dim % 2:
-        raise CheckpointError(f"{path}: {heads} query heads over {config.num_key_value_heads} kv heads "
-                              f"of width {config.head_dim} do not divide evenly")
-    return config
-
-
-def positive(path, raw: dict, key: str, default=None, kind=int):
-    """raw[key], or the default where it is null or absent, as `kind`.
-    CheckpointError unless it is a positive number."""
-    value = default if raw.get(key) is None else raw[key]
-    good = (int,) if kind is int else (int, float)
-    if isinstance(value, bool) or not isinstance(value, good) or not 0 < value < 1e12:
-        raise CheckpointError(f"{path}: {key} is {value!r}, a positive {kind.__name__} was expected")
-    return kind(value)
-
-
-def boolean(path, raw: dict, key: str) -> bool:
-    """raw[key], false where it is null or absent. CheckpointError when it is neither true nor false."""
-    value = False if raw.get(key) is None else raw[key]
-    if not isinstance(value, bool):
-        raise CheckpointError(f"{path}: {key} is {value!r}, true or false was expected")
-    return value
-
-
-def refuse_unsupported(path, raw: dict, rope: dict) -> None:
-    if not isinstance(rope, dict):
-        raise CheckpointError(f"{path}: rope_scaling is {rope!r}, an object was expected")
-    for key in ("num_experts", "num_local_experts", "n_routed_experts"):
-        if raw.get(key):
-            raise CheckpointError(f"{path}: {key} = {raw[key]}: mixture-of-experts models are not supported")
-    if raw.get("quantization_config"):
-        raise CheckpointError(f"{path}: quantization_config: "
-                              f"use the unquantised checkpoint (fp32, bf16 or fp16)")
-    for where in (raw, rope):
-        if where.get("partial_rotary_factor", 1) not in (1, None):
-            raise CheckpointError(f"{path}: partial_rotary_factor = {where['partial_rotary_factor']} "
-                                  f"is not supported")
-    if raw.get("hidden_act", "silu") != "silu":
-        raise CheckpointError(f"{path}: hidden_act = {raw['hidden_act']!r} is not supported, only silu")
-    if any(isinstance(value, dict) for value in rope.values()):
-        raise CheckpointError(f"{path}: rope_parameters of their own for each kind of layer "
-                              f"are not supported")
-    if raw.get("model_type") in ("qwen2", "qwen3"):
-        if raw.get("use_sliding_window") or "sliding" in str(raw.get("layer_types")):
-            raise CheckpointError(f"{path}: use_sliding_window, sliding layer_types: "
-                                  f"not supported for {raw['model_type']}")
-
-
-def read_rope_scaling(path, rope: dict) -> dict | None:
-    kind = rope.get("rope_type") or rope.get("type") or "default"
-    if kind == "default":
-        return None
-    needed = {"linear": ("factor",), "llama3": ("factor", "low_freq_factor", "high_freq_factor",
-                                                "original_max_position_embeddings")}
-    if kind not in needed:
-        raise CheckpointError(f"{path}: rope_scaling of type {kind!r} is not supported, "
-                              f"only llama3 and linear")
-    for key in needed[kind]:
-        positive(f"{path}: rope_scaling", rope, key, kind=float)
-    if kind == "llama3" and rope["low_freq_factor"] >= rope["high_freq_factor"]:
-        raise CheckpointError(f"{path}: rope_scaling: low_freq_factor is not below high_freq_factor")
-    return {"rope_type": kind, **{key: rope[key] for key in needed[kind]}}
-
-
-def config_dict(config: Config) -> dict:
-    """config.json for a model made here, in the spelling every version of transformers reads."""
-    raw = asdict(config)
-    raw["attention_bias"] = config.o_bias
-    for key in ("qkv_bias", "o_bias", "qk_norm"):
-        del raw[key]
-    return {"architectures": [ARCHITECTURES[config.model_type]], "hidden_act": "silu", **raw}
 
 
 # ----------------------------------------------------------------------------------------------------- layers
@@ -612,102 +453,20 @@ def keys_and_values(model: Llama, tokens: list[int]) -> list[tuple[Tensor, Tenso
 
 # ---------------------------------------------------------------------------------------------------- loading
 
-class Weights(Mapping):
-    """The tensors of a checkpoint by name, read lazily through memory maps.
-
-    Takes model.safetensors, or the files that model.safetensors.index.json names and no others. One file
-    is open at a time: read in the order of `where`'s files, a sharded checkpoint never holds more than a
-    shard in memory. CheckpointError when a file is missing, damaged, outside the directory, or does not
-    hold what the index promises.
-    """
-
-    def __init__(self, directory):
-        self.directory = Path(directory)
-        single, index = self.directory / "model.safetensors", self.directory / "model.safetensors.index.json"
-        if not self.directory.is_dir():
-            raise CheckpointError(f"{directory} is not a directory: "
-                                  f"give a model directory in Hugging Face layout")
-        if index.is_file():
-            self.where = self.read_index(index)
-        elif single.is_file():
-            self.where = None
-        else:
-            raise CheckpointError(
-                f"{directory} holds neither model.safetensors nor model.safetensors.index.json: "
-                f"download the weights, or convert .bin files to safetensors")
-        self.opened, self.shapes = (None, None), {}
-        for name in [single.name] if self.where is None else sorted(set(self.where.values())):
-            file = open_safetensors(self.directory / name)
-            for key in file.keys():
-                self.shapes[key, name] = tuple(file.get_slice(key).get_shape())
-        self.where = self.where or {key: name for key, name in self.shapes}
-        for key, name in self.where.items():
-            if (key, name) not in self.shapes:
-                raise CheckpointError(f"{index} promises {key} in {name}, which does not hold it: "
-                                      f"download it again")
-
-    def read_index(self, index: Path) -> dict:
-        where = read_json(index).get("weight_map")
-        if not isinstance(where, dict) or not where:
-            raise CheckpointError(f"{index} has no weight_map")
-        for name in where.values():
-            if not isinstance(name, str) or Path(name).name != name or not name.endswith(".safetensors"):
-                raise CheckpointError(f"{index} names {name!r}, "
-                                      f"which is not a safetensors file of its directory")
-        return where
-
-    def __getitem__(self, key: str) -> Tensor:
-        name = self.where[key]
-        if self.opened[0] != name:
-            self.opened = (None, None)                          # unmap the last file before the next one
-            self.opened = (name, open_safetensors(self.directory / name))
-        tensor = self.opened[1].get_tensor(key)
-        if tensor.dtype not in DTYPE_NAMES:
-            raise CheckpointError(f"{self.directory}: tensor {key} has dtype {tensor.dtype}: "
-                                  f"quantised checkpoints are not supported")
-        return tensor
-
-    def __contains__(self, key) -> bool:             # Mapping's own reads the tensor
-        return key in self.where
-
-    def shape(self, key: str) -> tuple[int, ...]:
-        return self.shapes[key, self.where[key]]
-
-    def __iter__(self):
-        return iter(self.where)
-
-    def __len__(self):
-        return len(self.where)
-
-
-def open_safetensors(path: Path):
-    try:
-        return safe_open(path, framework="pt", device="cpu")
-    except FileNotFoundError:
-        raise CheckpointError(f"{path} is missing: download it again, "
-                              f"or convert .bin files to safetensors") from None
-    except (SafetensorError, OSError) as error:
-        raise CheckpointError(f"{path} is damaged or not a safetensors file ({error}): "
-                              f"download it again") from None
-
-
-def open_weights(directory) -> Weights:
-    return Weights(directory)
-
 
 def check_tensors(weights: Weights, shapes: dict[str, tuple]) -> None:
-    """CheckpointError unless `weights` holds exactly these names with these shapes."""
+    """InputError unless `weights` holds exactly these names with these shapes."""
     missing = [key for key in shapes if key not in weights]
     if missing:
-        raise CheckpointError(f"{weights.directory}: tensor {missing[0]} is missing ({len(missing)} in all): "
+        raise InputError(f"{weights.directory}: tensor {missing[0]} is missing ({len(missing)} in all): "
                               f"the weights do not belong to this config.json")
     surplus = [key for key in weights if key not in shapes]
     if surplus:
-        raise CheckpointError(f"{weights.directory}: tensor {surplus[0]} is unknown to this architecture "
+        raise InputError(f"{weights.directory}: tensor {surplus[0]} is unknown to this architecture "
                               f"({len(surplus)} in all): the weights do not belong to this config.json")
     for key, shape in shapes.items():
         if weights.shape(key) != tuple(shape):
-            raise CheckpointError(f"{weights.directory}: tensor {key} has shape {list(weights.shape(key))}, "
+            raise InputError(f"{weights.directory}: tensor {key} has shape {list(weights.shape(key))}, "
                                   f"config.json asks for {list(shape)}")
 
 
@@ -720,18 +479,18 @@ def checkpoint_names(model: Llama, weights: Weights) -> dict[str, str]:
         if embed not in weights:
             names[embed] = head
         elif weights.shape(embed) != weights.shape(head) or not torch.equal(weights[embed], weights[head]):
-            raise CheckpointError(f"{weights.directory}: tie_word_embeddings is true, "
+            raise InputError(f"{weights.directory}: tie_word_embeddings is true, "
                                   f"yet {embed} and {head} differ")
     return names
 
 
 def open_checkpoint(directory) -> tuple[Llama, Weights, dict[str, str]]:
     """The model without memory (on the meta device), its tensors, and parameter name -> tensor name
-    in the order of the files. CheckpointError when anything is missing, surplus or of another shape."""
+    in the order of the files. InputError when anything is missing, surplus or of another shape."""
     config, weights = read_config(directory), open_weights(directory)
     last = f"model.layers.{config.num_hidden_layers - 1}.input_layernorm.weight"
     if last not in weights:                                        # before any number of layers is built
-        raise CheckpointError(f"{directory}: tensor {last} is missing, though num_hidden_layers is "
+        raise InputError(f"{directory}: tensor {last} is missing, though num_hidden_layers is "
                               f"{config.num_hidden_layers}: the weights do not belong to this config.json")
     with torch.device("meta"):
         model = Llama(config)
@@ -751,7 +510,7 @@ def load(path, device="cpu", dtype: torch.dtype = torch.float32, adapter=None) -
 
     What is on the CPU in the dtype of the files stays memory-mapped, privately: changing it changes no file,
     but a file must not be overwritten in place meanwhile (renaming another one over it, as `save` does, is
-    fine). Peak host memory is the model's and one shard. CheckpointError when anything is missing, surplus,
+    fine). Peak host memory is the model's and one shard. InputError when anything is missing, surplus,
     damaged or of another shape.
     """
     path = hub.local(path)
@@ -767,104 +526,6 @@ def load(path, device="cpu", dtype: torch.dtype = torch.float32, adapter=None) -
     return model.requires_grad_(False).eval()
 
 
-def read_adapter(path, parameters: set[str]) -> dict[str, Callable[[], Tensor]]:
-    """{parameter name: function giving what is to be added to it}, of a PEFT LoRA directory (scale B A, arXiv
-    2106.09685) or of an attn_delta.safetensors file. CheckpointError when it does not fit the parameters."""
-    if Path(path).suffix == ".safetensors":
-        file = open_delta(Path(path))
-        return {known(key, parameters, path): partial(read_update, file, key, path) for key in file.keys()}
-    raw = read_lora_config(Path(path) / "adapter_config.json")
-    file = open_safetensors(Path(path) / "adapter_model.safetensors")
-    keys, updates = set(file.keys()), {}
-    for key in sorted(keys):
-        module = key.removesuffix(".lora_A.weight").removesuffix(".lora_B.weight")
-        pair = (module + ".lora_A.weight", module + ".lora_B.weight")
-        if not keys.issuperset(pair):
-            raise CheckpointError(f"{path}: {key} is no factor of a pair lora_A, lora_B")
-        if key == pair[0]:
-            name = known(module.removeprefix("base_model.model.") + ".weight", parameters, path)
-            A, B = (read_update(file, factor, path) for factor in pair)
-            if A.ndim != 2 or B.ndim != 2 or not A.shape[0] == B.shape[1] > 0:
-                raise CheckpointError(f"{path}: {module}: factors {list(B.shape)} x {list(A.shape)} "
-                                      f"do not fit each other: write the adapter again")
-            R = A.shape[0]
-            updates[name] = partial(lora_product, A, B,
-                                    raw["lora_alpha"] / (math.sqrt(R) if raw.get("use_rslora") else R))
-    if not updates:
-        raise CheckpointError(f"{path}: adapter_model.safetensors holds no LoRA factors")
-    return updates
-
-
-def open_delta(path: Path):
-    """The file that runs.save_delta wrote. CheckpointError for a whole model, which added to another one's
-    weights would fit them."""
-    file = open_safetensors(path)
-    other = [key for key in file.keys() if ".self_attn." not in key or "_proj." not in key]
-    why = (f"holds {other[0]}" if other else "holds no tensors" if not file.keys() else
-           "names no base model" if "base_model_name_or_path" not in (file.metadata() or {}) else None)
-    if why:
-        raise CheckpointError(f"{path} {why}: it is not the difference of attention's weights that "
-                              f"clo.py --train attention writes; a whole model is given by its directory, "
-                              f"with --model")
-    return file
-
-
-def read_update(file, key: str, path) -> Tensor:
-    """A tensor of an adapter's file. CheckpointError for one that no training gives."""
-    tensor = file.get_tensor(key)
-    if tensor.dtype not in DTYPE_NAMES:
-        raise CheckpointError(f"{path}: {key} has dtype {tensor.dtype}, only "
-                              f"{', '.join(DTYPE_NAMES.values())} are supported: write the adapter again")
-    if not tensor.isfinite().all():
-        raise CheckpointError(f"{path}: {key} holds NaN or infinite numbers: its training failed, "
-                              f"or the file is damaged")
-    return tensor
-
-
-def known(name: str, parameters: set[str], path) -> str:
-    if name not in parameters:
-        raise CheckpointError(f"{path}: {name} is no parameter of the model: another base model's adapter?")
-    return name
-
-
-def read_lora_config(path: Path) -> dict:
-    raw = {"lora_alpha": 8} | read_json(path)
-    if str(raw.get("peft_type")).upper() != "LORA":
-        raise CheckpointError(f"{path}: peft_type is {raw.get('peft_type')!r}, "
-                              f"only LORA adapters are supported")
-    for key, fine in ADAPTER_SETTINGS.items():
-        if raw.get(key) and raw[key] not in fine:
-            raise CheckpointError(f"{path}: {key} = {raw[key]!r} is not supported")
-    positive(path, raw, "lora_alpha", kind=float)
-    return raw
-
-
-def adapter_base(path) -> str:
-    """The base model an adapter names: a path or a hub id. CheckpointError when it names none."""
-    raw = (open_delta(Path(path)).metadata() if Path(path).suffix == ".safetensors"
-           else read_json(Path(path) / "adapter_config.json"))
-    base = raw.get("base_model_name_or_path")
-    if not isinstance(base, str) or not base:
-        raise CheckpointError(f"{path} names no base model (base_model_name_or_path is {base!r}): "
-                              f"say which with --model")
-    return base
-
-
-def lora_product(A: Tensor, B: Tensor, scale: float) -> Tensor:
-    """scale B A, in at least fp32; A (R, in), B (out, R)."""
-    wide = torch.promote_types(A.dtype, torch.float32)
-    return scale * (B.to(wide) @ A.to(wide))
-
-
-def add_update(weight: Tensor, update: Tensor, where: str) -> Tensor:
-    """W + update, in at least fp32."""
-    if weight.shape != update.shape:
-        raise CheckpointError(f"{where}: an update of shape {list(update.shape)} does not fit the weight "
-                              f"{list(weight.shape)}: another base model's adapter?")
-    wide = torch.promote_types(weight.dtype, torch.float32)
-    return weight.to(wide) + update.to(wide)
-
-
 def initialise_(model: Llama, seed: int = 0) -> Llama:
     """Fresh weights: normal(0, 0.02), norms one, biases zero."""
     generator = torch.Generator().manual_seed(seed)
@@ -875,51 +536,6 @@ def initialise_(model: Llama, seed: int = 0) -> Llama:
             else:
                 parameter.fill_(0.0 if name.endswith("bias") else 1.0)
     return model
-
-
-def save(model: Llama, directory, dtype: torch.dtype = torch.float32,
-         max_shard_bytes: int = MAX_SHARD_BYTES) -> None:
-    """Write config.json and the weights as `dtype` in Hugging Face layout."""
-    directory = Path(directory)
-    directory.mkdir(parents=True, exist_ok=True)
-    raw = {**config_dict(model.config), "torch_dtype": DTYPE_NAMES[dtype]}
-    (directory / "config.json").write_text(json.dumps(raw, indent=2) + "\n", encoding="utf-8")
-    parameters = dict(model.named_parameters())
-    save_sharded(directory,
-                 {name: parameter.numel() * dtype.itemsize for name, parameter in parameters.items()},
-                 lambda name: parameters[name].detach().to("cpu", dtype).contiguous(), max_shard_bytes)
-
-
-def save_sharded(directory: Path, sizes: dict[str, int], tensor: Callable[[str], Tensor],
-                 max_shard_bytes: int = MAX_SHARD_BYTES) -> None:
-    """Write tensor(name) for every name of `sizes` (bytes), in files of at most max_shard_bytes unless one
-    tensor is larger, with an index if there are several. A file's tensors are made when it is written, so no
-    more than those are in memory."""
-    shards, size = [[]], 0
-    for name, nbytes in sizes.items():
-        if shards[-1] and size + nbytes > max_shard_bytes:
-            shards.append([])
-            size = 0
-        shards[-1].append(name)
-        size += nbytes
-    files = [f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
-    if len(shards) == 1:
-        files = ["model.safetensors"]
-    for file, names in zip(files, shards):
-        save_tensors(directory / file, {name: tensor(name) for name in names})
-    if len(shards) > 1:
-        index = {"metadata": {"total_size": sum(sizes.values())},
-                 "weight_map": {name: file for file, names in zip(files, shards) for name in names}}
-        (directory / "model.safetensors.index.json").write_text(
-            json.dumps(index, indent=2) + "\n", encoding="utf-8")
-
-
-def save_tensors(path: Path, tensors: dict[str, Tensor], **metadata: str) -> None:
-    """Write to a temporary name, then rename: a kill leaves the old file or the new one.
-    Readers want format: pt."""
-    temporary = path.with_name(path.name + ".tmp")
-    save_file(tensors, temporary, metadata={"format": "pt", **metadata})
-    os.replace(temporary, path)
 
 
 # ------------------------------------------------------------------------------------------------- generation

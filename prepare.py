@@ -12,10 +12,12 @@ from pathlib import Path
 import torch
 
 import data
-import hub
-import ranks
-import runs
+from formats import hub
+from engine import ranks
+from engine import runs
 import translate
+from engine.files import InputError, fingerprint
+from formats.records import describe_counts, languages_of, read_rows, require_languages
 
 LOOK = 4                # rows that a dry run translates
 # Arguments in which a command may differ from that of the run it goes on with.
@@ -38,7 +40,7 @@ def read_inputs(args) -> tuple[list[dict], list[dict], list[dict], int]:
     heldout = [row for row in evaluated if row.get("split") == "validation"][:args.holdout]
     answered = [row for row in evaluated if row.get("split", args.eval_split) == args.eval_split]
     if evaluated and not answered:
-        raise data.DataError(f"{args.eval_data} has no row of split {args.eval_split!r}: see --eval-split")
+        raise InputError(f"{args.eval_data} has no row of split {args.eval_split!r}: see --eval-split")
     apart = 0 if heldout else min(args.holdout, len(rows) // 5)
     order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(args.seed)).tolist()
     rows = [rows[i] for i in order[:apart + (args.samples or len(rows))]]
@@ -50,23 +52,23 @@ def read_inputs(args) -> tuple[list[dict], list[dict], list[dict], int]:
 
 def read_counted(path: str, args) -> list[dict]:
     counts = Counter()
-    rows = data.read_rows(path, args.source, args.turns, counts, args.targets)
-    print(f"{path}: {data.describe(counts)}")
+    rows = read_rows(path, args.source, args.turns, counts, args.targets)
+    print(f"{path}: {describe_counts(counts)}")
     return rows
 
 
 def require(path: str, rows: list[dict], *languages: str) -> list[dict]:
     """data.require_languages, which does not know the file."""
     try:
-        return data.require_languages(rows, *languages)
-    except data.DataError as error:
-        raise data.DataError(f"{path}: {error}") from None
+        return require_languages(rows, *languages)
+    except InputError as error:
+        raise InputError(f"{path}: {error}") from None
 
 
 def usable_rows(rows: list[dict], args) -> list[dict]:
     """The rows with the source and every target that any row holds;
     a target that none holds is left to the translator."""
-    held = [target for target in args.targets if any(target in data.languages(row) for row in rows)]
+    held = [target for target in args.targets if any(target in languages_of(row) for row in rows)]
     usable = require(args.data, rows, args.source, *held)
     if len(usable) < len(rows):
         print(f"{len(rows) - len(usable)} rows without {' or '.join([args.source, *held])} are left out")
@@ -74,20 +76,20 @@ def usable_rows(rows: list[dict], args) -> list[dict]:
 
 
 def missing_targets(rows: list[dict], args) -> list[str]:
-    return [target for target in args.targets if not all(target in data.languages(row) for row in rows)]
+    return [target for target in args.targets if not all(target in languages_of(row) for row in rows)]
 
 
 def load_translator(rows: list[dict], args, device):
     """The translator, or None when no row needs it;
-    DataError when it does not know a language that is missing."""
+    InputError when it does not know a language that is missing."""
     missing = missing_targets(rows, args)
     if not missing:
         return None
     translator = translate.load(args.translator, device)
     for target in missing:
         if target not in translator.languages:
-            held = sorted({language for row in rows for language in data.languages(row)})
-            raise data.DataError(f"--lang {target}: {args.data} holds {', '.join(held)} and the translator "
+            held = sorted({language for row in rows for language in languages_of(row)})
+            raise InputError(f"--lang {target}: {args.data} holds {', '.join(held)} and the translator "
                                  f"{args.translator} knows {', '.join(translator.languages)}")
     return translator
 
@@ -109,23 +111,23 @@ def look_ahead(args, device) -> tuple[int, list[dict]]:
 
 def check_enough(rows: list[dict], heldout: list[dict], args) -> None:
     if not rows or not heldout:
-        raise data.DataError(
+        raise InputError(
             f"{args.data}: {len(rows)} rows are left to train on and {len(heldout)} to hold out, "
             f"one of each is needed: give more rows, or --keep-failed if the translation checks dropped them")
 
 
 def check_fit(rows: list[dict], path: str, tokenizer, args, row_tokens: int) -> None:
-    """DataError, naming the file, unless one of the rows makes forks: of those that need no translation."""
+    """InputError, naming the file, unless one of the rows makes forks: of those that need no translation."""
     failed = None
     for row in rows:
         if not missing_targets([row], args):
             try:
                 data.make_forks([row], tokenizer, args.source, args.targets, row_tokens, args.system_prompt)
                 return
-            except data.DataError as error:
+            except InputError as error:
                 failed = error
     if failed:
-        raise data.DataError(f"{path}: {failed}")
+        raise InputError(f"{path}: {failed}")
 
 
 def prepare_rows(args, inputs: dict, tokenizer, row_tokens: int,
@@ -141,8 +143,8 @@ def prepare_rows(args, inputs: dict, tokenizer, row_tokens: int,
         check_fit(rows[apart:], args.data, tokenizer, args, row_tokens)
         check_fit(heldout or rows[:apart], args.eval_data if heldout else args.data, tokenizer, args,
                   row_tokens)
-        files = {"data": runs.fingerprint(hub.data_file(args.data)),
-                 "eval_data": args.eval_data and runs.fingerprint(Path(args.eval_data))}
+        files = {"data": fingerprint(hub.data_file(args.data)),
+                 "eval_data": args.eval_data and fingerprint(Path(args.eval_data))}
         return runs.open_run(args.out, settings(args), inputs | files, args.fresh, args.resume)
     run = ranks.on_first(claim)
     if translator is not None:

@@ -22,26 +22,16 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
+from m2m100.beam import beam_search
+from m2m100.network import M2M100, load_model
+from m2m100.tokenizer import Tokenizer, load_tokenizer
 from tqdm import tqdm
 
-import data
-import hub
-import ranks
-from data import DataError
-from model import CheckpointError
-from seq2seq import M2M100, beam_search, load_model
-from spm import Tokenizer, load_tokenizer
-
-# Language, or NLLB's script tag -> first word of the Unicode names of its letters. What is not here is Latin.
-SCRIPTS = {word: line.split()[0] for line in (
-    "CJK zh Hans Hant", "HANGUL ko Hang", "KANA ja Jpan", "CYRILLIC ba be bg kk mk mn ru sr uk Cyrl",
-    "GREEK el Grek", "ARABIC ar fa ps sd ur Arab", "HEBREW he yi Hebr", "DEVANAGARI hi mr ne Deva",
-    "BENGALI bn Beng", "GUJARATI gu Gujr", "GURMUKHI pa Guru", "TAMIL ta Taml", "TELUGU Telu",
-    "KANNADA kn Knda", "MALAYALAM ml Mlym", "ORIYA or Orya", "SINHALA si Sinh", "ETHIOPIC am Ethi",
-    "ARMENIAN hy Armn", "GEORGIAN ka Geor", "THAI th Thai", "LAO lo Laoo", "KHMER km Khmr",
-    "MYANMAR my Mymr", "TIBETAN Tibt", "TIFINAGH Tfng", "OL Olck") for word in line.split()[1:]}
-KANA = ("HIRAGANA", "KATAKANA", "CJK")
-UNSPACED = ("CJK", "KANA", "THAI", "LAO", "KHMER", "MYANMAR")  # scripts without spaces between sentences
+from engine import ranks
+from engine.files import InputError
+from formats import hub
+from formats.languages import KANA, UNSPACED, script_of
+from formats.records import identifier, read_rows, require_languages
 
 MAX_SOURCE = 150      # tokens of a segment: the models were trained on sentences
 MAX_LOGITS = 2**26    # elements of the largest logits matrix: bounds the batch when the vocabulary is large
@@ -76,18 +66,18 @@ class Translator:
 
 
 def load(path, device="cpu", dtype: torch.dtype = torch.float32) -> Translator:
-    """The translator of an M2M100 or NLLB directory or hub id. CheckpointError says what is wrong with it."""
+    """The translator of an M2M100 or NLLB directory or hub id. InputError says what is wrong with it."""
     path = hub.local(path, hub.TRANSLATOR_SETTINGS, hub.TRANSLATOR_WEIGHTS)
     if not path.is_dir():
-        raise CheckpointError(f"{path} is not a directory: give that of an M2M100 or NLLB checkpoint")
+        raise InputError(f"{path} is not a directory: give that of an M2M100 or NLLB checkpoint")
     model, tokenizer = load_model(path, device, dtype), load_tokenizer(path)
     known, trained = tokenizer.languages, model.config.clo_languages
     if max(known.values()) >= model.config.vocab_size:
-        raise CheckpointError(f"{path}: the tokenizer has more ids than the vocab_size of config.json, "
+        raise InputError(f"{path}: the tokenizer has more ids than the vocab_size of config.json, "
                               f"{model.config.vocab_size}: files of different models?")
     for code in trained or []:
         if code not in known:
-            raise CheckpointError(f"{path}/config.json: clo_languages has {code!r}, the tokenizer has not")
+            raise InputError(f"{path}/config.json: clo_languages has {code!r}, the tokenizer has not")
     return Translator(model, tokenizer, sorted(known if trained is None else trained), fingerprint(path))
 
 
@@ -186,9 +176,6 @@ def show(text: str, spans: list[str]) -> str | None:
 
 # ---- checks ----
 
-def script_of(language: str) -> str:
-    return SCRIPTS.get(language) or SCRIPTS.get(language[-4:], "LATIN")
-
 
 def loops(ids: list[int]) -> bool:
     """Whether a stretch repeats itself: tokens equal to those n before, 2n of them in a row, at least 8."""
@@ -239,7 +226,7 @@ class Job:
         languages = self.translator.tokenizer.languages
         if code not in languages:
             known = ", ".join(self.translator.languages)
-            raise DataError(f"the translator does not know the language {code!r}; it knows {known}")
+            raise InputError(f"the translator does not know the language {code!r}; it knows {known}")
         return languages[code]
 
     def source_ids(self, text: str) -> list[int]:
@@ -362,7 +349,7 @@ def check_draft(record: dict, targets: list[str]) -> None:
 
 def read_done(path: Path, keys: set[tuple[str, str]], targets: list[str],
               keep_failed: bool) -> dict[tuple[str, str], dict]:
-    """{(row id, hash): record} of those rows in `path` that need no more work. DataError for a foreign file.
+    """{(row id, hash): record} of those rows in `path` that need no more work. InputError for a foreign file.
 
     The file is written anew if it holds half a line (after a kill) or rows whose text, model or settings have
     changed since, which are dropped.
@@ -373,12 +360,12 @@ def read_done(path: Path, keys: set[tuple[str, str]], targets: list[str],
     for number, line in enumerate(whole.decode("utf-8", "replace").split("\n")[:-1], 1):
         try:
             record = json.loads(line)
-            key = data.identifier(record, str(path)), record["clo"]["hash"]
+            key = identifier(record, str(path)), record["clo"]["hash"]
             changed |= file_failed_(record, keep_failed)
             if key in keys:
                 check_draft(record, targets)
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-            raise DataError(f"{path}:{number}: not written by translate.py, or damaged: choose another file, "
+            raise InputError(f"{path}:{number}: not written by translate.py, or damaged: choose another file, "
                             f"or delete the line to have its row translated again") from None
         if key not in keys and key[0] in names or key in done:
             changed = True
@@ -419,7 +406,7 @@ def translate_rows(rows: list[dict], translator: Translator, source: str, target
     left out of the result, and its translation is filed under "clo", unless keep_failed.
     """
     path, targets = Path(path), [target] if isinstance(target, str) else list(target)
-    rows, job = data.require_languages(rows, source), Job(translator, source, targets[0], beams, batch_tokens)
+    rows, job = require_languages(rows, source), Job(translator, source, targets[0], beams, batch_tokens)
     job.language(next((code for code in targets if code not in translator.languages), source))
     keys = [(row["row_id"], row_hash(row, targets, job)) for row in rows]
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -501,7 +488,7 @@ def parse_args(argv=None):
 def main():
     args = parse_args()
     if args.beams < 1 or args.batch_tokens < 1 or args.samples < 0:
-        raise DataError("--beams and --batch-tokens must be at least 1, --samples at least 0")
+        raise InputError("--beams and --batch-tokens must be at least 1, --samples at least 0")
     device = ranks.start(ranks.pick_device(args.device))
     dtype = {"float32": torch.float32, "bfloat16": torch.bfloat16}[args.dtype]
     targets = args.lang.split(",")
@@ -510,7 +497,7 @@ def main():
         for target in targets:
             print(*translate([args.text], args.source, target, translator, args.beams, args.batch_tokens))
         return
-    rows = data.read_rows(args.data, args.source, args.turns, targets=targets)[:args.samples or None]
+    rows = read_rows(args.data, args.source, args.turns, targets=targets)[:args.samples or None]
     translator = load(args.translator, device, dtype)
     print(f"{args.data}: {len(rows)} rows; {args.translator} on {device} in {args.dtype}")
     translate_rows(rows, translator, args.source, targets, args.out, args.beams, args.batch_tokens,

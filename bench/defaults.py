@@ -19,9 +19,10 @@ from pathlib import Path
 from tqdm import tqdm
 
 import clo
-import data
 import eval as evaluation
 import translate
+from engine.files import run
+from formats.records import read_rows, write_rows
 
 FIGURES = ("en correct", "en in en", "tgt correct", "tgt in tgt", "nll_en", "nll_tgt", "train s")
 
@@ -31,9 +32,9 @@ def translated(lang: str, args) -> Path:
     path = args.out / f"rows-{lang}.jsonl"
     if not path.exists():
         drafts = args.out / f"drafts-{lang}.jsonl"
-        rows = translate.translate_rows(data.read_rows(args.data), translate.load(args.translator),
+        rows = translate.translate_rows(read_rows(args.data), translate.load(args.translator),
                                         "en", lang, drafts)
-        data.write_rows(path, rows)
+        write_rows(path, rows)
     return path
 
 
@@ -94,4 +95,4 @@ def main(argv=None) -> None:
 
 
 if __name__ == "__main__":
-    data.run(main)
+    run(main)

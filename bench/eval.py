@@ -21,24 +21,26 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from report import table
 from tqdm import tqdm
 
-import benchmarks
-import data
 import model as llama
-from report import table
+from evals import choice as benchmarks
+from formats.chat import load_tokenizer
+from formats.checkpoints import save
+from formats.configs import Config
 
 
 def random_checkpoint(directory: Path, tokenizer: Path, width: int, layers: int) -> Path:
     """A random Llama of the tokenizer's vocabulary."""
     for name in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copyfile(tokenizer / name, directory / name)
-    vocabulary = data.load_tokenizer(directory).vocab_size
-    config = llama.Config(
+    vocabulary = load_tokenizer(directory).vocab_size
+    config = Config(
         vocab_size=vocabulary, hidden_size=width, intermediate_size=11 * width // 4 // 32 * 32,
         num_hidden_layers=layers, num_attention_heads=width // 64, num_key_value_heads=width // 64,
         head_dim=64, max_position_embeddings=4096)
-    llama.save(llama.initialise_(llama.Llama(config)), directory)
+    save(llama.initialise_(llama.Llama(config)), directory)
     return directory
 
 
@@ -59,7 +61,7 @@ def harness(checkpoint: Path, batch_size: int):
 
 
 def ours(checkpoint: Path, batch_tokens: int):
-    model, tokenizer = llama.load(checkpoint), data.load_tokenizer(checkpoint)
+    model, tokenizer = llama.load(checkpoint), load_tokenizer(checkpoint)
     return lambda questions: [
         found["logp"] for found in benchmarks.multiple_choice(model, tokenizer, questions, batch_tokens)]
 
@@ -135,7 +137,7 @@ def main(argv=None) -> None:
 
 def prompt_tokens(questions: list, tokenizer: Path) -> float:
     """Mean length of header and question."""
-    prompts = [prompt for prompt, _ in benchmarks.encode_questions(data.load_tokenizer(tokenizer), questions)]
+    prompts = [prompt for prompt, _ in benchmarks.encode_questions(load_tokenizer(tokenizer), questions)]
     return sum(map(len, prompts)) / len(prompts)
 
 

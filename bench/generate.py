@@ -18,10 +18,12 @@ import torch.nn.functional as F
 import transformers
 
 import model as llama
+from formats.checkpoints import save
+from formats.configs import Config
 
 
 def make_model(args) -> llama.Llama:
-    config = llama.Config(vocab_size=args.vocab, hidden_size=args.width, intermediate_size=args.mlp,
+    config = Config(vocab_size=args.vocab, hidden_size=args.width, intermediate_size=args.mlp,
                           head_dim=args.head_dim, num_hidden_layers=args.layers,
                           num_attention_heads=args.width // args.head_dim,
                           num_key_value_heads=args.kv_heads or args.width // args.head_dim)
@@ -94,7 +96,7 @@ def main(argv=None) -> None:
     torch.set_num_threads(args.threads)
     model, prompts = make_model(args), make_prompts(args)
     with tempfile.TemporaryDirectory() as directory:
-        llama.save(model, directory)
+        save(model, directory)
         model = llama.load(directory)
         theirs = transformers.AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
     contenders = {"ours": lambda: llama.generate(model, prompts, args.tokens, set()),

@@ -21,6 +21,9 @@ from safetensors.torch import load_file
 
 import model as llama
 from bench.generate import quartiles
+from formats.checkpoints import save
+from formats.configs import Config
+from formats.weights import DTYPE_NAMES
 
 BLOCK = {"hidden_size": 2048, "intermediate_size": 5632,
          "num_attention_heads": 16, "num_key_value_heads": 16, "head_dim": 128}
@@ -29,10 +32,10 @@ BLOCK = {"hidden_size": 2048, "intermediate_size": 5632,
 def write_checkpoint(directory: str, gigabytes: float, files: int) -> None:
     with torch.device("meta"):
         block = sum(parameter.numel() for parameter in
-                    llama.Block(llama.Config(32, num_hidden_layers=1, **BLOCK)).parameters())
+                    llama.Block(Config(32, num_hidden_layers=1, **BLOCK)).parameters())
     layers = max(1, round(gigabytes * 1e9 / (2 * block)))
-    model = llama.Llama(llama.Config(32, num_hidden_layers=layers, **BLOCK))
-    llama.save(llama.initialise_(model), directory, torch.bfloat16, int(2.05 * layers * block / files))
+    model = llama.Llama(Config(32, num_hidden_layers=layers, **BLOCK))
+    save(llama.initialise_(model), directory, torch.bfloat16, int(2.05 * layers * block / files))
 
 
 def plain_load(directory: str, device, dtype) -> list[torch.Tensor]:
@@ -82,7 +85,7 @@ def main(argv=None) -> None:
                         times.append(elapsed)
             ratios = [own / plain for plain, own in zip(*seconds.values())]
             plain, own = (statistics.median(times) for times in seconds.values())
-            print(f"bf16 file as {llama.DTYPE_NAMES[dtype]:9}{'used' if used else 'loaded':8}"
+            print(f"bf16 file as {DTYPE_NAMES[dtype]:9}{'used' if used else 'loaded':8}"
                   f"load_file {plain:.3f} s, ours {own:.3f} s, ours / load_file {quartiles(ratios)}",
                   flush=True)
 

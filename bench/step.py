@@ -42,8 +42,10 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 import clo
 import data
 import model as llama
-import runs
-import scale
+from engine import scale
+from engine.files import write_json
+from formats.checkpoints import save
+from formats.configs import Config
 from kernels.chunks import chunk_rows
 
 BOS, EOS, SPECIAL = 0, 1, 2                                       # ids; words follow the special tokens
@@ -72,16 +74,16 @@ def make_samples(args) -> list[list[data.Fork]]:
 def write_checkpoint(directory: Path, args) -> None:
     """A random Llama, and a tokenizer to which every word is one token, for those who want text."""
     heads = args.width // args.head_dim
-    config = llama.Config(args.vocab, args.width, args.mlp, args.layers, heads, heads, args.head_dim)
+    config = Config(args.vocab, args.width, args.mlp, args.layers, heads, heads, args.head_dim)
     if args.shape:
         config = scale.MODELS[args.shape]
-    llama.save(llama.initialise_(llama.Llama(config)), directory, clo.DTYPES[args.dtype])
+    save(llama.initialise_(llama.Llama(config)), directory, clo.DTYPES[args.dtype])
     words = {"<s>": BOS, "</s>": EOS} | {f"w{i}": i for i in range(SPECIAL, args.vocab)}
     tokenizer = Tokenizer(models.WordLevel(words, "</s>"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     tokenizer.save(str(directory / "tokenizer.json"))
     special = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "</s>"}
-    runs.write_json(directory / "tokenizer_config.json",
+    write_json(directory / "tokenizer_config.json",
                     special | {"tokenizer_class": "PreTrainedTokenizerFast"})
 
 
@@ -136,7 +138,7 @@ def run_ours(directory: Path, args) -> dict:
                     "chosen_logp": chosen.mean().item()}
 
 
-def product_flops(c: llama.Config, steps: list[list[clo.Micro]]) -> float:
+def product_flops(c: Config, steps: list[list[clo.Micro]]) -> float:
     """FLOPs of run_products: 2 a weight and token forward, twice (reference and policy),
     and for the gradient of the input."""
     counts = scale.parameters(c)

@@ -29,10 +29,11 @@ from pathlib import Path
 
 import torch
 
-import data
-import seq2seq
 import translate
-from model import DTYPE_NAMES, save_tensors
+from formats.records import read_rows
+from m2m100.beam import beam_search
+from m2m100.network import Config, M2M100, load_model
+from formats.weights import DTYPE_NAMES, save_tensors
 
 DTYPES = {name: dtype for dtype, name in DTYPE_NAMES.items()}
 MADE_UP = 8  # ids that M2M100 has at the end, without use
@@ -42,12 +43,12 @@ Contender = Callable[[], list[list[int]]]
 def make_checkpoint(directory: Path, args) -> None:
     """A random M2M100 in Hugging Face layout. Pieces are called p4, p5, ...; two of them play the languages.
     A tokenizer is there because CTranslate2's converter wants one."""
-    config = seq2seq.Config(
+    config = Config(
         d_model=args.width, encoder_layers=args.layers, decoder_layers=args.layers, encoder_ffn_dim=args.ffn,
         encoder_attention_heads=args.width // 64, decoder_attention_heads=args.width // 64,
         decoder_ffn_dim=args.ffn, vocab_size=args.vocab)
     torch.manual_seed(0)
-    model = seq2seq.M2M100(config).requires_grad_(False)
+    model = M2M100(config).requires_grad_(False)
     model.head[[config.pad_token_id, config.eos_token_id]] = 0.0
     specials = {"bos_token_id": 0, "pad_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 2}
     raw = asdict(config) | {"model_type": "m2m_100", "architectures": ["M2M100ForConditionalGeneration"]}
@@ -72,8 +73,8 @@ def make_sources(args) -> tuple[list[list[int]], int]:
 
 
 def ours(directory: Path, sources: list, language: int, args) -> Contender:
-    model = seq2seq.load_model(directory, args.device, DTYPES[args.dtype])
-    return lambda: seq2seq.beam_search(model, sources, language, [args.tokens] * len(sources), args.beams)
+    model = load_model(directory, args.device, DTYPES[args.dtype])
+    return lambda: beam_search(model, sources, language, [args.tokens] * len(sources), args.beams)
 
 
 def theirs(directory: Path, sources: list, language: int, args) -> Callable[[int], list[list[int]]]:
@@ -215,7 +216,7 @@ def chrf(args) -> None:
     """A Markdown table: chrF and exact translations of the test split, per language."""
     import sacrebleu
     translator = translate.load(args.translator, args.device)
-    rows = [row for row in data.read_rows("demo/eval.jsonl") if row["split"] == "test"]
+    rows = [row for row in read_rows("demo/eval.jsonl") if row["split"] == "test"]
     print(f"{args.translator}, {len(rows)} questions and answers each, {args.beams} beams\n")
     print("| | chrF | exact, % |\n|---|---:|---:|")
     for code in translator.languages:

@@ -20,13 +20,16 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-import data
 import model as llama
-import seq2seq
 import translate
 from demo import render, train_llama, train_translator
 from demo.render import LANGUAGES, World
 from demo.training import Schedule
+from engine.files import InputError, run
+from formats.chat import load_tokenizer
+from formats import configs
+from formats.records import read_rows, write_rows
+from m2m100 import network
 
 HERE = Path(__file__).parent
 PRODUCTS = ("llama", "m2m100", "english.jsonl", "eval.jsonl")
@@ -66,15 +69,15 @@ def first_relations(world: World, count: int | None) -> World:
     return World(relations, {key: texts for key, texts in world.entities.items() if key in used}, facts)
 
 
-def llama_config(size: Size, vocab_size: int) -> llama.Config:
-    return llama.Config(
+def llama_config(size: Size, vocab_size: int) -> configs.Config:
+    return configs.Config(
         vocab_size=vocab_size, hidden_size=size.width, intermediate_size=size.width * 43 // 16,  # 8/3, about
         num_hidden_layers=size.layers, num_attention_heads=4, num_key_value_heads=2, head_dim=size.width // 4,
         rms_norm_eps=1e-5, max_position_embeddings=1024, tie_word_embeddings=True)
 
 
-def translator_config(size: Size, vocab_size: int) -> seq2seq.Config:
-    return seq2seq.Config(
+def translator_config(size: Size, vocab_size: int) -> network.Config:
+    return network.Config(
         d_model=size.width, encoder_layers=max(1, size.layers - 1), decoder_layers=max(1, size.layers - 2),
         encoder_attention_heads=4, decoder_attention_heads=4, encoder_ffn_dim=4 * size.width,
         decoder_ffn_dim=4 * size.width, vocab_size=vocab_size, clo_languages=list(train_translator.TARGETS))
@@ -104,7 +107,7 @@ def train_base(work: Path, size: Size, seed: int, line: int) -> None:
         return
     if not (directory / "tokenizer.json").exists():
         train_llama.train_tokenizer(world, size.llama_vocab, directory)
-    config = llama_config(size, data.load_tokenizer(directory).vocab_size)
+    config = llama_config(size, load_tokenizer(directory).vocab_size)
     train_llama.train(world, splits["train"], config, size.llama, seed, directory, line)
 
 
@@ -126,11 +129,11 @@ def world_and_splits(size: Size, seed: int) -> tuple[World, dict]:
 
 def one_thread(job: Callable) -> None:
     torch.set_num_threads(1)
-    data.run(job)
+    run(job)
 
 
 def run_jobs(jobs: list[Callable], side_by_side: bool) -> None:
-    """All jobs, each in a process of its own if asked. Raises DataError when one failed (it said why)."""
+    """All jobs, each in a process of its own if asked. Raises InputError when one failed (it said why)."""
     if not side_by_side:
         for job in jobs:
             job()
@@ -142,14 +145,14 @@ def run_jobs(jobs: list[Callable], side_by_side: bool) -> None:
     for process in processes:
         process.join()
     if any(process.exitcode for process in processes):
-        raise data.DataError("a training process failed, see above; start the build again to go on")
+        raise InputError("a training process failed, see above; start the build again to go on")
 
 
 # ---- measuring
 
 def measure_base(directory: Path, rows: list[dict], world: World) -> dict[str, dict[str, float]]:
     """Per language of the question, in %: answers in English, right in English, right in its language."""
-    tokenizer, model = data.load_tokenizer(directory), llama.load(directory)
+    tokenizer, model = load_tokenizer(directory), llama.load(directory)
     english = [render.statement_pattern(world, relation, "en") for relation in world.relations]
     result = {}
     for lang in tqdm(LANGUAGES, desc="base answers"):
@@ -192,7 +195,7 @@ def table(title: str, result: dict[str, dict[str, float]]) -> str:
 
 
 def report(work: Path, world: World, size: Size) -> str:
-    rows = data.read_rows(work / "eval.jsonl")
+    rows = read_rows(work / "eval.jsonl")
     parts = []
     for split in ("validation", "test"):
         held_out = [row for row in rows if row["split"] == split][:size.measured]
@@ -227,8 +230,8 @@ def main(argv: list[str] | None = None) -> None:
     counts = ", ".join(f"{split} {len(facts)}" for split, facts in splits.items())
     print(f"world: {len(world.facts)} facts; {counts}")
     work = start_work(args.out, world, size, args.seed)
-    data.write_rows(work / "english.jsonl", render.training_rows(world, splits))
-    data.write_rows(work / "eval.jsonl", render.evaluation_rows(world, splits))
+    write_rows(work / "english.jsonl", render.training_rows(world, splits))
+    write_rows(work / "eval.jsonl", render.evaluation_rows(world, splits))
     run_jobs([partial(train_base, work, size, args.seed, 0), partial(train_m2m100, work, size, args.seed, 1)],
              size.side_by_side)
     print(report(work, world, size))
@@ -237,4 +240,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    data.run(main)
+    run(main)

@@ -22,8 +22,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-import data
-from data import DataError
+from engine.files import InputError, run
 
 WORLD = Path(__file__).parent / "world"
 LANGUAGES = ("en", "de", "zh", "ko", "id", "sw", "yo")
@@ -109,14 +108,14 @@ class World:
 
 
 def particle(word: str, after_consonant: str, after_vowel: str) -> str:
-    """The one of two Korean particles that fits after `word`. DataError if its last sound is unknown."""
+    """The one of two Korean particles that fits after `word`. InputError if its last sound is unknown."""
     last = word[-1]
     if HANGUL_FIRST <= ord(last) <= HANGUL_LAST:
         final = (ord(last) - HANGUL_FIRST) % FINALS
     elif last in DIGIT_FINALS:
         final = DIGIT_FINALS[last]
     else:
-        raise DataError(f"demo world: {word!r} takes a Korean particle, so it must end in Hangul or a digit")
+        raise InputError(f"demo world: {word!r} takes a Korean particle, so it must end in Hangul or a digit")
     if final == RIEUL and after_consonant.startswith("으"):
         return after_vowel
     return after_consonant if final else after_vowel
@@ -135,12 +134,12 @@ def statement_pattern(world: World, relation: str, language: str) -> re.Pattern:
 # ---- reading and checking
 
 def read_world(folder: Path = WORLD) -> World:
-    """Reads every file of the folder. Raises DataError naming the first thing that is wrong."""
+    """Reads every file of the folder. Raises InputError naming the first thing that is wrong."""
     world, found = read_files(folder)
     found = found or problems(world)
     if found:
         more = f" (and {len(found) - 1} more: python -m demo.render lists them)" if found[1:] else ""
-        raise DataError(found[0] + more)
+        raise InputError(found[0] + more)
     return world
 
 
@@ -149,12 +148,12 @@ def read_files(folder: Path) -> tuple[World, list[str]]:
     relations, entities, facts, found = {}, {}, [], []
     paths = sorted(folder.glob("*.json"))
     if not paths:
-        raise DataError(f"{folder}: no .json file there: the world's files belong in it")
+        raise InputError(f"{folder}: no .json file there: the world's files belong in it")
     for path in paths:
         try:
             content = json.loads(unicodedata.normalize("NFC", path.read_text(encoding="utf-8")))
         except json.JSONDecodeError as error:
-            raise DataError(f"{path}:{error.lineno}: not JSON: {error.msg}") from None
+            raise InputError(f"{path}:{error.lineno}: not JSON: {error.msg}") from None
         for group, known in (("relations", relations), ("entities", entities)):
             found += [f"{path}: {key!r} is in another file too: give it another name"
                       for key in content[group].keys() & known.keys()]
@@ -298,7 +297,7 @@ def main() -> None:
     world, found = read_files(WORLD)
     found = found or problems(world)
     if found:
-        raise DataError("\n       ".join(found))
+        raise InputError("\n       ".join(found))
     splits = split_facts(world, seed=0)
     print(f"{len(world.facts)} facts, {len(world.relations)} relations, {len(world.entities)} entities;",
           ", ".join(f"{split} {len(facts)}" for split, facts in splits.items()))
@@ -311,4 +310,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    data.run(main)
+    run(main)

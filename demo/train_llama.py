@@ -22,6 +22,9 @@ import model as llama
 from data import load_tokenizer
 from demo import training
 from demo.render import LANGUAGES, Fact, World
+from engine.files import read_json
+from formats.checkpoints import save
+from formats.configs import Config
 
 BOS, EOS, PAD, USER, ASSISTANT = SPECIALS = ("<s>", "</s>", "<pad>", "<user>", "<assistant>")
 BOS_ID, EOS_ID, PAD_ID = 0, 1, 2
@@ -180,7 +183,7 @@ def stream(kinds: list[tuple[float, Iterator[Example]]], rng: random.Random) -> 
         yield next(rng.choices(rows, shares)[0])
 
 
-def train(world: World, facts: list[Fact], config: llama.Config, schedules: tuple[training.Schedule, ...],
+def train(world: World, facts: list[Fact], config: Config, schedules: tuple[training.Schedule, ...],
           seed: int, directory: Path, line: int) -> None:
     """Trains on the training `facts` (and statements of all) and writes the weights beside the tokenizer.
 
@@ -196,11 +199,11 @@ def train(world: World, facts: list[Fact], config: llama.Config, schedules: tupl
             batches = training.length_batches(stream(mixture(rows), rng), lambda row: len(row.ids),
                                               schedule.batch_tokens, rng)
             training.fit(model, batches, partial(loss_of, model), schedule, f"llama {number + 1}", line)
-            llama.save(model, part, torch.bfloat16)
+            save(model, part, torch.bfloat16)
         model = llama.load(part)  # as a build that goes on has it: rounded to bfloat16
-    llama.save(model, directory, torch.bfloat16)
+    save(model, directory, torch.bfloat16)
     config_file = directory / "config.json"
-    training.write_json(config_file, llama.read_json(config_file) | TOKEN_IDS)
+    training.write_json(config_file, read_json(config_file) | TOKEN_IDS)
     training.drop_parts(directory)
 
 

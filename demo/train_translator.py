@@ -21,11 +21,11 @@ import torch
 from torch import nn
 
 import kernels
-import seq2seq
-import spm
 from demo import training
-from demo.render import LANGUAGES, Fact, World
-from model import save_tensors
+from demo.render import Fact, LANGUAGES, World
+from m2m100 import tokenizer as spm
+from m2m100.network import Config, M2M100, load_model
+from formats.weights import save_tensors
 
 TARGETS = LANGUAGES[1:]
 # M2M100's own order; a language's id is the length of vocab.json + its index here.
@@ -186,7 +186,7 @@ def sentences(world: World, train: list[Fact], encoder: Encoder, rng: random.Ran
         yield next(rng.choices(list(queues), list(queues.values()))[0])
 
 
-def initialise_(model: seq2seq.M2M100, seed: int) -> seq2seq.M2M100:
+def initialise_(model: M2M100, seed: int) -> M2M100:
     """Xavier for the matrices, a table that `embed` scales to unit size, norms one, biases zero."""
     torch.manual_seed(seed)
     for name, parameter in model.named_parameters():
@@ -199,7 +199,7 @@ def initialise_(model: seq2seq.M2M100, seed: int) -> seq2seq.M2M100:
     return model
 
 
-def teacher_forced(model: seq2seq.M2M100, batch: list[Sentence]) -> tuple[torch.Tensor, torch.Tensor]:
+def teacher_forced(model: M2M100, batch: list[Sentence]) -> tuple[torch.Tensor, torch.Tensor]:
     """Hidden states (N, d) and the tokens (N,) they predict; a source is encoded once for all languages."""
     source = training.padded([sentence.source for sentence in batch], PAD)  # (B, S)
     rows = training.padded([row for sentence in batch for row in sentence.targets], PAD)  # (B * L, T + 1)
@@ -214,10 +214,10 @@ def teacher_forced(model: seq2seq.M2M100, batch: list[Sentence]) -> tuple[torch.
     return hidden[predicted], targets[predicted]
 
 
-def train(world: World, facts: list[Fact], config: seq2seq.Config, schedules: tuple[training.Schedule, ...],
+def train(world: World, facts: list[Fact], config: Config, schedules: tuple[training.Schedule, ...],
           seed: int, directory: Path, line: int) -> None:
     """Trains on the training `facts` in parts, as the base; writes config and weights into `directory`."""
-    model = initialise_(seq2seq.M2M100(config), seed)
+    model = initialise_(M2M100(config), seed)
     for number, schedule in enumerate(schedules):
         part = directory / f"part-{number + 1}"
         if not (part / "model.safetensors").exists():
@@ -227,17 +227,17 @@ def train(world: World, facts: list[Fact], config: seq2seq.Config, schedules: tu
                                               schedule.batch_tokens, rng)
             training.fit(model, batches, partial(loss_of, model), schedule, f"m2m100 {number + 1}", line)
             save(model, part)
-        model = seq2seq.load_model(part)
+        model = load_model(part)
     save(model, directory)
     training.drop_parts(directory)
 
 
-def loss_of(model: seq2seq.M2M100, batch: list[Sentence]) -> torch.Tensor:
+def loss_of(model: M2M100, batch: list[Sentence]) -> torch.Tensor:
     hidden, targets = teacher_forced(model, batch)
     return kernels.linear_cross_entropy(hidden, model.head, targets)
 
 
-def save(model: seq2seq.M2M100, directory: Path) -> None:
+def save(model: M2M100, directory: Path) -> None:
     """Configs and weights in Hugging Face layout, the weights last."""
     directory.mkdir(exist_ok=True)
     training.write_json(directory / "config.json", {

@@ -13,7 +13,8 @@ import pytest  # noqa: E402
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers  # noqa: E402
 
 import model as llama  # noqa: E402
-import runs  # noqa: E402
+from engine.files import write_json  # noqa: E402
+from formats.checkpoints import save  # noqa: E402
 
 LINES = ["What is the capital of France?", "The capital of France is Paris.", "Mji mkuu wa Ufaransa ni upi?",
          "Mji mkuu wa Ufaransa ni Paris.", "Kìnnìún ń jẹ ẹran.", "The lion eats meat."]
@@ -29,10 +30,10 @@ def write_checkpoint(directory: Path, seed: int = 0, **shape) -> Path:
         vocab_size=320, special_tokens=["<s>", "</s>"], initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False))
     tokenizer.save(str(directory / "tokenizer.json"))
-    runs.write_json(directory / "tokenizer_config.json",
+    write_json(directory / "tokenizer_config.json",
                     {"bos_token": "<s>", "eos_token": "</s>", "add_bos_token": True,
                      "tokenizer_class": "PreTrainedTokenizerFast"})
-    runs.write_json(directory / "generation_config.json", {"bos_token_id": 0, "eos_token_id": 1})
+    write_json(directory / "generation_config.json", {"bos_token_id": 0, "eos_token_id": 1})
     config = llama.Config(**{"vocab_size": tokenizer.get_vocab_size(), "hidden_size": 16,
                              "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 4,
                              "num_key_value_heads": 2, "head_dim": 6, "tie_word_embeddings": True,
@@ -42,7 +43,7 @@ def write_checkpoint(directory: Path, seed: int = 0, **shape) -> Path:
         for parameter in model.parameters():
             if parameter.ndim == 2:
                 parameter.mul_(8)
-    llama.save(model, directory)
+    save(model, directory)
     return directory
 
 

@@ -18,8 +18,13 @@ from safetensors.torch import load_file
 import clo
 import data
 import model as llama
-import runs
+from engine import runs
 from conftest import write_checkpoint
+from engine.files import InputError, fill_directory, run
+from formats.chat import load_tokenizer
+from formats.checkpoints import save, save_adapter
+from formats.configs import Config
+from formats.records import write_rows
 
 CPU = torch.device("cpu")
 ROOT = Path(__file__).parents[1]
@@ -47,7 +52,7 @@ def prepared(checkpoint, stage="clo", rows=10, **changes):
     """Model in float64, groups of forks, steps, reference, options."""
     args = options(**changes)
     model = llama.load(checkpoint, dtype=torch.float64)
-    groups, _ = data.make_forks(parallel_rows(rows), data.load_tokenizer(checkpoint), "en", "sw", 96)
+    groups, _ = data.make_forks(parallel_rows(rows), load_tokenizer(checkpoint), "en", "sw", 96)
     steps = clo.make_steps(groups, clo.METHODS[stage][0], args, seed=0)
     flat = clo.reference_logps(model, steps, CPU, "reference")
     return model, groups, steps, clo.group_by_step(flat, steps), args
@@ -135,7 +140,7 @@ def test_before_training_every_reward_is_exactly_0_and_the_preference_term_is_ln
 
 def test_both_directions_prefer_the_response_in_the_language_of_the_question(checkpoint):
     _, groups, _, _, args = prepared(checkpoint, rows=3, row_tokens=512, micro_rows=9)
-    rows, tokenizer = parallel_rows(3), data.load_tokenizer(checkpoint)
+    rows, tokenizer = parallel_rows(3), load_tokenizer(checkpoint)
     [[micro]] = clo.make_steps(groups, clo.METHODS["clo"][0], args, None)
     continuations = [(fork, ids) for fork in micro.batch.forks for ids in fork.continuations]
     assert len(micro.chosen) == 2 * 3 and len(micro.nll) == 3
@@ -153,7 +158,7 @@ def test_both_directions_prefer_the_response_in_the_language_of_the_question(che
 def test_a_pair_with_equal_responses_leaves_the_preference_and_stays_in_the_nll(checkpoint):
     rows = parallel_rows(2)
     rows[0]["sw"]["response"] = rows[0]["en"]["response"]
-    groups, _ = data.make_forks(rows, data.load_tokenizer(checkpoint), "en", "sw", 512)
+    groups, _ = data.make_forks(rows, load_tokenizer(checkpoint), "en", "sw", 512)
     args = options(row_tokens=512)
     [[micro]] = clo.make_steps(groups, clo.METHODS["clo"][0], args, None)
     assert len(micro.chosen) == 2 and len(micro.nll) == 2
@@ -177,7 +182,7 @@ def test_with_several_targets_an_english_fork_rejects_every_translation_and_metr
     rows = [row | {"yo": {"prompt": row["sw"]["prompt"] + " o", "response": row["sw"]["response"] + " e"}}
             for row in parallel_rows(4)]
     args = options(lang="sw,yo", targets=["sw", "yo"], row_tokens=512, micro_rows=9)
-    tokenizer, model = data.load_tokenizer(checkpoint), llama.load(checkpoint, dtype=torch.float64)
+    tokenizer, model = load_tokenizer(checkpoint), llama.load(checkpoint, dtype=torch.float64)
     groups, _ = data.make_forks(rows, tokenizer, "en", args.targets, 512)
     [[micro]] = clo.make_steps(groups, clo.METHODS["clo"][0], args, None)
     assert len(micro.chosen) == 4 * 3 * 2 and len(micro.nll) == 4 * 2
@@ -298,7 +303,7 @@ def test_the_adapter_gives_peft_and_our_loader_the_same_logits(checkpoint, tmp_p
     for name, parameter in model.named_parameters():
         if ".lora_B" in name:
             parameter.data = torch.randn(parameter.shape)
-    runs.fill_directory(tmp_path / "adapter", lambda path: runs.save_adapter(
+    fill_directory(tmp_path / "adapter", lambda path: save_adapter(
         model, path, str(checkpoint), clo.ATTENTION, 4, 12, ""))
     tokens = torch.randint(300, (2, 12))
     ours = model(tokens) @ model.head.T
@@ -316,8 +321,8 @@ def world(tmp_path):
     """A checkpoint, parallel training rows, and evaluation rows with splits; no translator needed."""
     checkpoint = write_checkpoint(tmp_path / "base")
     rows = parallel_rows(24)
-    data.write_rows(tmp_path / "rows.jsonl", rows[:16])
-    data.write_rows(tmp_path / "eval.jsonl", [row | {"split": "validation" if i % 2 else "test"}
+    write_rows(tmp_path / "rows.jsonl", rows[:16])
+    write_rows(tmp_path / "eval.jsonl", [row | {"split": "validation" if i % 2 else "test"}
                                               for i, row in enumerate(rows[16:])])
     return tmp_path, ["--model", str(checkpoint), "--data", str(tmp_path / "rows.jsonl"),
                       "--out", str(tmp_path / "run"), "--lang", "sw", "--row-tokens", "200",
@@ -371,7 +376,7 @@ def test_every_method_and_mode_runs_to_its_report(world, flags):
         trained, base = (llama.load(p) for p in (path / "run" / "clo" / "model", path / "base"))
         assert (torch.equal(trained.model["norm"].weight, base.model["norm"].weight)
                 == (flags[1] == "attention"))
-        assert data.load_tokenizer(path / "run" / "clo" / "model").stop_ids
+        assert load_tokenizer(path / "run" / "clo" / "model").stop_ids
 
 
 @pytest.mark.slow
@@ -381,7 +386,7 @@ def test_one_adapter_learns_several_languages(world, capsys):
     for i, row in enumerate(rows):
         row["yo"] = {part: " ".join(reversed(text.split())) for part, text in row["sw"].items()}
         row["split"] = "validation" if i % 2 else "test"
-    data.write_rows(path / "three.jsonl", rows)
+    write_rows(path / "three.jsonl", rows)
     flags = changed(changed(flags, "--lang", "yo,sw"), "--out", out)
     clo.main(changed(flags, "--data", path / "three.jsonl")
              + ["--eval-data", str(path / "three.jsonl"), "--baseline", "none"])
@@ -434,7 +439,7 @@ def test_two_ranks_give_what_one_gives(world):
 
 def fails(capsys, flags, *wanted):
     with pytest.raises(SystemExit) as error:
-        data.run(lambda: clo.main(flags))
+        run(lambda: clo.main(flags))
     assert error.value.code == 2
     line = capsys.readouterr().err.strip().splitlines()[-1]
     assert line.startswith("error: ") and all(part in line for part in wanted), line
@@ -463,7 +468,7 @@ def test_bad_input_is_one_line_and_exit_code_2(world, capsys):
 
 def test_a_language_nobody_has_is_refused_with_those_there_are(world, capsys):
     path, flags = world
-    data.write_rows(path / "english.jsonl",
+    write_rows(path / "english.jsonl",
                     [{"row_id": row["row_id"], "en": row["en"]} for row in parallel_rows(6)])
     flags = changed(changed(flags, "--data", path / "english.jsonl"), "--lang", "xx")
     (path / "eval.jsonl").unlink()
@@ -476,8 +481,8 @@ def test_a_language_nobody_has_is_refused_with_those_there_are(world, capsys):
 def test_a_tokenizer_of_another_model_is_refused(world, capsys):
     path, flags = world
     config = json.loads((path / "base" / "config.json").read_text())
-    small = llama.initialise_(llama.Llama(llama.Config(200, 16, 24, 2, 4, 2, 6, tie_word_embeddings=True)))
-    llama.save(small, path / "base")
+    small = llama.initialise_(llama.Llama(Config(200, 16, 24, 2, 4, 2, 6, tie_word_embeddings=True)))
+    save(small, path / "base")
     assert config["vocab_size"] > 200
     fails(capsys, flags, "do not belong together")
 
@@ -487,7 +492,7 @@ def test_a_run_directory_of_another_run_is_refused_by_its_first_difference(world
     clo.main(flags + ["--baseline", "none"])
     report = (path / "run" / "report.json").read_bytes()
     fails(capsys, flags + ["--baseline", "none", "--beta", "0.25"], "beta", "0.5", "0.25", "--fresh")
-    data.write_rows(path / "rows.jsonl", parallel_rows(12))
+    write_rows(path / "rows.jsonl", parallel_rows(12))
     fails(capsys, flags + ["--baseline", "none"], "data", "--fresh")
     assert (path / "run" / "report.json").read_bytes() == report
 
@@ -520,10 +525,10 @@ def test_clo_moves_a_real_checkpoint_into_swahili(shared, tmp_path, capsys):
 def test_refused_input_leaves_no_run_directory(world, flags, wanted):
     path, usual = world
     rows = parallel_rows(5)
-    data.write_rows(path / "two.jsonl", rows[:2])
-    data.write_rows(path / "test.jsonl", [row | {"split": "test"} for row in rows[2:]])
+    write_rows(path / "two.jsonl", rows[:2])
+    write_rows(path / "test.jsonl", [row | {"split": "test"} for row in rows[2:]])
     (path / "null.jsonl").write_text(json.dumps(rows[0] | {"sw": None}) + "\n", encoding="utf-8")
-    with pytest.raises(data.DataError, match=wanted):
+    with pytest.raises(InputError, match=wanted):
         clo.main(usual + [str(path / flag) if flag.endswith(".jsonl") else flag for flag in flags])
     assert not (path / "run").exists()
 
@@ -555,7 +560,7 @@ def test_a_dry_run_for_other_devices_needs_a_config_alone(world, capsys):
 # ---- a machine too small
 
 def test_running_out_of_memory_names_the_flags_that_help():
-    with pytest.raises(data.DataError, match="out of memory on cpu .*--micro-rows 1.*--dry-run"), \
+    with pytest.raises(InputError, match="out of memory on cpu .*--micro-rows 1.*--dry-run"), \
             clo.memory_advice(options(micro_rows=4)):
         torch.empty(1 << 50)
     with pytest.raises(RuntimeError, match="shape"), clo.memory_advice(options()):
@@ -565,5 +570,5 @@ def test_running_out_of_memory_names_the_flags_that_help():
 def test_a_disk_that_is_too_small_is_refused_before_training(tmp_path):
     parameters = {"weight": torch.empty(1000)}
     runs.check_disk_space(tmp_path, parameters, 0)
-    with pytest.raises(data.DataError, match="GB free: make room"):
+    with pytest.raises(InputError, match="GB free: make room"):
         runs.check_disk_space(tmp_path, parameters, 1 << 60)

@@ -12,6 +12,9 @@ import tokenizers
 from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
 
 import data
+from engine.files import InputError, run
+from formats.chat import load_tokenizer
+from formats.records import describe_counts, languages_of, read_rows, require_languages, write_preferences, write_rows
 
 REAL = Path(__file__).parents[2] / "shared" / "data"
 real = pytest.mark.skipif(not REAL.exists(), reason="the public data are not in this checkout")
@@ -72,7 +75,7 @@ def make_tokenizer(directory, template=None, bos="<s>", eos="</s>", added=(), sp
     config |= {"bos_token": bos} if bos else {}
     config |= {"chat_template": template} if template else {}
     write_json(directory / "tokenizer_config.json", config)
-    return data.load_tokenizer(directory)
+    return load_tokenizer(directory)
 
 
 @pytest.fixture(scope="module")
@@ -87,17 +90,17 @@ def test_an_object_under_id_is_indonesian_and_a_string_is_the_identifier(tmp_pat
     path = write_lines(tmp_path / "p.jsonl", {"id": "a", "en": sides("q", "r")},
                        {"id": sides("t", "j"), "en": sides("q", "r"), "row_id": "b"},
                        {"id": sides("t", "j"), "en": sides("q", "r"), "split": "test"})
-    rows = data.read_rows(path)
+    rows = read_rows(path)
     assert [row["row_id"] for row in rows] == ["a", "b", "p.jsonl:3"]
-    assert [data.languages(row) for row in rows] == [["en"], ["id", "en"], ["id", "en"]]
+    assert [languages_of(row) for row in rows] == [["en"], ["id", "en"], ["id", "en"]]
     assert rows[2]["split"] == "test" and "id" not in rows[0]
 
 
 def test_rows_come_back_from_their_file_as_they_were(tmp_path):
     rows = [{"row_id": "a", "split": "train", "en": sides("q\u2028", "ẹ\nr"), "sw": sides("s", "j")},
             {"row_id": "b", "id": sides("t", "j"), "en": sides("q", "r")}]
-    data.write_rows(tmp_path / "out" / "rows.jsonl", rows)
-    assert data.read_rows(tmp_path / "out" / "rows.jsonl") == rows
+    write_rows(tmp_path / "out" / "rows.jsonl", rows)
+    assert read_rows(tmp_path / "out" / "rows.jsonl") == rows
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["rows.jsonl"]
     assert '"id": "a"' in (tmp_path / "out" / "rows.jsonl").read_text(encoding="utf-8")
 
@@ -118,15 +121,15 @@ def test_every_one_language_format_is_told_by_its_first_record(tmp_path, record,
     path = tmp_path / "file"
     text = json.dumps([record], indent=1) if shape == "list" else json.dumps(record) + "\n\n"
     path.write_bytes(gzip.compress(text.encode()) if shape == "gzip" else b"\xef\xbb\xbf" + text.encode())
-    row, = data.read_rows(path, language="de")
+    row, = read_rows(path, language="de")
     assert row == {"row_id": "file[0]" if shape == "list" else "file:1", "de": sides("q", "r")}
-    every = data.read_rows(path, turns="all")
+    every = read_rows(path, turns="all")
     assert [row["en"]["prompt"] for row in every] == (["q", "q2"] if "q2" in text else ["q"])
 
 
 def test_alpaca_input_follows_its_instruction_on_a_new_line(tmp_path):
     path = write_json(tmp_path / "a.json", [{"instruction": "Add.", "input": "1, 2", "output": "3"}])
-    assert data.read_rows(path)[0]["en"] == sides("Add.\n1, 2", "3")
+    assert read_rows(path)[0]["en"] == sides("Add.\n1, 2", "3")
 
 
 def test_what_is_left_out_is_counted_by_reason(tmp_path):
@@ -134,11 +137,11 @@ def test_what_is_left_out_is_counted_by_reason(tmp_path):
                        {"messages": [CHAT[1], {"role": "assistant", "content": " \n"}]},
                        {"messages": [CHAT[1], {"role": "assistant", "content": "\ud83d"}]})
     counts = Counter()
-    assert len(data.read_rows(path, counts=counts)) == 1
+    assert len(read_rows(path, counts=counts)) == 1
     assert counts == {"read": 5, "kept": 1, "system prompts left out": 1, "later turns left out": 2,
                       "skipped: no user message followed by a reply": 2, "skipped: empty response": 1,
                       "skipped: broken Unicode (half of a character)": 1}
-    assert data.describe(counts).startswith("5 read, 1 kept, ")
+    assert describe_counts(counts).startswith("5 read, 1 kept, ")
 
 
 def message(name, role, text, rank=None, replies=(), **more):
@@ -174,15 +177,15 @@ def test_openassistant_rows_follow_the_top_1_rule(tmp_path, form):
     else:
         records = [record for root in small_trees() for record in ([root] if form[0] == "n" else flat(root))]
     path, counts = write_lines(tmp_path / "oasst.jsonl", *records), Counter()
-    first = data.read_rows(path, counts=counts)
+    first = read_rows(path, counts=counts)
     assert [row["row_id"] for row in first] == ["a2", "a5"]
     assert first[0]["en"] == sides("q1", "best")
     assert counts["later turns left out"] == 1 and counts["skipped: tree not in en"] == 1
     assert counts["skipped: tree not reviewed"] == 1 + (form == "trees")
     assert counts["skipped: tree without a best reply"] == 2
     assert counts["skipped: tree deleted or synthetic"] == 1
-    assert [row["row_id"] for row in data.read_rows(path, turns="all")] == ["a2", "a4", "a5"]
-    assert [row["row_id"] for row in data.read_rows(path, "de")] == ["a9"]
+    assert [row["row_id"] for row in read_rows(path, turns="all")] == ["a2", "a4", "a5"]
+    assert [row["row_id"] for row in read_rows(path, "de")] == ["a9"]
 
 
 PARALLEL = b'{"en": {"prompt": "q", "response": "r"}}\n'
@@ -213,15 +216,15 @@ PARALLEL = b'{"en": {"prompt": "q", "response": "r"}}\n'
     (b'{"prompt": "q", "response": " "}\n', "f: no usable row (1 read, 1 skipped: empty response)")])
 def test_bad_input_is_named_with_its_place(tmp_path, content, told):
     (tmp_path / "f").write_bytes(content)
-    with pytest.raises(data.DataError) as error:
-        data.read_rows(tmp_path / "f", targets=["yo"])
+    with pytest.raises(InputError) as error:
+        read_rows(tmp_path / "f", targets=["yo"])
     assert str(error.value).startswith(f"{tmp_path}/{told}") and "\n" not in str(error.value)
 
 
 def test_a_language_that_is_null_is_not_there_yet_and_other_nulls_stay(tmp_path):
     path = write_lines(tmp_path / "f", {"id": 7, "en": sides("q", "r"), "sw": None, "yo": None, "note": None},
                        {"id": None, "en": sides("q", "r"), "sw": sides("s", "j")})
-    assert data.read_rows(path, targets=["yo", "id"]) == [
+    assert read_rows(path, targets=["yo", "id"]) == [
         {"row_id": "7", "en": sides("q", "r"), "note": None},
         {"row_id": "f:2", "en": sides("q", "r"), "sw": sides("s", "j")}]
 
@@ -231,29 +234,29 @@ def test_text_nested_to_any_depth_is_read_or_refused(tmp_path, depth):
     path = tmp_path / "f"
     path.write_text('{"prompt": ' + '[{"text": ' * depth + '"q"' + "}]" * depth + ', "response": "r"}')
     try:
-        assert data.read_rows(path)[0]["en"]["prompt"] == "q"
-    except data.DataError as error:
+        assert read_rows(path)[0]["en"]["prompt"] == "q"
+    except InputError as error:
         assert "nested too deeply" in str(error)
 
 
 def test_a_language_nobody_has_is_told_with_those_that_are_there():
     rows = [{"row_id": "a", "en": sides("q", "r"), "sw": sides("q", "r")},
             {"row_id": "b", "en": sides("q", "r")}]
-    assert data.require_languages(rows, "en", "sw") == rows[:1]
-    with pytest.raises(data.DataError, match="no row holds en and yo; languages in the data: en, sw"):
-        data.require_languages(rows, "en", "yo")
+    assert require_languages(rows, "en", "sw") == rows[:1]
+    with pytest.raises(InputError, match="no row holds en and yo; languages in the data: en, sw"):
+        require_languages(rows, "en", "yo")
 
 
 def test_the_command_line_says_bad_input_in_one_line_and_exits_with_2(tmp_path, capsys):
     with pytest.raises(SystemExit) as stop:
-        data.run(lambda: data.main([str(tmp_path / "absent.jsonl")]))
+        run(lambda: data.main([str(tmp_path / "absent.jsonl")]))
     assert stop.value.code == 2
     assert capsys.readouterr().err == f"error: {tmp_path}/absent.jsonl: no such file\n"
 
 
 def test_a_bug_keeps_its_traceback():
     with pytest.raises(ValueError, match="invalid literal"):
-        data.run(lambda: int("x"))
+        run(lambda: int("x"))
 
 
 # ---- ids ----
@@ -261,7 +264,7 @@ def test_a_bug_keeps_its_traceback():
 @real
 @pytest.mark.parametrize("name", ["llama2", "qwen2_5"])
 def test_text_ids_equal_those_of_sentencepiece_and_tiktoken(name):
-    tokenizer = data.load_tokenizer(REAL / "tokenizers" / name)
+    tokenizer = load_tokenizer(REAL / "tokenizers" / name)
     for line in (REAL / "tokenizers" / name / "golden_ids.jsonl").read_text(encoding="utf-8").splitlines():
         golden = json.loads(line)
         assert tokenizer.text_ids(golden["text"]) == golden["ids"], golden["text"]
@@ -320,7 +323,7 @@ def test_real_tokenizers_give_the_ids_of_transformers(tmp_path, name, template, 
         shutil.copy(REAL / "tokenizers" / name / file, tmp_path)
     if template:
         (tmp_path / "chat_template.jinja").write_text(template)
-    ours = data.load_tokenizer(tmp_path)
+    ours = load_tokenizer(tmp_path)
     theirs = (transformers.LlamaTokenizer.from_pretrained(tmp_path, legacy=True) if name == "llama2" else
               transformers.PreTrainedTokenizerFast.from_pretrained(tmp_path))
     first = [{"role": "system", "content": system}] if system and template != MISTRAL else []
@@ -347,7 +350,7 @@ def test_the_plain_template_starts_with_one_bos_and_ends_with_eos(tmp_path):
 
 def test_a_template_that_writes_bos_twice_is_refused(tmp_path):
     tokenizer = make_tokenizer(tmp_path, "{{ bos_token }}" + MISTRAL)
-    with pytest.raises(data.DataError, match="BOS more than once"):
+    with pytest.raises(InputError, match="BOS more than once"):
         tokenizer.prompt_ids("q")
 
 
@@ -355,7 +358,7 @@ def test_stop_ids_are_the_union_of_all_files_and_the_template(tmp_path):
     make_tokenizer(tmp_path, CHATML, None, "<|endoftext|>", ["<|im_start|>", "<|im_end|>"])
     write_json(tmp_path / "generation_config.json", {"eos_token_id": [7, 9]})
     write_json(tmp_path / "config.json", {"eos_token_id": 11})
-    tokenizer = data.load_tokenizer(tmp_path)
+    tokenizer = load_tokenizer(tmp_path)
     named = {tokenizer.full.token_to_id(name) for name in ("<|endoftext|>", "<|im_end|>")}
     assert tokenizer.stop_ids == {7, 9, 11} | named
     assert tokenizer.response_ids("yes")[-1] == tokenizer.full.token_to_id("<|im_end|>")
@@ -383,7 +386,7 @@ def test_a_vocabulary_that_spells_an_added_token_as_one_piece_still_gives_text(t
     tokenizer.save(str(tmp_path / "tokenizer.json"))
     write_json(tmp_path / "tokenizer_config.json",
                {"bos_token": "<s>", "eos_token": "</s>", "add_bos_token": True})
-    ours = data.load_tokenizer(tmp_path)
+    ours = load_tokenizer(tmp_path)
     assert [ours.full.id_to_token(token) for token in ours.text_ids("a</s>b")] == [*"▁a</s>b"]
     assert ours.prompt_ids("<s>").count(ours.bos_id) == 1
     assert ours.response_ids("</s>a").count(ours.eos_id) == 1
@@ -397,19 +400,19 @@ def test_a_reply_gets_the_templates_space_and_no_second_one(tmp_path, spaced):
 
 
 def test_the_newer_template_file_wins_and_a_broken_one_is_named(tmp_path):
-    with pytest.raises(data.DataError, match="does not compile"):
+    with pytest.raises(InputError, match="does not compile"):
         make_tokenizer(tmp_path, "{{ nothing")
     (tmp_path / "chat_template.jinja").write_text(MISTRAL)
-    tokenizer = data.load_tokenizer(tmp_path)
+    tokenizer = load_tokenizer(tmp_path)
     assert "[INST] q[/INST]" in tokenizer.decode(tokenizer.prompt_ids("q"))
-    with pytest.raises(data.DataError, match="Only user and assistant"):
+    with pytest.raises(InputError, match="Only user and assistant"):
         tokenizer.prompt_ids("q", system="Be brief.")
 
 
 @pytest.mark.parametrize("chat", [[{"name": "default"}], ["text"], 7,
                                   [{"name": "default", "template": None}], {"a": "b"}])
 def test_a_template_that_is_no_text_is_one_clear_line(tmp_path, chat):
-    with pytest.raises(data.DataError, match="chat_template"):
+    with pytest.raises(InputError, match="chat_template"):
         make_tokenizer(tmp_path, chat)
 
 
@@ -427,7 +430,7 @@ EACH = "{% for m in messages %}{{ m.role + ': ' }}CONTENT{{ eos_token }}{% endfo
     ("{% for m in messages if m.role == 'assistant' %}{{ m.content }}{% endfor %}",
      "writes nothing before a reply")])
 def test_a_template_nothing_can_be_trained_in_is_one_clear_line(tmp_path, template, told):
-    with pytest.raises(data.DataError) as error:
+    with pytest.raises(InputError) as error:
         make_tokenizer(tmp_path, template).prompt_ids("q")
     assert str(error.value).startswith(f"{tmp_path}: the chat template {told}")
     assert "\n" not in str(error.value) and str(error.value).endswith("put another into chat_template.jinja")
@@ -438,8 +441,8 @@ def test_two_added_tokens_with_one_id_are_named(tmp_path):
     source = json.loads((tmp_path / "tokenizer.json").read_text())
     source["added_tokens"][-1]["id"] = source["added_tokens"][-2]["id"]
     write_json(tmp_path / "tokenizer.json", source)
-    with pytest.raises(data.DataError, match="tokenizer.json: the added tokens '<a>' and '<b>' have"):
-        data.load_tokenizer(tmp_path)
+    with pytest.raises(InputError, match="tokenizer.json: the added tokens '<a>' and '<b>' have"):
+        load_tokenizer(tmp_path)
 
 
 def test_the_marks_of_replies_in_a_template_leave_its_text_alone(tmp_path):
@@ -504,7 +507,7 @@ def test_a_fork_too_long_keeps_its_prompt_and_loses_the_ends_of_its_responses(ch
     groups, counts = data.make_forks(long, chatml, "en", "sw", size)
     assert [group[0].row for group in groups] == ["a"]
     assert counts[f"rows dropped: a prompt fills {size} tokens"] == 1
-    with pytest.raises(data.DataError, match="no row fits into 3 tokens"):
+    with pytest.raises(InputError, match="no row fits into 3 tokens"):
         data.make_forks(ROWS, chatml, "en", "sw", row_tokens=3)
 
 
@@ -579,7 +582,7 @@ def test_micro_batches_hold_the_rows_of_the_one_batch():
 
 
 def test_preference_rows_are_what_trl_reads(tmp_path):
-    assert data.write_preferences(tmp_path / "t.jsonl", ROWS, "en", "sw") == 2
+    assert write_preferences(tmp_path / "t.jsonl", ROWS, "en", "sw") == 2
     lines = [json.loads(line) for line in (tmp_path / "t.jsonl").read_text().splitlines()]
     assert lines[1] == {"prompt": [{"role": "user", "content": "Nini?"}],
                         "chosen": [{"role": "assistant", "content": "Ni Paris."}],
@@ -589,7 +592,7 @@ def test_preference_rows_are_what_trl_reads(tmp_path):
 
 
 def test_the_command_line_marks_what_the_loss_reads(tmp_path, chatml, capsys):
-    data.write_rows(tmp_path / "rows.jsonl", ROWS)
+    write_rows(tmp_path / "rows.jsonl", ROWS)
     data.main([str(tmp_path / "rows.jsonl"), "--model", str(chatml.directory), "--lang", "sw", "--show", "1"])
     out = capsys.readouterr().out
     assert "3 read, 3 kept" in out and "% padding" in out
@@ -599,9 +602,9 @@ def test_the_command_line_marks_what_the_loss_reads(tmp_path, chatml, capsys):
 @real
 def test_the_public_files_are_read_and_explained():
     counts = Counter()
-    rows = data.read_rows(REAL / "pairs" / "alpaca_en_zh.jsonl", counts=counts)
+    rows = read_rows(REAL / "pairs" / "alpaca_en_zh.jsonl", counts=counts)
     assert counts == {"read": 3000, "kept": 2996, "skipped: empty response": 4} and len(rows) == 2996
-    assert data.languages(data.read_rows(REAL / "pairs" / "ntrex_500.jsonl")[0])[0] == "id"
-    tree, flat_ = (data.read_rows(REAL / "oasst" / f"en_100_{name}", turns="all")
+    assert languages_of(read_rows(REAL / "pairs" / "ntrex_500.jsonl")[0])[0] == "id"
+    tree, flat_ = (read_rows(REAL / "oasst" / f"en_100_{name}", turns="all")
                    for name in ("tree.jsonl.gz", "message.jsonl"))
     assert tree == flat_ and len(tree) == 140

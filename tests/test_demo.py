@@ -3,10 +3,11 @@ from pathlib import Path
 
 import pytest
 
-import data
-from data import DataError
 from demo import render
 from demo.render import LANGUAGES, particle
+from engine.files import InputError
+from formats.chat import load_tokenizer
+from formats.records import read_rows, write_rows
 
 DEMO = Path(render.__file__).parent
 
@@ -54,7 +55,7 @@ def test_korean_particles_follow_the_last_sound(word, pair, right):
 
 
 def test_a_particle_after_latin_letters_is_refused():
-    with pytest.raises(DataError, match="Hangul"):
+    with pytest.raises(InputError, match="Hangul"):
         particle("CD", "은", "는")
 
 
@@ -116,13 +117,13 @@ def test_a_fault_in_the_world_is_named(tmp_path, spoil, complaint):
     content = small_world()
     assert len(read(tmp_path, content).facts) == 2
     spoil(content)
-    with pytest.raises(DataError, match=complaint):
+    with pytest.raises(InputError, match=complaint):
         read(tmp_path, content)
 
 
 def test_a_broken_world_file_is_named_with_its_line(tmp_path):
     (tmp_path / "small.json").write_text('{"relations": {},\n "entities"}', encoding="utf-8")
-    with pytest.raises(DataError, match=r"small.json:2: not JSON"):
+    with pytest.raises(InputError, match=r"small.json:2: not JSON"):
         render.read_world(tmp_path)
 
 
@@ -149,14 +150,14 @@ def test_another_seed_splits_otherwise(world, splits):
 def test_the_data_files_are_what_the_world_gives(world, splits, tmp_path):
     for name, rows in (("english.jsonl", render.training_rows(world, splits)),
                        ("eval.jsonl", render.evaluation_rows(world, splits))):
-        data.write_rows(tmp_path / name, rows)
+        write_rows(tmp_path / name, rows)
         made, committed = tmp_path / name, DEMO / name
         assert made.read_bytes() == committed.read_bytes(), f"{name} is out of date: run python -m demo.build"
 
 
 def test_training_rows_hold_no_held_out_fact():
-    trained = {row["row_id"].rpartition(".")[0] for row in data.read_rows(DEMO / "english.jsonl")}
-    held_out = data.read_rows(DEMO / "eval.jsonl")
+    trained = {row["row_id"].rpartition(".")[0] for row in read_rows(DEMO / "english.jsonl")}
+    held_out = read_rows(DEMO / "eval.jsonl")
     assert not trained & {row["row_id"].rpartition(".")[0] for row in held_out}
     assert {row["split"] for row in held_out} == {"validation", "test"}
     assert all(set(LANGUAGES) <= set(row) for row in held_out)
@@ -165,7 +166,7 @@ def test_training_rows_hold_no_held_out_fact():
 # ---- the build
 
 def test_the_tokenizers_of_the_demo_keep_every_sentence(world):
-    tokenizer = data.load_tokenizer(DEMO / "llama")
+    tokenizer = load_tokenizer(DEMO / "llama")
     for lang in LANGUAGES:
         for fact in world.facts:
             sentence = world.statement(fact, lang)

@@ -10,9 +10,17 @@ from unittest import mock
 
 import pytest
 
-import data
 import eval as evaluation
 from conftest import write_checkpoint
+from engine import files
+from engine.files import InputError, Journal, read_records, write_jsonl
+from evals import answers
+from evals.answers import answer, answer_and_score, normalise, read_answers
+from evals.language import (INDEPENDENCE, SWITCH, UNSEEN, fit_languages, foreign_share, reply_language,
+                            texts_by_language)
+from formats.chat import load_tokenizer
+from formats import records
+from formats.records import read_rows
 
 LANGUAGES = ("de", "en", "id", "ko", "sw", "yo", "zh")
 TEXTS = {"en": ["The lion eats meat.", "What is the capital of France?", "The river is long."],
@@ -24,41 +32,41 @@ TEXTS = {"en": ["The lion eats meat.", "What is the capital of France?", "The ri
     ("The lion eats meat", "The lion eats meat."), ("  the LION\n eats meat!", "The lion eats meat."),
     ("狮子吃肉", "狮子吃肉。"), ("Kìnnìún ń jẹ ẹran".replace("ì", "i\u0300"), "Kìnnìún ń jẹ ẹran.")])
 def test_case_spaces_final_punctuation_and_unicode_form_do_not_count(reply, expected):
-    assert evaluation.normalise(reply) == evaluation.normalise(expected)
+    assert normalise(reply) == normalise(expected)
 
 
 @pytest.mark.parametrize("reply", ["The lion eats", "The lion, eats meat.", "Lion eats meat.",
                                    "Kìnnìún n jẹ ẹran"])
 def test_anything_else_counts(reply):
-    assert evaluation.normalise(reply) not in map(
-        evaluation.normalise, ["The lion eats meat.", "Kìnnìún ń jẹ ẹran."])
+    assert normalise(reply) not in map(
+        normalise, ["The lion eats meat.", "Kìnnìún ń jẹ ẹran."])
 
 
 def test_reply_language_knows_scripts_and_words_and_abstains_without_letters():
-    languages = evaluation.fit_languages(TEXTS)
-    assert evaluation.reply_language("The capital is Paris.", languages)[0] == "en"
-    assert evaluation.reply_language("Mji mkuu ni Paris.", languages)[0] == "sw"
+    languages = fit_languages(TEXTS)
+    assert reply_language("The capital is Paris.", languages)[0] == "en"
+    assert reply_language("Mji mkuu ni Paris.", languages)[0] == "sw"
     # no syllable of it seen but by script
-    assert evaluation.reply_language("개는 물을 마셔요.", languages)[0] == "ko"
+    assert reply_language("개는 물을 마셔요.", languages)[0] == "ko"
     for text in ("", "42", "?!", "\U0001f600 3.14"):
-        assert evaluation.reply_language(text, languages) == (None, 0.0)
+        assert reply_language(text, languages) == (None, 0.0)
 
 
 def test_reply_language_abstains_when_languages_fit_equally():
-    languages = evaluation.fit_languages({"aa": ["mama papa"], "bb": ["mama papa"]})
-    assert evaluation.reply_language("mama", languages) == (None, pytest.approx(0.5))
+    languages = fit_languages({"aa": ["mama papa"], "bb": ["mama papa"]})
+    assert reply_language("mama", languages) == (None, pytest.approx(0.5))
 
 
 def test_posteriors_are_bayes_rule_over_the_n_grams():
-    languages = evaluation.fit_languages({"aa": ["ab"], "bb": ["ac"]})
+    languages = fit_languages({"aa": ["ab"], "bb": ["ac"]})
     # of "ab" the languages differ in " ab ", " ab", "ab ", "ab", "b " (and "b"), seen once in aa, never in bb
     counts = {language: [sum(c.values()) for c in counters]
               for language, counters in languages.counts.items()}
     assert counts == {"aa": [2, 2, 3, 2, 1], "bb": [2, 2, 3, 2, 1]}
     grams = {1: 1, 2: 2, 3: 2, 4: 1}                      # "b"; "ab" "b "; " ab" "ab "; " ab "
-    ratio = sum(n * math.log((1 + evaluation.UNSEEN) / evaluation.UNSEEN) for n in grams.values())
-    expected = 1 / (1 + math.exp(-evaluation.INDEPENDENCE * ratio))
-    assert evaluation.reply_language("ab", languages)[1] == pytest.approx(expected)
+    ratio = sum(n * math.log((1 + UNSEEN) / UNSEEN) for n in grams.values())
+    expected = 1 / (1 + math.exp(-INDEPENDENCE * ratio))
+    assert reply_language("ab", languages)[1] == pytest.approx(expected)
 
 
 def cut(text, language, first):
@@ -73,23 +81,23 @@ def test_a_reply_in_two_languages_is_mixed_and_a_name_does_not_make_one():
                "the river is long and wide"]
     swahili = ["simba ni paka mkubwa na anakula nyama", "mji mkuu wa nchi hii ni upi",
                "mto huu ni mrefu na mpana"]
-    languages = evaluation.fit_languages({"en": english, "sw": swahili})
-    found, share = evaluation.reply_language(
+    languages = fit_languages({"en": english, "sw": swahili})
+    found, share = reply_language(
         "The lion is a large cat, na anakula nyama kwenye mto mrefu.", languages)
     assert found == "mixed" and 0.2 <= share <= 0.8
-    assert evaluation.reply_language(
+    assert reply_language(
         "simba ni paka mkubwa wa National Geographic Society", languages)[0] == "sw"
-    assert evaluation.reply_language("mji mkuu ni meat", languages)[0] == "sw"
+    assert reply_language("mji mkuu ni meat", languages)[0] == "sw"
 
 
 def test_foreign_share_is_the_likeliest_path():
     words, evidence = ["aa", "bb", "cc", "dd"], [[0.0, -9.0], [0.0, -9.0], [-20.0, 0.0], [-1.0, 0.0]]
-    switch = evaluation.SWITCH
+    switch = SWITCH
     best = max(((sum(row[s] for row, s in zip(evidence, path))
                  - switch * sum(a != b for a, b in zip(path, path[1:])), path)
                 for path in itertools.product((0, 1), repeat=4)))[1]
-    assert best == (0, 0, 1, 1) and evaluation.foreign_share(words, evidence) == 0.5
-    assert evaluation.foreign_share(["Aa", "Bb"], evidence[:2]) == 0.0
+    assert best == (0, 0, 1, 1) and foreign_share(words, evidence) == 0.5
+    assert foreign_share(["Aa", "Bb"], evidence[:2]) == 0.0
 
 
 @pytest.mark.slow
@@ -97,8 +105,8 @@ def test_reply_language_on_real_news(shared, capsys):
     lines = [json.loads(line) for line in (shared / "parallel" / "ntrex_1000.jsonl").read_text().splitlines()]
     fit, test = lines[:500], lines[500:]
     for codes in [("en", code) for code in LANGUAGES if code != "en"] + [LANGUAGES]:
-        languages = evaluation.fit_languages({code: [line[code] for line in fit] for code in codes})
-        found = [(code, evaluation.reply_language(line[code], languages)[0])
+        languages = fit_languages({code: [line[code] for line in fit] for code in codes})
+        found = [(code, reply_language(line[code], languages)[0])
                  for line in test for code in codes]
         right = sum(code == guess for code, guess in found) / len(found)
         with capsys.disabled():
@@ -108,7 +116,7 @@ def test_reply_language_on_real_news(shared, capsys):
         assert right >= (0.995 if len(codes) == 2 else 0.97)
     mixtures = [cut(line[a], a, True) + " " + cut(line[b], b, False)
                 for line in test[::25] for a in LANGUAGES for b in LANGUAGES if a != b]
-    assert sum(evaluation.reply_language(text, languages)[0] == "mixed"
+    assert sum(reply_language(text, languages)[0] == "mixed"
                for text in mixtures) / len(mixtures) >= 0.9
 
 
@@ -119,11 +127,11 @@ def test_scores_leave_equal_responses_out_of_the_language_figure(tmp_path, monke
                 ("e", "The river is long.", "f", "Mto ni mrefu.")])]
     replies = {"a": "The lion eats meat", "b": "The lion eats meat.", "c": "Paris", "d": "Paris",
                "e": "Mto", "f": "Mto ni mrefu"}
-    monkeypatch.setattr(evaluation, "answer",
+    monkeypatch.setattr(answers, "answer",
                         lambda model, tokenizer, questions, *_: [replies[q] for q in questions])
     tokenizer = SimpleNamespace(fingerprint="0123456789abcdef0")
-    scores = evaluation.answer_and_score(None, tokenizer, rows, ("en", "sw"),
-                                         evaluation.fit_languages(TEXTS), 8, None, tmp_path / "answers.jsonl")
+    scores = answer_and_score(None, tokenizer, rows, ("en", "sw"),
+                                         fit_languages(TEXTS), 8, None, tmp_path / "answers.jsonl")
     assert (scores["en"]["correct"], scores["en"]["right_language"], scores["en"]["n_language"]) == (
         66.67, 50.0, 2)
     assert (scores["sw"]["correct"], scores["sw"]["right_language"], scores["sw"]["n"]) == (66.67, 50.0, 3)
@@ -142,11 +150,11 @@ def test_answers_that_are_not_all_there_are_one_clear_line(tmp_path, text, told)
     path, scores = tmp_path / "answers.jsonl", {"en": {"n": 2, "n_language": 2}, "heldout": {}, "seconds": 3}
     if text is not None:
         path.write_text(text)
-    with pytest.raises(data.DataError) as error:
-        evaluation.read_answers(path, scores)
+    with pytest.raises(InputError) as error:
+        read_answers(path, scores)
     assert str(error.value).startswith(str(path)) and told in str(error.value)
-    data.write_jsonl(path, [ANSWER] * 2)
-    assert evaluation.read_answers(path, scores) == [ANSWER] * 2
+    write_jsonl(path, [ANSWER] * 2)
+    assert read_answers(path, scores) == [ANSWER] * 2
 
 
 @pytest.mark.parametrize("lines, told", [
@@ -157,11 +165,11 @@ def test_answers_that_are_not_all_there_are_one_clear_line(tmp_path, text, told)
 def test_a_damaged_journal_is_named_with_its_line(tmp_path, lines, told):
     path = tmp_path / "answers.jsonl"
     path.write_bytes("".join(line + "\n" for line in lines).encode("utf-8", "surrogateescape"))
-    with pytest.raises(data.DataError) as error:
-        evaluation.Journal(path, {"a": 1}, ("question",))
+    with pytest.raises(InputError) as error:
+        Journal(path, {"a": 1}, ("question",))
     assert str(error.value).startswith(f"{path}{told}")
     path.write_bytes(b'{"settings": {"a": 1}}\n{"question": 1}\n{"question": "\xc3')     # killed in a letter
-    with evaluation.Journal(path, {"a": 1}, ("question",)) as journal:
+    with Journal(path, {"a": 1}, ("question",)) as journal:
         assert journal.done == [{"question": 1}]
 
 
@@ -171,26 +179,26 @@ def test_several_languages_are_answered_and_a_response_shared_by_two_is_not_judg
             {"row_id": "1", **{code: {"prompt": f"{code} {TEXTS[code][1]}",
                                       "response": TEXTS["en" if code == "sw" else code][1]}
                                for code in TEXTS}}]
-    monkeypatch.setattr(evaluation, "answer",
+    monkeypatch.setattr(answers, "answer",
                         lambda model, tokenizer, questions, *_: [q.split(" ", 1)[1] for q in questions])
     languages = tuple(TEXTS)
-    classifier = evaluation.fit_languages(evaluation.texts_by_language(rows, languages))
-    scores = evaluation.answer_and_score(None, SimpleNamespace(fingerprint="0" * 64), rows, languages,
+    classifier = fit_languages(texts_by_language(rows, languages))
+    scores = answer_and_score(None, SimpleNamespace(fingerprint="0" * 64), rows, languages,
                                          classifier, 8, None, tmp_path / "answers.jsonl")
     assert {code: (scores[code]["n"], scores[code]["n_language"]) for code in TEXTS} == {
         "en": (2, 1), "sw": (2, 1), "ko": (2, 2)}
     assert ([scores[code]["correct"] for code in TEXTS] == [100, 50, 100]
             and scores["ko"]["right_language"] == 100)
-    lines = [line["language"] for _, line in data.read_records(tmp_path / "answers.jsonl")]
+    lines = [line["language"] for _, line in read_records(tmp_path / "answers.jsonl")]
     assert lines == ["en"] * 2 + ["sw"] * 2 + ["ko"] * 2
 
 
 def test_answers_equal_generate_one_at_a_time(checkpoint):
     import model as llama
-    model, tokenizer = llama.load(checkpoint), data.load_tokenizer(checkpoint)
+    model, tokenizer = llama.load(checkpoint), load_tokenizer(checkpoint)
     questions = ["What is it?", "Mji mkuu wa Ufaransa ni upi?", "x"]
-    together = evaluation.answer(model, tokenizer, questions, 9)
-    assert together == [evaluation.answer(model, tokenizer, [question], 9)[0] for question in questions]
+    together = answer(model, tokenizer, questions, 9)
+    assert together == [answer(model, tokenizer, [question], 9)[0] for question in questions]
 
 
 def run(*arguments, typed=""):
@@ -199,7 +207,7 @@ def run(*arguments, typed=""):
     with contextlib.redirect_stdout(io.StringIO()) as out, contextlib.redirect_stderr(io.StringIO()) as err, \
             mock.patch("sys.stdin", io.StringIO(typed)):
         try:
-            data.run(lambda: evaluation.main(list(map(str, arguments))))
+            files.run(lambda: evaluation.main(list(map(str, arguments))))
         except SystemExit as ended:
             code = ended.code
     return SimpleNamespace(returncode=code, stdout=out.getvalue(), stderr=err.getvalue())
@@ -223,7 +231,7 @@ def test_ask_refuses_what_is_not_there_in_one_line(tmp_path):
 # --------------------------------------------------------------------------------------- commands, end to end
 
 def write_rows(path, long=""):
-    data.write_rows(path, [
+    records.write_rows(path, [
         {"row_id": str(i), "split": "test",
          "en": {"prompt": f"What is {long if i == 3 else ''}{i}?", "response": f"It is {i}."},
          "sw": {"prompt": f"{i} ni nini?", "response": f"Ni kìnnìún {i}."}} for i in range(7)])
@@ -231,7 +239,7 @@ def write_rows(path, long=""):
 
 
 def test_multiple_choice_from_the_command_line_resumes_to_the_same_numbers(tmp_path):
-    from test_benchmarks import write_mmlu
+    from test_choice import write_mmlu
     model, files = write_checkpoint(tmp_path / "model"), write_mmlu(tmp_path / "files")
     command = ["mc", "mmlu", files, "--shots", "2", "--model", model, "--out", tmp_path / "out"]
     whole = run(*command)
@@ -263,10 +271,10 @@ def test_perplexity_per_byte_is_that_of_single_sequences_long_prompts_cut_and_sa
             and "holds 14 answers" in again.stdout)
     assert first.stdout.splitlines()[1:4] == again.stdout.splitlines()[2:5]
     figures = json.loads((tmp_path / "out" / "result.json").read_text())["figures"]
-    model, tokenizer = llama.load(path, dtype=torch.float64), data.load_tokenizer(path)
+    model, tokenizer = llama.load(path, dtype=torch.float64), load_tokenizer(path)
     for place, language in (("source", "en"), ("target", "sw")):
         nll = size = 0
-        for row in data.read_rows(rows):
+        for row in read_rows(rows):
             prompt, reply = (tokenizer.prompt_ids(row[language]["prompt"]),
                              tokenizer.response_ids(row[language]["response"]))
             ids = (prompt + reply)[-257:]
@@ -360,6 +368,6 @@ def test_bad_input_is_one_clear_line(arguments, wanted, tmp_path, monkeypatch, c
     (tmp_path / "odd.jsonl").write_text('{"preference": "M", "output_1": "a", "output_2": "b"}')
     monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit) as ended:
-        data.run(lambda: evaluation.main(arguments))
+        files.run(lambda: evaluation.main(arguments))
     told = capsys.readouterr().err
     assert ended.value.code == 2 and told.startswith("error: ") and told.count("\n") == 1 and wanted in told

@@ -11,12 +11,14 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import clo
-import data
 import eval as evaluation
 import model as llama
-import runs
 from conftest import write_checkpoint
-from model import CheckpointError
+from engine.files import InputError, fill_directory, write_json
+from formats.chat import load_tokenizer
+from formats.checkpoints import check_outputs, save_adapter, save_delta, save_merged, save_model
+from formats.records import write_rows
+from formats.weights import adapter_base
 
 PROMPT = "Mji mkuu wa Ufaransa ni upi?"
 TOKENS = torch.randint(300, (2, 12), generator=torch.Generator().manual_seed(1))
@@ -44,15 +46,15 @@ def with_lora(checkpoint, rank=4, alpha=12) -> llama.Llama:
 
 
 def write_adapter(model, checkpoint, directory: Path) -> Path:
-    runs.fill_directory(directory, lambda path: runs.save_adapter(
-        model, path, str(checkpoint), clo.ATTENTION, 4, 12, data.load_tokenizer(checkpoint).template))
+    fill_directory(directory, lambda path: save_adapter(
+        model, path, str(checkpoint), clo.ATTENTION, 4, 12, load_tokenizer(checkpoint).template))
     return directory
 
 
 def write_merged(checkpoint, adapter, directory: Path, max_shard_bytes=10**9) -> Path:
-    tokenizer = data.load_tokenizer(checkpoint)
-    runs.fill_directory(directory,
-                        lambda path: runs.save_merged(path, checkpoint, adapter, tokenizer, max_shard_bytes))
+    tokenizer = load_tokenizer(checkpoint)
+    fill_directory(directory,
+                        lambda path: save_merged(path, checkpoint, adapter, tokenizer, max_shard_bytes))
     return directory
 
 
@@ -69,10 +71,10 @@ def test_the_merged_directory_gives_transformers_our_logits_prompts_and_replies(
     assert len(list(merged.glob("model-*.safetensors"))) > 2
     theirs = transformers.AutoModelForCausalLM.from_pretrained(merged)
     torch.testing.assert_close(theirs(TOKENS).logits, logits(model), rtol=0, atol=1e-4)
-    tokenizer, ours = transformers.AutoTokenizer.from_pretrained(merged), data.load_tokenizer(merged)
+    tokenizer, ours = transformers.AutoTokenizer.from_pretrained(merged), load_tokenizer(merged)
     ids = tokenizer.apply_chat_template([{"role": "user", "content": PROMPT}], add_generation_prompt=True,
                                         return_dict=False)
-    assert ids == ours.prompt_ids(PROMPT) == data.load_tokenizer(base).prompt_ids(PROMPT)
+    assert ids == ours.prompt_ids(PROMPT) == load_tokenizer(base).prompt_ids(PROMPT)
     reply = theirs.double().generate(torch.tensor([ids]), max_new_tokens=20, do_sample=False, pad_token_id=1)
     reply = reply[0, len(ids):].tolist()
     end = next((i for i, token in enumerate(reply) if token in ours.stop_ids), len(reply))
@@ -99,7 +101,7 @@ def test_merging_adds_in_fp32_rounds_once_and_leaves_the_rest_its_bits(checkpoin
 
 
 def test_all_stop_ids_reach_the_generation_config(checkpoint, tmp_path):
-    runs.write_json(checkpoint / "generation_config.json", {"eos_token_id": 7, "temperature": 0.6})
+    write_json(checkpoint / "generation_config.json", {"eos_token_id": 7, "temperature": 0.6})
     merged = write_merged(checkpoint, write_adapter(with_lora(checkpoint), checkpoint, tmp_path / "adapter"),
                           tmp_path / "merged")
     assert json.loads((merged / "generation_config.json").read_text()) == {
@@ -136,7 +138,7 @@ def test_an_adapter_made_by_peft_gives_our_loader_its_logits(checkpoint, tmp_pat
     ours = llama.load(checkpoint, adapter=tmp_path / "adapter")
     torch.testing.assert_close(logits(ours), theirs(TOKENS).logits, rtol=0, atol=1e-4)
     assert not torch.allclose(logits(ours), logits(llama.load(checkpoint)), atol=1e-2)
-    assert llama.adapter_base(tmp_path / "adapter") == str(checkpoint)
+    assert adapter_base(tmp_path / "adapter") == str(checkpoint)
 
 
 @pytest.mark.parametrize("change, match", [
@@ -148,8 +150,8 @@ def test_an_adapter_made_by_peft_gives_our_loader_its_logits(checkpoint, tmp_pat
 def test_adapters_of_other_kinds_are_refused_by_key(checkpoint, tmp_path, change, match):
     adapter = write_adapter(with_lora(checkpoint), checkpoint, tmp_path / "adapter")
     path = adapter / "adapter_config.json"
-    runs.write_json(path, json.loads(path.read_text()) | change)
-    with pytest.raises(CheckpointError, match=match):
+    write_json(path, json.loads(path.read_text()) | change)
+    with pytest.raises(InputError, match=match):
         llama.load(checkpoint, adapter=adapter)
 
 
@@ -163,7 +165,7 @@ def test_an_adapter_with_more_or_less_than_pairs_of_factors_is_refused(checkpoin
     tensors = load_file(adapter / "adapter_model.safetensors")
     change(tensors)
     save_file(tensors, adapter / "adapter_model.safetensors")
-    with pytest.raises(CheckpointError, match="no factor of a pair|holds no LoRA factors"):
+    with pytest.raises(InputError, match="no factor of a pair|holds no LoRA factors"):
         llama.load(checkpoint, adapter=adapter)
 
 
@@ -179,7 +181,7 @@ def test_factors_that_no_training_gives_are_refused(checkpoint, tmp_path, change
     key = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
     tensors[key] = change(tensors[key]).contiguous()
     save_file(tensors, adapter / "adapter_model.safetensors")
-    with pytest.raises(CheckpointError, match=match) as error:
+    with pytest.raises(InputError, match=match) as error:
         llama.load(checkpoint, adapter=adapter)
     assert str(adapter) in str(error.value) and "layers.0.self_attn.q_proj" in str(error.value)
 
@@ -188,8 +190,8 @@ def test_factors_that_no_training_gives_are_refused(checkpoint, tmp_path, change
 def test_an_adapter_without_a_base_asks_for_one(checkpoint, tmp_path, base):
     adapter = write_adapter(with_lora(checkpoint), checkpoint, tmp_path / "adapter")
     path = adapter / "adapter_config.json"
-    runs.write_json(path, json.loads(path.read_text()) | {"base_model_name_or_path": base})
-    with pytest.raises(CheckpointError, match="names no base model .* --model"):
+    write_json(path, json.loads(path.read_text()) | {"base_model_name_or_path": base})
+    with pytest.raises(InputError, match="names no base model .* --model"):
         evaluation.main(["ask", "--adapter", str(adapter), PROMPT])
     evaluation.main(["ask", "--adapter", str(adapter), "--model", str(checkpoint), "--max-tokens", "2",
                      PROMPT])
@@ -200,7 +202,7 @@ def test_an_adapter_of_another_model_is_refused(checkpoint, tmp_path):
                          ({"hidden_size": 20}, "does not fit the weight")):
         other = write_checkpoint(tmp_path / match, **shape)
         adapter = write_adapter(with_lora(other), other, tmp_path / "adapter")
-        with pytest.raises(CheckpointError, match=match):
+        with pytest.raises(InputError, match=match):
             llama.load(checkpoint, adapter=adapter)
 
 
@@ -209,17 +211,17 @@ def test_an_adapter_of_another_model_is_refused(checkpoint, tmp_path):
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-6), (torch.bfloat16, 2 ** -7)])
 def test_the_delta_over_the_base_is_the_written_model(checkpoint, tmp_path, dtype, tolerance):
     as_dtype(checkpoint, dtype)
-    model, tokenizer = llama.load(checkpoint), data.load_tokenizer(checkpoint)
+    model, tokenizer = llama.load(checkpoint), load_tokenizer(checkpoint)
     parameters = clo.make_trainable(model, "attention", 0, 0, 0)
     with torch.no_grad():
         for parameter in parameters.values():
             parameter += torch.randn(parameter.shape, generator=torch.Generator().manual_seed(3)) / 20
     whole, delta = tmp_path / "whole", tmp_path / "attn_delta.safetensors"
-    runs.fill_directory(whole, lambda path: runs.save_model(path, checkpoint, tokenizer,
+    fill_directory(whole, lambda path: save_model(path, checkpoint, tokenizer,
                                                             lambda name, old: parameters.get(name, old)))
-    runs.save_delta(delta, checkpoint, parameters, "owner/base")
+    save_delta(delta, checkpoint, parameters, "owner/base")
     assert delta.stat().st_size < (whole / "model.safetensors").stat().st_size / 2
-    assert llama.adapter_base(delta) == "owner/base"
+    assert adapter_base(delta) == "owner/base"
     for (name, one), (_, other) in zip(llama.load(whole).named_parameters(),
                                        llama.load(checkpoint, adapter=delta).named_parameters()):
         torch.testing.assert_close(one, other, rtol=tolerance, atol=tolerance / 10, msg=name)
@@ -241,9 +243,9 @@ NORM, QUERY = "model.norm.weight", "model.layers.0.self_attn.q_proj.weight"
 def test_what_is_no_delta_is_not_added_to_the_weights(checkpoint, tmp_path, metadata, tensors, match):
     delta = tmp_path / "attn_delta.safetensors"
     save_file(tensors, delta, metadata={"format": "pt", **metadata})
-    with pytest.raises(CheckpointError, match=match):
+    with pytest.raises(InputError, match=match):
         llama.load(checkpoint, adapter=delta)
-    with pytest.raises(CheckpointError, match="a whole model is given by its directory, with --model"):
+    with pytest.raises(InputError, match="a whole model is given by its directory, with --model"):
         llama.load(checkpoint, adapter=checkpoint / "model.safetensors")
 
 
@@ -252,7 +254,7 @@ def test_what_is_no_delta_is_not_added_to_the_weights(checkpoint, tmp_path, meta
 def test_what_was_written_is_loaded_and_compared(checkpoint, tmp_path, capsys):
     model = with_lora(checkpoint)
     adapter = write_adapter(model, checkpoint, tmp_path / "adapter")
-    runs.check_outputs(model, {adapter: {"path": checkpoint, "adapter": adapter}}, [5, 6, 7])
+    check_outputs(model, {adapter: {"path": checkpoint, "adapter": adapter}}, [5, 6, 7])
     assert f"{adapter}: written, loaded again" in capsys.readouterr().out
 
 
@@ -260,9 +262,9 @@ def test_an_output_that_is_not_the_trained_model_stops_the_program(checkpoint, t
     model = with_lora(checkpoint)
     adapter = write_adapter(model, checkpoint, tmp_path / "adapter")
     path = adapter / "adapter_config.json"
-    runs.write_json(path, json.loads(path.read_text()) | {"lora_alpha": 13})
-    with pytest.raises(data.DataError, match="do not use it"):
-        runs.check_outputs(model, {adapter: {"path": checkpoint, "adapter": adapter}}, [5, 6, 7])
+    write_json(path, json.loads(path.read_text()) | {"lora_alpha": 13})
+    with pytest.raises(InputError, match="do not use it"):
+        check_outputs(model, {adapter: {"path": checkpoint, "adapter": adapter}}, [5, 6, 7])
 
 
 @pytest.mark.parametrize("flags, outputs", [
@@ -273,7 +275,7 @@ def test_a_run_writes_and_checks_the_outputs_of_its_mode(tmp_path, capsys, flags
     base = write_checkpoint(tmp_path / "base")
     rows = [{"row_id": str(i), "en": {"prompt": f"What is {i}?", "response": f"It is {i}."},
              "sw": {"prompt": f"{i} ni nini?", "response": f"Ni {i}."}} for i in range(12)]
-    data.write_rows(tmp_path / "rows.jsonl", rows)
+    write_rows(tmp_path / "rows.jsonl", rows)
     clo.main(["--lang", "sw", "--model", str(base), "--data", str(tmp_path / "rows.jsonl"),
               "--out", str(tmp_path / "run"), "--baseline", "none", "--epochs", "1", "--row-tokens", "200",
               "--max-new-tokens", "2", "--device", "cpu", *flags])
@@ -292,7 +294,7 @@ def test_a_directory_is_replaced_whole_or_not_at_all(checkpoint, tmp_path):
     merged = write_merged(checkpoint, adapter, tmp_path / "merged")
     before = {path.name: path.read_bytes() for path in merged.iterdir()}
     shutil.rmtree(adapter)
-    with pytest.raises(CheckpointError):
+    with pytest.raises(InputError):
         write_merged(checkpoint, adapter, merged)
     assert {path.name: path.read_bytes() for path in merged.iterdir()} == before
 
@@ -302,7 +304,7 @@ def test_ask_finds_the_base_of_an_adapter_and_of_a_delta(checkpoint, tmp_path, c
     adapter, delta = (write_adapter(model, checkpoint, tmp_path / "adapter"),
                       tmp_path / "attn_delta.safetensors")
     merged = dict(clo.merge_lora(model).named_parameters())
-    runs.save_delta(delta, checkpoint, {name: merged[name] for name in merged if ".self_attn." in name},
+    save_delta(delta, checkpoint, {name: merged[name] for name in merged if ".self_attn." in name},
                     str(checkpoint))
     said = []
     for path in (adapter, delta):

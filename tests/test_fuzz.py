@@ -7,11 +7,15 @@ from pathlib import Path
 
 import pytest
 
-import data
 import model as llama
-import spm
 import translate
 from conftest import write_checkpoint
+from engine.files import InputError
+from formats.chat import load_tokenizer
+from formats.records import read_rows
+from formats.weights import open_weights
+from m2m100 import tokenizer as spm
+
 
 hypothesis = pytest.importorskip("hypothesis")
 from hypothesis import HealthCheck, given, settings, strategies as st  # noqa: E402
@@ -36,7 +40,7 @@ RECORDS = st.recursive(SCALARS | WORDS, lambda inner: (st.lists(inner, max_size=
 def complains_or_works(read) -> None:
     try:
         read()
-    except (data.DataError, llama.CheckpointError) as error:
+    except InputError as error:
         assert "\n" not in str(error) and len(str(error)) > 10
 
 
@@ -71,7 +75,7 @@ def mutated(draw, original, file: Path) -> None:
 def test_any_records(tmp_path_factory, records, language, turns):
     path = tmp_path_factory.mktemp("rows") / "rows.jsonl"
     path.write_text("\n".join(map(json.dumps, records)))
-    complains_or_works(lambda: data.read_rows(path, language, turns))
+    complains_or_works(lambda: read_rows(path, language, turns))
 
 
 @FUZZ
@@ -80,7 +84,7 @@ def test_any_records(tmp_path_factory, records, language, turns):
 def test_any_bytes_as_a_data_file(tmp_path_factory, content):
     path = tmp_path_factory.mktemp("rows") / "rows.jsonl"
     path.write_bytes(content)
-    complains_or_works(lambda: data.read_rows(path))
+    complains_or_works(lambda: read_rows(path))
 
 
 @pytest.mark.parametrize("name", ["config.json", "tokenizer.json", "tokenizer_config.json",
@@ -99,7 +103,7 @@ def test_any_change_of_one_value_in_a_checkpoints_json(base, tmp_path, name):
         mutated(draw_from.draw, original, directory / name)
 
         def read():
-            tokenizer = data.load_tokenizer(directory)
+            tokenizer = load_tokenizer(directory)
             tokenizer.response_ids("It is."), tokenizer.prompt_ids("What?")
         complains_or_works(read)
         complains_or_works(lambda: llama.load(directory))
@@ -140,7 +144,7 @@ def test_any_header_of_a_safetensors_file(base, tmp_path):
 def test_any_index(base, tmp_path):
     directory = tmp_path / "copy"
     shutil.copytree(base, directory)
-    names = list(llama.open_weights(base))
+    names = list(open_weights(base))
     original = {"metadata": {"total_size": 1}, "weight_map": dict.fromkeys(names, "model.safetensors")}
 
     @FUZZ

@@ -13,8 +13,8 @@ from pathlib import Path
 
 import pytest
 
-import hub
 from conftest import write_checkpoint
+from formats import hub
 
 ROOT = Path(__file__).parents[1]
 CHUNK = 10 * 1024 ** 2         # bytes that huggingface_hub writes at a time
@@ -120,8 +120,8 @@ def call(server, cache: Path, *command, **environment):
                           capture_output=True, text=True, timeout=120)
 
 
-LOCAL = ("import sys, hub\ntry: print(hub.local(sys.argv[1]))\n"
-         "except hub.HubError as error: print('error:', error)")
+LOCAL = ("import sys\nfrom engine.files import InputError\nfrom formats import hub\ntry: print(hub.local(sys.argv[1]))\n"
+         "except InputError as error: print('error:', error)")
 
 
 def test_only_needed_files_are_fetched_and_the_cache_answers_offline(server, tmp_path, tiny):

@@ -14,9 +14,9 @@ from pathlib import Path
 
 import pytest
 
-import data
 import eval as evaluation
-import judge
+from engine.files import InputError, run
+from evals import judge
 
 ROOT = Path(__file__).parents[1]
 KEY = "sk-do-not-show-this"
@@ -121,7 +121,7 @@ def test_win_rate_is_the_mean_of_preferences_with_draws_old_draws_and_gaps():
 def test_a_preference_that_is_none_is_refused(value):
     for fine in (1, 2, 1.5, 0, None, float("nan")):
         judge.check_preference(fine, "x:1")
-    with pytest.raises(data.DataError, match="^x:1: the preference is"):
+    with pytest.raises(InputError, match="^x:1: the preference is"):
         judge.check_preference(value, "x:1")
 
 
@@ -192,7 +192,7 @@ def test_a_lasting_fault_gives_no_verdict_after_the_attempts(serve):
 @pytest.mark.parametrize("status", [400, 401, 404, (302, {"Location": "http://127.0.0.1:1/elsewhere"})])
 def test_a_refusal_ends_the_run_at_once_and_shows_no_key(serve, status):
     server = serve(status)
-    with pytest.raises(data.DataError) as error:
+    with pytest.raises(InputError) as error:
         endpoint(server).verdict(MESSAGES)
     assert len(server.requests) == 1 and KEY not in str(error.value) and "127.0.0.1" not in str(error.value)
 
@@ -257,7 +257,7 @@ def test_braces_in_answers_are_text():
 
 
 def test_an_endpoint_that_is_gone_stops_the_run_with_one_line(serve):
-    with pytest.raises(data.DataError, match="in a row .HTTP 500."):
+    with pytest.raises(InputError, match="in a row .HTTP 500."):
         list(judge.annotate_all(make_pairs(40), endpoint(serve(500), attempts=1), "random", 0, "", 2))
 
 
@@ -287,7 +287,7 @@ def test_answers_are_joined_on_the_exact_instruction(tmp_path, capsys):
     ('[{"instruction": "x", "output": null}]', r"a.json\[0\]: str expected")])
 def test_a_bad_file_of_answers_is_one_clear_line(tmp_path, text, wanted):
     (tmp_path / "a.json").write_text(text)
-    with pytest.raises(data.DataError, match=wanted):
+    with pytest.raises(InputError, match=wanted):
         judge.read_outputs(tmp_path / "a.json")
 
 
@@ -334,7 +334,7 @@ def test_a_key_no_header_can_hold_is_refused_unshown_and_spaces_around_one_do_no
     assert (judge.endpoint_from_environment("m").key == KEY
             and KEY not in repr(judge.endpoint_from_environment("m")))
     monkeypatch.setenv("OPENAI_API_KEY", key)
-    with pytest.raises(data.DataError, match="OPENAI_API_KEY holds") as error:
+    with pytest.raises(InputError, match="OPENAI_API_KEY holds") as error:
         judge.endpoint_from_environment("m")
     assert "sk-" not in str(error.value)
 
@@ -345,6 +345,6 @@ def test_without_key_or_server_the_judge_is_refused_in_one_line(tmp_path, monkey
     for name in ("OPENAI_API_KEY", "OPENAI_BASE_URL"):
         monkeypatch.delenv(name, raising=False)
     with pytest.raises(SystemExit) as ended:
-        data.run(lambda: evaluation.main(["judge", *paths]))
+        run(lambda: evaluation.main(["judge", *paths]))
     told = capsys.readouterr().err
     assert ended.value.code == 2 and told.startswith("error: OPENAI_API_KEY") and told.count("\n") == 1

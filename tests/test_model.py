@@ -14,7 +14,9 @@ from safetensors.torch import load_file, save_file
 
 import model as llama
 from conftest import write_checkpoint
-from model import CheckpointError
+from engine.files import InputError
+from formats.checkpoints import save
+from formats.configs import Config, read_config
 
 FAMILIES = {
     "llama": {"num_key_value_heads": 2},
@@ -29,7 +31,7 @@ FAMILIES = {
 
 
 def random_model(window=None, dtype=torch.float64, **shape) -> llama.Llama:
-    config = llama.Config(**{"vocab_size": 41, "hidden_size": 16, "intermediate_size": 24,
+    config = Config(**{"vocab_size": 41, "hidden_size": 16, "intermediate_size": 24,
                              "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
                              "head_dim": 6, "tie_word_embeddings": True, "sliding_window": window} | shape)
     model = llama.initialise_(llama.Llama(config)).to(dtype)
@@ -173,7 +175,7 @@ def test_every_tensor_of_the_real_models_is_accounted_for(name, tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(raw))
     with torch.device("meta"):
         ours = {key: tuple(tensor.shape)
-                for key, tensor in llama.Llama(llama.read_config(tmp_path)).named_parameters()}
+                for key, tensor in llama.Llama(read_config(tmp_path)).named_parameters()}
     assert sum(map(math.prod, ours.values())) == PARAMETERS[name]
     transformers = pytest.importorskip("transformers")
     config = transformers.AutoConfig.from_pretrained(tmp_path)
@@ -186,7 +188,7 @@ def test_every_tensor_of_the_real_models_is_accounted_for(name, tmp_path):
 @pytest.mark.parametrize("max_shard_bytes", [10**9, 4000])
 def test_files_of_every_dtype_load_in_every_dtype(dtype, max_shard_bytes, tmp_path):
     model = random_model(dtype=torch.float32, tie_word_embeddings=False)
-    llama.save(model, tmp_path, dtype, max_shard_bytes)
+    save(model, tmp_path, dtype, max_shard_bytes)
     for wanted in (torch.float32, torch.bfloat16, torch.float16):
         for (name, expected), (_, found) in zip(model.named_parameters(),
                                                 llama.load(tmp_path, dtype=wanted).named_parameters()):
@@ -199,7 +201,7 @@ def test_changing_a_loaded_model_changes_no_file(checkpoint):
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(1)
-    llama.save(model, checkpoint)                     # over the very file it is mapped from
+    save(model, checkpoint)                     # over the very file it is mapped from
     again = llama.load(checkpoint)
     assert (checkpoint / "model.safetensors").read_bytes() != before
     for (name, expected), (_, found) in zip(model.named_parameters(), again.named_parameters()):
@@ -209,11 +211,11 @@ def test_changing_a_loaded_model_changes_no_file(checkpoint):
 def test_loading_holds_one_shard_at_a_time(tmp_path):
     """Peak resident memory of a process that loads eight bf16 shards as fp32: the model, and little more
     than a shard."""
-    config = llama.Config(vocab_size=32, hidden_size=1024, intermediate_size=4096, num_hidden_layers=8,
+    config = Config(vocab_size=32, hidden_size=1024, intermediate_size=4096, num_hidden_layers=8,
                           num_attention_heads=8, num_key_value_heads=8, head_dim=128)
     with torch.device("meta"):
         model = llama.Llama(config)
-    llama.save(model.to_empty(device="cpu"), tmp_path, torch.bfloat16, 35_000_000)
+    save(model.to_empty(device="cpu"), tmp_path, torch.bfloat16, 35_000_000)
     del model
     shards = [path.stat().st_size for path in tmp_path.glob("*.safetensors")]
     code = """if True:
@@ -275,8 +277,8 @@ def test_real_checkpoint_continues_as_the_independent_reference(shared):
 
 def test_saved_and_sharded_models_load_back_bit_for_bit(tmp_path):
     model = random_model(dtype=torch.float32, tie_word_embeddings=False)
-    llama.save(model, tmp_path / "one")
-    llama.save(model, tmp_path / "many", max_shard_bytes=2000)
+    save(model, tmp_path / "one")
+    save(model, tmp_path / "many", max_shard_bytes=2000)
     assert len(list((tmp_path / "many").glob("*.safetensors"))) > 3
     for name in ("one", "many"):
         again = llama.load(tmp_path / name)
@@ -310,7 +312,7 @@ def test_old_files_with_rotary_tables_load(checkpoint):
 
 
 def test_a_shard_that_is_missing_or_lacks_what_the_index_promises_is_named(tmp_path):
-    llama.save(random_model(dtype=torch.float32), tmp_path, max_shard_bytes=3000)
+    save(random_model(dtype=torch.float32), tmp_path, max_shard_bytes=3000)
     first, second = sorted(tmp_path.glob("model-*.safetensors"))[:2]
     second.write_bytes(first.read_bytes())
     refuse(tmp_path, f"promises .* in {second.name}, which does not hold it")
@@ -323,11 +325,11 @@ def test_both_spellings_of_config_keys_mean_the_same(checkpoint):
     raw = json.loads(path.read_text())
     scaling = FAMILIES["llama3"]["rope_scaling"]
     path.write_text(json.dumps(raw | {"rope_theta": 5e5, "rope_scaling": scaling}))
-    old = llama.read_config(checkpoint)
+    old = read_config(checkpoint)
     for key in ("rope_theta", "rope_scaling"):
         del raw[key]
     path.write_text(json.dumps(raw | {"rope_parameters": {"rope_theta": 5e5, **scaling}}))
-    assert llama.read_config(checkpoint) == old
+    assert read_config(checkpoint) == old
 
 
 def test_an_adapter_adds_its_product_to_the_weights(checkpoint, tmp_path):
@@ -349,7 +351,7 @@ def test_an_adapter_adds_its_product_to_the_weights(checkpoint, tmp_path):
 
 
 def refuse(checkpoint, match: str):
-    with pytest.raises(CheckpointError, match=match) as error:
+    with pytest.raises(InputError, match=match) as error:
         llama.load(checkpoint)
     assert "\n" not in str(error.value)
 

@@ -17,14 +17,16 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from test_clo import changed, fails, parallel_rows, prepared, without_times
 
 import clo
-import data
 import model as llama
-import ranks
-import runs
 from conftest import write_checkpoint
-from test_clo import changed, fails, parallel_rows, prepared, without_times
+from engine import ranks, runs
+from engine.files import InputError
+from formats.checkpoints import save
+from formats.configs import Config
+from formats.records import write_rows
 
 ROOT = Path(__file__).parents[1]
 ENVIRONMENT = dict(os.environ, OMP_NUM_THREADS="1", PYTHONPATH=f"{ROOT}{os.pathsep}{ROOT / 'tests'}")
@@ -59,9 +61,9 @@ def world(tmp_path):
     write_checkpoint(tmp_path / "base", hidden_size=17, intermediate_size=25, num_attention_heads=3,
                      num_key_value_heads=1, tie_word_embeddings=False, model_type="qwen2", qkv_bias=True)
     rows = parallel_rows(24)
-    data.write_rows(tmp_path / "rows.jsonl", rows[:16])
+    write_rows(tmp_path / "rows.jsonl", rows[:16])
     splits = ("test", "validation")
-    data.write_rows(tmp_path / "eval.jsonl",
+    write_rows(tmp_path / "eval.jsonl",
                     [row | {"split": splits[i % 2]} for i, row in enumerate(rows[16:])])
     return tmp_path, ["--model", str(tmp_path / "base"), "--data", str(tmp_path / "rows.jsonl"),
                       "--out", str(tmp_path / "run"), "--lang", "sw", "--row-tokens", "200",
@@ -157,8 +159,8 @@ def shared_model(path: Path) -> None:
 
     def fail():
         model(tokens)
-        raise data.DataError("no")
-    with pytest.raises(data.DataError, match="no"):
+        raise InputError("no")
+    with pytest.raises(InputError, match="no"):
         ranks.on_first(fail, model)
     for train in ("lora", "attention", "full"):  # fp32 among bf16 weights; gradients are summed, not averaged
         def learn(model):
@@ -182,9 +184,9 @@ def shared_model(path: Path) -> None:
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(),
                     reason="needs Linux's account of a process's memory")
 def test_loading_takes_a_rank_its_share_of_the_memory_and_of_the_file(tmp_path):
-    config = llama.Config(vocab_size=8203, hidden_size=1024, intermediate_size=6145, num_hidden_layers=1,
+    config = Config(vocab_size=8203, hidden_size=1024, intermediate_size=6145, num_hidden_layers=1,
                           num_attention_heads=8, num_key_value_heads=8, head_dim=64)
-    llama.save(llama.initialise_(llama.Llama(config)), tmp_path)
+    save(llama.initialise_(llama.Llama(config)), tmp_path)
     run = on_two("tests/test_ranks.py", "memory_of_loading", tmp_path)
     assert run.returncode == 0, run.stderr[-3000:]
     size = (tmp_path / "model.safetensors").stat().st_size
@@ -255,7 +257,7 @@ def one_fails(path: Path) -> None:
     ranks.wait_for_all()
     signal.signal(signal.SIGTERM, lambda *_: None)  # as during training, where it asks for a checkpoint first
     if ranks.rank():
-        raise data.DataError("no bread")
+        raise InputError("no bread")
     while True:                                              # as in a library that waits for the other rank
         time.sleep(1)
 
@@ -264,7 +266,7 @@ def all_fail(path: Path) -> None:
     ranks.start("cpu")
 
     def fail():
-        raise data.DataError("no bread")
+        raise InputError("no bread")
     ranks.on_first(fail)
 
 

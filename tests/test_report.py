@@ -8,9 +8,8 @@ import statistics
 import numpy as np
 import pytest
 
-import data
-import report
-import runs
+from engine.files import InputError, read_records, write_json, write_jsonl
+from evals import report
 
 
 def write_run(root, name, lang="sw", samples=200, seed=0, right={"base": 0.0, "sft": 0.3, "clo": 0.6}, n=60,
@@ -33,13 +32,13 @@ def write_run(root, name, lang="sw", samples=200, seed=0, right={"base": 0.0, "s
             "mixed": 2 * (method == "base")} for language in languages}
         methods[method] |= {"heldout": {"nll_en": 0.5, "nll_tgt": 2 - share, **apart}, "train_seconds": 1.0,
                             "decoding": {"temperature": 0, "max_tokens": 64, "template": "abc"}}
-        data.write_jsonl(run / method / "answers.jsonl", lines)
+        write_jsonl(run / method / "answers.jsonl", lines)
         if method != "base":
-            data.write_jsonl(run / method / "metrics.jsonl", [
+            write_jsonl(run / method / "metrics.jsonl", [
                 {"step": 0, "nll_en": 0.5, "nll_tgt": 3.0, **apart}, {"step": 1, "loss": 1.0},
                 {"step": 2, "nll_en": 0.6, "nll_tgt": 2.0 + seed}])
-    runs.write_json(run / "report.json", {"lang": lang, "samples": samples, "seed": seed, "methods": methods})
-    runs.write_json(run / "config.json", {
+    write_json(run / "report.json", {"lang": lang, "samples": samples, "seed": seed, "methods": methods})
+    write_json(run / "config.json", {
         "flags": {"lang": lang, "source": "en", "seed": seed, "samples": samples, **flags},
         "inputs": {"data": "0123"}})
     return run
@@ -74,7 +73,7 @@ def test_runs_that_differ_in_a_flag_are_told_apart_and_sft_does_not_read_beta(tm
 
 def test_two_different_figures_of_one_model_are_refused(tmp_path):
     paths = [write_run(tmp_path, "a"), write_run(tmp_path, "b", right={"sft": 0.9})]
-    with pytest.raises(data.DataError, match="a second, different .*sw 200 sft, seed 0"):
+    with pytest.raises(InputError, match="a second, different .*sw 200 sft, seed 0"):
         report.read_results(paths)
 
 
@@ -106,11 +105,11 @@ def test_evaluations_of_an_adapter_join_the_row_of_its_run(tmp_path):
     run = write_run(tmp_path, "r0")
     for method in ("clo", "sft"):
         out = tmp_path / f"mmlu-{method}"
-        data.write_jsonl(out / "answers.jsonl", [{"settings": {}}, *(
+        write_jsonl(out / "answers.jsonl", [{"settings": {}}, *(
             {"question": f"anatomy {i}",
              "scores": {"mmlu 5-shot": 100.0 * (i % (2 if method == "clo" else 4) == 0)}}
             for i in range(40))])
-        runs.write_json(out / "result.json", {
+        write_json(out / "result.json", {
             "figures": {"mmlu 5-shot": {"value": 50.0 if method == "clo" else 25.0, "stderr": 7.0}},
             "settings": {"adapter": str(run / method / "adapter"), "shots": 5}})
     results = report.read_results([run, tmp_path / "mmlu-clo", tmp_path / "mmlu-sft"])
@@ -126,7 +125,7 @@ def test_evaluations_of_an_adapter_join_the_row_of_its_run(tmp_path):
 def test_a_run_on_several_targets_has_columns_and_rows_for_each(tmp_path):
     run = write_run(tmp_path, "both", "sw,yo")
     written = json.loads((run / "report.json").read_text())
-    answers = {name: [line for _, line in data.read_records(run / name / "answers.jsonl")]
+    answers = {name: [line for _, line in read_records(run / name / "answers.jsonl")]
                for name in written["methods"]}
     text = report.report_text(written, answers, "en", examples=1)
     header = next(line for line in text.splitlines() if "train s" in line)
@@ -155,9 +154,9 @@ def test_a_run_on_several_targets_has_columns_and_rows_for_each(tmp_path):
     ({"language": "de"}, ["de (sw,yo)"])])
 def test_an_evaluation_joins_the_rows_of_its_language_or_of_all(tmp_path, settings, rows):
     run, out = write_run(tmp_path, "both", "sw,yo"), tmp_path / "evaluation"
-    data.write_jsonl(out / "answers.jsonl",
+    write_jsonl(out / "answers.jsonl",
                      [{"settings": {}}, {"question": "1", "scores": {"figure": 100.0}}])
-    runs.write_json(out / "result.json", {
+    write_json(out / "result.json", {
         "figures": {"figure": {"value": 100.0}},
         "settings": settings | {"adapter": str(run / "clo" / "adapter")}})
     found = report.read_results([run, out])
@@ -177,7 +176,7 @@ def test_a_baseline_that_is_not_there_is_said(tmp_path):
 def test_a_broken_run_is_one_clear_line(tmp_path, spoil, wanted):
     run = write_run(tmp_path, "a")
     spoil(run)
-    with pytest.raises(data.DataError, match=wanted):
+    with pytest.raises(InputError, match=wanted):
         report.read_results([run])
 
 
@@ -200,5 +199,5 @@ def test_plots_are_drawn(tmp_path):
 
 def test_plotting_without_matplotlib_is_one_clear_line(tmp_path, monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "matplotlib", None)
-    with pytest.raises(data.DataError, match="--plot needs matplotlib: pip install matplotlib"):
+    with pytest.raises(InputError, match="--plot needs matplotlib: pip install matplotlib"):
         report.plot(report.read_results([write_run(tmp_path, "a")]), tmp_path / "plots")

@@ -10,8 +10,9 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-import data
-import runs
+from engine import runs
+from engine import files
+from engine.files import InputError, write_json
 
 FLAGS = {"seed": 0, "model": "nowhere/base", "data": "nowhere/rows.jsonl"}
 
@@ -21,8 +22,8 @@ def begin(directory, fresh=False, resume=False, **flags):
 
 
 def refused(*words, **keywords):
-    """DataError of one line with all these words."""
-    return pytest.raises(data.DataError, match=r"\A(?=.*" + ")(?=.*".join(words) + r")[^\n]*\Z", **keywords)
+    """InputError of one line with all these words."""
+    return pytest.raises(InputError, match=r"\A(?=.*" + ")(?=.*".join(words) + r")[^\n]*\Z", **keywords)
 
 
 def tree(directory: Path) -> dict:
@@ -107,7 +108,7 @@ def test_a_deletion_that_is_killed_can_be_repeated(tmp_path, monkeypatch, delete
     run = begin(tmp_path / "run")
     for name in "abc":
         (run / name).mkdir()
-    done, remove = [], runs.remove
+    done, remove = [], files.remove
 
     def removed(path):
         if len(done) == deleted:
@@ -249,7 +250,7 @@ def test_a_damaged_result_is_refused_with_the_way_out(tmp_path, text):
     path.write_text(text)
     with refused("result.json is damaged", "delete it"):
         runs.read_result(path)
-    runs.write_json(path, {"heldout": {}, "train_seconds": 0.0})
+    write_json(path, {"heldout": {}, "train_seconds": 0.0})
     assert runs.read_result(path) == {"heldout": {}, "train_seconds": 0.0}
 
 

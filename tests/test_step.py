@@ -16,15 +16,17 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import clo
 import data
 import model as llama
-import scale
+from engine import scale
+from engine.files import InputError
+from formats.configs import Config
 
 CPU = torch.device("cpu")
 SHAPES = {
-    "llama": llama.Config(31, 16, 24, 3, 4, 2, 6),
-    "tied": llama.Config(31, 16, 24, 2, 4, 4, 4, tie_word_embeddings=True,
+    "llama": Config(31, 16, 24, 3, 4, 2, 6),
+    "tied": Config(31, 16, 24, 2, 4, 4, 4, tie_word_embeddings=True,
                          mlp_bias=True, qkv_bias=True, o_bias=True),
-    "qwen2": llama.Config(31, 16, 40, 3, 4, 1, 8, qkv_bias=True, model_type="qwen2"),
-    "qwen3": llama.Config(31, 16, 24, 3, 4, 2, 8, qk_norm=True, model_type="qwen3"),
+    "qwen2": Config(31, 16, 40, 3, 4, 1, 8, qkv_bias=True, model_type="qwen2"),
+    "qwen3": Config(31, 16, 24, 3, 4, 2, 8, qk_norm=True, model_type="qwen3"),
 }
 TRAIN = ("lora", "attention", "full")
 
@@ -135,7 +137,7 @@ def test_a_step_without_a_pair_learns_from_its_responses_alone():
 
 
 def test_methods_that_prefer_refuse_data_without_any_pair():
-    with pytest.raises(data.DataError, match="the same response in all languages, so clo finds"):
+    with pytest.raises(InputError, match="the same response in all languages, so clo finds"):
         clo.check_pairs(equal_forks(), make_args(baseline="sft"))
     clo.check_pairs(equal_forks(), make_args(method="sft", baseline="none"))
     clo.check_pairs(equal_forks() + make_forks(1), make_args())
@@ -283,7 +285,7 @@ def test_a_compiled_block_takes_the_mask_of_other_rows_without_compiling_again()
     counter = CompileCounterWithBackend("eager")
     compiled, flex = (torch.compile(function, backend=backend, dynamic=False, fullgraph=True)
                       for function, backend in ((llama.run_block, counter), (flex_attention, "eager")))
-    model = llama.initialise_(llama.Llama(llama.Config(31, 16, 24, 1, 4, 2, 4))).requires_grad_(False)
+    model = llama.initialise_(llama.Llama(Config(31, 16, 24, 1, 4, 2, 4))).requires_grad_(False)
     block = model.model["layers"][0]
     angles = torch.randn(1, 24, 1, 4)
     for number in range(3):
@@ -302,7 +304,7 @@ def test_a_compiled_block_takes_the_mask_of_other_rows_without_compiling_again()
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler on a CPU")
 def test_the_compiled_block_of_a_gpu_run_equals_the_plain_one():
     """Mask, attention and block as on CUDA, by the real compiler; for a CPU it knows the forward alone."""
-    model = llama.initialise_(llama.Llama(llama.Config(31, 64, 96, 1, 4, 2, 16)))
+    model = llama.initialise_(llama.Llama(Config(31, 64, 96, 1, 4, 2, 16)))
     clo.add_lora(model, rank=3)
     block, run = model.model["layers"][0], torch.compile(llama.run_block, dynamic=False, fullgraph=True)
     for number in range(2):

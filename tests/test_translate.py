@@ -15,12 +15,13 @@ import pytest
 import tokenizers
 import torch
 
-import data
-import seq2seq
-import spm
 import translate
-from data import DataError
-from model import CheckpointError, save_tensors
+from engine.files import InputError
+from formats.records import languages_of, read_rows, write_rows
+from m2m100 import tokenizer as spm
+from m2m100.beam import BLOCK, HEAD_ROWS, beam_search, best_tokens
+from m2m100.network import Config, M2M100, load_model, read_config
+from formats.weights import save_tensors
 
 ROOT = Path(__file__).parents[1]
 SHARED, DEMO = ROOT.parent / "shared" / "data", ROOT / "demo"
@@ -84,7 +85,7 @@ def make_checkpoint(path, seed=4, tokenizer=write_m2m100_tokenizer, **changes):
         {"bos_token_id": 0, "pad_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 2,
          "max_length": 200}))
     torch.manual_seed(seed)
-    model = seq2seq.M2M100(seq2seq.read_config(path))
+    model = M2M100(read_config(path))
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             parameter.copy_(torch.randn_like(parameter) * (0.4 if parameter.ndim == 2 else 0.1)
@@ -169,7 +170,7 @@ def test_logits_equal_transformers(tmp_path, tokenizer):
     make_checkpoint(tmp_path, tokenizer=tokenizer)
     source, target = padded(random_sources(5)), torch.randint(4, 40, (5, 7))
     given = dict(input_ids=source, attention_mask=(source != 1).long(), decoder_input_ids=target)
-    ours, theirs = seq2seq.load_model(tmp_path), hf_model(tmp_path)
+    ours, theirs = load_model(tmp_path), hf_model(tmp_path)
     for dtype, bound in ((torch.float32, 1e-4), (torch.float64, 1e-6)):  # both make positions in float32
         ours, theirs = ours.to(dtype), theirs.to(dtype)
         assert (ours(source, source != 1, target) @ ours.head.T - theirs(**given).logits).abs().max() < bound
@@ -183,7 +184,7 @@ def test_beam_search_equals_transformers_token_for_token(tmp_path, tokenizer, be
     target, limit = ours.tokenizer.languages["zh"], 20
     sources = random_sources(100, high=30, seed=beams, language=ours.tokenizer.languages["en"])
     theirs = hf_search(hf_model(tmp_path), sources, target, limit, beams, alpha)
-    assert seq2seq.beam_search(ours.model, sources, target, [limit] * 100, beams, alpha) == theirs
+    assert beam_search(ours.model, sources, target, [limit] * 100, beams, alpha) == theirs
     assert (len({len(ids) for ids in theirs}) > 3
             and len({str(ids) for ids in theirs}) > 40), "outputs want variety"
 
@@ -208,27 +209,27 @@ def plain_beam_search(model, source, language, limit, beams):
 
 @pytest.mark.parametrize("beams", [1, 3])
 def test_beam_search_equals_the_textbook_version(checkpoint, beams):
-    sources, model = random_sources(6, 1, 12, seed=3), seq2seq.load_model(checkpoint, dtype=torch.float64)
+    sources, model = random_sources(6, 1, 12, seed=3), load_model(checkpoint, dtype=torch.float64)
     plain = [plain_beam_search(model, ids, 51, 14, beams) for ids in sources]
-    assert seq2seq.beam_search(model, sources, 51, [14] * 6, beams) == plain
+    assert beam_search(model, sources, 51, [14] * 6, beams) == plain
 
 
 def test_a_translation_does_not_depend_on_its_batch(checkpoint):
-    sources, model = random_sources(11), seq2seq.load_model(checkpoint, dtype=torch.float64)
+    sources, model = random_sources(11), load_model(checkpoint, dtype=torch.float64)
     limits = [2 * len(ids) + 9 for ids in sources]
-    together = seq2seq.beam_search(model, sources, 51, limits)
-    assert together == [seq2seq.beam_search(model, [ids], 51, [n])[0] for ids, n in zip(sources, limits)]
+    together = beam_search(model, sources, 51, limits)
+    assert together == [beam_search(model, [ids], 51, [n])[0] for ids, n in zip(sources, limits)]
 
 
 def test_the_best_tokens_are_those_of_a_log_softmax():
     torch.manual_seed(0)
-    for V, count in ((9, 4), (seq2seq.BLOCK, 3), (3 * seq2seq.HEAD_ROWS + 5, 10)):
+    for V, count in ((9, 4), (BLOCK, 3), (3 * HEAD_ROWS + 5, 10)):
         hidden, head = torch.randn(7, 6) * 5, torch.randn(V, 6)
         logp, token = (hidden @ head.T).log_softmax(-1).topk(count)
-        ours = seq2seq.best_tokens(hidden, head, count, torch.empty(7 * (V + seq2seq.BLOCK)))
+        ours = best_tokens(hidden, head, count, torch.empty(7 * (V + BLOCK)))
         assert torch.allclose(ours[0], logp, atol=1e-5) and torch.equal(ours[1], token)
         banned = token[:, 0].tolist(), list(range(7))
-        ours = seq2seq.best_tokens(hidden, head, count - 1, torch.empty(7 * (V + seq2seq.BLOCK)), banned)
+        ours = best_tokens(hidden, head, count - 1, torch.empty(7 * (V + BLOCK)), banned)
         assert torch.equal(ours[1], token[:, 1:])
 
 
@@ -240,26 +241,26 @@ def test_the_demo_translator_equals_transformers_and_sentencepiece():
     translator, theirs = translate.load(DEMO / "m2m100", dtype=torch.float64), hf_model(DEMO / "m2m100")
     pieces = sentencepiece.SentencePieceProcessor(model_file=str(DEMO / "m2m100" / "sentencepiece.bpe.model"))
     vocab = json.loads((DEMO / "m2m100" / "vocab.json").read_text("utf-8"))
-    rows = data.read_rows(DEMO / "eval.jsonl")[::20]
+    rows = read_rows(DEMO / "eval.jsonl")[::20]
     texts = [row["en"]["prompt"] for row in rows] + [row["de"]["prompt"] for row in rows]
     ids = [translator.tokenizer.encode(text) for text in texts]
     assert ids == [[vocab.get(piece, 3) for piece in pieces.encode(text, out_type=str)] for text in texts]
     known = translator.tokenizer.languages
     sources, limits = [[known["en"], *row, END] for row in ids], [40] * len(ids)
     for code in translator.languages:
-        ours = seq2seq.beam_search(translator.model, sources, known[code], limits)
+        ours = beam_search(translator.model, sources, known[code], limits)
         assert ours == hf_search(theirs, sources, known[code], 40, 5)
 
 
 def test_no_repeat_forbids_repeated_ngrams(translator):
-    for ids in seq2seq.beam_search(translator.model, random_sources(8), 51, [40] * 8, 1, no_repeat=2):
+    for ids in beam_search(translator.model, random_sources(8), 51, [40] * 8, 1, no_repeat=2):
         pairs = list(zip(ids, ids[1:]))
         assert len(set(pairs)) == len(pairs)
 
 
 def test_gradients_reach_every_parameter_in_teacher_forcing():
-    config = seq2seq.Config(**{k: v for k, v in CONFIG.items() if k != "model_type"}, vocab_size=60)
-    model = seq2seq.M2M100(config)
+    config = Config(**{k: v for k, v in CONFIG.items() if k != "model_type"}, vocab_size=60)
+    model = M2M100(config)
     source = padded(random_sources(3))
     hidden = model(source, source != 1, torch.randint(4, 50, (3, 6)))
     (hidden @ model.head.T).square().mean().backward()
@@ -271,19 +272,19 @@ def test_gradients_reach_every_parameter_in_teacher_forcing():
 def test_pytorch_bin_gives_the_same_model(checkpoint, tmp_path):
     for name in ("config.json", "vocab.json", "sentencepiece.bpe.model"):
         (tmp_path / name).write_bytes((checkpoint / name).read_bytes())
-    state = dict(seq2seq.load_model(checkpoint).state_dict())
+    state = dict(load_model(checkpoint).state_dict())
     state["lm_head.weight"] = state["model.encoder.embed_tokens.weight"] = state.pop("model.shared.weight")
     state["model.encoder.embed_positions.weights"] = torch.zeros(66, 24)
     torch.save(state, tmp_path / "pytorch_model.bin")
-    ours, saved = seq2seq.load_model(tmp_path).state_dict(), seq2seq.load_model(checkpoint).state_dict()
+    ours, saved = load_model(tmp_path).state_dict(), load_model(checkpoint).state_dict()
     assert all(torch.equal(ours[name], saved[name]) for name in saved)
 
 
 def test_a_pickle_that_runs_code_is_refused(checkpoint, tmp_path):
     (tmp_path / "config.json").write_bytes((checkpoint / "config.json").read_bytes())
     torch.save({"model.shared.weight": Path("/")}, tmp_path / "pytorch_model.bin")
-    with pytest.raises(CheckpointError, match="pytorch_model.bin cannot be read"):
-        seq2seq.load_model(tmp_path)
+    with pytest.raises(InputError, match="pytorch_model.bin cannot be read"):
+        load_model(tmp_path)
 
 
 @pytest.mark.parametrize("break_, message", [
@@ -302,7 +303,7 @@ def test_a_pickle_that_runs_code_is_refused(checkpoint, tmp_path):
 def test_a_bad_checkpoint_is_one_clear_line(tmp_path, break_, message):
     make_checkpoint(tmp_path)
     break_(tmp_path)
-    with pytest.raises(CheckpointError, match=message) as caught:
+    with pytest.raises(InputError, match=message) as caught:
         translate.load(tmp_path)
     assert "\n" not in str(caught.value)
 
@@ -312,7 +313,7 @@ def edit_json(path, **changes):
 
 
 def test_an_unknown_language_is_named_with_the_known_ones(translator):
-    with pytest.raises(DataError, match="'xx'; it knows de, id, sw, zh"):
+    with pytest.raises(InputError, match="'xx'; it knows de, id, sw, zh"):
         translate.translate(["a"], "en", "xx", translator)
 
 
@@ -361,7 +362,7 @@ def odd_lines():
 
 def demo_lines():
     """The demo's sentences in seven languages."""
-    rows = data.read_rows(DEMO / "eval.jsonl") + data.read_rows(DEMO / "english.jsonl")
+    rows = read_rows(DEMO / "eval.jsonl") + read_rows(DEMO / "english.jsonl")
     return [row[code][part] for row in rows for code in LANGUAGES if code in row
             for part in ("prompt", "response")]
 
@@ -470,7 +471,7 @@ def test_parsing_loses_nothing_of_real_replies(translator):
     file = SHARED / "oasst" / "en_100_tree.jsonl.gz"
     if not file.exists():
         pytest.skip("no shared data")
-    for row in data.read_rows(file, "en", "all"):
+    for row in read_rows(file, "en", "all"):
         for text in row["en"].values():
             assert "".join(part for _, part in translate.parse(text, lambda s: len(s) < 200)) == text
 
@@ -495,7 +496,7 @@ def test_real_conversations_go_through_the_demo_translator(tmp_path, capsys):
     file = SHARED / "oasst" / "en_100_tree.jsonl.gz"
     if not file.exists():
         pytest.skip("no shared data")
-    rows, translator = data.read_rows(file, "en", "all"), translate.load(DEMO / "m2m100")
+    rows, translator = read_rows(file, "en", "all"), translate.load(DEMO / "m2m100")
     done = translate.translate_rows(rows, translator, "en", "sw", tmp_path / "sw.jsonl", beams=1,
                                     keep_failed=True)
     assert len(done) == len(rows)
@@ -663,7 +664,7 @@ def test_a_failed_row_is_left_out_until_it_is_asked_for(translator, tmp_path, sh
     kept = translate.translate_rows(rows, translator, "en", "sw", path)
     assert [row["row_id"] for row in kept] == ["r0", "r1", "r2", "r3", "r4", "r6"]
     assert kept[0] == rows[0] | {"sw": {"prompt": "sw WHAT IS 0?", "response": "sw IT IS\nsw 0 THINGS."}}
-    readable = [row for row in data.read_rows(path) if "sw" in data.languages(row)]
+    readable = [row for row in read_rows(path) if "sw" in languages_of(row)]
     assert [row["row_id"] for row in readable] == [row["row_id"] for row in kept]
     failed = json.loads(path.read_text().splitlines()[5])
     assert failed["clo"]["failed"] == {"sw": {"length": 2}} and "sw" not in failed
@@ -687,8 +688,8 @@ def test_two_languages_share_a_line_and_indonesian_keeps_its_key(translator, tmp
     path = tmp_path / "out.jsonl"
     rows = translate.translate_rows(make_rows(2), translator, "en", ["id", "de"], path)
     assert rows[0]["id"]["prompt"] == "id WHAT IS 0?" and rows[0]["de"]["prompt"] == "de WHAT IS 0?"
-    again = data.read_rows(path)
-    assert again[1]["row_id"] == "r1" and set(data.languages(again[1])) == {"en", "id", "de"}
+    again = read_rows(path)
+    assert again[1]["row_id"] == "r1" and set(languages_of(again[1])) == {"en", "id", "de"}
 
 
 def test_a_language_that_is_there_is_not_translated(translator, tmp_path, shout):
@@ -708,16 +709,16 @@ def test_a_damaged_line_is_named_and_the_file_left_alone(translator, tmp_path, s
     damage(second)
     path.write_text(f"{json.dumps(first)}\n{json.dumps(second)}\n")
     before = path.read_bytes()
-    with pytest.raises(DataError, match="out.jsonl:2: not written by translate.py, or damaged: .*the line"):
+    with pytest.raises(InputError, match="out.jsonl:2: not written by translate.py, or damaged: .*the line"):
         translate.translate_rows(make_rows(2), translator, "en", "sw", path)
     assert path.read_bytes() == before
 
 
 def test_a_file_of_someone_else_is_left_alone(translator, tmp_path, shout):
     path = tmp_path / "english.jsonl"
-    data.write_rows(path, make_rows(2))
+    write_rows(path, make_rows(2))
     before = path.read_bytes()
-    with pytest.raises(DataError, match="english.jsonl:1: not written by translate.py"):
+    with pytest.raises(InputError, match="english.jsonl:1: not written by translate.py"):
         translate.translate_rows(make_rows(2), translator, "en", "sw", path)
     assert path.read_bytes() == before
 
@@ -748,7 +749,7 @@ def run(*words):
 @pytest.mark.slow
 def test_two_processes_write_the_file_of_one(checkpoint, tmp_path):
     one, two, rows = tmp_path / "one.jsonl", tmp_path / "two.jsonl", tmp_path / "rows.jsonl"
-    data.write_rows(rows, make_rows(32 + 5))
+    write_rows(rows, make_rows(32 + 5))
     alone = run(*command(checkpoint, rows, one))
     torchrun = "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"
     together = run(*command(checkpoint, rows, two, *torchrun))
@@ -764,7 +765,7 @@ def test_two_processes_write_the_file_of_one(checkpoint, tmp_path):
 @pytest.mark.slow
 def test_a_process_killed_without_warning_goes_on_where_it_was(checkpoint, tmp_path):
     rows, whole, out = tmp_path / "rows.jsonl", tmp_path / "whole.jsonl", tmp_path / "out.jsonl"
-    data.write_rows(rows, make_rows(64))
+    write_rows(rows, make_rows(64))
     run(*command(checkpoint, rows, whole, lang="sw"))
     process = subprocess.Popen(command(checkpoint, rows, out, lang="sw"), cwd=ROOT, stderr=subprocess.DEVNULL,
                                stdout=subprocess.DEVNULL, env=os.environ | {"OMP_NUM_THREADS": "1"})

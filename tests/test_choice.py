@@ -1,4 +1,4 @@
-"""benchmarks.py: files, wording, joint tokenisation and scores, against hand-written cases and
+"""choice.py: files, wording, joint tokenisation and scores, against hand-written cases and
 lm-evaluation-harness."""
 
 import csv
@@ -9,10 +9,11 @@ from pathlib import Path
 import pytest
 import torch
 
-import benchmarks
-import data
 import model as llama
 from conftest import write_checkpoint
+from engine.files import InputError, write_jsonl
+from evals import choice
+from formats.chat import load_tokenizer
 
 QUESTIONS = [("What eats meat?", ("lion", "cow", " sheep", "tree"), 0),
              ("  Which\nriver is \"long\"? ", ("Nile", "none", "1", "2"), 0),
@@ -29,7 +30,7 @@ def write_csv(path, rows, header=None):
 
 
 def write_lines(path, records):
-    data.write_jsonl(path, records)
+    write_jsonl(path, records)
     return str(path)
 
 
@@ -114,9 +115,9 @@ def harness_tasks(name, root, shots, work):
     """lm-evaluation-harness's own tasks, a subject each, in its wording but on the rows that `root` holds."""
     lm_eval = pytest.importorskip("lm_eval")
     from lm_eval.tasks import TaskManager
-    task, folder = benchmarks.TASKS[name], Path(lm_eval.__file__).parent / "tasks"
+    task, folder = choice.TASKS[name], Path(lm_eval.__file__).parent / "tasks"
     splits = {SPLITS[split]:
-              benchmarks.by_subject(task, benchmarks.read_split(task, root, LANGUAGE.get(name, ""), split))
+              choice.by_subject(task, choice.read_split(task, root, LANGUAGE.get(name, ""), split))
               for split in filter(None, ("test", task.examples))}
     for number, subject in enumerate(splits["test"]):
         files = {split: write_lines(work / f"{number}-{split}.jsonl",
@@ -137,7 +138,7 @@ def harness_scores(tasks, judge, limit):
     back end."""
     questions = []
     for task in tasks:
-        task.set_fewshot_seed(benchmarks.EXAMPLE_SEED)
+        task.set_fewshot_seed(choice.EXAMPLE_SEED)
         task.build_all_requests(limit=limit)
         found = {}
         for request, (logp, _) in zip(task.instances, judge.loglikelihood(task.instances, disable_tqdm=True)):
@@ -150,14 +151,14 @@ def open_both(checkpoint):
     """The same checkpoint in the harness and in ours, fp32."""
     huggingface = pytest.importorskip("lm_eval.models.huggingface")
     judge = huggingface.HFLM(pretrained=str(checkpoint), device="cpu", dtype="float32", batch_size=4)
-    return judge, llama.load(checkpoint), data.load_tokenizer(checkpoint)
+    return judge, llama.load(checkpoint), load_tokenizer(checkpoint)
 
 
 def check_against_harness(both, name, root, shots, limit, work):
     judge, model, tokenizer = both
-    questions = benchmarks.read_benchmark(name, root, shots, LANGUAGE.get(name, ""), limit=limit).questions
+    questions = choice.read_benchmark(name, root, shots, LANGUAGE.get(name, ""), limit=limit).questions
     theirs = harness_scores(harness_tasks(name, root, shots, work), judge, limit)
-    ours = benchmarks.multiple_choice(model, tokenizer, questions)
+    ours = choice.multiple_choice(model, tokenizer, questions)
     assert len(ours) == len(theirs) > 0
     for question, mine, (prompt, logps) in zip(questions, ours, theirs):
         assert question.header + question.text == prompt
@@ -240,49 +241,49 @@ def test_scores_equal_one_forward_pass_a_choice(name, window, batch_tokens, tmp_
     kind = {"model_type": "mistral", "sliding_window": window} if window else {}
     # some prompts are longer
     checkpoint = write_checkpoint(tmp_path / "model", max_position_embeddings=300, **kind)
-    model, tokenizer = llama.load(checkpoint, dtype=torch.float64), data.load_tokenizer(checkpoint)
-    questions = benchmarks.read_benchmark(name, WRITERS[name](tmp_path / "files"), 2,
+    model, tokenizer = llama.load(checkpoint, dtype=torch.float64), load_tokenizer(checkpoint)
+    questions = choice.read_benchmark(name, WRITERS[name](tmp_path / "files"), 2,
                                           LANGUAGE.get(name, "")).questions
     for question, found in zip(questions,
-                               benchmarks.multiple_choice(model, tokenizer, questions, batch_tokens)):
+                               choice.multiple_choice(model, tokenizer, questions, batch_tokens)):
         torch.testing.assert_close(torch.tensor(found["logp"], dtype=torch.float64),
                                    logps_one_by_one(model, tokenizer, question), rtol=0, atol=1e-9)
         assert found["correct"] == (found["choice"] == question.gold)
         assert found["cut"] == any(
             len(prompt) + len(ids) > 301
-            for prompt, choices in benchmarks.encode_questions(tokenizer, [question]) for ids in choices)
+            for prompt, choices in choice.encode_questions(tokenizer, [question]) for ids in choices)
 
 
 def test_the_header_of_a_subject_is_computed_once(tmp_path, monkeypatch):
     checkpoint = write_checkpoint(tmp_path / "model", max_position_embeddings=4096)
-    model, tokenizer = llama.load(checkpoint), data.load_tokenizer(checkpoint)
-    questions = benchmarks.read_benchmark("mmlu", write_mmlu(tmp_path / "files"), 3).questions
+    model, tokenizer = llama.load(checkpoint), load_tokenizer(checkpoint)
+    questions = choice.read_benchmark("mmlu", write_mmlu(tmp_path / "files"), 3).questions
     widths, forward = [], type(model).forward
     monkeypatch.setattr(type(model), "forward", lambda self, tokens, *args, **kw: (
         widths.append(tokens.numel()) or forward(self, tokens, *args, **kw)))
-    benchmarks.multiple_choice(model, tokenizer, questions)
-    prompts = [prompt for prompt, _ in benchmarks.encode_questions(tokenizer, questions)]
+    choice.multiple_choice(model, tokenizer, questions)
+    prompts = [prompt for prompt, _ in choice.encode_questions(tokenizer, questions)]
     assert sum(widths) < sum(map(len, prompts)) / 2.5
     assert len(widths) == 4                                             # header and questions of two subjects
 
 
 def test_choices_cut_at_different_places_are_forks_of_their_own():
-    parts = benchmarks.make_parts(7, "x:1", [1, 2, 3, 4], [[5], [6, 7], [8]], max_tokens=4)
+    parts = choice.make_parts(7, "x:1", [1, 2, 3, 4], [[5], [6, 7], [8]], max_tokens=4)
     assert [(part.fork.prompt, part.fork.continuations, part.choices, part.cut) for part in parts] == [
         ([1, 2, 3, 4], [[5], [8]], [0, 2], False), ([2, 3, 4], [[6, 7]], [1], True)]
-    with pytest.raises(data.DataError, match="x:1: 5 tokens to be scored, the model reads 4"):
-        benchmarks.make_parts(7, "x:1", [1], [[5, 6, 7, 8, 9]], max_tokens=4)
+    with pytest.raises(InputError, match="x:1: 5 tokens to be scored, the model reads 4"):
+        choice.make_parts(7, "x:1", [1], [[5, 6, 7, 8, 9]], max_tokens=4)
 
 
 @pytest.mark.parametrize("prompts, shared", [
     ([[1, 2, 3], [1, 2, 4]], [1, 2]), ([[1, 2], [1, 2]], [1]), ([[1, 2], [1, 2, 3]], [1]),
     ([[5], [5, 6]], []), ([[1, 2], [3]], []), ([[4, 5, 6]], [4, 5])])
 def test_a_common_prefix_leaves_every_prompt_a_token(prompts, shared):
-    assert benchmarks.common_prefix(prompts) == shared
+    assert choice.common_prefix(prompts) == shared
 
 
 def test_header_and_question_are_worded_as_published(tmp_path):
-    question = benchmarks.read_benchmark("mmlu", write_mmlu(tmp_path), 1, subjects=["world_religions"],
+    question = choice.read_benchmark("mmlu", write_mmlu(tmp_path), 1, subjects=["world_religions"],
                                          limit=1).questions[0]
     assert question.header == (
         "The following are multiple choice questions (with answers) about world religions.\n\n"
@@ -293,21 +294,21 @@ def test_header_and_question_are_worded_as_published(tmp_path):
 
 
 def test_lines_are_counted_through_quoted_newlines(tmp_path):
-    benchmark = benchmarks.read_benchmark("mmlu", write_mmlu(tmp_path), subjects=["anatomy"])
+    benchmark = choice.read_benchmark("mmlu", write_mmlu(tmp_path), subjects=["anatomy"])
     assert [question.where.rsplit(":")[-1] for question in benchmark.questions] == [
         "1", "2", "4", "5", "6", "7", "8"]
 
 
 def test_maps_hold_every_subject_once():
-    mmlu = [subject for part in benchmarks.MMLU_CATEGORIES.values() for subject in part.split()]
-    cmmlu = [subject for part in benchmarks.CMMLU_SUBJECTS.values() for subject in part]
+    mmlu = [subject for part in choice.MMLU_CATEGORIES.values() for subject in part.split()]
+    cmmlu = [subject for part in choice.CMMLU_SUBJECTS.values() for subject in part]
     assert len(mmlu) == len(set(mmlu)) == 57 and len(cmmlu) == len(set(cmmlu)) == 67
-    assert len(benchmarks.CHINA_SPECIFIC) == 15 and benchmarks.CHINA_SPECIFIC <= set(cmmlu)
+    assert len(choice.CHINA_SPECIFIC) == 15 and choice.CHINA_SPECIFIC <= set(cmmlu)
 
 
 def test_settings_tell_template_shots_and_file_hashes(tmp_path):
-    settings = benchmarks.read_benchmark("cmmlu", write_cmmlu(tmp_path), 2).settings
-    assert (settings["shots"] == 2 and settings["template"] == benchmarks.CMMLU_TEXT
+    settings = choice.read_benchmark("cmmlu", write_cmmlu(tmp_path), 2).settings
+    assert (settings["shots"] == 2 and settings["template"] == choice.CMMLU_TEXT
             and settings["subjects"] == ["anatomy", "arts"])
     assert set(settings["files"]) == {f"{split}/{subject}.csv" for split in ("dev", "test")
                                       for subject in ("anatomy", "arts")}
@@ -319,26 +320,26 @@ def test_settings_tell_template_shots_and_file_hashes(tmp_path):
 def test_errors_are_those_of_the_harness():
     metrics = pytest.importorskip("lm_eval.api.metrics")
     groups = [[True, False, True], [False, False, True, True, True], [True]]
-    parts = [benchmarks.accuracy(group) for group in groups]
+    parts = [choice.accuracy(group) for group in groups]
     for part, group in zip(parts[:2], groups):
         assert part["stderr"] / 100 == pytest.approx(metrics.mean_stderr([float(x) for x in group]))
     theirs = metrics.pooled_sample_stderr([part["stderr"] / 100 for part in parts[:2]], [3, 5])
-    assert benchmarks.pooled(parts[:2])["stderr"] / 100 == pytest.approx(theirs)
+    assert choice.pooled(parts[:2])["stderr"] / 100 == pytest.approx(theirs)
 
 
 def test_pooling_weights_by_questions_and_ignores_differences_between_subjects():
-    whole = benchmarks.pooled([benchmarks.accuracy([True] * 4), benchmarks.accuracy([False] * 2),
-                               benchmarks.accuracy([True])])
+    whole = choice.pooled([choice.accuracy([True] * 4), choice.accuracy([False] * 2),
+                               choice.accuracy([True])])
     assert whole == {"accuracy": pytest.approx(500 / 7), "stderr": 0.0, "n": 7}
-    assert (benchmarks.accuracy([True])["stderr"] is None
-            and benchmarks.pooled([benchmarks.accuracy([True])])["stderr"] is None)
+    assert (choice.accuracy([True])["stderr"] is None
+            and choice.pooled([choice.accuracy([True])])["stderr"] is None)
 
 
 def test_weighted_f1_equals_scikit_learn():
-    gold, choice = [0, 1, 2, 3, 0, 1, 1, 2], [0, 1, 1, 3, 2, 1, 0, 2]
+    gold, chosen = [0, 1, 2, 3, 0, 1, 1, 2], [0, 1, 1, 3, 2, 1, 0, 2]
     sklearn = pytest.importorskip("sklearn.metrics")
-    assert benchmarks.weighted_f1(gold, choice) == pytest.approx(
-        100 * sklearn.f1_score(gold, choice, average="weighted"))
+    assert choice.weighted_f1(gold, chosen) == pytest.approx(
+        100 * sklearn.f1_score(gold, chosen, average="weighted"))
 
 
 # -------------------------------------------------------------------------------------------------- odd files
@@ -348,7 +349,7 @@ def test_weighted_f1_equals_scikit_learn():
     "question,A,B,C,D,answer\nq,1,2,3,4,A\n  \nr,1,2,3,4, B", '"q",1,"2",3,4,A\n"\nr",1,2,3,4,B\n\n'])
 def test_marks_line_ends_blank_lines_and_a_header_do_not_change_what_is_read(text, tmp_path):
     (tmp_path / "anatomy_test.csv").write_bytes(text.encode())
-    questions = benchmarks.read_benchmark("mmlu", tmp_path).questions
+    questions = choice.read_benchmark("mmlu", tmp_path).questions
     assert [(question.text[0], question.gold) for question in questions] == [("q", 0), ("r", 1)]
 
 
@@ -356,10 +357,10 @@ def test_what_parquet_files_are_converted_to_is_read_and_a_question_asked_twice_
     row = {"question": "q", "subject": "anatomy", "choices": ["a", "b", "c", "d"], "answer": 2}
     write_lines(tmp_path / "mmlu" / "test-00000-of-00001.jsonl", [row, row])
     assert [question.gold
-            for question in benchmarks.read_benchmark("mmlu", tmp_path / "mmlu").questions] == [2, 2]
+            for question in choice.read_benchmark("mmlu", tmp_path / "mmlu").questions] == [2, 2]
     write_lines(tmp_path / "cmmlu" / "test" / "arts.jsonl",
                 [{"Question": "q", **dict(zip("ABCD", "1234")), "Answer": "C"}])
-    assert benchmarks.read_benchmark("cmmlu", tmp_path / "cmmlu").questions[0].gold == 2
+    assert choice.read_benchmark("cmmlu", tmp_path / "cmmlu").questions[0].gold == 2
 
 
 # --------------------------------------------------------------------------------------------------- refusals
@@ -410,8 +411,8 @@ def test_a_bad_file_is_one_clear_line(name, file, text, wanted, tmp_path):
     path = tmp_path / file
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(text, encoding="utf-8")
-    with pytest.raises(data.DataError, match=wanted) as error:
-        benchmarks.read_benchmark(name, tmp_path, language=LANGUAGE.get(name, ""))
+    with pytest.raises(InputError, match=wanted) as error:
+        choice.read_benchmark(name, tmp_path, language=LANGUAGE.get(name, ""))
     assert "\n" not in str(error.value)
 
 
@@ -420,18 +421,18 @@ def test_wrong_wishes_are_one_clear_line(tmp_path):
     for wanted, arguments in (("has only 4 examples", {"shots": 5}),
                               ("no subject alchemy", {"subjects": ["alchemy"]}),
                               ("found no \\*_val.csv", {"split": "val"})):
-        with pytest.raises(data.DataError, match=wanted):
-            benchmarks.read_benchmark("mmlu", root, **arguments)
-    with pytest.raises(data.DataError, match="choose one with --lang"):
-        benchmarks.read_benchmark("belebele", root)
-    with pytest.raises(data.DataError, match="no such file"):
-        benchmarks.read_benchmark("mmlu", tmp_path / "none")
+        with pytest.raises(InputError, match=wanted):
+            choice.read_benchmark("mmlu", root, **arguments)
+    with pytest.raises(InputError, match="choose one with --lang"):
+        choice.read_benchmark("belebele", root)
+    with pytest.raises(InputError, match="no such file"):
+        choice.read_benchmark("mmlu", tmp_path / "none")
 
 
 def test_the_hub_is_asked_for_one_language_only(tmp_path, monkeypatch):
     asked = []
     root = write_belebele(tmp_path)
-    monkeypatch.setattr(benchmarks.hub, "fetch",
+    monkeypatch.setattr(choice.hub, "fetch",
                         lambda *arguments, **kind: asked.append((arguments, kind)) or root)
-    assert len(benchmarks.read_benchmark("belebele", "facebook/belebele", language="de").questions) == 7
+    assert len(choice.read_benchmark("belebele", "facebook/belebele", language="de").questions) == 7
     assert asked == [(("facebook/belebele", ("*deu_Latn.jsonl",)), {"kind": "dataset"})]

@@ -12,8 +12,6 @@
 Everything is written under a temporary name and renamed, so a file that is there is whole.
 """
 
-import contextlib
-import hashlib
 import json
 import os
 import platform
@@ -26,81 +24,13 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-import ranks
-from data import DataError
-from model import (MAX_SHARD_BYTES, CheckpointError, add_update, load, open_checkpoint, open_weights,
-                   read_adapter, read_json, save_sharded, save_tensors)
+from engine import ranks
+from engine.files import (InputError, empty_directory, fingerprint, put_in_place, read_json, remove,
+                          write_json, write_text, writing)
+from formats.weights import save_tensors
 
 CHECKPOINTS_KEPT = 2
 READ = ("model", "data", "eval_data", "translator")     # flags that name what a run reads: never deleted
-
-
-def write_text(path: Path, text: str) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
-
-
-def write_json(path: Path, value) -> None:
-    write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
-
-
-def fill_directory(path: Path, fill) -> None:
-    """Call fill(temporary directory), then put it in the place of `path`."""
-    with writing(path):
-        temporary = empty_directory(path.with_name(path.name + ".tmp"))
-        fill(temporary)
-        put_in_place(temporary, path)
-
-
-def empty_directory(path: Path) -> Path:
-    remove(path)
-    path.mkdir(parents=True)
-    return path
-
-
-def put_in_place(temporary: Path, path: Path) -> None:
-    """Rename a directory, over another one if need be;
-    a kill in between leaves the new one or none, never half of one."""
-    old = path.with_name(path.name + ".old")
-    remove(old)
-    if path.exists():
-        os.replace(path, old)
-    os.replace(temporary, path)
-    remove(old)
-
-
-def remove(path: Path) -> None:
-    """A file, a link, or a directory with all that is in it; nothing when nothing is there."""
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)
-
-
-@contextlib.contextmanager
-def writing(path: Path):
-    """What keeps `path` from being written, mostly a full disk, becomes one line."""
-    try:
-        yield
-    except (OSError, SafetensorError) as error:
-        raise DataError(f"{path} cannot be written ({error}): make room on its disk; "
-                        f"the same command goes on from the last checkpoint") from None
-
-
-def fingerprint(*parts) -> str:
-    """Short hash of JSON-able values and of the contents of files (Path)."""
-    digest = hashlib.sha256()
-    for part in parts:
-        if isinstance(part, Path):
-            with open(part, "rb") as file:
-                for block in iter(lambda: file.read(1 << 20), b""):
-                    digest.update(block)
-        else:
-            digest.update(json.dumps(part, sort_keys=True, default=str).encode())
-        digest.update(b"\0")
-    return digest.hexdigest()[:16]
 
 
 def model_fingerprint(directory) -> str:
@@ -115,7 +45,7 @@ def model_fingerprint(directory) -> str:
 def open_run(directory, flags: dict, inputs: dict, fresh: bool = False, resume: bool = False) -> Path:
     """The run directory for these flags and inputs: made, or taken up again when config.json says the same.
 
-    DataError, naming the first difference, when it belongs to another run; nothing in it is touched then.
+    InputError, naming the first difference, when it belongs to another run; nothing in it is touched then.
     With `resume` there has to be a run; with `fresh` the one that is there is deleted.
     """
     directory = Path(directory)
@@ -134,13 +64,13 @@ def open_run(directory, flags: dict, inputs: dict, fresh: bool = False, resume: 
             print(f"{directory} is there with the same settings: "
                   f"going on where it stopped (--fresh starts over)")
         elif resume:
-            raise DataError(f"--resume: {directory} holds no run to go on with: "
+            raise InputError(f"--resume: {directory} holds no run to go on with: "
                             f"see --out, or leave --resume out to start one")
         else:
             check_vacant(directory)
             write_json(path, config)
     except OSError as error:
-        raise DataError(f"cannot write to {directory} ({error.strerror}): choose another --out") from None
+        raise InputError(f"cannot write to {directory} ({error.strerror}): choose another --out") from None
     return directory
 
 
@@ -149,7 +79,7 @@ def read_run(path: Path) -> dict | None:
     (a model's config.json has the same name)."""
     try:
         config = read_json(path)
-    except CheckpointError:
+    except InputError:
         return None
     whole = all(isinstance(config.get(part), dict) for part in ("flags", "inputs", "versions"))
     return config if whole else None
@@ -160,23 +90,23 @@ def compare_runs(directory: Path, before: dict, config: dict) -> None:
         for key in {**before[part], **config[part]}:
             old, new = before[part].get(key), config[part].get(key)
             if old != new:
-                raise DataError(f"{directory} belongs to a run with {key} = {old!r}, now it is {new!r}: "
+                raise InputError(f"{directory} belongs to a run with {key} = {old!r}, now it is {new!r}: "
                                 f"choose another --out, or start over with --fresh")
 
 
 def check_vacant(directory: Path) -> None:
-    """DataError unless a run can begin here:
+    """InputError unless a run can begin here:
     nothing is there but what a kill leaves while config.json is being written."""
     path, half = directory / "config.json", directory / "config.json.tmp"
     if not directory.exists() or not set(directory.iterdir()) - {half}:
         return
     if path.exists():
-        raise DataError(f"{directory} is not empty and its config.json is not a run's, or damaged: "
+        raise InputError(f"{directory} is not empty and its config.json is not a run's, or damaged: "
                         f"choose another --out")
     if read_run(half) is not None:
-        raise DataError(f"{directory} holds the rest of a run whose deletion was killed: "
+        raise InputError(f"{directory} holds the rest of a run whose deletion was killed: "
                         f"delete it with --fresh, or choose another --out")
-    raise DataError(f"{directory} is not empty and holds no run: choose another --out")
+    raise InputError(f"{directory} is not empty and holds no run: choose another --out")
 
 
 def delete_run(directory: Path, needed: list[Path]) -> None:
@@ -187,7 +117,7 @@ def delete_run(directory: Path, needed: list[Path]) -> None:
         return
     for kept in needed:
         if kept.exists() and directory.resolve() in (kept.resolve(), *kept.resolve().parents):
-            raise DataError(f"--fresh would delete {kept}, which the new run reads: choose another --out")
+            raise InputError(f"--fresh would delete {kept}, which the new run reads: choose another --out")
     if path.exists():
         os.replace(path, half)
     for entry in set(directory.iterdir()) - {half}:
@@ -196,24 +126,24 @@ def delete_run(directory: Path, needed: list[Path]) -> None:
 
 
 def read_result(path: Path) -> dict:
-    """The scores of a finished method; DataError when the file is damaged."""
+    """The scores of a finished method; InputError when the file is damaged."""
     try:
         scores = read_json(path)
-    except CheckpointError:
+    except InputError:
         scores = {}
     if not isinstance(scores.get("heldout"), dict) or "train_seconds" not in scores:
-        raise DataError(f"{path} is damaged: delete it, and the same command writes it again")
+        raise InputError(f"{path} is damaged: delete it, and the same command writes it again")
     return scores
 
 
 def check_disk_space(directory: Path, parameters: dict[str, Tensor], exported: int) -> None:
-    """DataError unless the disk has room for a method's files: checkpoints (the kept ones and one being
+    """InputError unless the disk has room for a method's files: checkpoints (the kept ones and one being
     written, each the trainable weights and AdamW's two moments) and `exported` bytes of results, which are
     written before old ones go."""
     checkpoint = 3 * sum(parameter.nbytes for parameter in parameters.values())
     needed, free = (CHECKPOINTS_KEPT + 1) * checkpoint + exported, shutil.disk_usage(directory).free
     if needed > free:
-        raise DataError(f"{directory} needs about {needed / 1e9:.1f} GB for checkpoints and results, "
+        raise InputError(f"{directory} needs about {needed / 1e9:.1f} GB for checkpoints and results, "
                         f"its disk has {free / 1e9:.1f} GB free: make room, or choose another --out")
 
 
@@ -296,9 +226,10 @@ def load_checkpoint(directory: Path, parameters: dict[str, Tensor], optimizer) -
     (0 without one). One that any rank finds damaged is named and passed over."""
     device, found = next(iter(parameters.values())).device, checkpoints(directory)
     for i, path in reversed(list(enumerate(found))):
+        refuse_other_ranks(path, parameters)
         try:
             step, tensors = read_checkpoint(path, parameters)
-        except CheckpointError as error:
+        except InputError as error:
             step, why = -1, error
         if not ranks.largest(int(step < 0), device):
             restore_(parameters, optimizer, tensors)
@@ -309,25 +240,33 @@ def load_checkpoint(directory: Path, parameters: dict[str, Tensor], optimizer) -
     return 0
 
 
+def refuse_other_ranks(path: Path, parameters: dict[str, Tensor]) -> None:
+    """InputError when another number of ranks wrote the checkpoint: no rank would find its part."""
+    try:
+        written = read_json(path / "state.json").get("parts")
+    except InputError:                                             # damaged: read_checkpoint says so
+        return
+    parts = own_part(parameters)[1]
+    if type(written) is int and written > 0 and written != parts:
+        raise InputError(f"{path} was written by {written} ranks with --shard, now there are {parts}: "
+                         f"start as many, or start over with --fresh")
+
+
 def read_checkpoint(path: Path, parameters: dict[str, Tensor]) -> tuple[int, dict[str, Tensor]]:
-    """Step and tensors of this rank's part of a checkpoint. CheckpointError when it is damaged or
-    not complete, DataError when it was written by another number of ranks."""
-    state, (part, parts) = read_json(path / "state.json"), own_part(parameters)
+    """Step and tensors of this rank's part of a checkpoint. InputError when it is damaged or incomplete."""
+    state, (part, _) = read_json(path / "state.json"), own_part(parameters)
     step, written = state.get("step"), state.get("parts")
     if type(step) is not int or not 0 < step == step_of(path) or type(written) is not int or written < 1:
-        raise CheckpointError(f"{path}/state.json is damaged (step {step!r:.20}, parts {written!r:.20})")
-    if written != parts:
-        raise DataError(f"{path} was written by {written} ranks with --shard, now there are {parts}: "
-                        f"start as many, or start over with --fresh")
+        raise InputError(f"{path}/state.json is damaged (step {step!r:.20}, parts {written!r:.20})")
     try:
         tensors = load_file(path / f"state-{part}.safetensors")
     except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"{path}/state-{part}.safetensors cannot be read ({error})") from None
+        raise InputError(f"{path}/state-{part}.safetensors cannot be read ({error})") from None
     for name, parameter in parameters.items():
         for kind, shape in {"weight": ranks.local(parameter).shape, "exp_avg": ranks.local(parameter).shape,
                             "exp_avg_sq": ranks.local(parameter).shape, "step": ()}.items():
             if f"{kind}.{name}" not in tensors or tensors[f"{kind}.{name}"].shape != shape:
-                raise CheckpointError(f"{path}: {kind}.{name} is missing or has another shape")
+                raise InputError(f"{path}: {kind}.{name} is missing or has another shape")
     return step, tensors
 
 
@@ -368,100 +307,18 @@ def open_board(directory: Path, wanted: bool, step: int):
 
 def truncate_metrics(path: Path, done: int) -> None:
     """Keep the lines of steps 0 to `done`, none for -1: a killed run wrote further than its checkpoint,
-    perhaps half a line. DataError when one of those is missing or damaged: nothing writes it again."""
+    perhaps half a line. InputError when one of those is missing or damaged: nothing writes it again."""
     try:
         lines = path.read_bytes().split(b"\n")[:done + 1] if done >= 0 else []
         sound = [json.loads(line.decode())["step"] for line in lines] == list(range(done + 1))
     except (OSError, ValueError, TypeError, KeyError, RecursionError):
         sound = False
     if not sound:
-        raise DataError(f"{path} is damaged: not every step up to {done}, where the checkpoint is, "
+        raise InputError(f"{path} is damaged: not every step up to {done}, where the checkpoint is, "
                         f"has its line: start over with --fresh, or choose another --out")
     write_text(path, "".join(line.decode() + "\n" for line in lines))
 
 
 # ---------------------------------------------------------------------------------------------------- exports
 
-COPIED = (".json", ".jinja", ".model", ".txt")        # a base's tokenizer and generation files, its licence
-TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
 
-
-def save_adapter(model, directory: Path, base: str, targets: tuple[str, ...], rank: int, alpha: float,
-                 template: str) -> None:
-    """The LoRA factors in PEFT's layout, fp32: loads in PEFT and vLLM over the base model `base`. With them
-    the chat template they were trained in, which a server of a base model has to be given."""
-    tensors = {f"base_model.model.{name}.weight": parameter.detach().float().cpu().contiguous()
-               for name, parameter in model.named_parameters() if ".lora_" in name}
-    save_tensors(directory / "adapter_model.safetensors", tensors)
-    write_json(directory / "adapter_config.json", {
-        "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": base, "r": rank,
-        "lora_alpha": alpha, "lora_dropout": 0.0, "target_modules": list(targets), "bias": "none",
-        "fan_in_fan_out": False, "inference_mode": True, "modules_to_save": None, "use_rslora": False,
-        "use_dora": False, "rank_pattern": {}, "alpha_pattern": {}})
-    write_text(directory / "chat_template.jinja", template)
-
-
-def save_model(directory: Path, base, tokenizer, change, max_shard_bytes: int = MAX_SHARD_BYTES) -> None:
-    """The base checkpoint (its directory) with change(parameter name, tensor) in the place of every tensor,
-    as a whole Hugging Face directory. A tensor keeps the dtype it has in the base, and one that is
-    not changed its bits."""
-    _, weights, names = open_checkpoint(base)
-
-    def tensor(name: str) -> Tensor:
-        old = weights[names[name]]
-        return change(name, old).detach().to("cpu", old.dtype).contiguous()
-    save_sharded(directory, {name: weights[key].nbytes for name, key in names.items()}, tensor,
-                 max_shard_bytes)
-    for path in sorted(Path(base).iterdir()):
-        if path.suffix in COPIED and not path.name.endswith(".index.json"):
-            shutil.copyfile(path, directory / path.name)
-    generation = directory / "generation_config.json"
-    raw = read_json(generation) if generation.exists() else {"bos_token_id": tokenizer.bos_id}
-    stops = sorted(tokenizer.stop_ids)
-    write_json(generation, raw | {"eos_token_id": stops if len(stops) > 1 else stops[0]})
-    # base models bring none: ours is what was trained
-    write_text(directory / "chat_template.jinja", tokenizer.template)
-
-
-def save_merged(directory: Path, base, adapter: Path, tokenizer,
-                max_shard_bytes: int = MAX_SHARD_BYTES) -> None:
-    """save_model with the adapter's products added, in at least fp32."""
-    updates = read_adapter(adapter, set(open_checkpoint(base)[2]))
-
-    def change(name: str, old: Tensor) -> Tensor:
-        return add_update(old, updates[name](), name) if name in updates else old
-    save_model(directory, base, tokenizer, change, max_shard_bytes)
-
-
-def save_delta(path: Path, base, parameters: dict[str, Tensor], named: str) -> None:
-    """What training added to the base's tensors, in their dtype:
-    a small file that `--adapter` takes over the base `named`."""
-    _, weights, names = open_checkpoint(base)
-    tensors = {}
-    for name, parameter in parameters.items():
-        old = weights[names[name]]
-        tensors[name] = (parameter.detach().cpu() - old.to(parameter.dtype)).to(old.dtype)
-    with writing(path):
-        save_tensors(path, tensors, base_model_name_or_path=named)
-
-
-@torch.no_grad()
-def check_outputs(model, outputs: dict[Path, dict], ids: list[int], load=load) -> None:
-    """Load what was written (`outputs`: path -> arguments of `load`, model's or ranks') and compare its
-    logits of a text with the trained model's, on the same device in the same dtype. The model gives up its
-    memory for that: it ends on the meta device."""
-    tokens = torch.tensor([ids], device=model.head.device)
-    device, dtype = model.head.device, model.compute_dtype or model.head.dtype
-    expected = (model(tokens)[0] @ model.head.to(dtype).T).float().cpu()
-    model.to("meta")
-    for path, arguments in outputs.items():
-        again = load(device=device, dtype=dtype, **arguments)
-        found = (again(tokens)[0] @ again.head.T).float().cpu()
-        difference = ((found - expected).norm() / expected.norm()).item()
-        weights = open_weights(arguments["path"])
-        stored = weights[next(iter(weights))].dtype
-        if not difference < max(TOLERANCE[dtype], TOLERANCE[stored]):
-            raise DataError(f"{path} was written, but its logits differ from the trained model's "
-                            f"by {difference:.1e} of their size: do not use it, and report this")
-        print(f"{path}: written, loaded again; "
-              f"its logits differ from the trained model's by {difference:.1e} of their size")

@@ -17,23 +17,10 @@ from pathlib import Path
 import tokenizers
 from tokenizers import decoders, models
 
-from model import CheckpointError, read_json
+from engine.files import InputError, read_json
+from formats.languages import M2M100_LANGUAGES, NLLB_CODES
 
-# M2M100's languages in the order of their ids, which start where vocab.json ends.
-M2M100_LANGUAGES = (
-    "af am ar ast az ba be bg bn br bs ca ceb cs cy da de el en es et fa ff fi fr fy ga gd gl gu ha he hi "
-    "hr ht hu hy id ig ilo is it ja jv ka kk km kn ko lb lg ln lo lt lv mg mk ml mn mr ms my ne nl no ns oc "
-    "or pa pl ps pt ro ru sd si sk sl so sq sr ss su sv sw ta th tl tn tr uk ur uz vi wo xh yi yo zh zu"
-).split()
-# NLLB's codes are ISO 639-3 and script; these go by a short one too.
-NLLB_CODES = dict(pair.split(":") for pair in (
-    "am:amh_Ethi ar:arb_Arab bg:bul_Cyrl bn:ben_Beng cs:ces_Latn da:dan_Latn de:deu_Latn el:ell_Grek "
-    "en:eng_Latn es:spa_Latn fa:pes_Arab fi:fin_Latn fr:fra_Latn ha:hau_Latn he:heb_Hebr hi:hin_Deva "
-    "hu:hun_Latn id:ind_Latn ig:ibo_Latn it:ita_Latn ja:jpn_Jpan km:khm_Khmr ko:kor_Hang lo:lao_Laoo "
-    "ms:zsm_Latn my:mya_Mymr ne:npi_Deva nl:nld_Latn no:nob_Latn pl:pol_Latn pt:por_Latn ro:ron_Latn "
-    "ru:rus_Cyrl so:som_Latn sv:swe_Latn sw:swh_Latn ta:tam_Taml te:tel_Telu th:tha_Thai tl:tgl_Latn "
-    "tr:tur_Latn uk:ukr_Cyrl ur:urd_Arab vi:vie_Latn wo:wol_Latn xh:xho_Latn yo:yor_Latn zh:zho_Hans "
-    "zu:zul_Latn").split())
+
 NORMAL, UNKNOWN, USER_DEFINED, BYTE = 1, 2, 4, 6  # kinds of SentencePiece's pieces
 
 
@@ -138,10 +125,10 @@ def read_sentencepiece(path: Path) -> tuple[tokenizers.Tokenizer, list[str], Nor
                 (trainer if number == 2 else rules).update(wire_fields(value))
         unknown = kinds.index(UNKNOWN)
     except (IndexError, KeyError, TypeError, ValueError, struct.error) as error:
-        raise CheckpointError(f"{path} is no SentencePiece model ({error}): download it again") from None
+        raise InputError(f"{path} is no SentencePiece model ({error}): download it again") from None
     if USER_DEFINED in kinds:
         piece = pieces[kinds.index(USER_DEFINED)]
-        raise CheckpointError(f"{path}: user-defined pieces such as {piece!r} are not supported")
+        raise InputError(f"{path}: user-defined pieces such as {piece!r} are not supported")
     inner = tokenizers.Tokenizer((bpe if trainer.get(3, 1) == 2 else unigram)(pieces, scores, kinds, unknown))
     normalize = Normalizer(rules.get(2, b""), bool(rules.get(3, 1)), bool(rules.get(4, 1)))
     steps = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
@@ -183,7 +170,7 @@ def load_tokenizer(path: Path) -> Tokenizer:
         languages = {code: len(ids) + i for i, code in enumerate(M2M100_LANGUAGES)}
         return Tokenizer(inner, languages, unknown, [ids.get(piece, unknown) for piece in pieces], normalize)
     if not fast.exists():
-        raise CheckpointError(f"{path} has no tokenizer: {spm.name} and {vocab.name}, or {fast.name}")
+        raise InputError(f"{path} has no tokenizer: {spm.name} and {vocab.name}, or {fast.name}")
     read_json(fast)  # for its error messages
     inner = tokenizers.Tokenizer.from_file(str(fast))
     inner.encode_special_tokens = True  # "</s>" or "eng_Latn" in a text is text
@@ -194,5 +181,5 @@ def load_tokenizer(path: Path) -> Tokenizer:
             languages[found[1] or found[2]] = i
     languages |= {short: languages[code] for short, code in NLLB_CODES.items() if code in languages}
     if not languages:
-        raise CheckpointError(f"{fast} has no language tokens such as __sw__ or swh_Latn: no translator")
+        raise InputError(f"{fast} has no language tokens such as __sw__ or swh_Latn: no translator")
     return Tokenizer(inner, languages, inner.token_to_id("<unk>"))

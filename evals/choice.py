@@ -28,10 +28,10 @@ from pathlib import Path
 import torch
 
 import data
-import hub
+from formats import hub
 import kernels
 import model as llama
-from data import DataError
+from engine.files import InputError, as_kind, need, read_records, read_text
 
 LETTERS = ("A", "B", "C", "D")
 EXAMPLE_SEED = 1234                    # of the harness, where a task draws its examples by chance
@@ -174,15 +174,15 @@ def table_rows(path: Path, wanted: tuple[str, ...], header: bool = True) -> list
     """[("file:line", {column: text})] of a csv, tsv or jsonl file. A table's header has to hold the columns
     `wanted`; without a header they are its columns, in this order."""
     if path.suffix == ".jsonl":
-        return data.read_records(path)
+        return read_records(path)
     rows, columns = [], None if header else list(wanted)
     for where, cells in table_cells(path):
         if columns is None:
             columns = cells
             for name in wanted:
-                data.need(dict.fromkeys(columns), name, where)
+                need(dict.fromkeys(columns), name, where)
         elif len(cells) != len(columns):
-            raise DataError(f"{where}: {len(cells)} columns, {len(columns)} are wanted "
+            raise InputError(f"{where}: {len(cells)} columns, {len(columns)} are wanted "
                             f"({', '.join(columns)})")
         elif header or [cell.strip().lower() for cell in cells] != [name.lower() for name in wanted]:
             rows.append((where, dict(zip(columns, cells))))
@@ -192,7 +192,7 @@ def table_rows(path: Path, wanted: tuple[str, ...], header: bool = True) -> list
 def table_cells(path: Path):
     """Yields ("file:line", cells) of a csv or tsv file; a record is named by its first line.
     Blank lines are left out."""
-    reader = csv.reader(io.StringIO(data.read_text(path), newline=""),
+    reader = csv.reader(io.StringIO(read_text(path), newline=""),
                         delimiter="\t" if path.suffix == ".tsv" else ",")
     line = 1
     while True:
@@ -201,7 +201,7 @@ def table_cells(path: Path):
         except StopIteration:
             return
         except csv.Error as error:
-            raise DataError(f"{path}:{line}: not a table ({error}): is a quotation mark left open?") from None
+            raise InputError(f"{path}:{line}: not a table ({error}): is a quotation mark left open?") from None
         if len(cells) > 1 or "".join(cells).strip():
             yield f"{path}:{line}", cells
         line = reader.line_num + 1
@@ -211,14 +211,14 @@ def make_document(row: dict, where: str, subject: str, keys: tuple[str, ...], st
     """keys: those of the passage ("" without), the question, four options (or one list of them),
     and the answer."""
     passage, question, *options, answer = keys
-    found = [data.need(row, key, where) for key in options]
+    found = [need(row, key, where) for key in options]
     if len(found) == 1:
         found = choice_list(found[0], where)
-    answer, question = data.need(row, answer, where), data.need(row, question, where)
-    texts = [data.as_kind(text, str, where) for text in (question, *found, row[passage] if passage else "")]
+    answer, question = need(row, answer, where), need(row, question, where)
+    texts = [as_kind(text, str, where) for text in (question, *found, row[passage] if passage else "")]
     question, *found, passage = texts
     if not question.strip():
-        raise DataError(f"{where}: the question is empty")
+        raise InputError(f"{where}: the question is empty")
     question = question.strip() if strip else question
     return Document(subject, where, passage, question, tuple(found), gold_index(answer, where))
 
@@ -230,7 +230,7 @@ def choice_list(value, where: str) -> list:
     except (ValueError, SyntaxError):
         value = None
     if not isinstance(value, list) or len(value) != len(LETTERS):
-        raise DataError(f"{where}: choices are no list of {len(LETTERS)} texts")
+        raise InputError(f"{where}: choices are no list of {len(LETTERS)} texts")
     return value
 
 
@@ -241,16 +241,16 @@ def gold_index(answer, where: str) -> int:
         return answer
     letter = answer.strip() if isinstance(answer, str) else answer
     if letter not in LETTERS:
-        raise DataError(f"{where}: the answer is {answer!r:.80}, one of {', '.join(LETTERS)} is wanted")
+        raise InputError(f"{where}: the answer is {answer!r:.80}, one of {', '.join(LETTERS)} is wanted")
     return LETTERS.index(letter)
 
 
 def refuse_duplicates(identified: list[tuple[str, object]]) -> None:
-    """DataError naming both places when an identifier occurs twice. identified: [(where, identifier)]."""
+    """InputError naming both places when an identifier occurs twice. identified: [(where, identifier)]."""
     seen = {}
     for where, identifier in identified:
         if identifier in seen:
-            raise DataError(f"{where}: the same identifier as in {seen[identifier]}: "
+            raise InputError(f"{where}: the same identifier as in {seen[identifier]}: "
                             f"{str(identifier)[:80]!r}")
         seen[identifier] = where
 
@@ -279,9 +279,9 @@ def listed(root: Path, folders: list[str], names: list[str]) -> list[Path]:
             if found:
                 return found
     if any(root.rglob("*.parquet")):
-        raise DataError(f"{root} holds {PARQUET}")
+        raise InputError(f"{root} holds {PARQUET}")
     places = ", ".join(sorted({str(root / folder) for folder in folders}))
-    raise DataError(f"{root}: found no {' or '.join(names)} in {places} "
+    raise InputError(f"{root}: found no {' or '.join(names)} in {places} "
                     f"(of data sets on the hub some hold only {PARQUET})")
 
 
@@ -299,7 +299,7 @@ def read_subjects(task: Task, root: Path, split: str) -> dict[Path, list[Documen
         joined = mmlu and path.suffix == ".jsonl"
         keys = ("", "question", "choices", "answer") if joined else ("", *columns)
         documents[path] = [
-            make_document(row, where, data.need(row, "subject", where) if joined else name, keys)
+            make_document(row, where, need(row, "subject", where) if joined else name, keys)
             for where, row in rows]
     return documents
 
@@ -308,7 +308,7 @@ def mmmlu_code(language: str) -> str:
     """SW-KE for sw, SW_KE, SW-KE."""
     codes = [code for code in MMMLU_LANGUAGES if language.upper().replace("_", "-") in (code, code[:2])]
     if not codes:
-        raise DataError(f"--lang {language}: MMMLU has {', '.join(MMMLU_LANGUAGES)}")
+        raise InputError(f"--lang {language}: MMMLU has {', '.join(MMMLU_LANGUAGES)}")
     return codes[0]
 
 
@@ -319,7 +319,7 @@ def read_mmmlu(root: Path, language: str) -> dict[Path, list[Document]]:
         listed(root, ["", "test"], [f"mmlu_{code}.*", f"*{code.replace('-', '_')}.*"])[0]
     columns, documents, seen = ("Question", *LETTERS, "Answer"), [], []
     for where, row in table_rows(path, (*columns, "Subject")):
-        subject = (data.as_kind(data.need(row, "Subject", where), str, where)
+        subject = (as_kind(need(row, "Subject", where), str, where)
                    .split("_test.csv")[0].split("_test-")[0])
         documents.append(make_document(row, where, subject, ("", *columns)))
         seen += [(where, (subject, row[""]))] if "" in row else []              # the index column
@@ -332,14 +332,14 @@ def read_belebele(root: Path, language: str) -> dict[Path, list[Document]]:
     code = BELEBELE_CODES.get(language, language)
     path = root if root.is_file() else listed(root, ["", "data"], [f"{code}.jsonl", f"{code}_*.jsonl"])[0]
     rows = table_rows(path, ())
-    refuse_duplicates([(where, (row.get("question_number"), data.need(row, "question", where),
-                                data.need(row, "flores_passage", where))) for where, row in rows])
+    refuse_duplicates([(where, (row.get("question_number"), need(row, "question", where),
+                                need(row, "flores_passage", where))) for where, row in rows])
     keys = ("flores_passage", "question", *(f"mc_answer{i}" for i in (1, 2, 3, 4)), "answer")
     documents = []
     for where, row in rows:
-        number = str(data.need(row, "correct_answer_num", where))
+        number = str(need(row, "correct_answer_num", where))
         if number not in ("1", "2", "3", "4"):
-            raise DataError(f"{where}: correct_answer_num is {number!r}, one of 1, 2, 3, 4 is wanted")
+            raise InputError(f"{where}: correct_answer_num is {number!r}, one of 1, 2, 3, 4 is wanted")
         documents.append(make_document(row | {"answer": int(number) - 1}, where, code, keys))
     return {path: documents}
 
@@ -349,12 +349,12 @@ def read_afrimmlu(root: Path, language: str, split: str) -> dict[Path, list[Docu
     code = AFRIMMLU_CODES.get(language, language)
     path = listed(root, [code, f"data/{code}"], [f"{split}.tsv", f"{split}.jsonl"])[0]
     columns = ("question", "choices", "answer")
-    return {path: [make_document(row, where, data.need(row, "subject", where), ("", *columns), strip=False)
+    return {path: [make_document(row, where, need(row, "subject", where), ("", *columns), strip=False)
                    for where, row in table_rows(path, ("subject", *columns))]}
 
 
 def read_split(task: Task, root: Path, language: str, split: str) -> dict[Path, list[Document]]:
-    """Documents of each file of a split; DataError when there is none."""
+    """Documents of each file of a split; InputError when there is none."""
     if task.name in ("mmlu", "cmmlu"):
         documents = read_subjects(task, root, split)
     elif task.name == "mmmlu":
@@ -365,7 +365,7 @@ def read_split(task: Task, root: Path, language: str, split: str) -> dict[Path, 
         documents = read_afrimmlu(root, language, split)
     for path, found in documents.items():
         if not found:
-            raise DataError(f"{path}: the file holds no question")
+            raise InputError(f"{path}: the file holds no question")
     return documents
 
 
@@ -387,7 +387,7 @@ def description_of(task: Task, subject: str, language: str) -> str:
     if task.name == "cmmlu":
         names = {name: chinese for part in CMMLU_SUBJECTS.values() for name, chinese in part.items()}
         if subject not in names:
-            raise DataError(f"CMMLU has no subject {subject!r}: "
+            raise InputError(f"CMMLU has no subject {subject!r}: "
                             f"the file's name must be one of {', '.join(sorted(names))}")
         spaced = names[subject]
     if task.name == "mmmlu":
@@ -404,7 +404,7 @@ def draw_examples(task: Task, document: Document, pool: list[Document], shots: i
         own = (document.passage, document.question, document.options, document.gold)
         pool = [other for other in pool if (other.passage, other.question, other.options, other.gold) != own]
     if shots > len(pool):
-        raise DataError(f"{document.where}: --shots {shots}, "
+        raise InputError(f"{document.where}: --shots {shots}, "
                         f"but {document.subject} has only {len(pool)} examples")
     return chance.sample(pool, shots) if task.draw == "chance" else pool[:shots]
 
@@ -438,18 +438,18 @@ def read_benchmark(name: str, path, shots: int = 0, language: str = "", subjects
     it is distributed as, or from the hub id of its data set.
 
     language: of MMMLU, BELEBELE, AfriMMLU. subjects: only these. limit: the first so many of every subject.
-    Raises DataError with file and line.
+    Raises InputError with file and line.
     """
     if name in ("mmmlu", "belebele", "afrimmlu") and not language:
-        raise DataError(f"{name} comes in many languages: choose one with --lang")
+        raise InputError(f"{name} comes in many languages: choose one with --lang")
     task, root = TASKS[name], local_files(name, path, language)
     if not root.exists():
-        raise DataError(f"{root}: no such file or directory")
+        raise InputError(f"{root}: no such file or directory")
     files = read_split(task, root, language, split)
     groups = by_subject(task, files)
     unknown = set(subjects or ()) - set(groups)
     if unknown:
-        raise DataError(f"{root} has no subject {', '.join(sorted(unknown))}; "
+        raise InputError(f"{root} has no subject {', '.join(sorted(unknown))}; "
                         f"it has {', '.join(sorted(groups))}")
     examples = read_split(task, root, language, task.examples) if shots and task.examples else files
     pools, questions = by_subject(task, examples), []
@@ -512,7 +512,7 @@ def encode_questions(tokenizer, questions: list[Question]) -> list[tuple[list[in
     for question, prompt in zip(questions, prompts):
         choices = [next(joint)[len(prompt):] for _ in question.choices]
         if not all(choices):
-            raise DataError(f"{question.where}: the tokenizer merges choice "
+            raise InputError(f"{question.where}: the tokenizer merges choice "
                             f"{question.choices[choices.index([])]!r} with the prompt")
         pairs.append((prompt, choices))
     return pairs
@@ -535,7 +535,7 @@ def make_parts(index: int, where: str, prompt: list[int], choices: list[list[int
     for number, choice in enumerate(choices):
         kept = tuple((prompt + choice)[-(max_tokens + 1):][:-len(choice)])
         if not kept:
-            raise DataError(f"{where}: {len(choice)} tokens to be scored, the model reads {max_tokens}: "
+            raise InputError(f"{where}: {len(choice)} tokens to be scored, the model reads {max_tokens}: "
                             f"leave it out")
         if kept not in parts:
             parts[kept] = Part(data.Fork(list(kept), [], "", where), index, [], len(kept) < len(prompt))

@@ -1,8 +1,8 @@
 """What training needs, from config.json alone: parameters, memory of a device, time of an optimiser step.
 
-    python scale.py demo/llama                               # one device, the defaults of clo.py
-    python scale.py path/to/Llama-3-8B --gpus 8 --shard      # FSDP2
-    python scale.py --table                                  # the tables of docs/scale.md
+    python -m engine.scale demo/llama                               # one device, the defaults of clo.py
+    python -m engine.scale path/to/Llama-3-8B --gpus 8 --shard      # FSDP2
+    python -m engine.scale --table                                  # the tables of docs/scale.md
 
 Every formula stands where it is computed, with its reason. Letters as in model.py: H hidden width,
 F mlp width, V vocabulary, Q query heads, G kv heads, D head width, R LoRA rank. A GB is 1e9 bytes.
@@ -21,8 +21,8 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
-import data
-import model as llama
+from engine.files import run
+from formats.configs import Config, read_config
 from kernels.chunks import CPU_CHUNK_ROWS, CPU_TILE_WORDS, GPU_CHUNK_BYTES
 
 GB = 1e9
@@ -35,14 +35,14 @@ CONTEXT_BYTES = 1.5 * GB                 # a CUDA context, cuBLAS's workspace, w
 
 # ------------------------------------------------------------------------------------------------- parameters
 
-def attention_shapes(c: llama.Config) -> dict[str, tuple[int, int]]:
+def attention_shapes(c: Config) -> dict[str, tuple[int, int]]:
     """(out, in) of the four projections of a block."""
     QD, GD = c.num_attention_heads * c.head_dim, c.num_key_value_heads * c.head_dim
     H = c.hidden_size
     return {"q_proj": (QD, H), "k_proj": (GD, H), "v_proj": (GD, H), "o_proj": (H, QD)}
 
 
-def parameters(c: llama.Config) -> dict[str, int]:
+def parameters(c: Config) -> dict[str, int]:
     """Number of parameters by part; their sum is the model's. A tied head counts once, as the embedding."""
     H, F, V, L = c.hidden_size, c.intermediate_size, c.vocab_size, c.num_hidden_layers
     shapes = attention_shapes(c)
@@ -53,7 +53,7 @@ def parameters(c: llama.Config) -> dict[str, int]:
             "norms": L * (2 * H + c.qk_norm * 2 * c.head_dim) + H}
 
 
-def trainable_parameters(c: llama.Config, train: str = "lora", rank: int = 16) -> int:
+def trainable_parameters(c: Config, train: str = "lora", rank: int = 16) -> int:
     """lora: R (in + out) for each projection, whose B is out x R and A is R x in; attention: the projections;
     full: all."""
     if train == "lora":
@@ -64,7 +64,7 @@ def trainable_parameters(c: llama.Config, train: str = "lora", rank: int = 16) -
 
 # ------------------------------------------------------------------------------------------------ activations
 
-def block_bytes(c: llama.Config, train: str = "lora", rank: int = 16, itemsize: int = 4, copies: float = 1.0,
+def block_bytes(c: Config, train: str = "lora", rank: int = 16, itemsize: int = 4, copies: float = 1.0,
                 first: bool = False) -> float:
     """Bytes a block keeps per token of a row, for its backward.
 
@@ -88,7 +88,7 @@ def block_bytes(c: llama.Config, train: str = "lora", rank: int = 16, itemsize: 
     return kept + (2 + full) * F * itemsize            # gate and up (SwiGLU); their product if down learns
 
 
-def activation_bytes(c: llama.Config, tokens: int, train: str = "lora", recompute: bool = False,
+def activation_bytes(c: Config, tokens: int, train: str = "lora", recompute: bool = False,
                      rank: int = 16, itemsize: int = 4, copies: float = 1.0) -> float:
     """Bytes all blocks keep for the backward of one micro-batch of so many row tokens.
 
@@ -102,7 +102,7 @@ def activation_bytes(c: llama.Config, tokens: int, train: str = "lora", recomput
     return tokens * (sum(blocks) + final)
 
 
-def working_bytes(c: llama.Config, tokens: int, itemsize: int = 4) -> float:
+def working_bytes(c: Config, tokens: int, itemsize: int = 4) -> float:
     """What a block's backward holds at once besides: gradients of gate, up, their product and one temporary,
     and four tensors of the width of x."""
     return tokens * (4 * c.intermediate_size + 4 * c.hidden_size) * itemsize
@@ -126,7 +126,7 @@ class Plan:
     link_gb: float = 50.0
 
 
-def memory(c: llama.Config, plan: Plan) -> dict[str, float]:
+def memory(c: Config, plan: Plan) -> dict[str, float]:
     """Bytes of one device, by what they are for; their sum is the estimate of its peak."""
     b, tokens, counts = ITEMSIZE[plan.dtype], plan.row_tokens * plan.micro_rows, parameters(c)
     learned = trainable_parameters(c, plan.train, plan.rank)
@@ -153,7 +153,7 @@ def memory(c: llama.Config, plan: Plan) -> dict[str, float]:
 
 # ------------------------------------------------------------------------------------------------------- time
 
-def token_flops(c: llama.Config, train: str = "lora", rank: int = 16,
+def token_flops(c: Config, train: str = "lora", rank: int = 16,
                 recompute: bool = False) -> dict[str, float]:
     """FLOPs per token of a packed row, all of whose tokens are predicted (an upper bound: prompts are not).
 
@@ -171,7 +171,7 @@ def token_flops(c: llama.Config, train: str = "lora", rank: int = 16,
             "recompute": once if recompute else 0, "reference": 2 * body + 2 * head}
 
 
-def step_seconds(c: llama.Config, plan: Plan, tokens: float) -> dict[str, float]:
+def step_seconds(c: Config, plan: Plan, tokens: float) -> dict[str, float]:
     """Seconds of an optimiser step over so many row tokens, dealt evenly to the devices; apart, those of the
     reference pass, which comes once, before training. Communication hides behind the products where it is
     shorter."""
@@ -188,7 +188,7 @@ def step_seconds(c: llama.Config, plan: Plan, tokens: float) -> dict[str, float]
             "reference": each * flops["reference"] / (plan.tflops * 1e12)}
 
 
-def measure_device(c: llama.Config, device: torch.device, dtype: torch.dtype,
+def measure_device(c: Config, device: torch.device, dtype: torch.dtype,
                    seconds: float = 0.5) -> tuple[float, float]:
     """TFLOP/s this device achieves on the mlp's product, timed here and now, and the bytes of its memory."""
     x = torch.randn(1024, c.hidden_size, device=device, dtype=dtype)
@@ -210,14 +210,14 @@ def measure_device(c: llama.Config, device: torch.device, dtype: torch.dtype,
 
 # ------------------------------------------------------------------------------------------------------ print
 
-def recompute_saves(c: llama.Config, plan: Plan) -> float:
+def recompute_saves(c: Config, plan: Plan) -> float:
     """Bytes that --recompute saves."""
     tokens, b = plan.row_tokens * plan.micro_rows, ITEMSIZE[plan.dtype]
     kept = [activation_bytes(c, tokens, plan.train, flag, plan.rank, b) for flag in (False, True)]
     return kept[0] - kept[1]
 
 
-def describe(c: llama.Config, plan: Plan, step_tokens: float | None = None,
+def describe(c: Config, plan: Plan, step_tokens: float | None = None,
              device_bytes: float = DEVICE_BYTES) -> str:
     """Parameters, memory of a device and time of a step, as text. step_tokens: row tokens of an optimiser
     step over all devices; by default every device runs one micro-batch."""
@@ -243,12 +243,12 @@ def describe(c: llama.Config, plan: Plan, step_tokens: float | None = None,
 
 # Shapes from the models' own config.json.
 MODELS = {
-    "Llama-3.2-1B": llama.Config(128256, 2048, 8192, 16, 32, 8, 64, tie_word_embeddings=True),
-    "Llama-3.2-3B": llama.Config(128256, 3072, 8192, 28, 24, 8, 128, tie_word_embeddings=True),
-    "Llama-3-8B": llama.Config(128256, 4096, 14336, 32, 32, 8, 128),
-    "Qwen2.5-14B": llama.Config(152064, 5120, 13824, 48, 40, 8, 128, qkv_bias=True),
-    "Qwen2.5-32B": llama.Config(152064, 5120, 27648, 64, 40, 8, 128, qkv_bias=True),
-    "Llama-3-70B": llama.Config(128256, 8192, 28672, 80, 64, 8, 128),
+    "Llama-3.2-1B": Config(128256, 2048, 8192, 16, 32, 8, 64, tie_word_embeddings=True),
+    "Llama-3.2-3B": Config(128256, 3072, 8192, 28, 24, 8, 128, tie_word_embeddings=True),
+    "Llama-3-8B": Config(128256, 4096, 14336, 32, 32, 8, 128),
+    "Qwen2.5-14B": Config(152064, 5120, 13824, 48, 40, 8, 128, qkv_bias=True),
+    "Qwen2.5-32B": Config(152064, 5120, 27648, 64, 40, 8, 128, qkv_bias=True),
+    "Llama-3-70B": Config(128256, 8192, 28672, 80, 64, 8, 128),
 }
 
 
@@ -306,8 +306,8 @@ def main(argv=None) -> None:
         for train in ("lora", "attention", "full"):
             print(f"--train {train}\n\n{table(train, plan, args.device_gb * GB, args.step_tokens)}\n")
         return
-    print(describe(llama.read_config(args.model), plan, args.step_tokens, args.device_gb * GB))
+    print(describe(read_config(args.model), plan, args.step_tokens, args.device_gb * GB))
 
 
 if __name__ == "__main__":
-    data.run(main)
+    run(main)

@@ -23,8 +23,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-import data
 import model as llama
+from engine import files
+from engine.files import InputError
+from formats.weights import add_update, read_adapter
 
 LONGEST_WAIT = timedelta(days=1)             # ranks wait while the first one translates or answers
 FORWARD = ""                                 # what the first rank tells others to join, if not a parameter
@@ -33,7 +35,7 @@ FAILED = "clo/failed"                        # key in torchrun's store: the firs
 
 
 def pick_device(name: str) -> str:
-    """The device that "auto" means, or the one named; DataError when it is not there."""
+    """The device that "auto" means, or the one named; InputError when it is not there."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
         if torch.backends.mps.is_available():
@@ -43,7 +45,7 @@ def pick_device(name: str) -> str:
     try:
         torch.empty(1, device=own)               # not every rank on the first GPU: half a GB there for each
     except (RuntimeError, AssertionError) as error:
-        raise data.DataError(f"--device {name} cannot be used ({str(error).splitlines()[0]}): "
+        raise InputError(f"--device {name} cannot be used ({str(error).splitlines()[0]}): "
                              f"try --device auto") from None
     return name
 
@@ -230,7 +232,7 @@ def load(path, device, dtype: torch.dtype, adapter=None,
     """
     assert dist.is_initialized(), "there are no ranks to share the model: torchrun starts them"
     model, weights, names = llama.open_checkpoint(path)
-    updates = {} if adapter is None else llama.read_adapter(adapter, set(names))
+    updates = {} if adapter is None else read_adapter(adapter, set(names))
     model.requires_grad_(False).eval().to(dtype)
     prepare(model)
     shard_(model)
@@ -239,7 +241,7 @@ def load(path, device, dtype: torch.dtype, adapter=None,
         rows = own_rows(parameters[name])
         tensor = weights[key][rows]
         if name in updates:
-            tensor = llama.add_update(tensor, updates[name]()[rows], f"{adapter}: {name}")
+            tensor = add_update(tensor, updates[name]()[rows], f"{adapter}: {name}")
         fill_(model, name, parameters[name], tensor.to(device, parameters[name].dtype, copy=True))
     return model
 
@@ -289,13 +291,13 @@ def shard_(model: llama.Llama) -> None:
 # --------------------------------------------------------------------------------------- leaving all together
 
 def run(main: Callable) -> None:
-    """data.run(main). Of several processes the first to fail says why, and the others leave within a second:
+    """files.run(main). Of several processes the first to fail says why, and the others leave within a second:
     a rank that waits for a failed one would wait for a day."""
     if "RANK" not in os.environ:
-        return data.run(main)
+        return files.run(main)
     watch = threading.Thread(target=leave_when_told, daemon=True)
     watch.start()
-    data.run(lambda: tell_failure(main, watch))
+    files.run(lambda: tell_failure(main, watch))
 
 
 def torchrun_store():
@@ -325,6 +327,6 @@ def tell_failure(main: Callable, watch: threading.Thread) -> None:
         torchrun_store().compare_set(FAILED, "", os.environ["RANK"])
         watch.join()                     # which does not return if another rank was first: that one says why
         if "by peer" in str(error):          # gloo's words for a rank that was killed and said nothing
-            raise data.DataError("the connection to another rank broke: was it killed, for want of memory "
+            raise InputError("the connection to another rank broke: was it killed, for want of memory "
                                  "perhaps? The same command goes on from the last checkpoint") from None
         raise

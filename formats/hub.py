@@ -1,7 +1,7 @@
 """Hub ids in the place of paths: `Qwen/Qwen2.5-0.5B` for a model directory, `oasst1` for a data file.
 
-    hub.local("Qwen/Qwen2.5-0.5B")         # the directory it lies in, downloaded at first use
-    hub.local("demo/llama")                # what is a path stays a path
+    local("Qwen/Qwen2.5-0.5B")         # the directory it lies in, downloaded at first use
+    local("demo/llama")                # what is a path stays a path
 
 huggingface_hub, which comes with tokenizers, does the work: it keeps finished files in its cache
 (HF_HOME), goes on after a broken connection, and answers from the cache when the hub is out of reach. It
@@ -11,6 +11,7 @@ is imported only when an id is met.
 import json
 import re
 from pathlib import Path
+from engine.files import InputError
 
 INDEX = "model.safetensors.index.json"
 SETTINGS = ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json",
@@ -19,10 +20,6 @@ WEIGHTS = ("model.safetensors",)
 TRANSLATOR_SETTINGS = (*SETTINGS, "vocab.json", "sentencepiece.bpe.model")
 TRANSLATOR_WEIGHTS = (*WEIGHTS, "pytorch_model.bin")
 DATASETS = {"oasst1": ("OpenAssistant/oasst1", "2023-04-12_oasst_ready.trees.jsonl.gz")}
-
-
-class HubError(ValueError):
-    """Something that cannot be had from the hub: one line that says what, why, and what to do."""
 
 
 def is_id(path) -> bool:
@@ -34,7 +31,7 @@ def is_id(path) -> bool:
 def local(path, settings=SETTINGS, weights=WEIGHTS) -> Path:
     """The directory of a model given as path or hub id. Downloads what is not there yet: the small files
     of `settings`, then the weight files that the index names or, without an index, the first of `weights`
-    the hub has. HubError."""
+    the hub has. InputError."""
     if not is_id(path):
         return Path(path)
     directory = fetch(path, settings)
@@ -51,12 +48,12 @@ def shard_names(index: Path) -> tuple[str, ...]:
     try:
         return tuple(sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())))
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-        raise HubError(f"{index} is damaged: it names no weight files; "
+        raise InputError(f"{index} is damaged: it names no weight files; "
                        f"report it to the model's owner") from None
 
 
 def data_file(path) -> Path:
-    """The file of a data set in DATASETS, downloaded if need be; any other path as it is. HubError."""
+    """The file of a data set in DATASETS, downloaded if need be; any other path as it is. InputError."""
     if str(path) not in DATASETS or Path(path).exists():
         return Path(path)
     repository, name = DATASETS[str(path)]
@@ -74,15 +71,15 @@ def fetch(repository: str, names: tuple[str, ...], revision: str | None = None, 
         return Path(snapshot_download(repository, repo_type=kind, revision=revision,
                                       allow_patterns=list(names)))
     except errors.GatedRepoError:
-        raise HubError(
+        raise InputError(
             f"{repository} is gated on the hub: accept its licence at https://huggingface.co/{repository}, "
             f"then log in with `hf auth login` (or set HF_TOKEN)") from None
     except (errors.RepositoryNotFoundError, errors.HFValidationError):
-        raise HubError(f"{repository}: neither a directory here nor a public {kind} on the hub: "
+        raise InputError(f"{repository}: neither a directory here nor a public {kind} on the hub: "
                        f"check the spelling; for a private one log in with `hf auth login`") from None
     except errors.LocalEntryNotFoundError as error:
-        raise HubError(f"{repository} is not (wholly) in the cache and the hub cannot be reached "
+        raise InputError(f"{repository} is not (wholly) in the cache and the hub cannot be reached "
                        f"({type(error.__cause__ or error).__name__}): connect, or give a directory") from None
     except broken as error:
-        raise HubError(f"the download of {repository} broke off ({str(error).splitlines()[0]}): "
+        raise InputError(f"the download of {repository} broke off ({str(error).splitlines()[0]}): "
                        f"run the same command again, finished files are kept") from None

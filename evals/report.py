@@ -20,8 +20,7 @@ from pathlib import Path
 
 import numpy as np
 
-import data
-from data import DataError
+from engine.files import InputError, as_kind, need, parse_json, read_records, read_text
 
 
 def binomial_error(value: float, n: int) -> float:
@@ -132,16 +131,16 @@ class Result:
 
 
 def load_object(path: Path) -> dict:
-    """The object in a JSON file, or a DataError that says which file is missing or damaged."""
-    return data.as_kind(data.parse_json(data.read_text(path), path, "was the run interrupted?"), dict, path)
+    """The object in a JSON file, or a InputError that says which file is missing or damaged."""
+    return as_kind(parse_json(read_text(path), path, "was the run interrupted?"), dict, path)
 
 
 def load_lines(path: Path, keys: tuple[str, ...]) -> list[dict]:
-    """The objects of a JSONL file, or a DataError that names the line without one of the keys."""
-    found = data.read_records(path)
+    """The objects of a JSONL file, or a InputError that names the line without one of the keys."""
+    found = read_records(path)
     for where, line in found:
         for key in keys:
-            data.need(line, key, where)
+            need(line, key, where)
     return [line for _, line in found]
 
 
@@ -187,11 +186,11 @@ def read_run(run: Path, flags: dict, differing: dict[str, set[str]]) -> list[Res
     """The methods of a run directory of clo.py, one Result for each target language."""
     report, results = load_object(run / "report.json"), []
     source = flags.get("source", "en")
-    for method, scores in data.need(report, "methods", run / "report.json").items():
+    for method, scores in need(report, "methods", run / "report.json").items():
         answers = load_lines(run / method / "answers.jsonl",
                              ("row_id", "language", "correct", "reply_language", "judged"))
         metrics = run / method / "metrics.jsonl"
-        steps = [line for _, line in data.read_records(metrics)] if metrics.is_file() else []
+        steps = [line for _, line in read_records(metrics)] if metrics.is_file() else []
         for target in report["lang"].split(","):
             result = Result(row_language(target, report["lang"]), str(report["samples"]),
                             label(method, flags, differing), str(report["seed"]))
@@ -216,7 +215,7 @@ def read_evaluation(directory: Path, configs: dict[Path, dict],
     """What `eval.py mc`, `perplexity` or `judge` wrote:
     the figures of one model, in the rows of the run it came from."""
     found = load_object(directory / "result.json")
-    settings = data.need(found, "settings", directory / "result.json")
+    settings = need(found, "settings", directory / "result.json")
     model, language, results = (settings.get("adapter") or settings.get("model"),
                                 settings.get("language") or "-", [])
     for run, method in origins(settings, configs):
@@ -228,8 +227,8 @@ def read_evaluation(directory: Path, configs: dict[Path, dict],
         results += [Result(row_language(target, report["lang"]), str(report["samples"]),
                            label(method, configs[run], differing), str(report["seed"])) for target in targets]
     results = results or [Result(language, "-", str(model or directory.name), "-")]
-    lines = [line for _, line in data.read_records(directory / "answers.jsonl")]
-    for name, figure in data.need(found, "figures", directory / "result.json").items():
+    lines = [line for _, line in read_records(directory / "answers.jsonl")]
+    for name, figure in need(found, "figures", directory / "result.json").items():
         scores = {line["question"]: line["scores"][name] for line in lines
                   if "question" in line and name in line.get("scores", {})}
         for result in results:
@@ -243,7 +242,7 @@ def read_results(paths: list) -> list[Result]:
     directories = [Path(path) for path in paths]
     for directory in directories:
         if not (directory / "report.json").is_file() and not (directory / "result.json").is_file():
-            raise DataError(f"{directory}: neither report.json (a finished run) "
+            raise InputError(f"{directory}: neither report.json (a finished run) "
                             f"nor result.json (an evaluation) is there")
     configs = {directory: load_object(directory / "config.json")["flags"] for directory in directories
                if (directory / "report.json").is_file()}
@@ -260,10 +259,10 @@ def read_results(paths: list) -> list[Result]:
 
 
 def merge_(known: Result, other: Result, directory: Path) -> None:
-    """Add the figures of `other` to those of the same model; DataError when both have one and they differ."""
+    """Add the figures of `other` to those of the same model; InputError when both have one and they differ."""
     for name, value in other.figures.items():
         if known.figures.setdefault(name, value) != value:
-            raise DataError(f"{directory}: a second, different {name!r} for {' '.join(known.row)}, "
+            raise InputError(f"{directory}: a second, different {name!r} for {' '.join(known.row)}, "
                             f"seed {known.seed}: compare one of the two at a time")
     known.errors |= other.errors
     known.scores |= other.scores
@@ -412,7 +411,7 @@ def import_pyplot():
     try:
         import matplotlib
     except ImportError:
-        raise DataError("--plot needs matplotlib: pip install matplotlib") from None
+        raise InputError("--plot needs matplotlib: pip install matplotlib") from None
     matplotlib.use("Agg")
     import matplotlib.pyplot
     return matplotlib.pyplot

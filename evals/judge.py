@@ -30,8 +30,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-import data
-from data import DataError
+from engine.files import InputError, as_kind, need, read_records
 
 # the server is busy or broken; other errors are ours
 RETRIED = {408, 409, 425, 429, 500, 502, 503, 504, 529}
@@ -69,17 +68,17 @@ Reply with m or M only."""
 
 def read_outputs(path) -> dict[str, dict]:
     """{instruction: record} of a file in alpaca_eval's format;
-    DataError for a missing text or a repeated instruction."""
+    InputError for a missing text or a repeated instruction."""
     outputs, places = {}, {}
-    for where, record in data.read_records(path):
-        instruction, output = (data.as_kind(data.need(record, key, where), str, where)
+    for where, record in read_records(path):
+        instruction, output = (as_kind(need(record, key, where), str, where)
                                for key in ("instruction", "output"))
         if instruction in outputs:
-            raise DataError(f"{where}: the same instruction as in {places[instruction]}: "
+            raise InputError(f"{where}: the same instruction as in {places[instruction]}: "
                             f"{instruction[:60]!r}")
         outputs[instruction], places[instruction] = record | {"output": output}, where
     if not outputs:
-        raise DataError(f"{path}: the file holds no answers")
+        raise InputError(f"{path}: the file holds no answers")
     return outputs
 
 
@@ -94,7 +93,7 @@ def pair_outputs(model_path, reference_path) -> list[dict]:
                       "output_1": first["output"], "generator_1": first.get("generator", str(reference_path)),
                       "output_2": second["output"], "generator_2": second.get("generator", str(model_path))})
     if not pairs:
-        raise DataError(f"{model_path} and {reference_path} share no instruction: they must be equal "
+        raise InputError(f"{model_path} and {reference_path} share no instruction: they must be equal "
                         f"byte for byte (eval.py alpaca keeps a translation and gives it to every system)")
     if len(pairs) < max(len(model), len(reference)):
         print(f"{len(pairs)} instructions are in both files; {len(model) - len(pairs)} only in {model_path}, "
@@ -114,7 +113,7 @@ def win_rate(annotations: list[dict]) -> dict:
             if isinstance(line.get("preference"), (int, float)) and math.isfinite(line["preference"])]
     wins = [0.5 if line["preference"] == 0 else line["preference"] - 1 for line in kept]
     if not wins:
-        raise DataError("no pair has a preference: nothing to average")
+        raise InputError("no pair has a preference: nothing to average")
     n, mean = len(wins), float(np.mean(wins))
     error = 100 * float(np.std(wins, ddof=1)) / math.sqrt(n) if n > 1 else None
     won, lost = sum(win > 0.5 for win in wins), sum(win < 0.5 for win in wins)
@@ -127,11 +126,11 @@ def win_rate(annotations: list[dict]) -> dict:
 
 
 def check_preference(value, where: str) -> None:
-    """DataError unless it is from 1 to 2, the 0 of old files, or missing (null, NaN)."""
+    """InputError unless it is from 1 to 2, the 0 of old files, or missing (null, NaN)."""
     if value is None or isinstance(value, float) and math.isnan(value):
         return
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not (value == 0 or 1 <= value <= 2):
-        raise DataError(f"{where}: the preference is {value!r:.80}, from 1 (output_1 wins) to 2 is wanted")
+        raise InputError(f"{where}: the preference is {value!r:.80}, from 1 (output_1 wins) to 2 is wanted")
 
 
 def describe_rate(rate: dict) -> str:
@@ -175,7 +174,7 @@ class Endpoint:
 
     def verdict(self, messages: list[dict]) -> tuple[float, dict]:
         """(preference, usage) of one question to the judge: 1 for m, 2 for M, between by its probabilities.
-        Raises NoVerdict when no attempt succeeds, DataError when none can."""
+        Raises NoVerdict when no attempt succeeds, InputError when none can."""
         fault = ""
         for attempt in range(self.attempts):
             if attempt and self.stopping.wait(self.wait(attempt, fault)):
@@ -185,7 +184,7 @@ class Endpoint:
                 return preference(reply), reply.get("usage") or {}
             except urllib.error.HTTPError as error:
                 if error.code not in RETRIED:
-                    raise DataError(
+                    raise InputError(
                         f"the judge's server refused with HTTP {error.code}: check OPENAI_API_KEY, "
                         f"OPENAI_BASE_URL and --judge-model {self.model}") from None
                 fault = error
@@ -267,12 +266,12 @@ def endpoint_from_environment(model: str, **options) -> Endpoint:
     """OPENAI_BASE_URL (default: OpenAI's) and OPENAI_API_KEY, which only OpenAI's own server must have."""
     url, key = os.environ.get("OPENAI_BASE_URL", "").strip(), os.environ.get("OPENAI_API_KEY", "").strip()
     if not url and not key:
-        raise DataError("OPENAI_API_KEY is not set (nor OPENAI_BASE_URL, for a server of your own): "
+        raise InputError("OPENAI_API_KEY is not set (nor OPENAI_BASE_URL, for a server of your own): "
                         "export it and run again")
     if not (key.isascii() and key.isprintable()):       # http.client would put it into its error message
-        raise DataError("OPENAI_API_KEY holds a line break or other characters no key has: export it again")
+        raise InputError("OPENAI_API_KEY holds a line break or other characters no key has: export it again")
     if url and not url.startswith(("http://", "https://")):
-        raise DataError("OPENAI_BASE_URL must start with http:// or https://")
+        raise InputError("OPENAI_BASE_URL must start with http:// or https://")
     return Endpoint((url or "https://api.openai.com/v1").rstrip("/"), key, model, **options)
 
 
@@ -307,7 +306,7 @@ def annotate(pair: dict, endpoint: Endpoint, order: str, seed: int, language: st
 
 
 def annotate_all(pairs: list[dict], endpoint: Endpoint, order: str, seed: int, language: str, workers: int):
-    """Yields (pair, annotation or None, fault) as they are done. DataError when the endpoint seems gone."""
+    """Yields (pair, annotation or None, fault) as they are done. InputError when the endpoint seems gone."""
     pool, failed = ThreadPoolExecutor(workers), 0
     try:
         waiting = {pool.submit(annotate, pair, endpoint, order, seed, language): pair for pair in pairs}
@@ -320,7 +319,7 @@ def annotate_all(pairs: list[dict], endpoint: Endpoint, order: str, seed: int, l
                 annotation, fault, failed = None, str(error), failed + 1
             yield waiting[future], annotation, fault
             if failed >= GIVE_UP:
-                raise DataError(f"the judge gave no verdict on {failed} pairs in a row ({fault}): "
+                raise InputError(f"the judge gave no verdict on {failed} pairs in a row ({fault}): "
                                 f"what is done is kept, run the same command again later")
     finally:
         endpoint.stopping.set()

@@ -1,0 +1,1 @@
+"""What keeps a run alive: files, run directories, processes, estimates of memory and time."""

@@ -1,0 +1,237 @@
+"""The user's files: one error, one reader, one writer that never leaves half a file, one journal, one hash."""
+
+import contextlib
+import gzip
+import hashlib
+import json
+import os
+import re
+import shutil
+import sys
+import zlib
+from pathlib import Path
+
+from safetensors import SafetensorError
+
+HALF_A_CHARACTER = "[\ud800-\udfff]"  # JSON can spell a surrogate on its own
+
+
+class InputError(ValueError):
+    """Bad input, in one line: what, where (file:line), how to fix it."""
+
+
+def run(main):
+    """Run a command line: bad input becomes one line on stderr and exit code 2, Ctrl-C exit code 130."""
+    try:
+        main()
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except (OSError, ValueError) as error:
+        if type(error) is ValueError:  # ours are subclasses; a plain one is a bug and keeps its traceback
+            raise
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+def read_text(path):
+    """The text of a UTF-8 file, plain or gzip (told by its first bytes)."""
+    path = Path(path)
+    if not path.is_file():
+        raise InputError(f"{path}: {'a directory, a file is wanted' if path.is_dir() else 'no such file'}")
+    raw = path.read_bytes()
+    try:
+        raw = gzip.decompress(raw) if raw[:2] == b"\x1f\x8b" else raw
+        return raw.decode("utf-8-sig")
+    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+        raise InputError(f"{path}: damaged gzip file ({error}); fetch it again") from None
+    except UnicodeDecodeError as error:
+        line = raw[:error.start].count(b"\n") + 1
+        raise InputError(f"{path}:{line}: not UTF-8 text; JSON or JSONL in UTF-8 is wanted") from None
+
+
+def parse_json(text, path, wanted, line=1):
+    """The value of JSON text that begins in this line of a file. wanted: what belongs there, for errors."""
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        line, why = line + error.lineno - 1, f"{error.msg} (column {error.colno})"
+    except RecursionError:
+        why = "lists or objects nested too deeply"
+    except ValueError as error:  # a number of thousands of digits
+        why = str(error)
+    raise InputError(f"{path}:{line}: not valid JSON: {why}; {wanted}")
+
+
+def read_records(path):
+    """[(where, object)] of a JSONL file ("file:line") or of a file holding one JSON list ("file[item]")."""
+    text, wanted = read_text(path), "one object a line is wanted, or one list"
+    if text.lstrip()[:1] == "[":
+        return [(f"{path}[{item}]", record) for item, record in enumerate(parse_json(text, path, wanted))]
+    return [(f"{path}:{number}", parse_json(line, path, wanted, number))  # splitlines() also cuts at U+2028
+            for number, line in enumerate(text.split("\n"), 1) if line.strip()]
+
+
+def optional_object(path):
+    """The object in a JSON file, {} without the file."""
+    if not path.exists():
+        return {}
+    return as_kind(parse_json(read_text(path), path, "one object is wanted"), dict, path)
+
+
+def as_kind(value, kind, where):
+    """The value, or an error if it is not of that kind (dict, list, str)."""
+    if not isinstance(value, kind):
+        raise InputError(f"{where}: {kind.__name__} expected, found {type(value).__name__}")
+    return value
+
+
+def need(record, key, where):
+    """record[key], or an error that names the place and the keys that are there."""
+    if key not in as_kind(record, dict, where):
+        raise InputError(f'{where}: "{key}" is missing (found: {", ".join(record)})')
+    return record[key]
+
+
+def check_unicode(value, where):
+    """The value, or an error if a string anywhere in it holds half of a character: no file can hold that."""
+    if re.search(HALF_A_CHARACTER, json.dumps(value, ensure_ascii=False)):
+        raise InputError(f"{where}: broken Unicode (half of a character): write the whole one, or take it out")
+    return value
+
+
+def read_json(path) -> dict:
+    """The object in a JSON file; InputError when it is missing, not JSON, or not an object."""
+    path = Path(path)
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (FileNotFoundError, NotADirectoryError):
+        raise InputError(f"{path} is missing: a directory in Hugging Face layout holds one") from None
+    except (OSError, ValueError, RecursionError) as error:
+        raise InputError(f"{path} cannot be read as JSON ({error}): "
+                              f"download or write it again") from None
+    if not isinstance(value, dict):
+        raise InputError(f"{path} holds a JSON {type(value).__name__}, an object was expected")
+    return value
+
+
+def write_text(path: Path, text: str) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(text, encoding="utf-8")
+    os.replace(temporary, path)
+
+
+def write_json(path: Path, value) -> None:
+    write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+def write_jsonl(path, records):
+    """Write one JSON object a line; to a temporary name first, so there is never half a file."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(path.name + ".tmp")
+    with open(partial, "w", encoding="utf-8", newline="\n") as file:
+        for record in records:
+            file.write(json.dumps(record, ensure_ascii=False) + "\n")
+    os.replace(partial, path)
+
+
+def fill_directory(path: Path, fill) -> None:
+    """Call fill(temporary directory), then put it in the place of `path`."""
+    with writing(path):
+        temporary = empty_directory(path.with_name(path.name + ".tmp"))
+        fill(temporary)
+        put_in_place(temporary, path)
+
+
+def empty_directory(path: Path) -> Path:
+    remove(path)
+    path.mkdir(parents=True)
+    return path
+
+
+def put_in_place(temporary: Path, path: Path) -> None:
+    """Rename a directory, over another one if need be;
+    a kill in between leaves the new one or none, never half of one."""
+    old = path.with_name(path.name + ".old")
+    remove(old)
+    if path.exists():
+        os.replace(path, old)
+    os.replace(temporary, path)
+    remove(old)
+
+
+def remove(path: Path) -> None:
+    """A file, a link, or a directory with all that is in it; nothing when nothing is there."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def writing(path: Path):
+    """What keeps `path` from being written, mostly a full disk, becomes one line."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        raise InputError(f"{path} cannot be written ({error}): make room on its disk; "
+                        f"the same command goes on from the last checkpoint") from None
+
+
+def fingerprint(*parts) -> str:
+    """Short hash of JSON-able values and of the contents of files (Path)."""
+    digest = hashlib.sha256()
+    for part in parts:
+        if isinstance(part, Path):
+            with open(part, "rb") as file:
+                for block in iter(lambda: file.read(1 << 20), b""):
+                    digest.update(block)
+        else:
+            digest.update(json.dumps(part, sort_keys=True, default=str).encode())
+        digest.update(b"\0")
+    return digest.hexdigest()[:16]
+
+
+class Journal:
+    """A file of answers, one JSON line each behind one line of settings. `done` holds the answers of
+    an earlier, perhaps killed, run with the same settings; other settings are refused, and so are lines
+    without the `keys` of an answer."""
+
+    def __init__(self, path: Path, settings: dict, keys: tuple[str, ...], fresh: bool = False):
+        self.path, self.keys, self.done = path, keys, []
+        if path.exists() and not fresh:
+            self.done = self.read(json.loads(json.dumps(settings)))
+        write_jsonl(path, [{"settings": settings}, *self.done])
+        self.file = open(path, "a", encoding="utf-8", newline="\n")
+
+    def read(self, settings: dict) -> list[dict]:
+        lines, found = self.path.read_bytes().split(b"\n")[:-1], []      # without the half line of a kill
+        for number, line in enumerate(lines, 1):
+            try:
+                found.append(json.loads(line))
+                for key in self.keys if number > 1 else ("settings",):
+                    need(found[-1], key, number)
+            except (ValueError, RecursionError):
+                raise InputError(f"{self.path}:{number}: damaged; delete the file, "
+                                     f"or start over with --fresh") from None
+        before = as_kind(found[0]["settings"], dict, f"{self.path}:1") if found else settings
+        for key in [*before, *settings]:
+            if before.get(key) != settings.get(key):
+                raise InputError(f"{self.path} was begun with {key} = {before.get(key)!r}, "
+                                     f"now it is {settings.get(key)!r}: choose another --out, "
+                                     f"or start over with --fresh")
+        if len(found) > 1:
+            print(f"{self.path} holds {len(found) - 1} answers: going on behind them")
+        return found[1:]
+
+    def add(self, line: dict) -> None:
+        self.done.append(line)
+        self.file.write(json.dumps(line, ensure_ascii=False) + "\n")
+        self.file.flush()
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.file.close()

@@ -1,0 +1,1 @@
+"""The translator by hand: network, beam search, tokenizer."""
