@@ -15,6 +15,7 @@ References: naive Bayes over n-grams for language identification (Lui and Baldwi
 import argparse
 import json
 import math
+import re
 from collections import Counter
 from pathlib import Path
 
@@ -33,10 +34,11 @@ from evals.language import fit_languages, reply_language  # noqa: F401
 from evals.report import table
 from formats import hub
 from formats.chat import Tokenizer, load_tokenizer
-from formats.records import describe_counts, identifier, read_rows, require_languages
+from formats.records import describe_counts, read_rows, refuse_duplicates, require_languages
 from formats.weights import DTYPES, adapter_base
 
 TRANSLATED_AT_ONCE = 16     # instructions between two writes
+LONGEST_NAME = 120          # characters of a directory's name; file systems hold 255 bytes
 
 
 # --------------------------------------------------------------------------------------------- reply language
@@ -101,7 +103,10 @@ def weights_hash(path: Path) -> str:
 def out_directory(args, *names: str) -> Path:
     """--out, or runs/eval/NAMES-MODEL: one directory for each evaluation of each model."""
     model = Path(args.adapter or args.model or "demo/llama").as_posix().strip("./").replace("/", "-")
-    return Path(args.out) if args.out else Path("runs/eval") / "-".join([*filter(None, names), model])
+    name = re.sub(r"[\s/]+", "-", "-".join([*filter(None, names), model]))
+    if len(name) > LONGEST_NAME:
+        name = f"{name[:LONGEST_NAME]}-{fingerprint(name)[:6]}"
+    return Path(args.out) if args.out else Path("runs/eval") / name
 
 
 def finish(out: Path, settings: dict, figures: dict, **details) -> None:
@@ -119,30 +124,39 @@ def with_error(value: float, error: float | None, digits: int = 2) -> str:
 def mc(args) -> None:
     """Score a multiple-choice benchmark: accuracies with their standard error,
     and every question's log-probs."""
-    benchmark = choice.read_benchmark(args.benchmark, args.files, args.shots, args.lang,
-                                          args.subjects and args.subjects.split(","), args.split, args.limit)
+    subjects = sorted({name.strip() for name in (args.subjects or "").split(",") if name.strip()})
+    benchmark = choice.read_benchmark(args.benchmark, args.files, args.shots, args.lang, subjects, args.split,
+                                      args.limit)
     model, tokenizer, settings = open_model(args)
-    settings |= benchmark.settings
-    out = out_directory(args, args.benchmark, args.lang, f"{args.shots}shot")
-    part = [args.split != "test" and args.split, args.subjects, args.limit and f"first {args.limit}"]
-    figure = " ".join(filter(None, [args.benchmark, args.lang, f"{args.shots}-shot", *part]))
-    numbers = Counter()
-    names = [f"{question.subject} {numbers.update([question.subject]) or numbers[question.subject]}"
-             for question in benchmark.questions]
+    del settings["tokenizer and template"]         # a question is plain text: a template has no part in it
+    settings |= {"tokenizer": fingerprint(tokenizer.full.to_str(), tokenizer.names)} | benchmark.settings
+    name = [args.benchmark, args.lang, f"{args.shots}-shot", args.split if args.split != "test" else "",
+            short(subjects), f"first {args.limit}" if args.limit else ""]
+    figure = " ".join(filter(None, name))
+    out = out_directory(args, *name, settings["dtype"])
+    questions, numbers = {}, Counter()
+    for question in benchmark.questions:
+        numbers[question.subject] += 1
+        questions[f"{question.subject} {numbers[question.subject]}"] = question
     keys = ("question", "correct", "choice", "cut", "scores")
     with Journal(out / "answers.jsonl", settings, keys, args.fresh) as journal:
-        score_questions(model, tokenizer, dict(zip(names, benchmark.questions)), figure, journal,
-                        args.batch_tokens)
+        score_questions(model, tokenizer, questions, figure, journal, args.batch_tokens)
     answers = {line["question"]: line for line in journal.done}
-    summary = choice.summarise(benchmark, [answers[name] for name in names])
-    total, categories = summary["all"], {f"all of {name}": part
-                                         for name, part in summary["categories"].items()}
+    summary = choice.summarise(benchmark, [answers[name] for name in questions])
+    total = summary["all"]
+    categories = {f"all of {name}": part for name, part in summary["categories"].items()}
     print(table([figure, "accuracy %", "questions"],
                 [[name, with_error(part["accuracy"], part["stderr"]), str(part["n"])]
                  for name, part in {**summary["subjects"], **categories, "all": total}.items()]))
     cut = tell_cut(journal)
     finish(out, settings, {figure: {"value": total["accuracy"], "stderr": total["stderr"], "n": total["n"]}},
            **summary, cut=cut)
+
+
+def short(subjects: list[str]) -> str:
+    """Names of subjects for a figure and a directory; of many, how many and a hash."""
+    text = ",".join(subjects)
+    return text if len(text) <= 60 else f"{len(subjects)} subjects {fingerprint(subjects)[:6]}"
 
 
 def tell_cut(journal: Journal) -> int:
@@ -175,12 +189,13 @@ def ratio(nll: list[float], sizes: list[int]) -> dict:
 
 
 def perplexity(args) -> None:
-    """NLL of held-out responses per UTF-8 byte (the stop token's too),
-    which models with other tokenizers can be compared with, and its exponential."""
-    rows = require_languages(read_rows(args.data), args.source, args.lang)
+    """NLL of held-out responses per UTF-8 byte (the stop token's too), in nats and in bits, which models with
+    other tokenizers can be compared with, and its exponential."""
+    counts = Counter()
+    rows = require_languages(read_rows(args.data, args.source, counts=counts, targets=[args.lang], unique=True),
+                             args.source, args.lang)
+    print(f"{args.data}: {describe_counts(counts)}")
     rows = [row for row in rows if row.get("split", args.split) == args.split] if args.split else rows
-    choice.refuse_duplicates([(where, identifier(record, where))
-                                  for where, record in read_records(args.data)])
     if not rows:
         raise InputError(f"{args.data} has no row of split {args.split!r}: see --split")
     model, tokenizer, settings = open_model(args)
@@ -188,7 +203,9 @@ def perplexity(args) -> None:
                  "data hash": choice.file_hash(args.data), "split": args.split, "rows": len(rows),
                  "system_prompt": args.system_prompt,
                  "scored": "the response and its stop token, after the prompt"}
-    out = out_directory(args, "perplexity", args.lang)
+    out = out_directory(args, "perplexity", args.lang, args.source if args.source != "en" else "",
+                        Path(args.data).with_suffix("").as_posix().strip("./"), args.split if args.split != "test" else "",
+                        fingerprint(args.system_prompt)[:6] if args.system_prompt else "", settings["dtype"])
     places = ((report.SOURCE, args.source), (report.TARGET, args.lang))
     keys = ("question", "place", "nll", "bytes", "tokens", "cut")
     with Journal(out / "answers.jsonl", settings, keys, args.fresh) as journal:
@@ -197,14 +214,16 @@ def perplexity(args) -> None:
     figures, lines = {}, []
     for place, language in places:
         found = [line for line in journal.done if line["place"] == place]
-        figure = ratio([line["nll"] for line in found], [line["bytes"] for line in found])
-        tokens = sum(line["tokens"] for line in found)
-        exponential = {"value": math.exp(figure["value"]), "n": figure["n"]}
-        figures |= {f"nll/byte {place}": figure, f"perplexity/byte {place}": exponential}
-        lines.append([language, with_error(figure["value"], figure["stderr"], 4),
-                      f"{exponential['value']:.4f}", f"{sum(line['nll'] for line in found) / tokens:.4f}",
-                      str(figure["n"])])
-    print(table(["", "nll per byte", "perplexity per byte", "nll per token", "rows"], lines))
+        nats = ratio([line["nll"] for line in found], [line["bytes"] for line in found])
+        bits = nats | {key: nats[key] and nats[key] / math.log(2) for key in ("value", "stderr")}
+        exponential = {"value": math.exp(nats["value"]), "n": nats["n"]}
+        figures |= {f"bits/byte {place}": bits, f"nll/byte {place}": nats,
+                    f"perplexity/byte {place}": exponential}
+        per_token = sum(line["nll"] for line in found) / sum(line["tokens"] for line in found)
+        lines.append([language, with_error(bits["value"], bits["stderr"], 4),
+                      with_error(nats["value"], nats["stderr"], 4), f"{exponential['value']:.4f}",
+                      f"{per_token:.4f}", str(nats["n"])])
+    print(table(["", "bits per byte", "nll per byte", "perplexity per byte", "nll per token", "rows"], lines))
     finish(out, settings, figures, cut=tell_cut(journal))
 
 
@@ -246,7 +265,7 @@ def read_instructions(path, language: str) -> list[dict]:
             need(record, "instruction", where)
         found.append((where, check_unicode({"instruction": as_kind(text, str, where),
                                          "dataset": record.get("dataset")}, where)))
-    choice.refuse_duplicates([(where, item["instruction"]) for where, item in found])
+    refuse_duplicates([(where, item["instruction"]) for where, item in found])
     if not found:
         raise InputError(f"{path}: the file holds no instruction")
     return [item for _, item in found]
@@ -439,12 +458,12 @@ def add_ask(sub) -> None:
 def add_mc(sub) -> None:
     sub.add_argument("benchmark", choices=list(choice.TASKS),
                      help="how files are read and questions worded")
-    sub.add_argument("files", help="directory of the benchmark as distributed (csv, tsv, jsonl), "
+    sub.add_argument("files", help="directory of the benchmark as distributed (csv, jsonl), "
                                    "or hub id of its data set")
     sub.add_argument("--shots", type=int, default=0,
                      help="worked examples before each question; tables mostly use 5")
     sub.add_argument("--lang", default="",
-                     help="of MMMLU, BELEBELE, AfriMMLU: sw, or its own code (SW-KE, swh_Latn, swa)")
+                     help="of MMMLU, BELEBELE: sw, or its own code (SW-KE, swh_Latn)")
     sub.add_argument("--subjects", default=None, help="only these, joined by commas")
     sub.add_argument("--split", default="test", help="the split asked")
     sub.add_argument("--limit", type=int, default=None, help="the first so many questions of every subject")
@@ -526,8 +545,8 @@ def add_compare(sub) -> None:
 
 
 COMMANDS = {"ask": (add_ask, "one answer, or a small terminal conversation"),
-            "mc": (add_mc, "multiple choice: MMLU, MMMLU, CMMLU, BELEBELE, AfriMMLU"),
-            "perplexity": (add_perplexity, "NLL of held-out responses per byte, in both languages"),
+            "mc": (add_mc, "multiple choice: MMLU, MMMLU, CMMLU, BELEBELE"),
+            "perplexity": (add_perplexity, "bits per byte of held-out responses, in both languages"),
             "alpaca": (add_alpaca, "answers to a list of instructions, in alpaca_eval's format"),
             "judge": (add_judge, "win rate by a judge behind an OpenAI-compatible endpoint"),
             "winrate": (add_winrate, "win rate of a finished file of annotations"),

@@ -36,7 +36,7 @@ def read_inputs(args) -> tuple[list[dict], list[dict], list[dict], int]:
     rows = usable_rows(read_counted(args.data, args), args)
     evaluated = []
     if args.eval_data:
-        evaluated = require(args.eval_data, read_counted(args.eval_data, args), args.source, *args.targets)
+        evaluated = require(args.eval_data, read_counted(args.eval_data, args, unique=True), args.source, *args.targets)
     heldout = [row for row in evaluated if row.get("split") == "validation"][:args.holdout]
     answered = [row for row in evaluated if row.get("split", args.eval_split) == args.eval_split]
     if evaluated and not answered:
@@ -50,9 +50,9 @@ def read_inputs(args) -> tuple[list[dict], list[dict], list[dict], int]:
     return rows, heldout, answered, apart
 
 
-def read_counted(path: str, args) -> list[dict]:
+def read_counted(path: str, args, unique: bool = False) -> list[dict]:
     counts = Counter()
-    rows = read_rows(path, args.source, args.turns, counts, args.targets)
+    rows = read_rows(path, args.source, args.turns, counts, args.targets, unique)
     print(f"{path}: {describe_counts(counts)}")
     return rows
 

@@ -16,7 +16,6 @@ lm_eval/tasks.
 """
 
 import math
-from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -27,6 +26,7 @@ import kernels
 import model as llama
 from engine.files import InputError, as_kind, fingerprint, need, read_records
 from formats import hub
+from formats.languages import NLLB_CODES
 from formats.records import PARQUET, refuse_duplicates, table_cells
 
 LETTERS = ("A", "B", "C", "D")
@@ -93,8 +93,6 @@ MMMLU_LANGUAGES = {"AR-XY": "Arabic", "BN-BD": "Bengali", "DE-DE": "German", "ES
                    "FR-FR": "French", "HI-IN": "Hindi", "ID-ID": "Indonesian", "IT-IT": "Italian",
                    "JA-JP": "Japanese", "KO-KR": "Korean", "PT-BR": "Brazilian Portuguese",
                    "SW-KE": "Swahili", "YO-NG": "Yoruba", "ZH-CN": "Simplified Chinese"}
-BELEBELE_CODES = {"en": "eng_Latn", "de": "deu_Latn", "zh": "zho_Hans", "ko": "kor_Hang", "id": "ind_Latn",
-                  "sw": "swh_Latn", "yo": "yor_Latn"}
 
 
 @dataclass(frozen=True)
@@ -202,7 +200,7 @@ def local_files(name: str, path, language: str) -> Path:
         code = mmmlu_code(language)
         patterns = [f"*{code}.csv", f"*{code.replace('-', '_')}.csv"]
     elif name == "belebele":
-        patterns = [f"*{BELEBELE_CODES.get(language, language)}.jsonl"]
+        patterns = [f"*{NLLB_CODES.get(language, language)}.jsonl"]
     return hub.fetch(str(path), tuple(patterns), kind="dataset")
 
 
@@ -263,8 +261,8 @@ def read_mmmlu(root: Path, language: str) -> dict[Path, list[Document]]:
 
 
 def read_belebele(root: Path, language: str) -> dict[Path, list[Document]]:
-    """BELEBELE: one jsonl a language, named by its FLORES code."""
-    code = BELEBELE_CODES.get(language, language)
+    """BELEBELE: one jsonl a language, named by its FLORES code, which is NLLB's."""
+    code = NLLB_CODES.get(language, language)
     path = root if root.is_file() else listed(root, ["", "data"], [f"{code}.jsonl", f"{code}_*.jsonl"])[0]
     rows = table_rows(path, ())
     refuse_duplicates([(where, (row.get("question_number"), need(row, "question", where),
@@ -364,8 +362,10 @@ def read_benchmark(name: str, path, shots: int = 0, language: str = "", subjects
                          f"it has {', '.join(sorted(groups))}")
     examples = read_split(task, root, language, task.examples) if shots and task.examples else files
     pools = by_subject(examples)
-    questions = [make_question(task, document, pools.get(subject, []), shots, language)
-                 for subject in subjects or groups for document in groups[subject][:limit]]
+    asked = [document for subject, documents in groups.items() if not subjects or subject in subjects
+             for document in documents[:limit]]
+    questions = [make_question(task, document, pools.get(document.subject, []), shots, language)
+                 for document in asked]
     used = {str(path.relative_to(root) if root.is_dir() else path.name): file_hash(path)
             for path in {**files, **examples}}
     settings = {"benchmark": name, "language": language, "split": split, "shots": shots,
@@ -378,10 +378,13 @@ def read_benchmark(name: str, path, shots: int = 0, language: str = "", subjects
 
 
 def categories_of(task: Task) -> dict[str, set[str]]:
+    """{category: its subjects}."""
     if task.name == "cmmlu":
-        return {name: set(part) for name, part in CMMLU_SUBJECTS.items()} | {"china_specific": CHINA_SPECIFIC}
-    return {name: set(part.split()) for name, part in MMLU_CATEGORIES.items()} \
-        if task.name in ("mmlu", "mmmlu") else {}
+        categories = {name: set(part) for name, part in CMMLU_SUBJECTS.items()}
+        return categories | {"china_specific": CHINA_SPECIFIC}
+    if task.name == "belebele":
+        return {}
+    return {name: set(part.split()) for name, part in MMLU_CATEGORIES.items()}
 
 
 def file_hash(path) -> str:
@@ -394,10 +397,9 @@ def encode(tokenizer, texts: list[str]) -> list[list[int]]:
     """Ids as the tokenizer itself adds special tokens: Llama's one BOS, none of Qwen;
     none where the text brings it."""
     bos = tokenizer.names.get("bos_token")
-    bare = [bool(bos) and text.startswith(bos) for text in texts]
-    if not any(bare):
+    if not bos or not any(text.startswith(bos) for text in texts):
         return [encoding.ids for encoding in tokenizer.full.encode_batch(texts)]
-    return [tokenizer.full.encode(text, add_special_tokens=not has).ids for text, has in zip(texts, bare)]
+    return [tokenizer.full.encode(text, add_special_tokens=not text.startswith(bos)).ids for text in texts]
 
 
 def encode_questions(tokenizer, questions: list[Question]) -> list[tuple[list[int], list[list[int]]]]:
@@ -406,19 +408,16 @@ def encode_questions(tokenizer, questions: list[Question]) -> list[tuple[list[in
     What follows the prompt's own tokens in the joint text is the choice's;
     spaces at the prompt's end go over to it.
     """
-    prompts, joint = [], []
-    for question in questions:
-        whole = question.header + question.text
-        prompt = whole.rstrip()
-        prompts.append(prompt)
-        joint += [f"{prompt}{whole[len(prompt):]} {choice}" for choice in question.choices]
-    prompts, joint = encode(tokenizer, prompts), iter(encode(tokenizer, joint))
+    texts = [question.header + question.text for question in questions]
+    prompts = encode(tokenizer, [text.rstrip() for text in texts])
+    joint = iter(encode(tokenizer, [f"{text} {choice}" for text, question in zip(texts, questions)
+                                    for choice in question.choices]))
     pairs = []
     for question, prompt in zip(questions, prompts):
         choices = [next(joint)[len(prompt):] for _ in question.choices]
         if not all(choices):
-            raise InputError(f"{question.where}: the tokenizer merges choice "
-                            f"{question.choices[choices.index([])]!r} with the prompt")
+            merged = question.choices[choices.index([])]
+            raise InputError(f"{question.where}: the tokenizer merges choice {merged!r} with the prompt")
         pairs.append((prompt, choices))
     return pairs
 
@@ -459,17 +458,17 @@ def common_prefix(prompts: list[list[int]]) -> list[int]:
 def buckets(tokenizer, questions: list[Question], max_tokens: int):
     """Lists of Parts that share their header: those of each header that several questions have,
     then all others."""
-    headers, others = Counter(question.header for question in questions), []
-    for header, count in headers.items():
-        indices = [i for i, question in enumerate(questions) if question.header == header]
-        parts = []
-        for i, (prompt, choices) in zip(indices, encode_questions(
-                tokenizer, [questions[i] for i in indices])):
-            parts += make_parts(i, questions[i].where, prompt, choices, max_tokens)
-        whole = [part for part in parts if not part.cut] if count > 1 else []
-        others += [part for part in parts if part.cut or count == 1]
-        if whole:
-            yield whole
+    headers, others = {}, []
+    for index, question in enumerate(questions):
+        headers.setdefault(question.header, []).append(index)
+    for indices in headers.values():
+        parts, pairs = [], encode_questions(tokenizer, [questions[i] for i in indices])
+        for index, (prompt, choices) in zip(indices, pairs):
+            parts += make_parts(index, questions[index].where, prompt, choices, max_tokens)
+        shared = [part for part in parts if not part.cut and len(indices) > 1]
+        others += [part for part in parts if part.cut or len(indices) == 1]
+        if shared:
+            yield shared
     if others:
         yield others
 
