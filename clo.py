@@ -52,9 +52,8 @@ from formats.chat import load_tokenizer
 from formats.checkpoints import check_outputs, save_adapter, save_delta, save_merged, save_model
 from formats.configs import read_config
 from formats.records import describe_counts
-from formats.weights import add_update, lora_product
+from formats.weights import DTYPES, add_update, lora_product
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp64": torch.float64}
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 # The learning rates below are for this hidden width and scale with its inverse (muP).
 REFERENCE_WIDTH = 4096

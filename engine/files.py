@@ -38,12 +38,14 @@ def read_text(path):
     path = Path(path)
     if not path.is_file():
         raise InputError(f"{path}: {'a directory, a file is wanted' if path.is_dir() else 'no such file'}")
-    raw = path.read_bytes()
     try:
+        raw = path.read_bytes()
         raw = gzip.decompress(raw) if raw[:2] == b"\x1f\x8b" else raw
         return raw.decode("utf-8-sig")
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:
         raise InputError(f"{path}: damaged gzip file ({error}); fetch it again") from None
+    except OSError as error:
+        raise InputError(f"{path} cannot be read ({error.strerror})") from None
     except UnicodeDecodeError as error:
         line = raw[:error.start].count(b"\n") + 1
         raise InputError(f"{path}:{line}: not UTF-8 text; JSON or JSONL in UTF-8 is wanted") from None
@@ -71,13 +73,6 @@ def read_records(path):
             for number, line in enumerate(text.split("\n"), 1) if line.strip()]
 
 
-def optional_object(path):
-    """The object in a JSON file, {} without the file."""
-    if not path.exists():
-        return {}
-    return as_kind(parse_json(read_text(path), path, "one object is wanted"), dict, path)
-
-
 def as_kind(value, kind, where):
     """The value, or an error if it is not of that kind (dict, list, str)."""
     if not isinstance(value, kind):
@@ -99,19 +94,12 @@ def check_unicode(value, where):
     return value
 
 
-def read_json(path) -> dict:
-    """The object in a JSON file; InputError when it is missing, not JSON, or not an object."""
-    path = Path(path)
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (FileNotFoundError, NotADirectoryError):
-        raise InputError(f"{path} is missing: a directory in Hugging Face layout holds one") from None
-    except (OSError, ValueError, RecursionError) as error:
-        raise InputError(f"{path} cannot be read as JSON ({error}): "
-                              f"download or write it again") from None
-    if not isinstance(value, dict):
-        raise InputError(f"{path} holds a JSON {type(value).__name__}, an object was expected")
-    return value
+def read_json(path, missing: dict | None = None) -> dict:
+    """The object in a JSON file; `missing`, if given, without the file.
+    InputError when it is missing, not JSON, or not an object."""
+    if missing is not None and not Path(path).exists():
+        return missing
+    return as_kind(parse_json(read_text(path), path, "one object is wanted"), dict, path)
 
 
 def write_text(path: Path, text: str) -> None:

@@ -23,10 +23,10 @@ import torch.nn.functional as F
 
 from engine.files import run
 from formats.configs import Config, read_config
+from formats.weights import DTYPES
 from kernels.chunks import CPU_CHUNK_ROWS, CPU_TILE_WORDS, GPU_CHUNK_BYTES
 
 GB = 1e9
-ITEMSIZE = {"fp32": 4, "bf16": 2, "fp16": 2, "fp64": 8}
 TRAINABLE_BYTES = 4 + 4 + 4 + 4          # fp32: the parameter, its gradient, AdamW's two moments
 DEVICE_BYTES = 141 * GB                  # of an H200
 HOST_BYTES = 0.3 * GB                    # Python and PyTorch on a CPU
@@ -128,7 +128,7 @@ class Plan:
 
 def memory(c: Config, plan: Plan) -> dict[str, float]:
     """Bytes of one device, by what they are for; their sum is the estimate of its peak."""
-    b, tokens, counts = ITEMSIZE[plan.dtype], plan.row_tokens * plan.micro_rows, parameters(c)
+    b, tokens, counts = DTYPES[plan.dtype].itemsize, plan.row_tokens * plan.micro_rows, parameters(c)
     learned = trainable_parameters(c, plan.train, plan.rank)
     frozen = sum(counts.values()) - (0 if plan.train == "lora" else learned)
     parts = plan.gpus if plan.shard else 1                       # FSDP2 splits every tensor evenly
@@ -179,7 +179,8 @@ def step_seconds(c: Config, plan: Plan, tokens: float) -> dict[str, float]:
     each = max(tokens / plan.gpus, 1)
     compute = each * (sum(flops.values()) - flops["reference"]) / (plan.tflops * 1e12)
     learned, total = trainable_parameters(c, plan.train, plan.rank), sum(parameters(c).values())
-    b, share = ITEMSIZE[plan.dtype], (plan.gpus - 1) / plan.gpus   # a ring sends this share from each device
+    b = DTYPES[plan.dtype].itemsize
+    share = (plan.gpus - 1) / plan.gpus                               # what a ring sends from each device
     micros = max(1, each / (plan.row_tokens * plan.micro_rows))
     gathered = micros * 2 * b * total * share if plan.shard else 0    # weights: in forward and backward
     reduced = 2 * 4 * learned * share                                 # gradients: reduced, and sent back
@@ -212,7 +213,7 @@ def measure_device(c: Config, device: torch.device, dtype: torch.dtype,
 
 def recompute_saves(c: Config, plan: Plan) -> float:
     """Bytes that --recompute saves."""
-    tokens, b = plan.row_tokens * plan.micro_rows, ITEMSIZE[plan.dtype]
+    tokens, b = plan.row_tokens * plan.micro_rows, DTYPES[plan.dtype].itemsize
     kept = [activation_bytes(c, tokens, plan.train, flag, plan.rank, b) for flag in (False, True)]
     return kept[0] - kept[1]
 
@@ -279,7 +280,7 @@ def parse_args(argv=None) -> argparse.Namespace:
     add("--table", action="store_true", help="print the tables of docs/scale.md instead")
     add("--train", default="lora", choices=["lora", "attention", "full"])
     add("--lora-rank", type=int, default=16, help="rank R")
-    add("--dtype", default="bf16", choices=list(ITEMSIZE), help="compute type")
+    add("--dtype", default="bf16", choices=list(DTYPES), help="compute type")
     add("--row-tokens", type=int, default=4096, help="tokens of a packed row")
     add("--micro-rows", type=int, default=1, help="rows per forward pass")
     add("--step-tokens", type=int, default=64 * 4096, help="row tokens of an optimiser step on all devices")
