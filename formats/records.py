@@ -33,10 +33,20 @@ from engine.files import HALF_A_CHARACTER, InputError, read_records, read_text, 
 from formats import hub
 from formats.conversations import (FORMATS, UNKNOWN, OddRecord, Skip, as_list, as_text, find_format, is_blank,
                                    named, read_conversation)
-from formats.languages import NLLB_CODES
+from formats.languages import M2M100_LANGUAGES, NLLB_CODES
 
 PARTS = ("prompt", "response")
 LANGUAGE_KEYS = ("language_code", "lang", "language")
+# Short codes by what records call a language: ISO 639-1, ISO 639-3, English name.
+LANGUAGE_CODES = {code: code for code in M2M100_LANGUAGES} | {
+    code.split("_")[0]: short for short, code in NLLB_CODES.items()} | {
+    name: code for code, name in (pair.split(":") for pair in (
+        "am:amharic ar:arabic bg:bulgarian bn:bengali cs:czech da:danish de:german el:greek en:english "
+        "es:spanish fa:persian fi:finnish fr:french ha:hausa he:hebrew hi:hindi hu:hungarian id:indonesian "
+        "ig:igbo it:italian ja:japanese km:khmer ko:korean lo:lao ms:malay my:burmese ne:nepali nl:dutch "
+        "no:norwegian pl:polish pt:portuguese ro:romanian ru:russian so:somali sv:swedish sw:swahili "
+        "ta:tamil te:telugu th:thai tl:tagalog tr:turkish uk:ukrainian ur:urdu vi:vietnamese wo:wolof "
+        "xh:xhosa yo:yoruba zh:chinese zu:zulu").split())}
 SHOWN = 3               # different faults that the refusal of a file names
 PARQUET = ("parquet files, which are not read here; with pandas and pyarrow installed, convert each: "
            "python -c \"import sys, pandas; pandas.read_parquet(sys.argv[1])"
@@ -84,6 +94,17 @@ def unwrap(where, record, path):
     if len(lists) > 1:
         raise InputError(f"{path}: lists of records under {named(lists)}: write the one wanted to a file")
     return [(f"{path}[{lists[0]}][{item}]", inner) for item, inner in enumerate(record[lists[0]])]
+
+
+def clean_records(path):
+    """read_data with null for every NaN. InputError when there is nothing."""
+    records = read_data(path)
+    if not records:
+        raise InputError(f"{path}: the file is empty")
+    try:
+        return [(where, without_nan(record)) for where, record in records]
+    except RecursionError:
+        raise InputError(f"{path}: lists or objects nested too deeply") from None
 
 
 def without_nan(value):
@@ -163,11 +184,9 @@ def conversation_rows(record, where, asked, counts):
 # ---- languages that records name ----
 
 def code_of(label):
-    """The short code of a language by its code in two or three letters, with or without a region or script;
-    None for what names no language, such as Python."""
-    first = re.split("[-_]", label.strip().lower())[0]
-    long = {code.split("_")[0]: short for short, code in NLLB_CODES.items()}
-    return first if len(first) == 2 else long.get(first)
+    """The short code of a language by its code or English name, with or without a region or script; None for
+    what names no language of people."""
+    return LANGUAGE_CODES.get(re.split("[-_ (]", label.strip().lower())[0])
 
 
 def refuse_other_language(record, language, counts):
@@ -177,7 +196,7 @@ def refuse_other_language(record, language, counts):
         return
     if code_of(label) is None:
         counts[f"in the language {label!r:.40}, which is unknown: taken for {language}"] += 1
-    elif code_of(label) != code_of(language):
+    elif code_of(label) != (code_of(language) or language):
         raise Skip(f"not in {language}")
 
 
@@ -319,6 +338,17 @@ def row_fault(row):
     return None
 
 
+def usable_rows(record, where, asked, counts):
+    """(rows of a record, why others of its rows cannot be used). Skip or OddRecord where it has none."""
+    try:
+        rows = record_rows(record, where, asked, counts)
+        faults = [row_fault(row) for row in rows]
+    except RecursionError:
+        raise OddRecord("lists or objects nested too deeply") from None
+    kept = [row for row, fault in zip(rows, faults) if fault is None]
+    return kept, [fault for fault in faults if fault]
+
+
 def read_rows(path, language="en", turns="first", counts=None, targets=(), unique=False):
     """Rows of a file in any of FORMATS, or of a data set that hub.py knows by name.
 
@@ -330,29 +360,21 @@ def read_rows(path, language="en", turns="first", counts=None, targets=(), uniqu
     """
     assert turns in ("first", "all"), f"turns {turns!r} is neither first nor all"
     counts = Counter() if counts is None else counts
-    try:
-        records = [(where, without_nan(record)) for where, record in read_data(path)]
-    except RecursionError:
-        raise InputError(f"{path}: lists or objects nested too deeply") from None
-    if not records:
-        raise InputError(f"{path}: the file is empty")
+    records = clean_records(path)
     codes = {*targets}.union(*(languages_of(record) for _, record in records if isinstance(record, dict)))
+    asked = Asked(language, turns, codes)
     counts.update({"read": len(records), "kept": 0})
     found, skipped, odd = [], {}, {}              # the last two: {reason: [where]}
     for where, record in hang_messages(records, skipped):
         try:
-            rows = record_rows(record, where, Asked(language, turns, codes), counts)
-            faults = list(map(row_fault, rows))
-        except RecursionError:
-            odd.setdefault("lists or objects nested too deeply", []).append(where)
-        except OddRecord as error:
-            odd.setdefault(str(error), []).append(where)
-        except Skip as error:
-            skipped.setdefault(str(error), []).append(where)
-        else:
-            found += [(where, row) for row, fault in zip(rows, faults) if fault is None]
-            for fault in filter(None, faults):
-                skipped.setdefault(fault, []).append(where)
+            rows, faults = usable_rows(record, where, asked, counts)
+        except Skip as skip:
+            reasons = odd if isinstance(skip, OddRecord) else skipped
+            reasons.setdefault(str(skip), []).append(where)
+            continue
+        found += [(where, row) for row in rows]
+        for fault in faults:
+            skipped.setdefault(fault, []).append(where)
     refuse_mostly_odd(odd, len(records))
     counts["kept"] = len(found)
     for reason, places in [*skipped.items(), *odd.items()]:

@@ -5,6 +5,7 @@ import io
 import itertools
 import json
 import math
+from pathlib import Path
 from types import SimpleNamespace
 from unittest import mock
 

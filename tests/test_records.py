@@ -332,7 +332,7 @@ def test_text_nested_to_any_depth_is_read_or_refused(tmp_path, depth):
 
 # ---- languages that records name ----
 
-@pytest.mark.parametrize("label", ["eng", "en", "en-US", "eng_Latn", "EN"])
+@pytest.mark.parametrize("label", ["eng", "en", "en-US", "eng_Latn", "EN", "English"])
 def test_a_record_in_another_language_than_the_one_asked_for_is_left_out(tmp_path, label):
     swahili = {"inputs": "s", "targets": "j", "language_code": "swh", "language": "Swahili"}
     path = write_lines(tmp_path / "f", {"inputs": "q", "targets": "r", "language": label}, swahili, swahili)
