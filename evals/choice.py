@@ -16,7 +16,7 @@ lm_eval/tasks.
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -89,10 +89,10 @@ CHINA_SPECIFIC = set(
     "high_school_politics modern_chinese traditional_chinese_medicine chinese_civil_service_exam "
     "chinese_driving_rule chinese_food_culture chinese_foreign_policy chinese_history chinese_literature "
     "chinese_teacher_qualification".split())
-MMMLU_LANGUAGES = {"AR-XY": "Arabic", "BN-BD": "Bengali", "DE-DE": "German", "ES-LA": "Spanish",
-                   "FR-FR": "French", "HI-IN": "Hindi", "ID-ID": "Indonesian", "IT-IT": "Italian",
-                   "JA-JP": "Japanese", "KO-KR": "Korean", "PT-BR": "Brazilian Portuguese",
-                   "SW-KE": "Swahili", "YO-NG": "Yoruba", "ZH-CN": "Simplified Chinese"}
+MMMLU_LANGUAGES = dict(pair.split(":") for pair in (
+    "AR-XY:Arabic,BN-BD:Bengali,DE-DE:German,ES-LA:Spanish,FR-FR:French,HI-IN:Hindi,ID-ID:Indonesian,"
+    "IT-IT:Italian,JA-JP:Japanese,KO-KR:Korean,PT-BR:Brazilian Portuguese,SW-KE:Swahili,YO-NG:Yoruba,"
+    "ZH-CN:Simplified Chinese").split(","))
 
 
 @dataclass(frozen=True)
@@ -108,9 +108,9 @@ class Question:
 
 @dataclass(frozen=True)
 class Document:
-    """One question as a file has it."""
+    """One question as a file has it; a copy of it elsewhere is equal."""
     subject: str
-    where: str
+    where: str = field(compare=False)
     passage: str
     question: str
     options: tuple[str, str, str, str]
@@ -239,7 +239,8 @@ def read_subjects(task: Task, root: Path, split: str) -> dict[Path, list[Documen
 
 def mmmlu_code(language: str) -> str:
     """SW-KE for sw, SW_KE, SW-KE."""
-    codes = [code for code in MMMLU_LANGUAGES if language.upper().replace("_", "-") in (code, code[:2])]
+    wanted = language.upper().replace("_", "-")
+    codes = [code for code in MMMLU_LANGUAGES if wanted in (code, code[:2])]
     if not codes:
         raise InputError(f"--lang {language}: MMMLU has {', '.join(MMMLU_LANGUAGES)}")
     return codes[0]
@@ -303,7 +304,7 @@ def description_of(task: Task, subject: str, language: str) -> str:
     """What stands before the examples, with the subject named in the benchmark's language."""
     spaced = subject.replace("_", " ")
     if task.name == "cmmlu":
-        names = {name: chinese for part in CMMLU_SUBJECTS.values() for name, chinese in part.items()}
+        names = dict(pair for part in CMMLU_SUBJECTS.values() for pair in part.items())
         if subject not in names:
             raise InputError(f"CMMLU has no subject {subject!r}: "
                             f"the file's name must be one of {', '.join(sorted(names))}")
@@ -316,8 +317,7 @@ def description_of(task: Task, subject: str, language: str) -> str:
 def examples_for(task: Task, document: Document, pool: list[Document], shots: int) -> list[Document]:
     """The worked examples of a question, the first of the pool: never the question itself, nor its copy."""
     if shots and not task.examples:
-        own = (document.passage, document.question, document.options, document.gold)
-        pool = [other for other in pool if (other.passage, other.question, other.options, other.gold) != own]
+        pool = [other for other in pool if other != document]
     if shots > len(pool):
         raise InputError(f"{document.where}: --shots {shots}, "
                          f"but {document.subject} has only {len(pool)} examples")
@@ -442,7 +442,8 @@ def make_parts(index: int, where: str, prompt: list[int], choices: list[list[int
             raise InputError(f"{where}: {len(choice)} tokens to be scored, the model reads {max_tokens}: "
                             f"leave it out")
         if kept not in parts:
-            parts[kept] = Part(data.Fork(list(kept), [], "", where), index, [], len(kept) < len(prompt))
+            fork = data.Fork(list(kept), [], "", where)
+            parts[kept] = Part(fork, index, [], cut=len(kept) < len(prompt))
         parts[kept].fork.continuations.append(choice)
         parts[kept].choices.append(number)
     return list(parts.values())
@@ -451,8 +452,10 @@ def make_parts(index: int, where: str, prompt: list[int], choices: list[list[int
 def common_prefix(prompts: list[list[int]]) -> list[int]:
     """The tokens all prompts begin with, short of the last one of any."""
     first, last = min(prompts), max(prompts)          # in lexical order, all others lie between these two
-    shared = next((i for i, (a, b) in enumerate(zip(first, last)) if a != b), min(len(first), len(last)))
-    return first[:min(shared, min(map(len, prompts)) - 1)]
+    size = min(map(len, prompts)) - 1
+    while first[:size] != last[:size]:
+        size -= 1
+    return first[:size]
 
 
 def buckets(tokenizer, questions: list[Question], max_tokens: int):
@@ -537,11 +540,12 @@ def accuracy(correct: list[bool]) -> dict:
 def pooled(parts: list[dict]) -> dict:
     """The accuracy over all questions of several subjects, with the pooled standard error of the harness:
     the questions' variance within subjects, so that differences between subjects do not count."""
-    sizes = [part["n"] for part in parts]
-    n = sum(sizes)
-    squares = sum((size - 1) * size * part["stderr"] ** 2 for size, part in zip(sizes, parts) if size > 1)
-    error = math.sqrt(squares / (n - len(parts)) / n) if n > len(parts) else None
-    return {"accuracy": sum(part["n"] * part["accuracy"] for part in parts) / n, "stderr": error, "n": n}
+    n = sum(part["n"] for part in parts)
+    mean = sum(part["n"] * part["accuracy"] for part in parts) / n
+    if n == len(parts):
+        return {"accuracy": mean, "stderr": None, "n": n}
+    squares = sum(part["n"] * (part["n"] - 1) * part["stderr"] ** 2 for part in parts if part["n"] > 1)
+    return {"accuracy": mean, "stderr": math.sqrt(squares / (n - len(parts)) / n), "n": n}
 
 
 def summarise(benchmark: Benchmark, verdicts: list[dict]) -> dict:

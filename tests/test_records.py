@@ -166,10 +166,22 @@ def test_the_prompt_of_a_preference_pair_without_one_is_what_both_begin_with(tmp
                                                                              prompt, response):
     path = write_lines(tmp_path / "f", {"chosen": chosen, "rejected": rejected})
     assert read_pairs(path)[0] == [(prompt, response)]
-    if chosen.split()[-1][0] != rejected.split()[-1][0]:       # trl parts a word that begins alike
-        trl = pytest.importorskip("trl")
+
+
+@pytest.mark.slow
+def test_preference_pairs_are_read_and_written_as_trl_does(tmp_path):
+    trl = pytest.importorskip("trl")
+    for chosen, rejected in (("The sky is blue.", "The sky is green."), ("A?\nNi Paris.", "A?\nSijui."), (
+            [*say("q", "r", "q2"), say("", "r2")[1]], [*say("q", "r", "q2"), say("", "no")[1]])):
         theirs = trl.extract_prompt({"chosen": chosen, "rejected": rejected})
-        assert (theirs["prompt"].strip(), theirs["chosen"].strip()) == (prompt, response)
+        ours = read_pairs(write_lines(tmp_path / "f", {"chosen": chosen, "rejected": rejected}), "all")[0]
+        if isinstance(chosen, str):
+            theirs = {"prompt": say(theirs["prompt"].strip()), "chosen": say("", theirs["chosen"].strip())[1:]}
+        assert say(*(text for pair in ours for text in pair)) == theirs["prompt"] + theirs["chosen"]
+    rows = [{"row_id": "a", "en": sides("q", "r"), "sw": sides("s", "j")}]
+    write_preferences(tmp_path / "t.jsonl", rows, "en", "sw")
+    lines = [json.loads(line) for line in (tmp_path / "t.jsonl").read_text().splitlines()]
+    assert len(lines) == 2 and all(trl.data_utils.is_conversational(line) for line in lines)
 
 
 # ---- values and roles ----
@@ -438,7 +450,7 @@ def test_messages_without_their_parent_and_those_seen_before_are_counted(tmp_pat
 
 # ---- writing, command line, real files ----
 
-def test_preference_rows_are_what_trl_reads(tmp_path):
+def test_preference_rows_have_one_of_each_language_unless_both_answer_alike(tmp_path):
     rows = [{"row_id": "a", "en": sides("What?", "It is Paris."), "sw": sides("Nini?", "Ni Paris.")},
             {"row_id": "b", "en": sides("Number?", "7"), "sw": sides("Namba?", "7")},
             {"row_id": "c", "en": sides("Alone?", "Yes.")}]
@@ -447,8 +459,6 @@ def test_preference_rows_are_what_trl_reads(tmp_path):
     assert lines[1] == {"prompt": [{"role": "user", "content": "Nini?"}],
                         "chosen": [{"role": "assistant", "content": "Ni Paris."}],
                         "rejected": [{"role": "assistant", "content": "It is Paris."}], "language": "sw"}
-    trl = pytest.importorskip("trl")
-    assert all(trl.data_utils.is_conversational(line) for line in lines)
 
 
 def test_the_command_line_counts_what_a_file_holds(tmp_path, capsys):
