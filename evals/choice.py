@@ -26,7 +26,7 @@ import kernels
 import model as llama
 from engine.files import InputError, as_kind, fingerprint, need, read_records
 from formats import hub
-from formats.languages import NLLB_CODES
+from formats.languages import nllb_code
 from formats.records import PARQUET, refuse_duplicates, table_cells
 
 LETTERS = ("A", "B", "C", "D")
@@ -200,7 +200,7 @@ def local_files(name: str, path, language: str) -> Path:
         code = mmmlu_code(language)
         patterns = [f"*{code}.csv", f"*{code.replace('-', '_')}.csv"]
     elif name == "belebele":
-        patterns = [f"*{NLLB_CODES.get(language, language)}.jsonl"]
+        patterns = [f"*{nllb_code(language)}.jsonl"]
     return hub.fetch(str(path), tuple(patterns), kind="dataset")
 
 
@@ -263,7 +263,7 @@ def read_mmmlu(root: Path, language: str) -> dict[Path, list[Document]]:
 
 def read_belebele(root: Path, language: str) -> dict[Path, list[Document]]:
     """BELEBELE: one jsonl a language, named by its FLORES code, which is NLLB's."""
-    code = NLLB_CODES.get(language, language)
+    code = nllb_code(language)
     path = root if root.is_file() else listed(root, ["", "data"], [f"{code}.jsonl", f"{code}_*.jsonl"])[0]
     rows = table_rows(path, ())
     refuse_duplicates([(where, (row.get("question_number"), need(row, "question", where),

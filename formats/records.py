@@ -33,20 +33,10 @@ from engine.files import HALF_A_CHARACTER, InputError, read_records, read_text, 
 from formats import hub
 from formats.conversations import (FORMATS, UNKNOWN, OddRecord, Skip, as_list, as_text, find_format, is_blank,
                                    named, read_conversation)
-from formats.languages import M2M100_LANGUAGES, NLLB_CODES
+from formats.languages import normal, script_of
 
 PARTS = ("prompt", "response")
 LANGUAGE_KEYS = ("language_code", "lang", "language")
-# Short codes by what records call a language: ISO 639-1, ISO 639-3, English name.
-LANGUAGE_CODES = {code: code for code in M2M100_LANGUAGES} | {
-    code.split("_")[0]: short for short, code in NLLB_CODES.items()} | {
-    name: code for code, name in (pair.split(":") for pair in (
-        "am:amharic ar:arabic bg:bulgarian bn:bengali cs:czech da:danish de:german el:greek en:english "
-        "es:spanish fa:persian fi:finnish fr:french ha:hausa he:hebrew hi:hindi hu:hungarian id:indonesian "
-        "ig:igbo it:italian ja:japanese km:khmer ko:korean lo:lao ms:malay my:burmese ne:nepali nl:dutch "
-        "no:norwegian pl:polish pt:portuguese ro:romanian ru:russian so:somali sv:swedish sw:swahili "
-        "ta:tamil te:telugu th:thai tl:tagalog tr:turkish uk:ukrainian ur:urdu vi:vietnamese wo:wolof "
-        "xh:xhosa yo:yoruba zh:chinese zu:zulu").split())}
 SHOWN = 3               # different faults that the refusal of a file names
 PARQUET = ("parquet files, which are not read here; with pandas and pyarrow installed, convert each: "
            "python -c \"import sys, pandas; pandas.read_parquet(sys.argv[1])"
@@ -183,20 +173,14 @@ def conversation_rows(record, where, asked, counts):
 
 # ---- languages that records name ----
 
-def code_of(label):
-    """The short code of a language by its code or English name, with or without a region or script; None for
-    what names no language of people."""
-    return LANGUAGE_CODES.get(re.split("[-_ (]", label.strip().lower())[0])
-
-
 def refuse_other_language(record, language, counts):
     """Skip a record that says it is in another language."""
     label = next((record[key] for key in LANGUAGE_KEYS if isinstance(record.get(key), str)), None)
     if label is None:
         return
-    if code_of(label) is None:
+    if script_of(label) is None:
         counts[f"in the language {label!r:.40}, which is unknown: taken for {language}"] += 1
-    elif code_of(label) != (code_of(language) or language):
+    elif normal(label) != normal(language):
         raise Skip(f"not in {language}")
 
 
@@ -281,17 +265,20 @@ def tree_rows(record, asked, counts):
 
 # ---- parallel ----
 
-def parallel_row(record, where, codes, counts):
-    """A row of our own format. A language that is null is not translated yet; keys that are neither one of
-    the languages `codes` nor the identifier stay as they are."""
+def parallel_row(record, where, asked, counts):
+    """A row of our own format, whose languages are spelt as they were asked for: "zh" for "zh-CN". A language
+    that is null is not translated yet; keys that are neither a language nor the identifier stay as they are."""
     row = {"row_id": identifier(record, where)}
     for key, value in record.items():
-        spelt = key in codes or isinstance(value, dict) and value.keys() & {*PARTS}
         if key == "row_id" or key == "id" and not isinstance(value, dict):
             continue
-        if not spelt:
+        if key not in asked.codes and not (isinstance(value, dict) and value.keys() & {*PARTS}):
             row[key] = value
         elif value is not None:
+            name = asked.spellings.get(normal(key), key)
+            if name != key and name not in record:
+                counts[f"{key!r:.40} taken for {name}"] += 1
+                key = name
             row[key] = language_side(value, key, counts)
     if not languages_of(row):
         raise OddRecord("no language with a prompt and a response")
@@ -310,10 +297,12 @@ def language_side(value, language, counts):
 
 @dataclass(frozen=True)
 class Asked:
-    """What is wanted of a file; see read_rows. codes: the languages that its parallel rows are in."""
+    """What is wanted of a file; see read_rows. codes: the languages that its parallel rows are in.
+    spellings: {normal code: code} of the languages asked for."""
     language: str
     turns: str
     codes: set
+    spellings: dict
 
 
 def record_rows(record, where, asked, counts):
@@ -321,7 +310,7 @@ def record_rows(record, where, asked, counts):
     if not isinstance(record, dict):
         raise OddRecord("no object")
     if any(code in record and (code != "id" or isinstance(record["id"], dict)) for code in asked.codes):
-        return [parallel_row(record, where, asked.codes, counts)]
+        return [parallel_row(record, where, asked, counts)]
     if is_message(record) or is_message(record.get("prompt")):
         return tree_rows(record, asked, counts)
     return conversation_rows(record, where, asked, counts)
@@ -362,7 +351,7 @@ def read_rows(path, language="en", turns="first", counts=None, targets=(), uniqu
     counts = Counter() if counts is None else counts
     records = clean_records(path)
     codes = {*targets}.union(*(languages_of(record) for _, record in records if isinstance(record, dict)))
-    asked = Asked(language, turns, codes)
+    asked = Asked(language, turns, codes, {normal(code): code for code in (language, *targets)})
     counts.update({"read": len(records), "kept": 0})
     found, skipped, odd = [], {}, {}              # the last two: {reason: [where]}
     for where, record in hang_messages(records, skipped):
