@@ -265,20 +265,16 @@ def tree_rows(record, asked, counts):
 
 # ---- parallel ----
 
-def parallel_row(record, where, asked, counts):
-    """A row of our own format, whose languages are spelt as they were asked for: "zh" for "zh-CN". A language
-    that is null is not translated yet; keys that are neither a language nor the identifier stay as they are."""
+def parallel_row(record, where, codes, counts):
+    """A row of our own format. A language that is null is not translated yet; keys that are neither one of
+    the languages `codes` nor the identifier stay as they are."""
     row = {"row_id": identifier(record, where)}
     for key, value in record.items():
         if key == "row_id" or key == "id" and not isinstance(value, dict):
             continue
-        if key not in asked.codes and not (isinstance(value, dict) and value.keys() & {*PARTS}):
+        if key not in codes and not (isinstance(value, dict) and value.keys() & {*PARTS}):
             row[key] = value
         elif value is not None:
-            name = asked.spellings.get(normal(key), key)
-            if name != key and name not in record:
-                counts[f"{key!r:.40} taken for {name}"] += 1
-                key = name
             row[key] = language_side(value, key, counts)
     if not languages_of(row):
         raise OddRecord("no language with a prompt and a response")
@@ -297,12 +293,10 @@ def language_side(value, language, counts):
 
 @dataclass(frozen=True)
 class Asked:
-    """What is wanted of a file; see read_rows. codes: the languages that its parallel rows are in.
-    spellings: {normal code: code} of the languages asked for."""
+    """What is wanted of a file; see read_rows. codes: the languages that its parallel rows are in."""
     language: str
     turns: str
     codes: set
-    spellings: dict
 
 
 def record_rows(record, where, asked, counts):
@@ -310,7 +304,7 @@ def record_rows(record, where, asked, counts):
     if not isinstance(record, dict):
         raise OddRecord("no object")
     if any(code in record and (code != "id" or isinstance(record["id"], dict)) for code in asked.codes):
-        return [parallel_row(record, where, asked, counts)]
+        return [parallel_row(record, where, asked.codes, counts)]
     if is_message(record) or is_message(record.get("prompt")):
         return tree_rows(record, asked, counts)
     return conversation_rows(record, where, asked, counts)
@@ -351,7 +345,7 @@ def read_rows(path, language="en", turns="first", counts=None, targets=(), uniqu
     counts = Counter() if counts is None else counts
     records = clean_records(path)
     codes = {*targets}.union(*(languages_of(record) for _, record in records if isinstance(record, dict)))
-    asked = Asked(language, turns, codes, {normal(code): code for code in (language, *targets)})
+    asked = Asked(language, turns, codes)
     counts.update({"read": len(records), "kept": 0})
     found, skipped, odd = [], {}, {}              # the last two: {reason: [where]}
     for where, record in hang_messages(records, skipped):
