@@ -27,6 +27,7 @@ import kernels
 import model as llama
 from engine.files import InputError, as_kind, fingerprint, need, read_records
 from formats import hub
+from formats.languages import nllb_code, normal, suggestion
 from formats.records import PARQUET, refuse_duplicates, table_cells
 
 LETTERS = ("A", "B", "C", "D")
@@ -93,8 +94,6 @@ MMMLU_LANGUAGES = {"AR-XY": "Arabic", "BN-BD": "Bengali", "DE-DE": "German", "ES
                    "FR-FR": "French", "HI-IN": "Hindi", "ID-ID": "Indonesian", "IT-IT": "Italian",
                    "JA-JP": "Japanese", "KO-KR": "Korean", "PT-BR": "Brazilian Portuguese",
                    "SW-KE": "Swahili", "YO-NG": "Yoruba", "ZH-CN": "Simplified Chinese"}
-BELEBELE_CODES = {"en": "eng_Latn", "de": "deu_Latn", "zh": "zho_Hans", "ko": "kor_Hang", "id": "ind_Latn",
-                  "sw": "swh_Latn", "yo": "yor_Latn"}
 
 
 @dataclass(frozen=True)
@@ -202,7 +201,7 @@ def local_files(name: str, path, language: str) -> Path:
         code = mmmlu_code(language)
         patterns = [f"*{code}.csv", f"*{code.replace('-', '_')}.csv"]
     elif name == "belebele":
-        patterns = [f"*{BELEBELE_CODES.get(language, language)}.jsonl"]
+        patterns = [f"*{nllb_code(language)}.jsonl"]
     return hub.fetch(str(path), tuple(patterns), kind="dataset")
 
 
@@ -240,11 +239,12 @@ def read_subjects(task: Task, root: Path, split: str) -> dict[Path, list[Documen
 
 
 def mmmlu_code(language: str) -> str:
-    """SW-KE for sw, SW_KE, SW-KE."""
-    codes = [code for code in MMMLU_LANGUAGES if language.upper().replace("_", "-") in (code, code[:2])]
-    if not codes:
-        raise InputError(f"--lang {language}: MMMLU has {', '.join(MMMLU_LANGUAGES)}")
-    return codes[0]
+    """SW-KE for any spelling of Swahili."""
+    for code in MMMLU_LANGUAGES:
+        if normal(code) == normal(language):
+            return code
+    near = suggestion(language, map(normal, MMMLU_LANGUAGES))
+    raise InputError(f"--lang {language}: MMMLU has {', '.join(MMMLU_LANGUAGES)}{near}")
 
 
 def read_mmmlu(root: Path, language: str) -> dict[Path, list[Document]]:
@@ -264,7 +264,7 @@ def read_mmmlu(root: Path, language: str) -> dict[Path, list[Document]]:
 
 def read_belebele(root: Path, language: str) -> dict[Path, list[Document]]:
     """BELEBELE: one jsonl a language, named by its FLORES code."""
-    code = BELEBELE_CODES.get(language, language)
+    code = nllb_code(language)
     path = root if root.is_file() else listed(root, ["", "data"], [f"{code}.jsonl", f"{code}_*.jsonl"])[0]
     rows = table_rows(path, ())
     refuse_duplicates([(where, (row.get("question_number"), need(row, "question", where),

@@ -33,7 +33,7 @@ from engine.files import HALF_A_CHARACTER, InputError, read_records, read_text, 
 from formats import hub
 from formats.conversations import (FORMATS, UNKNOWN, OddRecord, Skip, as_list, as_text, find_format, is_blank,
                                    named, read_conversation)
-from formats.languages import NLLB_CODES
+from formats.languages import normal, script_of, suggestion
 
 PARTS = ("prompt", "response")
 LANGUAGE_KEYS = ("language_code", "lang", "language")
@@ -162,12 +162,22 @@ def conversation_rows(record, where, asked, counts):
 
 # ---- languages that records name ----
 
-def code_of(label):
-    """The short code of a language by its code in two or three letters, with or without a region or script;
-    None for what names no language, such as Python."""
-    first = re.split("[-_]", label.strip().lower())[0]
-    long = {code.split("_")[0]: short for short, code in NLLB_CODES.items()}
-    return first if len(first) == 2 else long.get(first)
+def with_normal_codes(record, where, targets):
+    """The record with its languages, and those of `targets` that are null, under their normal codes. A text or
+    number under "in" is no Indonesian."""
+    names = {}
+    for key, value in record.items():
+        sides = isinstance(value, dict) and value.keys() & {*PARTS}
+        named = normal(key) in targets and not (normal(key) == "id" and isinstance(value, (str, int)))
+        if sides or named:
+            names[key] = normal(key)
+    for code, number in Counter(names.values()).items():
+        if number > 1:
+            keys = " and ".join(repr(key) for key in names if names[key] == code)
+            raise InputError(f"{where}: {keys} are the same language, {code}: leave one")
+    if "id" in names.values() and "id" not in names:
+        names["id"] = "row_id"                               # the identifier makes room for Indonesian
+    return {names.get(key, key): value for key, value in record.items()}
 
 
 def refuse_other_language(record, language, counts):
@@ -175,9 +185,9 @@ def refuse_other_language(record, language, counts):
     label = next((record[key] for key in LANGUAGE_KEYS if isinstance(record.get(key), str)), None)
     if label is None:
         return
-    if code_of(label) is None:
+    if script_of(label) is None and normal(label) != language:
         counts[f"in the language {label!r:.40}, which is unknown: taken for {language}"] += 1
-    elif code_of(label) != code_of(language):
+    elif normal(label) != language:
         raise Skip(f"not in {language}")
 
 
@@ -330,13 +340,16 @@ def read_rows(path, language="en", turns="first", counts=None, targets=(), uniqu
     """
     assert turns in ("first", "all"), f"turns {turns!r} is neither first nor all"
     counts = Counter() if counts is None else counts
+    language, targets = normal(language), {*map(normal, targets)}
     try:
         records = [(where, without_nan(record)) for where, record in read_data(path)]
     except RecursionError:
         raise InputError(f"{path}: lists or objects nested too deeply") from None
     if not records:
         raise InputError(f"{path}: the file is empty")
-    codes = {*targets}.union(*(languages_of(record) for _, record in records if isinstance(record, dict)))
+    records = [(where, with_normal_codes(record, where, targets) if isinstance(record, dict) else record)
+               for where, record in records]
+    codes = targets.union(*(languages_of(record) for _, record in records if isinstance(record, dict)))
     counts.update({"read": len(records), "kept": 0})
     found, skipped, odd = [], {}, {}              # the last two: {reason: [where]}
     for where, record in hang_messages(records, skipped):
@@ -428,8 +441,10 @@ def require_languages(rows, *wanted):
     """The rows that hold all wanted languages; if none does, a InputError that names those in the data."""
     have = [row for row in rows if set(wanted) <= set(languages_of(row))]
     if not have:
-        there = ", ".join(sorted({language for row in rows for language in languages_of(row)})) or "none"
-        raise InputError(f"no row holds {' and '.join(wanted)}; languages in the data: {there}")
+        there = sorted({language for row in rows for language in languages_of(row)})
+        near = "".join(suggestion(code, there) for code in wanted if code not in there)
+        raise InputError(f"no row holds {' and '.join(wanted)}{near}; "
+                         f"languages in the data: {', '.join(there) or 'none'}")
     return have
 
 
