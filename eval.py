@@ -34,6 +34,7 @@ from evals.language import fit_languages, reply_language  # noqa: F401
 from evals.report import table
 from formats import hub
 from formats.chat import Tokenizer, load_tokenizer
+from formats.languages import normal, split_commas
 from formats.records import describe_counts, read_rows, refuse_duplicates, require_languages
 from formats.weights import DTYPES, adapter_base
 
@@ -124,7 +125,7 @@ def with_error(value: float, error: float | None, digits: int = 2) -> str:
 def mc(args) -> None:
     """Score a multiple-choice benchmark: accuracies with their standard error,
     and every question's log-probs."""
-    subjects = sorted({name.strip() for name in (args.subjects or "").split(",") if name.strip()})
+    subjects = sorted(set(split_commas(args.subjects or "")))
     benchmark = choice.read_benchmark(args.benchmark, args.files, args.shots, args.lang, subjects, args.split,
                                       args.limit)
     model, tokenizer, settings = open_model(args)
@@ -260,7 +261,7 @@ def read_instructions(path, language: str) -> list[dict]:
     or of parallel rows that hold the language."""
     found = []
     for where, record in read_records(path):
-        own = as_kind(record, dict, where).get(language)
+        own = {normal(key): side for key, side in as_kind(record, dict, where).items()}.get(language)
         text = own["prompt"] if isinstance(own, dict) and "prompt" in own else \
             need(record, "instruction", where)
         found.append((where, check_unicode({"instruction": as_kind(text, str, where),
@@ -462,7 +463,7 @@ def add_mc(sub) -> None:
                                    "or hub id of its data set")
     sub.add_argument("--shots", type=int, default=0,
                      help="worked examples before each question; tables mostly use 5")
-    sub.add_argument("--lang", default="",
+    sub.add_argument("--lang", type=normal, default="",
                      help="of MMMLU, BELEBELE: sw, or its own code (SW-KE, swh_Latn)")
     sub.add_argument("--subjects", default=None, help="only these, joined by commas")
     sub.add_argument("--split", default="test", help="the split asked")
@@ -475,8 +476,8 @@ def add_mc(sub) -> None:
 
 def add_perplexity(sub) -> None:
     sub.add_argument("--data", default="demo/eval.jsonl", help="held-out parallel rows")
-    sub.add_argument("--lang", required=True, help="target language")
-    sub.add_argument("--source", default="en", help="source language")
+    sub.add_argument("--lang", type=normal, required=True, help="target language")
+    sub.add_argument("--source", type=normal, default="en", help="source language")
     sub.add_argument("--split", default="test", help='rows of this split, and rows without one; "" takes all')
     sub.add_argument("--system-prompt", default=None,
                      help="put before every question, in the checkpoint's chat template")
@@ -489,11 +490,11 @@ def add_perplexity(sub) -> None:
 def add_alpaca(sub) -> None:
     sub.add_argument("--instructions", required=True,
                      help='JSON with "instruction"s (alpaca_eval\'s format), or parallel rows')
-    sub.add_argument("--lang", required=True,
+    sub.add_argument("--lang", type=normal, required=True,
                      help="language of the instructions; with --translator, translated into")
     sub.add_argument("--translator", default=None,
                      help="M2M100 or NLLB directory: translate the instructions first")
-    sub.add_argument("--source", default="en", help="language translated from")
+    sub.add_argument("--source", type=normal, default="en", help="language translated from")
     sub.add_argument("--beams", type=int, default=5, help="beam width of the translation")
     sub.add_argument("--name", default=None,
                      help="generator's name in the output; default: the adapter or model")
@@ -511,7 +512,7 @@ def add_judge(sub) -> None:
                      help="answers of the system in question (model_outputs.json)")
     sub.add_argument("reference", metavar="B.json", help="answers it is compared with")
     sub.add_argument("--judge-model", default="gpt-4o", help="name the endpoint knows it by")
-    sub.add_argument("--lang", default="", help="language the answers should be in, named to the judge")
+    sub.add_argument("--lang", type=normal, default="", help="language the answers should be in, named to the judge")
     sub.add_argument("--order", default="random", choices=["random", "both"],
                      help="alpaca_eval's coin, or each pair twice")
     sub.add_argument("--seed", type=int, default=0, help="of the coin")

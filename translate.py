@@ -27,7 +27,9 @@ from tqdm import tqdm
 from engine import ranks
 from engine.files import InputError
 from formats import hub
-from formats.languages import KANA, UNSPACED, script_of
+from formats.languages import (UNSPACED, language_list, letter_script, normal, script_of,
+                               suggestion)
+from formats.markup import prose
 from formats.records import identifier, languages_of, read_rows, require_languages
 from m2m100.beam import beam_search
 from m2m100.network import M2M100, load_model
@@ -38,6 +40,8 @@ MAX_LOGITS = 2**26    # elements of the largest logits matrix: bounds the batch 
 NO_REPEAT = 4         # the second try of a segment bans every repeated n-gram of this length
 UNKNOWN_SHARE = 0.1   # a source with more unknown tokens than this cannot be translated
 LENGTH_RATIO = {"CJK": 0.35, "KANA": 0.45, "HANGUL": 0.55, "yo": 1.5, "en": 1.0}  # characters, English 1
+LETTER_WEIGHT = {"CJK": 3, "KANA": 2, "HANGUL": 2}      # Latin letters that say as much as one of these
+LONGEST_ACRONYM = 5
 LENGTH_BOUNDS = 0.4, 2.5  # of a translation over what is expected; people's go from 0.55 to 2.05 (NTREX)
 LENGTH_SLACK = 15         # characters added to both, so that short segments are not judged by their length
 
@@ -71,7 +75,8 @@ def load(path, device="cpu", dtype: torch.dtype = torch.float32) -> Translator:
     if not path.is_dir():
         raise InputError(f"{path} is not a directory: give that of an M2M100 or NLLB checkpoint")
     model, tokenizer = load_model(path, device, dtype), load_tokenizer(path)
-    known, trained = tokenizer.languages, model.config.clo_languages
+    known, trained = tokenizer.languages, model.config.clo_languages and [
+        normal(code) for code in model.config.clo_languages]
     if max(known.values()) >= model.config.vocab_size:
         raise InputError(f"{path}: the tokenizer has more ids than the vocab_size of config.json, "
                               f"{model.config.vocab_size}: files of different models?")
@@ -94,6 +99,7 @@ INLINE = re.compile(
     r"|\\\(.*?\\\)|(?<![\w$])\$[^\s$](?:[^$\n]*[^\s$])?\$(?![\w$])|<[^<>\s][^<>\n]*>"
     r"|\{\{?[\w .-]+\}?\}|\[\d+\]|%[sd]\b|[\U0001F000-\U0001FAFF\u2190-\u21FF\u2600-\u27BF\uFE0F\u200D]+)")
 WORD = re.compile(r"[^\W\d_]")
+WORDS = re.compile(r"[^\W\d_]+")
 # A piece beside a span keeps the spaces and the punctuation at its ends.
 EDGES = re.compile(r"(P*)(.*?)(P*)".replace("P", r"[\s!-/:-@\[-`{-~«»‘-‟…、-〟！-／：-＠]"), re.DOTALL)
 SENTENCE_END = re.compile(r"(?:[.!?…؟।]+[\"'”’)\]*]*(?=\s)|[。！？]+[”’」』）]*)\s*(?=\S)")
@@ -188,12 +194,24 @@ def loops(ids: list[int]) -> bool:
     return False
 
 
+def is_name(word: str) -> bool:
+    """Whether a word may be a name or an acronym: it has a capital, and is not shouted."""
+    return word[0].isupper() and (len(word) <= LONGEST_ACRONYM or not word.isupper())
+
+
 def wrong_script(text: str, language: str) -> bool:
-    """Whether fewer than three letters in ten are of the language's script. Names may stay Latin."""
+    """Whether less than three tenths of the text are in the language's script; False where that is not known.
+    Code does not count, nor do names and acronyms: words of another script with a capital."""
     script = script_of(language)
-    names = [unicodedata.name(char, "") for char in text if char.isalpha()]
-    right = sum(name.startswith(KANA if script == "KANA" else script) for name in names)
-    return len(names) > 8 and right < 0.3 * len(names)
+    own = ("KANA", "CJK") if script == "KANA" else (script,)
+    words = WORDS.findall(prose(text))
+    right = wrong = 0
+    for word in words:
+        inside = sum(letter_script(char) in own for char in word)
+        right += LETTER_WEIGHT.get(script, 1) * inside
+        wrong += 0 if is_name(word) else len(word) - inside
+    enough = wrong > 8 or wrong > 3 and not right and sum(map(len, words)) > 8
+    return script is not None and enough and right < 0.3 * (right + wrong)
 
 
 def copied(source: str, text: str) -> bool:
@@ -205,7 +223,11 @@ def copied(source: str, text: str) -> bool:
 
 def odd_length(source: str, text: str, languages: tuple[str, str]) -> bool:
     """Whether a translation is far shorter or longer than its language would have it."""
-    own, other = (LENGTH_RATIO.get(code[:2]) or LENGTH_RATIO.get(script_of(code), 1.15) for code in languages)
+    scripts = [script_of(code) for code in languages]
+    if None in scripts:
+        return False
+    own, other = (LENGTH_RATIO.get(normal(code), LENGTH_RATIO.get(script, 1.15))
+                  for code, script in zip(languages, scripts))
     ratio = (len(text) + LENGTH_SLACK) / (len(source) * other / own + LENGTH_SLACK)
     return not LENGTH_BOUNDS[0] <= ratio <= LENGTH_BOUNDS[1]
 
@@ -223,11 +245,11 @@ class Job:
     progress: Callable[[int], None] | None = None
 
     def language(self, code: str) -> int:
-        languages = self.translator.tokenizer.languages
-        if code not in languages:
-            known = ", ".join(self.translator.languages)
-            raise InputError(f"the translator does not know the language {code!r}; it knows {known}")
-        return languages[code]
+        languages, known = self.translator.tokenizer.languages, self.translator.languages
+        if normal(code) not in languages:
+            raise InputError(f"the translator does not know the language {code!r}{suggestion(code, known)}; "
+                             f"it knows {', '.join(known)}")
+        return languages[normal(code)]
 
     def source_ids(self, text: str) -> list[int]:
         end = self.translator.model.config.eos_token_id
@@ -447,8 +469,9 @@ def translator_for(rows: list[dict], targets: list[str], path, device) -> Transl
     for target in targets:
         if target not in translator.languages:
             held = sorted({language for row in rows for language in languages_of(row)})
-            raise InputError(f"--lang {target}: the data hold {', '.join(held)} and the translator {path} knows "
-                             f"{', '.join(translator.languages)}")
+            near = suggestion(target, [*held, *translator.languages])
+            raise InputError(f"--lang {target}{near}: the data hold {', '.join(held)} and the translator {path} "
+                             f"knows {', '.join(translator.languages)}")
     return translator
 
 
@@ -491,7 +514,7 @@ def parse_args(argv=None):
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     add = parser.add_argument_group("what").add_argument
     add("--lang", required=True, help="target language, or several: sw,yo")
-    add("--source", default="en", help="language of the data")
+    add("--source", type=normal, default="en", help="language of the data")
     add("--data", default="demo/english.jsonl", help="rows in any format that data.py reads")
     add("--turns", choices=("first", "all"), default="first", help="exchanges of a conversation to take")
     add("--samples", type=int, default=0, help="how many rows, from the first; 0: all")
@@ -514,7 +537,7 @@ def main():
         raise InputError("--beams and --batch-tokens must be at least 1, --samples at least 0")
     device = ranks.start(ranks.pick_device(args.device))
     dtype = {"float32": torch.float32, "bfloat16": torch.bfloat16}[args.dtype]
-    targets = args.lang.split(",")
+    targets = language_list(args.lang)
     if args.text:
         translator = load(args.translator, device, dtype)
         for target in targets:

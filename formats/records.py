@@ -33,7 +33,7 @@ from engine.files import HALF_A_CHARACTER, InputError, read_records, read_text, 
 from formats import hub
 from formats.conversations import (FORMATS, UNKNOWN, OddRecord, Skip, as_list, as_text, find_format, is_blank,
                                    named, read_conversation)
-from formats.languages import normal, script_of
+from formats.languages import normal, script_of, suggestion
 
 PARTS = ("prompt", "response")
 LANGUAGE_KEYS = ("language_code", "lang", "language")
@@ -86,15 +86,18 @@ def unwrap(where, record, path):
     return [(f"{path}[{lists[0]}][{item}]", inner) for item, inner in enumerate(record[lists[0]])]
 
 
-def clean_records(path):
-    """read_data with null for every NaN. InputError when there is nothing."""
+def clean_records(path, wanted):
+    """read_data with null for every NaN and languages under their normal codes. wanted: the languages asked
+    for. InputError when there is nothing."""
     records = read_data(path)
     if not records:
         raise InputError(f"{path}: the file is empty")
     try:
-        return [(where, without_nan(record)) for where, record in records]
+        records = [(where, without_nan(record)) for where, record in records]
     except RecursionError:
         raise InputError(f"{path}: lists or objects nested too deeply") from None
+    return [(where, with_normal_codes(record, where, wanted) if isinstance(record, dict) else record)
+            for where, record in records]
 
 
 def without_nan(value):
@@ -153,14 +156,34 @@ def languages_of(row):
     return [key for key, value in row.items() if isinstance(value, dict) and {*PARTS} <= value.keys()]
 
 
+def with_normal_codes(record, where, wanted):
+    """The record with its languages, and those wanted that are null, under their normal codes, but for
+    languages that it holds twice: InputError where one of them is wanted. A text or number under "in" is no
+    Indonesian."""
+    names = {}
+    for key, value in record.items():
+        sides = isinstance(value, dict) and value.keys() & {*PARTS}
+        identifies = normal(key) == "id" and isinstance(value, (str, int))
+        if sides or normal(key) in wanted and not identifies:
+            names[key] = normal(key)
+    twice = {code for code, number in Counter(names.values()).items() if number > 1}
+    for code in sorted(twice & wanted):
+        keys = " and ".join(f"{key!r:.40}" for key in names if names[key] == code)
+        raise InputError(f"{where}: {keys} are the same language, {code}: leave one")
+    names = {key: code for key, code in names.items() if code not in twice}
+    if "id" in names.values() and "id" not in names:
+        names["id"] = "row_id"                               # the identifier makes room for Indonesian
+    return {names.get(key, key): value for key, value in record.items()}
+
+
 def refuse_other_language(record, language, counts):
     """Skip a record that says it is in another language."""
     label = next((record[key] for key in LANGUAGE_KEYS if isinstance(record.get(key), str)), None)
     if label is None:
         return
-    if script_of(label) is None and normal(label) != normal(language):
+    if script_of(label) is None and normal(label) != language:
         counts[f"in the language {label!r:.40}, which is unknown: taken for {language}"] += 1
-    elif normal(label) != normal(language):
+    elif normal(label) != language:
         raise Skip(f"not in {language}")
 
 
@@ -345,8 +368,9 @@ def read_rows(path, language="en", turns="first", counts=None, targets=(), uniqu
     """
     assert turns in ("first", "all"), f"turns {turns!r} is neither first nor all"
     counts = Counter() if counts is None else counts
-    records = clean_records(path)
-    codes = {*targets}.union(*(languages_of(record) for _, record in records if isinstance(record, dict)))
+    language, targets = normal(language), {*map(normal, targets)}
+    records = clean_records(path, {language, *targets})
+    codes = targets.union(*(languages_of(record) for _, record in records if isinstance(record, dict)))
     asked = Asked(language, turns, codes)
     counts.update({"read": len(records), "kept": 0})
     found, skipped, odd = [], {}, {}              # the last two: {reason: [where]}
@@ -435,8 +459,10 @@ def require_languages(rows, *wanted):
     """The rows that hold all wanted languages; if none does, a InputError that names those in the data."""
     have = [row for row in rows if set(wanted) <= set(languages_of(row))]
     if not have:
-        there = ", ".join(sorted({language for row in rows for language in languages_of(row)})) or "none"
-        raise InputError(f"no row holds {' and '.join(wanted)}; languages in the data: {there}")
+        there = sorted({language for row in rows for language in languages_of(row)})
+        near = "".join(suggestion(code, there) for code in wanted if code not in there)
+        raise InputError(f"no row holds {' and '.join(wanted)}{near}; "
+                         f"languages in the data: {', '.join(there) or 'none'}")
     return have
 
 
