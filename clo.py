@@ -138,7 +138,6 @@ def make_trainable(model: llama.Llama, train: str, rank: int, alpha: float, seed
 
     Returns {name: parameter}; those are fp32 (fp64 stays), everything else is frozen in the model's dtype.
     """
-    model.compute_dtype = model.head.dtype
     if train == "lora":
         add_lora(model, rank, alpha, seed, device)
     for name, parameter in model.named_parameters():
@@ -659,9 +658,10 @@ def load_model(args, device, learns: bool) -> tuple[llama.Llama, dict[str, nn.Pa
         if learns:
             make_trainable(model, args.train, args.lora_rank, args.lora_alpha, args.seed, device)
     if args.shard:
-        model = ranks.load(args.model, device, DTYPES[args.dtype], prepare=learn)
+        model = ranks.load(args.model, device, DTYPES[args.dtype], prepare=learn, recompute=args.recompute)
     else:
-        model = llama.load(args.model, device, DTYPES[args.dtype])
+        compiler = "inductor" if learns and device.type == "cuda" else None     # breaks at every hook of FSDP
+        model = llama.load(args.model, device, DTYPES[args.dtype], None, args.recompute, compiler)
         learn(model)
     return model, {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
 
@@ -684,9 +684,6 @@ def run_method(name: str, groups, heldout, tokenizer, args, run: Path, device, f
     model, parameters = load_model(args, device, learns=bool(stages))
     started, seconds = time.perf_counter(), 0.0
     pairs = make_steps(heldout, METHODS["clo"][0], args, None)
-    model.recompute = args.recompute
-    if stages and device.type == "cuda" and not args.shard:  # torch.compile would break at every hook of FSDP
-        llama.compile_blocks_(model)
     if stages:
         exported = 4 * sum(parameter.numel() for parameter in parameters.values())
         if args.merge or args.train != "lora":
