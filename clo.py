@@ -365,7 +365,6 @@ def make_trainable(model: llama.Llama, train: str, rank: int, alpha: float, seed
 
     Returns {name: parameter}; those are fp32 (fp64 stays), everything else is frozen in the model's dtype.
     """
-    model.compute_dtype = model.head.dtype
     if train == "lora":
         add_lora(model, rank, alpha, seed, device)
     for name, parameter in model.named_parameters():
@@ -509,14 +508,13 @@ def load_model(job: Job, learns: bool) -> tuple[llama.Llama, dict[str, nn.Parame
     def learn(model):
         if learns:
             make_trainable(model, args.train, args.lora_rank, args.lora_alpha, args.seed, job.device)
+    dtype = DTYPES[job.dtype]
     if args.shard:
-        model = ranks.load(args.model, job.device, DTYPES[job.dtype], prepare=learn)
+        model = ranks.load(args.model, job.device, dtype, prepare=learn, recompute=args.recompute)
     else:
-        model = llama.load(args.model, job.device, DTYPES[job.dtype])
+        compiler = "inductor" if learns and job.device.type == "cuda" else None   # breaks at every hook of FSDP
+        model = llama.load(args.model, job.device, dtype, recompute=args.recompute, compiler=compiler)
         learn(model)
-    model.recompute = args.recompute
-    if learns and job.device.type == "cuda" and not args.shard:   # torch.compile breaks at every hook of FSDP
-        llama.compile_blocks_(model)
     return model, trainable(model)
 
 
