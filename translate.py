@@ -23,21 +23,20 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import torch
 from tqdm import tqdm
 
 from engine import ranks
-from engine.files import InputError, append_jsonl, directory_fingerprint, fingerprint, locked
+from engine.files import InputError, append_jsonl, fingerprint, locked
 from engine.flags import Parser, count, positive_int
+from engine.progress import progress
 from formats import hub
 from formats.languages import KANA, UNSPACED, script_of
 from formats.markup import GAP, KEEP, TEXT, WORD, hide, parse, show, split_edges, split_spans
-from formats.records import read_rows, require_languages
+from formats.records import languages_of, read_rows, require_languages
 from formats.translated import Key, describe_faults, file_failed_, read_done
 from formats.weights import DTYPES
 from m2m100.beam import beam_search
-from m2m100.network import M2M100, load_model
-from m2m100.tokenizer import Tokenizer, load_tokenizer
+from m2m100.translator import Translator, load
 
 MAX_SOURCE = 150      # tokens of a segment: the models were trained on sentences
 LONGEST_TOKEN = 16    # characters; a text of more than MAX_SOURCE such tokens is not worth counting
@@ -47,48 +46,6 @@ UNKNOWN_SHARE = 0.1   # a source with more unknown tokens than this cannot be tr
 LENGTH_RATIO = {"CJK": 0.35, "KANA": 0.45, "HANGUL": 0.55, "yo": 1.5, "en": 1.0}  # characters, English 1
 LENGTH_BOUNDS = 0.4, 2.5  # of a translation over what is expected; people's go from 0.55 to 2.05 (NTREX)
 LENGTH_SLACK = 15         # characters added to both, so that short segments are not judged by their length
-
-
-# ---- the translator ----
-
-@dataclass
-class Translator:
-    """A model and its tokenizer. languages: those it can write. fingerprint: hash of its files."""
-    model: M2M100
-    tokenizer: Tokenizer
-    languages: list[str]
-    fingerprint: str
-
-    def check(self, source: str, targets: list[str]) -> None:
-        """InputError unless it reads the source and writes every target."""
-        for code, known in [(source, self.tokenizer.languages), *((code, self.languages) for code in targets)]:
-            if code not in known:
-                raise InputError(f"the translator does not know the language {code!r}; "
-                                 f"it knows {', '.join(sorted(known))}")
-        if source in targets:
-            raise InputError(f"{source!r} is to be translated into itself: give another language")
-
-
-def load(path, device="cpu", dtype: torch.dtype | None = None) -> Translator:
-    """The translator of an M2M100 or NLLB directory or hub id; dtype: bf16 on CUDA and fp32 elsewhere if none
-    is given. InputError says what is wrong with it."""
-    path = hub.local(path, hub.TRANSLATOR_SETTINGS, hub.TRANSLATOR_WEIGHTS)
-    if not path.is_dir():
-        raise InputError(f"{path} is not a directory: give that of an M2M100 or NLLB checkpoint")
-    if dtype is None:
-        dtype = torch.bfloat16 if torch.device(device).type == "cuda" else torch.float32
-    if ranks.rank() == 0:
-        print(f"{path}: loading the translator on {device} as {dtype}", file=sys.stderr)
-    model, tokenizer = load_model(path, device, dtype), load_tokenizer(path)
-    known, trained = tokenizer.languages, model.config.clo_languages
-    if max(known.values()) >= model.config.vocab_size:
-        raise InputError(f"{path}: the tokenizer has more ids than the vocab_size of config.json, "
-                         f"{model.config.vocab_size}: files of different models?")
-    for code in trained or []:
-        if code not in known:
-            raise InputError(f"{path}/config.json: clo_languages has {code!r}, the tokenizer has not")
-    languages = sorted(known if trained is None else trained)
-    return Translator(model, tokenizer, languages, directory_fingerprint(path))
 
 
 # ---- checks ----
@@ -284,16 +241,19 @@ def row_key(row: dict, targets: list[str], job: Job) -> Key:
                                       str(translator.model.head.dtype))
 
 
-def translate_chunk(rows: list[dict], keys: list[Key], targets: list[str], job: Job) -> list[dict]:
+def new_record(row: dict, key: Key, targets: list[str]) -> dict:
+    """A row as the file has it, before its translation."""
+    name, own_hash = key
+    label = "row_id" if "id" in (*row, *targets) else "id"  # Indonesian is called "id"
+    rest = {key: value for key, value in row.items() if key not in ("row_id", "clo")}
+    return {label: name, **rest, "clo": {"hash": own_hash, "into": targets, "failed": {}, "drafts": {}}}
+
+
+def translate_chunk(rows: list[tuple[dict, Key]], targets: list[str], job: Job) -> list[dict]:
     """The records of some rows. A translation that a row already has stays."""
-    records = []
-    for row, (name, own_hash) in zip(rows, keys):
-        rest = {key: value for key, value in row.items() if key not in ("row_id", "clo")}
-        label = "row_id" if "id" in (*row, *targets) else "id"  # Indonesian is called "id"
-        records.append({label: name, **rest,
-                        "clo": {"hash": own_hash, "into": targets, "failed": {}, "drafts": {}}})
+    records = [new_record(row, key, targets) for row, key in rows]
     for target in targets:
-        todo = [record for row, record in zip(rows, records) if target not in row]
+        todo = [record for record in records if target not in record]
         texts = [record[job.source][part] for record in todo for part in ("prompt", "response")]
         done = translate_documents(texts, replace(job, target=target))
         for record, prompt, response in zip(todo, done[::2], done[1::2]):
@@ -305,38 +265,28 @@ def translate_chunk(rows: list[dict], keys: list[Key], targets: list[str], job: 
 
 
 @contextlib.contextmanager
-def speedometer(done: int, rows: int, job: Job) -> Iterator[tqdm]:
+def speedometer(done: int, rows: int, title: str, job: Job) -> Iterator[tqdm]:
     """A bar of rows that also shows how fast tokens are generated."""
     start, tokens = time.perf_counter(), 0
-    title = f"{job.source} -> {job.target}"
-    with tqdm(total=rows, initial=done, desc=title, unit="row", disable=bool(ranks.rank())) as bar:
-        def progress(generated: int) -> None:
+    with progress(total=rows, initial=done, desc=title, unit="row") as bar:
+        def hear(generated: int) -> None:
             nonlocal tokens
             tokens += generated * ranks.size()  # the other ranks have as much to do
             bar.set_postfix_str(f"{tokens / (time.perf_counter() - start):,.0f} tokens/s")
 
-        job.progress = progress
+        job.progress = hear
         yield bar
 
 
-def translate_missing(rows: list[dict], keys: list[Key], done: dict[Key, dict], targets: list[str], job: Job,
-                      path: Path, keep_failed: bool, chunk: int) -> None:
-    """Translate the rows that are not done, append them to the file and add them to `done`. Ranks take a chunk
-    each and the first one writes: the file is that of one process."""
-    todo = [i for i, key in enumerate(keys) if key not in done]
-    chunks = [todo[first:first + chunk] for first in range(0, len(todo), chunk)]
-    with speedometer(len(rows) - len(todo), len(rows), job) as bar:
-        for first in range(0, len(chunks), ranks.size()):
-            dealt = chunks[first:first + ranks.size()]
-            own = [translate_chunk([rows[i] for i in part], [keys[i] for i in part], targets, job)
-                   for part in ranks.mine(dealt)]
-            for part, records in zip(dealt, ranks.collect(own)):
-                for i, record in zip(part, records):
-                    file_failed_(record, keep_failed)
-                    done[keys[i]] = record
-                if ranks.rank() == 0:
-                    append_jsonl(path, records)
-                bar.update(len(part))
+def translate_chunks(todo: list[tuple[dict, Key]], targets: list[str], job: Job,
+                     chunk: int) -> Iterator[list[tuple[Key, dict]]]:
+    """(key, record) of the rows, a chunk a rank at a time, the same on every rank."""
+    for first in range(0, len(todo), chunk * ranks.size()):
+        dealt = todo[first:first + chunk * ranks.size()]
+        parts = [dealt[i:i + chunk] for i in range(0, len(dealt), chunk)]
+        own = [translate_chunk(part, targets, job) for part in parts[ranks.rank():ranks.rank() + 1]]
+        records = [record for part in ranks.gather(own) for record in part]
+        yield [(key, record) for (_, key), record in zip(dealt, records)]
 
 
 def translate_rows(rows: list[dict], translator: Translator, source: str, target: str | list[str], path,
@@ -344,13 +294,14 @@ def translate_rows(rows: list[dict], translator: Translator, source: str, target
                    chunk: int = 32) -> list[dict]:
     """The rows with their translation into `target` (a code or several), through the JSONL file `path`.
 
-    Every `chunk` rows their lines are appended; a run killed at any moment goes on from there. A row of which a
-    segment failed is left out of the result, and its translation is filed under "clo", unless keep_failed.
+    Every `chunk` rows their lines are appended; a run killed at any moment goes on from there. Ranks take a chunk
+    each and the first one writes: the file is that of one process. A row of which a segment failed is left out
+    of the result, and its translation is filed under "clo", unless keep_failed.
     """
     path, targets = Path(path), [target] if isinstance(target, str) else list(target)
     translator.check(source, targets)
     rows = require_languages(rows, source)
-    job = Job(translator, source, ",".join(targets), beams, batch_tokens)
+    job = Job(translator, source, targets[0], beams, batch_tokens)
     keys = [row_key(row, targets, job) for row in rows]
 
     def begin() -> dict[Key, dict]:
@@ -359,10 +310,41 @@ def translate_rows(rows: list[dict], translator: Translator, source: str, target
 
     with contextlib.ExitStack() as lock:
         done = ranks.on_first(begin)
-        translate_missing(rows, keys, done, targets, job, path, keep_failed, chunk)
+        todo = [(row, key) for row, key in zip(rows, keys) if key not in done]
+        title = f"{source} -> {','.join(targets)}"
+        with speedometer(len(rows) - len(todo), len(rows), title, job) as bar:
+            for found in translate_chunks(todo, targets, job, chunk):
+                for _, record in found:
+                    file_failed_(record, keep_failed)
+                if ranks.rank() == 0:
+                    append_jsonl(path, [record for _, record in found])
+                done |= dict(found)
+                bar.update(len(found))
     print(describe_faults([done[key] for key in keys], targets, keep_failed))
     return [row | {code: done[key][code] for code in targets} for row, key in zip(rows, keys)
             if all(code in done[key] for code in targets)]
+
+
+def translator_for(rows: list[dict], targets: list[str], path, device) -> Translator:
+    """The translator at `path`; InputError when it does not know a target."""
+    translator = load(path, device)
+    for target in targets:
+        if target not in translator.languages:
+            held = sorted({language for row in rows for language in languages_of(row)})
+            raise InputError(f"--lang {target}: the data hold {', '.join(held)} and the translator {path} knows "
+                             f"{', '.join(translator.languages)}")
+    return translator
+
+
+def translate_ahead(rows: list[dict], translator: Translator, source: str, targets: list[str],
+                    beams: int) -> list[dict]:
+    """The rows with their translations, failed or not, and nothing written: to look at before a run."""
+    texts = [row[source][part] for row in rows for part in ("prompt", "response")]
+    for target in targets:
+        done = translate(texts, source, target, translator, beams)
+        rows = [row | {target: {"prompt": prompt, "response": response}}
+                for row, prompt, response in zip(rows, done[::2], done[1::2])]
+    return rows
 
 
 # ---- command line ----
@@ -380,10 +362,12 @@ def parse_args(argv=None):
     add = parser.add_argument_group("translator").add_argument
     add("--translator", default="demo/m2m100", help="directory or hub id of an M2M100 or NLLB")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
-    add("--dtype", choices=("auto", "fp32", "bf16"), default="auto", help="of weights; auto: bf16 on CUDA, else fp32")
+    add("--dtype", choices=("auto", "fp32", "bf16"), default="auto",
+        help="of weights; auto: bf16 on CUDA, else fp32")
     add = parser.add_argument_group("decoding and checks").add_argument
     add("--beams", type=positive_int, default=5, help="hypotheses of a sentence")
-    add("--batch-tokens", type=positive_int, default=2048, help="source tokens of a batch: fewer need less memory")
+    add("--batch-tokens", type=positive_int, default=2048,
+        help="source tokens of a batch: fewer need less memory")
     add("--keep-failed", action="store_true", help="keep rows of which a segment failed its checks")
     return parser.parse_args(argv)
 

@@ -4,6 +4,7 @@ import contextlib
 import fcntl
 import gzip
 import hashlib
+import io
 import json
 import os
 import re
@@ -25,7 +26,11 @@ class InputError(ValueError):
 
 
 def run(main):
-    """Run a command line: bad input becomes one line on stderr and exit code 2, Ctrl-C exit code 130."""
+    """Run a command line: bad input becomes one line on stderr and exit code 2, Ctrl-C exit code 130. What it
+    prints goes out line by line, into a redirected log too."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(line_buffering=True)
     try:
         main()
     except KeyboardInterrupt:
@@ -128,8 +133,12 @@ def write_jsonl(path, records):
     os.replace(partial, path)
 
 
-def fill_directory(path: Path, fill) -> None:
-    """Call fill(temporary directory), then put it in the place of `path`."""
+def fill_directory(path: Path, fill, writes: bool = True) -> None:
+    """Call fill(temporary directory), then put it in the place of `path`. Of several processes that make its
+    content together one writes; the others call fill(None)."""
+    if not writes:
+        fill(None)
+        return
     with writing(path):
         temporary = empty_directory(path.with_name(path.name + ".tmp"))
         fill(temporary)
