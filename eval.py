@@ -256,26 +256,42 @@ def translate_instructions(items: list[dict], args) -> list[dict]:
     """The items in --lang. The translation is kept under a hash of what made it, so that every system gets
     the same strings, byte for byte: alpaca_eval joins answers on them."""
     translator = translate.load(args.translator, args.device)
+    translator.check(args.source, [args.lang])
     settings = {"translator": translator.fingerprint, "source": args.source, "lang": args.lang,
                 "beams": args.beams}
     key = fingerprint([item["instruction"] for item in items], settings)[:HASH_DIGITS]
     path = Path("runs/eval") / f"instructions-{args.lang}-{key}.jsonl"
-    with Journal(path, settings, ("source", "instruction")) as journal, \
+    with Journal(path, settings, ("source", "instruction", "faults")) as journal, \
             tqdm(total=len(items), initial=len(journal.done), desc=f"translate to {args.lang}",
                  unit="instruction") as bar:
         for first in range(len(journal.done), len(items), TRANSLATED_AT_ONCE):
             texts = [item["instruction"] for item in items[first:first + TRANSLATED_AT_ONCE]]
             for text, drawn in zip(texts, translate.translate(
                     texts, args.source, args.lang, translator, args.beams)):
-                journal.add({"source": text, "instruction": drawn})
+                journal.add({"source": text, "instruction": drawn, "faults": drawn.faults})
             bar.update(len(texts))
     print(f"translated instructions, the same for every system: {path}")
-    kept = {}
-    for item, line in zip(items, journal.done):
-        if line["instruction"].strip():
-            kept.setdefault(line["instruction"], item | {"instruction": line["instruction"]})
+    return keep_translated(items, journal.done)
+
+
+def keep_translated(items: list[dict], lines: list[dict]) -> list[dict]:
+    """The items with their translations; those that failed a check, are empty or equal an earlier one are left
+    out and counted."""
+    kept, left_out = {}, Counter()
+    for item, line in zip(items, lines):
+        text = line["instruction"]
+        if line["faults"]:
+            left_out.update(line["faults"].keys())
+        elif not text.strip() or text in kept:
+            left_out["empty" if not text.strip() else "equal to an earlier one"] += 1
+        else:
+            kept[text] = item | {"instruction": text}
     if len(kept) < len(items):
-        print(f"{len(items) - len(kept)} translations are left out: empty, or equal to an earlier one")
+        reasons = ", ".join(f"{number} {reason}" for reason, number in left_out.most_common())
+        print(f"{len(items) - len(kept)} of {len(items)} translated instructions are left out: {reasons}")
+    if not kept:
+        raise InputError("no translated instruction is left: see the reasons above, or give instructions that are "
+                         "in the language already, without --translator")
     return list(kept.values())
 
 

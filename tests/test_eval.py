@@ -5,6 +5,7 @@ import io
 import itertools
 import json
 import math
+from collections import Counter
 from types import SimpleNamespace
 from unittest import mock
 
@@ -21,6 +22,7 @@ from evals.language import (INDEPENDENCE, SWITCH, UNSEEN, fit_languages, foreign
 from formats.chat import load_tokenizer
 from formats import records
 from formats.records import read_rows
+from translate import Translation
 
 LANGUAGES = ("de", "en", "id", "ko", "sw", "yo", "zh")
 TEXTS = {"en": ["The lion eats meat.", "What is the capital of France?", "The river is long."],
@@ -316,20 +318,28 @@ def test_answers_for_alpaca_eval_have_its_format_and_resume(tmp_path):
     assert (settings["temperature"], settings["max_tokens"], settings["seed"]) == (0.7, 6, 0)
 
 
-def test_translated_instructions_are_the_same_for_every_system_and_each_is_there_once(
+def test_translated_instructions_are_the_same_for_every_system_and_what_failed_a_check_is_left_out(
         tmp_path, monkeypatch, capsys):
     calls = []
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(evaluation.translate, "load", lambda *_: SimpleNamespace(fingerprint="abc"))
-    monkeypatch.setattr(evaluation.translate, "translate", lambda texts, *_: calls.append(len(texts)) or [
-        {"Say 3": " ", "Say 5": "Say 1 1"}.get(text, f"{text} {len(calls)}") for text in texts])
+    monkeypatch.setattr(evaluation.translate, "load", lambda *_: SimpleNamespace(
+        fingerprint="abc", check=lambda *_: None))
+
+    def translate(texts, *_):
+        calls.append(len(texts))
+        odd = {"Say 3": " ", "Say 5": "Say 1 1"}
+        return [Translation(odd.get(text, f"{text} {len(calls)}"), Counter(length=2) if text == "Say 7" else Counter())
+                for text in texts]
+
+    monkeypatch.setattr(evaluation.translate, "translate", translate)
     args = SimpleNamespace(translator="t", device="cpu", source="en", lang="sw", beams=2)
     items = [{"instruction": f"Say {i}", "dataset": None} for i in range(20)]
     first = evaluation.translate_instructions(items, args)
     assert evaluation.translate_instructions(items, args) == first and calls == [16, 4]
     assert [item["instruction"] for item in first] == [
-        f"Say {i} {1 + i // 16}" for i in range(20) if i not in (3, 5)]
-    assert "2 translations are left out: empty, or equal to an earlier one" in capsys.readouterr().out
+        f"Say {i} {1 + i // 16}" for i in range(20) if i not in (3, 5, 7)]
+    assert ("3 of 20 translated instructions are left out: 1 empty, 1 equal to an earlier one, 1 length"
+            in capsys.readouterr().out)
 
 
 def test_compare_prints_tables_settings_and_the_plots_it_drew(tmp_path):
