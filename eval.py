@@ -15,7 +15,7 @@ import json
 import math
 import sys
 from collections import Counter
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -28,10 +28,11 @@ from engine.files import (InputError, Journal, as_kind, check_unicode, fingerpri
                           write_json)
 from engine.flags import REQUIRED
 from evals import choice, judge, report
-from evals.answers import HASH_DIGITS
+from evals.answers import HASH_DIGITS, Decoding
 from evals.report import table
-from evals.winrate import (answer_settings, describe_failures, describe_rate, judge_details, keep_verdicts,
-                           pair_outputs, read_annotations, win_rate)
+from evals.verdict import VERDICT
+from evals.winrate import (annotation, answer_settings, describe_failures, describe_rate, judge_details,
+                           keep_verdicts, pair_outputs, read_annotations, win_rate)
 from formats import hub
 from formats.chat import Tokenizer, load_tokenizer
 from formats.records import describe_counts, identifier, read_rows, require_languages
@@ -102,29 +103,6 @@ def with_error(value: float, error: float | None, digits: int = 2) -> str:
 
 
 # -------------------------------------------------------------------------------------------------------- ask
-
-@dataclass(frozen=True)
-class Decoding:
-    """How replies are written."""
-    system_prompt: str | None
-    max_tokens: int
-    temperature: float           # 0: greedy
-    top_p: float
-    seed: int
-
-    def replies(self, model, tokenizer, questions: list[str], first: int = 0) -> list[tuple[str, int]]:
-        """(text, number of tokens) for each question, one batch. first: its place, which the seed depends on;
-        max_tokens of them are a reply that was cut."""
-        prompts = [tokenizer.prompt_ids(question, self.system_prompt) for question in questions]
-        long = sum(len(prompt) + self.max_tokens > model.config.max_position_embeddings for prompt in prompts)
-        if long:
-            tqdm.write(f"{long} prompts with --max-tokens {self.max_tokens} are longer than the "
-                       f"{model.config.max_position_embeddings} tokens that the model was made for",
-                       file=sys.stderr)
-        replies = llama.generate(model, prompts, self.max_tokens, tokenizer.stop_ids, self.temperature,
-                                 self.top_p, self.seed + first, len(prompts))
-        return [(tokenizer.decode(reply).strip(), len(reply)) for reply in replies]
-
 
 def decoding(args) -> Decoding:
     return Decoding(args.system_prompt, args.max_tokens, args.temperature, args.top_p, args.seed)
@@ -389,7 +367,7 @@ def judge_outputs(args) -> None:
     pairs = pair_outputs(args.outputs, args.reference)[:args.limit]
     settings = answer_settings(args.outputs, args.reference)
     settings |= {"pairs": len(pairs), "judge": args.judge_model, "judge prompt": judge.prompt_hash(),
-                 "judge tokens": args.judge_tokens, "judge temperature": 0, "verdict": judge.VERDICT,
+                 "judge tokens": args.judge_tokens, "judge temperature": 0, "verdict": VERDICT,
                  "order": args.order, "order seed": args.seed,
                  "language": args.lang or settings.get("language")}
     out = args.out or Path(args.outputs).parent / f"against-{Path(args.reference).parent.name}"
@@ -404,7 +382,7 @@ def judge_outputs(args) -> None:
     print(describe_failures(failed, len(pairs)), end="")
     lines = {line["question"]: line for line in journal.done}
     annotator = f"{args.judge_model}, {args.order} order, prompt {judge.prompt_hash()}"
-    annotations = [judge.annotation(pair, lines.get(pair["instruction"]), annotator) for pair in pairs]
+    annotations = [annotation(pair, lines.get(pair["instruction"]), annotator) for pair in pairs]
     write_json(out / "annotations.json", annotations)
     rate = win_rate(annotations)
     print(f"{pairs[0]['generator_2']} against {pairs[0]['generator_1']}: {describe_rate(rate)}")

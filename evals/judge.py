@@ -15,7 +15,6 @@ References: AlpacaEval (Dubois et al., arXiv 2404.04475; github.com/tatsu-lab/al
 
 import asyncio
 import hashlib
-import math
 import os
 import random
 import re
@@ -24,23 +23,14 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from engine.files import InputError
+from evals.verdict import NoVerdict, read_verdict
 
 GIVE_UP = 5                      # the first so many pairs without a verdict: the server is gone
 ROOM = 8192                      # tokens of the second reply
 TOP_LOGPROBS = 5
-ENOUGH = 0.5                     # of the first token's probability on the two letters makes it a verdict
 LONGEST_WAIT = 120.0             # seconds before a retry that openai waits at most where a server asks for it
-LONGEST_MESSAGE = 300            # characters shown of what a server wrote
-VERDICT = "at least half of the first token's probability on m and M, else the letter that the text names"
 ABOUT_ONE_PAIR = (400, 403, 413, 422)        # HTTP: what was sent is refused; other pairs may pass
 
-# the end of what a model says to itself, in the templates that mark it
-REASONING = re.compile(r".*(</[\w:]*(think|thought|reason)\w*>|\[/THINK]|END_THINKING\|>|/think▷"
-                       r"|<\|channel\|>final|<channel\|>)", re.S | re.I)
-PART = "0-9A-Za-z_\u00c0-\u024f\u0300-\u036f\u1e00-\u1eff'’&/-"         # of a word, for a letter beside it
-LETTER = rf"(?:(?<![{PART}])(?<!\d )|(?<=answer_))([mM])(?![{PART}])"       # alone, and no unit of measure
-# all of a sentence, or announced as the end of one
-FINAL = re.compile(rf"(?:^|[.!?:=。：]|\bis)\W*(?i:answer[_ ])?{LETTER}[^\w.!?。\n]*(?=[.!?。]|$)", re.M)
 
 SYSTEM = ("You compare two answers to the same instruction and name the better one. "
           "You reply with a single letter.")
@@ -66,66 +56,6 @@ wrong language, or mixing languages, is a serious fault: an understandable answe
 better than an excellent one in the wrong language.
 
 Reply with m or M only."""
-
-
-# ------------------------------------------------------------------------------------------------- a verdict
-
-class NoVerdict(Exception):
-    """Why a pair has none. kind: for counting; message: what the server or the judge said."""
-
-    def __init__(self, kind: str, message: str, about_one_pair: bool = True):
-        super().__init__(kind)
-        self.kind, self.about_one_pair = kind, about_one_pair
-        self.message = " ".join(message.split())[:LONGEST_MESSAGE]
-
-
-def read_verdict(reply) -> tuple[float, str]:
-    """(preference, how it was read) of a chat completion: 2 - P(m) / (P(m) + P(M)) where enough of the first
-    token's probability is on the two letters, else by the letter that the text names. Raises NoVerdict."""
-    try:
-        choice, mass = reply.choices[0], letter_mass(reply.choices[0].logprobs)
-        text, refusal = message_text(choice.message.content), choice.message.refusal
-    except (AttributeError, IndexError, KeyError, TypeError):
-        raise NoVerdict("no chat completion", str(reply)) from None
-    if refusal or choice.finish_reason == "content_filter":
-        raise NoVerdict("refusal", str(refusal or text))
-    if mass and sum(mass.values()) >= ENOUGH:
-        return 2 - mass["m"] / sum(mass.values()), "probabilities"
-    whole = choice.finish_reason != "length" or not mass and re.fullmatch(rf"\W*{LETTER}\W*", text)
-    letter = named_letter(text) if whole else None
-    if not letter:
-        raise NoVerdict("no verdict in the reply" if whole else "reply cut", text[-LONGEST_MESSAGE:])
-    return (1.0 if letter == "m" else 2.0), "text"
-
-
-def message_text(content) -> str:
-    """What the judge said. Some servers send parts, some of them thoughts."""
-    if isinstance(content, list):
-        return "".join(part["text"] for part in content if part["type"] == "text")
-    return content if isinstance(content, str) else ""
-
-
-def letter_mass(logprobs) -> dict[str, float] | None:
-    """Probabilities of m and M as the first token, spaces around it aside; None where a server gives none."""
-    if not (logprobs and logprobs.content):
-        return None
-    first = logprobs.content[0]
-    likely = {token.token: token.logprob for token in [first, *(first.top_logprobs or [])]}
-    mass = {"m": 0.0, "M": 0.0}
-    for token, logp in likely.items():
-        if token.strip() in mass and logp is not None:
-            mass[token.strip()] += math.exp(min(logp, 0.0))
-    return mass
-
-
-def named_letter(text: str) -> str | None:
-    """The m or M that stands alone behind the reasoning. Where both do, the last that is announced
-    ("Answer: M") or a sentence of its own; None where there is none ("M is as good as m")."""
-    text = REASONING.sub("", text)
-    letters = re.findall(LETTER, text)
-    if len(set(letters)) > 1:
-        letters = FINAL.findall(text)
-    return letters[-1] if letters else None
 
 
 # ------------------------------------------------------------------------------------------------- the server
@@ -178,7 +108,8 @@ class Judge:
             raise NoVerdict(f"HTTP {error.status_code} {code}".strip(), self.server_message(error),
                             error.status_code in ABOUT_ONE_PAIR) from None
         except (openai.APIConnectionError, asyncio.TimeoutError) as error:
-            raise NoVerdict("no connection", str(error.__cause__ or error), about_one_pair=False) from None
+            raise NoVerdict("no connection", f"{error.__cause__ or error}" or "no reply in time",
+                            about_one_pair=False) from None
         except ValueError:
             raise NoVerdict("no chat completion", "a reply that is not JSON") from None
 
@@ -267,8 +198,10 @@ async def annotate_all(pairs: list[dict], judge: Judge, order: str, seed: int, l
     InputError when the first pairs all fail: no server, a wrong key, an unknown model. known: there were
     verdicts in an earlier run, so pairs that are refused are nothing but that.
     """
-    gate, failed, heard = asyncio.Semaphore(parallel), 0, False
-    asked = sum(pair["output_1"] != pair["output_2"] for pair in pairs)
+    gate = asyncio.Semaphore(parallel)
+    asked = [pair["instruction"] for pair in pairs if pair["output_1"] != pair["output_2"]]
+    first = asked[:GIVE_UP]
+    not_failed = set(first)
 
     async def settle(pair: dict):
         async with gate:
@@ -282,20 +215,13 @@ async def annotate_all(pairs: list[dict], judge: Judge, order: str, seed: int, l
         for task in asyncio.as_completed(tasks):
             pair, found = await task
             yield pair, found
-            if not isinstance(found, NoVerdict):
-                heard |= found["reading"] != "equal answers"
-                continue
-            failed += 1
-            if not heard and failed >= min(GIVE_UP, asked) and not (known and found.about_one_pair):
-                raise InputError(f"the judge {judge.model} gave no verdict on the first {failed} pairs: "
-                                 f"{found.kind}: {found.message}")
+            if isinstance(found, NoVerdict) and not (known and found.about_one_pair):
+                not_failed.discard(pair["instruction"])
+                if not not_failed:
+                    raise InputError(f"the judge {judge.model} gave no verdict on the first {len(first)} pairs: "
+                                     f"{found.kind}: {found.message}")
     finally:
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
         await judge.client.close()
-
-
-def annotation(pair: dict, found: dict | None, annotator: str) -> dict:
-    """A line of annotations.json in alpaca_eval's format; its preference null without a verdict."""
-    return pair | {"annotator": annotator, "preference": found and found["preference"]}

@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from engine.files import InputError, Journal, as_kind, need, read_json, read_records
 from evals.choice import file_hash
-from evals.judge import NoVerdict
+from evals.verdict import NoVerdict
 from formats.records import describe_counts
 
 
@@ -112,6 +112,11 @@ def answer_settings(outputs: str, reference: str) -> dict:
     settings = read_json(beside)["settings"] if beside.is_file() else {"model": outputs}
     return settings | {"outputs hash": file_hash(outputs), "reference": reference,
                        "reference hash": file_hash(reference)}
+
+
+def annotation(pair: dict, found: dict | None, annotator: str) -> dict:
+    """A line of annotations.json in alpaca_eval's format; its preference null without a verdict."""
+    return pair | {"annotator": annotator, "preference": found and found["preference"]}
 
 
 async def keep_verdicts(verdicts, total: int, figure: str, journal: Journal) -> list[NoVerdict]:

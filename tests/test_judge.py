@@ -21,6 +21,7 @@ import pytest
 import eval as evaluation
 from engine.files import InputError, run
 from evals import judge, winrate
+from evals.verdict import named_letter, read_verdict
 
 ROOT = Path(__file__).parents[1]
 KEY = "sk-do-not-show-this"
@@ -173,7 +174,7 @@ def test_a_rate_over_some_of_the_pairs_says_how_many_have_no_verdict():
 def read(reply):
     """read_verdict of a reply as openai gives it."""
     types = pytest.importorskip("openai.types.chat")
-    return judge.read_verdict(types.ChatCompletion.construct(**reply))
+    return read_verdict(types.ChatCompletion.construct(**reply))
 
 
 def test_a_preference_is_the_share_of_the_two_letters_probabilities():
@@ -199,9 +200,9 @@ def test_a_preference_is_the_share_of_the_two_letters_probabilities():
     ("The bridge is 300 m long, so M", 2), ('{"reason": "m is short", "answer": "M"}', 2),
     ('{"answer": "M"}', 2), ("\\boxed{M}", 2), ("答案是M。", 2), ("答案：m", 1),
     ("M is better than m", None), ("Either m or M.", None), ("both are fine", None), ("", None), ("I'm", None),
-    ("m/M", None), ("more", None), ("Mm", None), ("M&M's", None), ("em tudo ém", None)])
+    ("<think>m is", None), ("[THINK]M", None), ("<|channel|>analysis<|message|>m", None), ("m/M", None), ("more", None), ("Mm", None), ("M&M's", None), ("em tudo ém", None)])
 def test_a_text_names_a_letter_after_its_reasoning_or_none(text, letter):
-    named = judge.named_letter(text)
+    named = named_letter(text)
     assert named == (None if letter is None else " mM"[letter])
     if letter:
         assert read(said(text)) == (letter, "text")
@@ -420,7 +421,7 @@ def test_the_run_stops_when_the_first_pairs_all_fail_with_the_servers_message(se
     server = serve(status)
     with pytest.raises(InputError, match=f"no verdict on the first 5 pairs: HTTP {status}: no, ") as error:
         annotate(make_pairs(40), connect(server, attempts=1), parallel=2)
-    assert KEY not in str(error.value) and "\n" not in str(error.value) and len(server.requests) <= 8
+    assert KEY not in str(error.value) and "\n" not in str(error.value) and len(server.requests) <= 12
 
 
 def test_a_pair_that_is_refused_does_not_stop_the_others(serve, connect):
@@ -432,6 +433,15 @@ def test_a_pair_that_is_refused_does_not_stop_the_others(serve, connect):
     assert Counter(isinstance(line, judge.NoVerdict) for line in found.values()) == {True: 6, False: 6}
     assert {line.message for line in found.values() if isinstance(line, judge.NoVerdict)} == {
         "content management policy"}
+
+
+def test_fast_refusals_do_not_outrun_the_first_pairs(serve, connect):
+    def filter(body):
+        if "instruction 1\n" in body["messages"][1]["content"]:
+            return 0.5                                       # seconds; then a verdict
+        return 400
+    found = annotate(make_pairs(16), connect(serve(filter)), parallel=2)
+    assert sum(isinstance(line, judge.NoVerdict) for line in found.values()) == 11
 
 
 def test_pairs_refused_in_an_earlier_run_are_refused_again_and_a_dead_server_still_stops(serve, connect):
