@@ -21,6 +21,7 @@ References: CLO (ACL 2025, arXiv 2505.14297), DPO (arXiv 2305.18290), LoRA (arXi
 """
 
 import argparse
+import contextlib
 import importlib.util
 import math
 import os
@@ -41,7 +42,7 @@ import kernels
 import model as llama
 import translate
 from engine import flags, ranks, runs, scale
-from engine.files import InputError, fill_directory, fingerprint, write_json, write_text
+from engine.files import InputError, fill_directory, fingerprint, locked, write_json, write_text
 from engine.progress import progress
 from evals import heldout
 from evals.answers import answer_and_score, read_answers
@@ -720,7 +721,8 @@ def main(argv=None) -> None:
         dry_run(args, device)
         return
     args.model = str(hub.local(args.model))                            # where it lies
-    with scale.memory_advice(args.device, advice(args)):
+    with scale.memory_advice(args.device, advice(args)), contextlib.ExitStack() as lock:
+        ranks.on_first(lambda: lock.enter_context(locked(args.out)))
         job = make_job(args, device)
         methods, answers = {}, {}
         for number, name in enumerate(dict.fromkeys(["base", args.baseline, args.method]), 3):
