@@ -49,7 +49,7 @@ from evals.language import fit_languages, texts_by_language
 from evals.report import report_text
 from formats import hub
 from formats.chat import load_tokenizer
-from formats.checkpoints import check_outputs, save_adapter, save_delta, save_merged, save_model
+from formats.checkpoints import check_outputs, save_adapter, save_merged, save_model
 from formats.configs import read_config
 from formats.records import describe_counts
 from formats.weights import DTYPES, add_update, lora_product
@@ -726,21 +726,17 @@ def run_method(name: str, groups, heldout, tokenizer, args, run: Path, device, f
 
 def export(model: llama.Llama, parameters, tokenizer, args, directory: Path) -> dict[Path, dict]:
     """The trained part in the layout other tools read: a PEFT adapter, and with --merge a whole Hugging Face
-    directory too; without LoRA that directory, and the difference of attention's weights. Returns how each of
-    them is loaded again."""
-    adapter, whole, delta = directory / "adapter", directory / "model", directory / "attn_delta.safetensors"
+    directory too; without LoRA that directory alone. Returns how each of them is loaded again."""
+    adapter, whole = directory / "adapter", directory / "model"
     outputs = {}
     if args.train == "lora":
         fill_directory(adapter, lambda path: save_adapter(
             model, path, args.base, ATTENTION, args.lora_rank, args.lora_alpha, tokenizer.template))
         outputs[adapter] = {"path": args.model, "adapter": adapter}
-    elif args.train == "attention":
-        save_delta(delta, args.model, parameters, args.base)
-        outputs[delta] = {"path": args.model, "adapter": delta}
-    if args.train != "lora":
+    else:
         fill_directory(whole, lambda path: save_model(
             path, args.model, tokenizer, lambda name, old: parameters.get(name, old)))
-    elif args.merge:
+    if args.train == "lora" and args.merge:
         fill_directory(whole, lambda path: save_merged(path, args.model, adapter, tokenizer))
     if whole.exists():
         outputs[whole] = {"path": whole}
@@ -883,7 +879,7 @@ def parse_args(argv=None) -> argparse.Namespace:
                      f"{args.source} not among them")
     args.out = args.out or f"runs/{args.lang}"
     beside = Path(args.data).with_name("eval.jsonl")
-    args.eval_data = args.eval_data or (str(beside) if beside.is_file() else None)
+    args.eval_data = args.eval_data or (str(beside) if hub.find(beside).is_file() else None)
     return args
 
 

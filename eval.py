@@ -51,7 +51,7 @@ def load_model(args) -> tuple[llama.Llama, Tokenizer, str, str]:
     """(model, tokenizer, name of the base, name of the dtype)
     that --model, --adapter, --device and --dtype ask for."""
     base = args.model or (adapter_base(args.adapter) if args.adapter else "demo/llama")
-    tokenizer = load_tokenizer(base)
+    tokenizer = load_tokenizer(hub.local(base))
     dtype = args.dtype if args.dtype != "auto" else "bf16" if args.device.startswith("cuda") else "fp32"
     return llama.load(base, args.device, DTYPES[dtype], args.adapter), tokenizer, base, dtype
 
@@ -95,7 +95,7 @@ def open_model(args) -> tuple[llama.Llama, Tokenizer, dict]:
 
 def weights_hash(path: Path) -> str:
     """Of the contents of a checkpoint's or adapter's weight files."""
-    return fingerprint(*([path] if path.is_file() else sorted(path.glob("*.safetensors"))))[:HASH_DIGITS]
+    return fingerprint(*sorted(path.glob("*.safetensors")))[:HASH_DIGITS]
 
 
 def out_directory(args, *names: str) -> Path:
@@ -177,6 +177,7 @@ def ratio(nll: list[float], sizes: list[int]) -> dict:
 def perplexity(args) -> None:
     """NLL of held-out responses per UTF-8 byte (the stop token's too),
     which models with other tokenizers can be compared with, and its exponential."""
+    args.data = str(hub.data_file(args.data))
     rows = require_languages(read_rows(args.data), args.source, args.lang)
     rows = [row for row in rows if row.get("split", args.split) == args.split] if args.split else rows
     choice.refuse_duplicates([(where, identifier(record, where))
@@ -405,7 +406,7 @@ def add_model_flags(parser) -> None:
     add = parser.add_argument_group("model").add_argument
     add("--model", default=None, help="directory or hub id; default: the adapter's base, else demo/llama")
     add("--adapter", default=None,
-        help="PEFT LoRA adapter directory, e.g. runs/sw/clo/adapter, or an attn_delta.safetensors")
+        help="PEFT LoRA adapter: a directory, e.g. runs/sw/clo/adapter, or a hub id")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
     add("--dtype", default="auto", choices=["auto", *DTYPES],
         help="compute type; auto: bf16 on CUDA, else fp32")
@@ -554,6 +555,8 @@ def main(argv=None) -> None:
     args = parse_args(argv)
     if "device" in args:
         args.device = ranks.pick_device(args.device)
+    if getattr(args, "adapter", None):
+        args.adapter = str(hub.local_adapter(args.adapter))
     args.run(args)
 
 

@@ -144,7 +144,7 @@ def prepare_rows(args, inputs: dict, tokenizer, row_tokens: int,
         check_fit(heldout or rows[:apart], args.eval_data if heldout else args.data, tokenizer, args,
                   row_tokens)
         files = {"data": fingerprint(hub.data_file(args.data)),
-                 "eval_data": args.eval_data and fingerprint(Path(args.eval_data))}
+                 "eval_data": args.eval_data and fingerprint(hub.data_file(args.eval_data))}
         return runs.open_run(args.out, settings(args), inputs | files, args.fresh, args.resume)
     run = ranks.on_first(claim)
     if translator is not None:

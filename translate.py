@@ -68,8 +68,6 @@ class Translator:
 def load(path, device="cpu", dtype: torch.dtype = torch.float32) -> Translator:
     """The translator of an M2M100 or NLLB directory or hub id. InputError says what is wrong with it."""
     path = hub.local(path, hub.TRANSLATOR_SETTINGS, hub.TRANSLATOR_WEIGHTS)
-    if not path.is_dir():
-        raise InputError(f"{path} is not a directory: give that of an M2M100 or NLLB checkpoint")
     model, tokenizer = load_model(path, device, dtype), load_tokenizer(path)
     known, trained = tokenizer.languages, model.config.clo_languages
     if max(known.values()) >= model.config.vocab_size:

@@ -1,6 +1,7 @@
 """The user's files: one error, one reader, one writer that never leaves half a file, one journal, one hash."""
 
 import contextlib
+import functools
 import gzip
 import hashlib
 import json
@@ -31,6 +32,12 @@ def run(main):
             raise
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
+
+
+@functools.cache
+def say_once(line: str) -> None:
+    """Print a line, the first time it is said: a run opens most of what it reads several times."""
+    print(line)
 
 
 def read_text(path):

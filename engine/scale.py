@@ -22,6 +22,7 @@ import torch
 import torch.nn.functional as F
 
 from engine.files import run
+from formats import hub
 from formats.configs import Config, read_config
 from formats.weights import DTYPES
 from kernels.chunks import CPU_CHUNK_ROWS, CPU_TILE_WORDS, GPU_CHUNK_BYTES
@@ -307,7 +308,7 @@ def main(argv=None) -> None:
         for train in ("lora", "attention", "full"):
             print(f"--train {train}\n\n{table(train, plan, args.device_gb * GB, args.step_tokens)}\n")
         return
-    print(describe(read_config(args.model), plan, args.step_tokens, args.device_gb * GB))
+    print(describe(read_config(hub.local(args.model, weights=())), plan, args.step_tokens, args.device_gb * GB))
 
 
 if __name__ == "__main__":
