@@ -127,7 +127,6 @@ def call(server, cache: Path, *command, **environment):
 LOCAL = """
 import sys
 from engine.files import InputError
-from engine.files import InputError
 from formats import hub
 try:
     print(hub.local(sys.argv[1]))
@@ -362,10 +361,11 @@ def test_the_program_runs_from_any_directory(tmp_path):
     if not (ROOT / "demo" / "m2m100").is_dir():
         pytest.skip("the demo's checkpoints are not built")
     kept = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    result = subprocess.run([sys.executable, str(ROOT / "clo.py"), "--lang", "sw", "--dry-run", "--gpus", "1"],
-                            cwd=tmp_path, env=kept, capture_output=True, text=True, timeout=120)
+    command = [sys.executable, str(ROOT / "clo.py"), "--lang", "sw"]
+    result = subprocess.run([*command, "--dry-run", "--gpus", "1"], cwd=tmp_path, env=kept,
+                            capture_output=True, text=True, timeout=120)
     assert result.returncode == 0 and "demo/english.jsonl: " in result.stdout, result.stderr
     assert "demo/eval.jsonl: " in result.stdout and not list(tmp_path.iterdir())
-    refused = subprocess.run([sys.executable, str(ROOT / "clo.py"), "--lang", "sw", "--model", "demo/lama"],
-                             cwd=tmp_path, env=kept, capture_output=True, text=True, timeout=120)
+    refused = subprocess.run([*command, "--model", "demo/lama"], cwd=tmp_path, env=kept, capture_output=True,
+                             text=True, timeout=120)
     assert refused.returncode == 2 and refused.stderr.startswith("error: demo/lama: no such directory")
