@@ -1,14 +1,18 @@
 """The user's files: one error, one reader, one writer that never leaves half a file, one journal, one hash."""
 
 import contextlib
+import fcntl
 import functools
 import gzip
 import hashlib
+import io
 import json
 import os
 import re
 import shutil
+import socket
 import sys
+import time
 import zlib
 from pathlib import Path
 
@@ -22,7 +26,11 @@ class InputError(ValueError):
 
 
 def run(main):
-    """Run a command line: bad input becomes one line on stderr and exit code 2, Ctrl-C exit code 130."""
+    """Run a command line: bad input becomes one line on stderr and exit code 2, Ctrl-C exit code 130. What it
+    prints goes out line by line, into a redirected log too."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(line_buffering=True)
     try:
         main()
     except KeyboardInterrupt:
@@ -131,8 +139,12 @@ def write_jsonl(path, records):
     os.replace(partial, path)
 
 
-def fill_directory(path: Path, fill) -> None:
-    """Call fill(temporary directory), then put it in the place of `path`."""
+def fill_directory(path: Path, fill, writes: bool = True) -> None:
+    """Call fill(temporary directory), then put it in the place of `path`. Of several processes that make its
+    content together one writes; the others call fill(None)."""
+    if not writes:
+        fill(None)
+        return
     with writing(path):
         temporary = empty_directory(path.with_name(path.name + ".tmp"))
         fill(temporary)
@@ -172,6 +184,43 @@ def writing(path: Path):
     except (OSError, SafetensorError) as error:
         raise InputError(f"{path} cannot be written ({error}): make room on its disk; "
                         f"the same command goes on from the last checkpoint") from None
+
+
+@contextlib.contextmanager
+def locked(path: Path):
+    """Nobody else writes this file or directory meanwhile; InputError says who does. The lock is a file beside
+    it that the system lets go when its process ends, however it ends."""
+    path = Path(path).resolve()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with claim(path) as file:
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {socket.gethostname()} since {time.strftime('%d %b %H:%M:%S')}: "
+                   f"{' '.join([Path(sys.argv[0]).name, *sys.argv[1:]])}")
+        file.flush()
+        try:
+            yield
+        finally:
+            os.unlink(file.name)
+
+
+def claim(path: Path):
+    """The open lock file of a path, which is ours alone."""
+    while True:
+        file = open(path.with_name(path.name + ".lock"), "a+", encoding="utf-8")
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            raise InputError(f"{path} is being written by {file.read()[:300]}: wait until it has ended, "
+                             f"or give another --out") from None
+        except OSError as error:
+            print(f"{path} cannot be locked ({error}): let no other process write it")
+            return file
+        # Who held it before may have deleted it between our opening and our locking it.
+        with contextlib.suppress(FileNotFoundError):
+            if os.path.samestat(os.fstat(file.fileno()), os.stat(file.name)):
+                return file
+        file.close()
 
 
 def fingerprint(*parts) -> str:

@@ -29,7 +29,7 @@ def answer(model, tokenizer, questions: list[str], max_tokens: int, system=None,
 
 
 def answer_and_score(model, tokenizer, rows: list[dict], languages: tuple[str, ...],
-                     classifier: LanguageModel, max_tokens: int, system: str | None, path: Path) -> dict:
+                     classifier: LanguageModel, max_tokens: int, system: str | None, path: Path | None) -> dict:
     """Answer the rows in every language; {language: {"correct": %, "right_language": %, "n": int, ...}}.
     Every reply is written to `path`, one JSON line each."""
     scores, lines = {}, []
@@ -45,7 +45,8 @@ def answer_and_score(model, tokenizer, rows: list[dict], languages: tuple[str, .
                 "reply": reply, "expected": expected, "correct": normalise(reply) == normalise(expected),
                 "reply_language": found, "confidence": round(confidence, 4), "judged": not same})
         scores[language] = score(line for line in lines if line["language"] == language)
-    write_jsonl(path, lines)
+    if path is not None:                     # of several processes the first writes
+        write_jsonl(path, lines)
     return scores | {"decoding": {"temperature": 0, "max_tokens": max_tokens, "system_prompt": system,
                                   "template": tokenizer.fingerprint[:HASH_DIGITS]}}
 
