@@ -14,7 +14,6 @@ from model import Llama, load, open_checkpoint
 
 COPIED = (".json", ".jinja", ".model", ".txt")        # a base's tokenizer and generation files, its licence
 MORE_TEMPLATES = "additional_chat_templates"          # transformers' folder of those beside the default one
-SPACE = "\u2581"                                      # SentencePiece's
 TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
 
 
@@ -101,11 +100,18 @@ def write_tokenizer_config(directory: Path, tokenizer) -> None:
     path = directory / "tokenizer_config.json"
     config = read_json(path, missing={})
     if str(config.get("tokenizer_class")).startswith("LlamaTokenizer"):
-        first = tokenizer.later.encode("x", add_special_tokens=False).tokens[0]
-        write_json(path, config | {"legacy": first.startswith(SPACE)})
+        write_json(path, config | {"legacy": begins_with_space(read_json(directory / "tokenizer.json"))})
     if not (config.get("chat_template") or (directory / "chat_template.jinja").exists()
             or (directory / MORE_TEMPLATES).exists()):
         write_text(directory / "chat_template.jinja", tokenizer.template)
+
+
+def begins_with_space(tokenizer: dict) -> bool:
+    """Whether a SentencePiece tokenizer.json puts a space before every stretch of text between special tokens,
+    as Meta's code and transformers 4 do ("legacy"), and not before a text's start alone."""
+    parts = [tokenizer.get(name) or {} for name in ("normalizer", "pre_tokenizer")]
+    parts += parts[0].get("normalizers", []) + parts[1].get("pretokenizers", [])
+    return any(part.get("type") == "Prepend" or part.get("prepend_scheme") == "always" for part in parts)
 
 
 @torch.no_grad()
