@@ -627,7 +627,7 @@ def read_split(args) -> data.Split:
     if args.eval_found:
         print(f"{args.eval_data} lies beside the data: it is used for validation and answers (see --eval-data)")
     if args.eval_data:
-        if fingerprint(hub.data_file(args.data)) == fingerprint(Path(args.eval_data)):
+        if fingerprint(hub.data_file(args.data)) == fingerprint(hub.data_file(args.eval_data)):
             raise InputError(f"--eval-data {args.eval_data} is the same as --data: the run would train on its "
                              f"test; leave it out, and rows are held out of --data")
         evaluated = data.evaluation_rows(args.eval_data, args.source, args.targets, rows)
@@ -648,7 +648,7 @@ def open_run(args, tokenizer: Tokenizer, device: torch.device) -> tuple[Path, di
     flags = {name: getattr(args, name) for name in IDENTITY}
     inputs = {"model": runs.model_fingerprint(args.model), "tokenizer": tokenizer.fingerprint,
               "data": fingerprint(hub.data_file(args.data)),
-              "eval_data": args.eval_data and fingerprint(Path(args.eval_data))}
+              "eval_data": args.eval_data and fingerprint(hub.data_file(args.eval_data))}
     run, chosen = ranks.on_first(lambda: runs.open_run(args.out, flags, inputs, choose(args, device), args.fresh))
     return run, chosen, fingerprint(flags, inputs)
 
@@ -851,7 +851,7 @@ def parse_args(argv=None) -> argparse.Namespace:
                      f"{args.source} not among them")
     args.out = args.out or f"runs/{args.lang}"
     beside = Path(args.data).with_name("eval.jsonl")
-    args.eval_found = args.eval_data is None and beside.is_file() and beside != Path(args.data)
+    args.eval_found = args.eval_data is None and hub.find(beside).is_file() and beside != Path(args.data)
     if args.eval_found:
         args.eval_data = str(beside)
     return args

@@ -56,10 +56,11 @@ def find_base(model: str | None, adapter: str | None) -> str:
 def check_system(base: str, adapter: str | None) -> None:
     """Fetch what is not on this machine, and refuse a checkpoint or an adapter that will not load, before
     hours of other work."""
-    load_tokenizer(base)
-    _, _, names = llama.open_checkpoint(hub.local(base))
+    directory = hub.local(base)
+    load_tokenizer(directory)
+    _, weights, names = llama.open_checkpoint(directory)
     if adapter:
-        read_adapter(adapter, set(names))
+        read_adapter(adapter, weights, names)
 
 
 def compute_dtype(dtype: str, device: str) -> str:
@@ -73,7 +74,7 @@ def open_model(model: str | None, adapter: str | None, device: str,
     """The model that --model and --adapter name, its tokenizer,
     and the settings that stand beside its numbers."""
     base, dtype = find_base(model, adapter), compute_dtype(dtype, device)
-    tokenizer = load_tokenizer(base)
+    tokenizer = load_tokenizer(hub.local(base))
     print(f"loading {base}{f' with {adapter}' if adapter else ''}: {dtype} on {device}", flush=True)
     loaded = llama.load(base, device, DTYPES[dtype], adapter)
     settings = {"model": str(base), "model hash": weights_hash(hub.local(base)),
@@ -85,7 +86,7 @@ def open_model(model: str | None, adapter: str | None, device: str,
 
 def weights_hash(path: Path) -> str:
     """Of the contents of a checkpoint's or adapter's weight files."""
-    return fingerprint(*([path] if path.is_file() else sorted(path.glob("*.safetensors"))))[:HASH_DIGITS]
+    return fingerprint(*sorted(path.glob("*.safetensors")))[:HASH_DIGITS]
 
 
 def out_directory(system: str | None, *names: str) -> Path:
@@ -229,6 +230,7 @@ def perplexity(args) -> None:
     """NLL of held-out responses per UTF-8 byte (the stop token's too), in nats and in bits, which models with
     other tokenizers can be compared with, and its exponential."""
     counts = Counter()
+    args.data = str(hub.data_file(args.data))
     rows = require_languages(read_rows(args.data, args.source, counts=counts, targets=[args.lang], unique=True),
                              args.source, args.lang)
     print(f"{args.data}: {describe_counts(counts)}")
@@ -450,7 +452,7 @@ def compare(args) -> None:
 def add_model_flags(parser, adapter_kind=str, more: str = ""):
     add = flags.group(parser, "model")
     add("--model", str, None, "directory or hub id; default: the adapter's base, else demo/llama")
-    add("--adapter", adapter_kind, None, f"PEFT LoRA directory or attn_delta.safetensors{more}")
+    add("--adapter", adapter_kind, None, f"PEFT LoRA adapter, a directory or hub id{more}")
     add("--device", str, "auto", "auto, cpu, cuda, cuda:1, mps")
     add("--dtype", ["auto", *DTYPES], "auto", "compute type; auto: bf16 on CUDA, else fp32")
     return add
@@ -586,6 +588,10 @@ def main(argv=None) -> None:
     args = parse_args(argv)
     if "device" in args:
         args.device = ranks.pick_device(args.device)
+    if isinstance(getattr(args, "adapter", None), list):
+        args.adapter = [str(hub.local_adapter(name)) for name in args.adapter]
+    elif getattr(args, "adapter", None):
+        args.adapter = str(hub.local_adapter(args.adapter))
     args.run(args)
 
 
