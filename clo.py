@@ -771,7 +771,7 @@ def dry_run(args, device: torch.device) -> None:
     if args.lang is None:
         print(scale.describe(config, plan, None, memory))
         return
-    tokenizer = load_tokenizer(args.model)
+    tokenizer = load_tokenizer(args.model, args.template_args)
     count, sample = prepare.look_ahead(args, device)
     groups, counts = data.make_forks(sample, tokenizer, args.source, args.targets,
                                      row_tokens, args.system_prompt)
@@ -810,10 +810,12 @@ def main(argv=None) -> None:
         dry_run(args, device)
         return
     args.model = str(hub.local(args.model))                            # where it lies
-    tokenizer = load_tokenizer(args.model)
+    tokenizer = load_tokenizer(args.model, args.template_args)
     config = read_config(args.model)
     print(f"device {device}, {args.dtype}; model {args.base}: {config.model_type}, "
           f"{config.num_hidden_layers} layers, width {config.hidden_size}; run directory {args.out}")
+    for note in tokenizer.chat.notes:
+        print(note)
 
     print(f"\n1. Rows: {args.source} and {', '.join(args.targets)}")
     inputs = {"model": runs.model_fingerprint(args.model), "tokenizer": tokenizer.fingerprint}
@@ -935,6 +937,8 @@ def add_how(parser) -> None:
     add("--turns", default="first", choices=["first", "all"],
         help="of conversations: the first exchange, or each one")
     add("--system-prompt", default=None, help="put before every question, in the checkpoint's chat template")
+    add("--template-args", default=None,
+        help="""variables of the chat template, as JSON: '{"enable_thinking": false}'""")
     add("--beams", type=int, default=5, help="beam width of the translation")
     add("--keep-failed", action="store_true",
         help="train on rows of which a translated segment failed its checks, too")

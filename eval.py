@@ -15,6 +15,7 @@ References: naive Bayes over n-grams for language identification (Lui and Baldwi
 import argparse
 import json
 import math
+import sys
 from collections import Counter
 from pathlib import Path
 
@@ -52,7 +53,9 @@ def load_model(args) -> tuple[llama.Llama, Tokenizer, str, str]:
     """(model, tokenizer, name of the base, name of the dtype)
     that --model, --adapter, --device and --dtype ask for."""
     base = args.model or (adapter_base(args.adapter) if args.adapter else "demo/llama")
-    tokenizer = load_tokenizer(base)
+    tokenizer = load_tokenizer(base, args.template_args)
+    for note in [] if args.run is mc else tokenizer.chat.notes:  # mc words questions as its benchmark does
+        print(note, file=sys.stderr)
     dtype = args.dtype if args.dtype != "auto" else "bf16" if args.device.startswith("cuda") else "fp32"
     return llama.load(base, args.device, DTYPES[dtype], args.adapter), tokenizer, base, dtype
 
@@ -88,7 +91,8 @@ def open_model(args) -> tuple[llama.Llama, Tokenizer, dict]:
     model, tokenizer, base, dtype = load_model(args)
     settings = {"model": str(base), "model hash": weights_hash(hub.local(base)), "adapter": args.adapter,
                 "adapter hash": args.adapter and weights_hash(Path(args.adapter)),
-                "tokenizer and template": tokenizer.fingerprint[:HASH_DIGITS], "dtype": dtype,
+                "tokenizer and template": tokenizer.fingerprint[:HASH_DIGITS],
+                "template arguments": args.template_args, "dtype": dtype,
                 "device": args.device, "torch": torch.__version__}
     print(f"{base}{' with ' + args.adapter if args.adapter else ''}: {dtype} on {args.device}")
     return model, tokenizer, settings
@@ -420,9 +424,15 @@ def add_output_flags(parser) -> None:
         help="start over instead of going on behind the answers that are there")
 
 
+def add_template_flags(parser) -> None:
+    add = parser.add_argument_group("chat template").add_argument
+    add("--system-prompt", default=None, help="put before every question, in the checkpoint's chat template")
+    add("--template-args", default=None,
+        help="""variables of the chat template, as JSON: '{"enable_thinking": false}'""")
+
+
 def add_answer_flags(parser, max_tokens: int) -> None:
     add = parser.add_argument_group("answers").add_argument
-    add("--system-prompt", default=None, help="put before every question, in the checkpoint's chat template")
     add("--temperature", type=float, default=0.0, help="0 is greedy; higher is more varied")
     add("--top-p", type=float, default=1.0,
         help="sample from the likeliest tokens that hold this probability")
@@ -433,6 +443,7 @@ def add_answer_flags(parser, max_tokens: int) -> None:
 def add_ask(sub) -> None:
     sub.add_argument("question", nargs="?", help="without it, questions are read from the terminal")
     sub.set_defaults(run=ask)
+    add_template_flags(sub)
     add_answer_flags(sub, 256)
     add_model_flags(sub)
 
@@ -450,7 +461,7 @@ def add_mc(sub) -> None:
     sub.add_argument("--split", default="test", help="the split asked")
     sub.add_argument("--limit", type=int, default=None, help="the first so many questions of every subject")
     sub.add_argument("--batch-tokens", type=int, default=2048, help="tokens of one forward pass")
-    sub.set_defaults(run=mc)
+    sub.set_defaults(run=mc, template_args=None)  # questions as the benchmark words them
     add_model_flags(sub)
     add_output_flags(sub)
 
@@ -460,10 +471,9 @@ def add_perplexity(sub) -> None:
     sub.add_argument("--lang", required=True, help="target language")
     sub.add_argument("--source", default="en", help="source language")
     sub.add_argument("--split", default="test", help='rows of this split, and rows without one; "" takes all')
-    sub.add_argument("--system-prompt", default=None,
-                     help="put before every question, in the checkpoint's chat template")
     sub.add_argument("--batch-tokens", type=int, default=2048, help="tokens of one forward pass")
     sub.set_defaults(run=perplexity)
+    add_template_flags(sub)
     add_model_flags(sub)
     add_output_flags(sub)
 
@@ -483,6 +493,7 @@ def add_alpaca(sub) -> None:
     sub.add_argument("--batch-size", type=int, default=32,
                      help="answers generated at once, and saved together")
     sub.set_defaults(run=alpaca)
+    add_template_flags(sub)
     add_answer_flags(sub, 1024)
     add_model_flags(sub)
     add_output_flags(sub)
