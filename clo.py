@@ -386,7 +386,7 @@ def trainable(model: llama.Llama) -> dict[str, nn.Parameter]:
 # Flags that decide what a run gives: with other ones it is another run.
 IDENTITY = (
     "lang", "model", "data", "eval_data", "translator", "method", "baseline", "lam", "nll", "preference", "beta",
-    "anchor", "train", "lora_rank", "lora_alpha", "source", "samples", "holdout", "turns", "system_prompt",
+    "anchor", "train", "lora_rank", "lora_alpha", "source", "samples", "holdout", "turns", "system_prompt", "template_args",
     "beams", "keep_failed", "row_tokens", "lr", "epochs", "baseline_epochs", "batch_size", "micro_rows", "warmup",
     "weight_decay", "clip", "seed", "eval_split", "answers", "max_new_tokens", "eval_every", "merge", "save_every",
     "device", "dtype", "shard")
@@ -669,10 +669,12 @@ def choose(args, device: torch.device) -> dict:
 def make_job(args, device: torch.device) -> Job:
     """Read, translate and pack all that a run needs; its directory is claimed once the input was found usable."""
     print(f"reading the tokenizer of {args.base}")
-    tokenizer, config = data.load_tokenizer(args.model), read_config(args.model)
+    tokenizer, config = data.load_tokenizer(args.model, args.template_args), read_config(args.model)
     args.row_tokens = min(args.row_tokens, config.max_position_embeddings)
     print(f"device {device}; model {args.base}: {config.model_type}, {config.num_hidden_layers} layers, "
           f"width {config.hidden_size}; run directory {args.out}")
+    for note in tokenizer.chat.notes:
+        print(note)
 
     print(f"\n1. Rows: {args.source} and {', '.join(args.targets)}")
     split = ranks.on_first(lambda: read_split(args))
@@ -778,7 +780,7 @@ def dry_run(args, device: torch.device) -> None:
     print(scale.describe(config, plan, memory))
     if args.lang is None:
         return
-    tokenizer = data.load_tokenizer(args.model)
+    tokenizer = data.load_tokenizer(args.model, args.template_args)
     split = read_split(args)
     rows, missing = split.rows[split.apart:], data.missing_targets(split.rows, args.targets)
     count = len(rows)
@@ -905,6 +907,8 @@ def add_how(parser) -> None:
     add("--turns", default="first", choices=["first", "all"],
         help="of conversations: the first exchange, or each one")
     add("--system-prompt", default=None, help="put before every question, in the checkpoint's chat template")
+    add("--template-args", default=None,
+        help="""variables of the chat template, as JSON: '{"enable_thinking": false}'""")
     add("--beams", type=flags.positive_int, default=5, help="beam width of the translation")
     add("--keep-failed", action="store_true",
         help="train on rows of which a translated segment failed its checks, too")
