@@ -2,14 +2,12 @@
 
 import json
 import random
-from collections import Counter
 from pathlib import Path
 
 import pytest
 
 import data
 from engine.files import InputError, run
-from formats.chat import load_tokenizer
 from formats.records import write_rows
 from test_chat import CHATML, make_tokenizer
 
