@@ -46,7 +46,7 @@ from engine import ranks, runs, scale
 from engine.files import InputError, fill_directory, fingerprint, write_json, write_text
 from evals.answers import answer_and_score, read_answers
 from evals.language import fit_languages, texts_by_language
-from evals.report import report_text
+from evals.report import closing_lines, report_text
 from formats import hub
 from formats.chat import load_tokenizer
 from formats.checkpoints import check_outputs, save_adapter, save_delta, save_merged, save_model
@@ -849,6 +849,7 @@ def main(argv=None) -> None:
     ranks.on_first(lambda: (write_json(run / "report.json", report),
                             write_text(run / "report.md", text)))
     print("\n" + text)
+    print("\n".join(closing_lines(answers)))
     print_ending(args, run, eval_rows, time.perf_counter() - began)
     ranks.stop()
 

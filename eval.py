@@ -26,7 +26,7 @@ import translate
 from engine import ranks
 from engine.files import (InputError, Journal, as_kind, check_unicode, fingerprint, need, read_records, run,
                           write_json)
-from evals import choice, judge, report
+from evals import choice, comparison, judge, plots
 from evals.answers import HASH_DIGITS, answer_and_score  # noqa: F401  the library face
 from evals.choice import multiple_choice  # noqa: F401
 from evals.language import fit_languages, reply_language  # noqa: F401
@@ -190,7 +190,7 @@ def perplexity(args) -> None:
                  "system_prompt": args.system_prompt,
                  "scored": "the response and its stop token, after the prompt"}
     out = out_directory(args, "perplexity", args.lang)
-    places = ((report.SOURCE, args.source), (report.TARGET, args.lang))
+    places = ((comparison.SOURCE, args.source), (comparison.TARGET, args.lang))
     keys = ("question", "place", "nll", "bytes", "tokens", "cut")
     with Journal(out / "answers.jsonl", settings, keys, args.fresh) as journal:
         for place, language in places:
@@ -200,8 +200,8 @@ def perplexity(args) -> None:
         found = [line for line in journal.done if line["place"] == place]
         figure = ratio([line["nll"] for line in found], [line["bytes"] for line in found])
         tokens = sum(line["tokens"] for line in found)
-        exponential = {"value": math.exp(figure["value"]), "n": figure["n"]}
-        figures |= {f"nll/byte {place}": figure, f"perplexity/byte {place}": exponential}
+        exponential = {"value": math.exp(figure["value"]), "n": figure["n"], "digits": 4}
+        figures |= {f"nll/byte {place}": figure | {"digits": 4}, f"perplexity/byte {place}": exponential}
         lines.append([language, with_error(figure["value"], figure["stderr"], 4),
                       f"{exponential['value']:.4f}", f"{sum(line['nll'] for line in found) / tokens:.4f}",
                       str(figure["n"])])
@@ -352,7 +352,7 @@ def judge_outputs(args) -> None:
 def judge_settings(args, pairs: int) -> dict:
     """What a win rate depends on; of the answers too, where their own result.json lies beside them."""
     beside = Path(args.outputs).with_name("result.json")
-    settings = report.load_object(beside)["settings"] if beside.is_file() else {"model": args.outputs}
+    settings = comparison.load_object(beside)["settings"] if beside.is_file() else {"model": args.outputs}
     return settings | {"outputs hash": choice.file_hash(args.outputs), "reference": args.reference,
                        "reference hash": choice.file_hash(args.reference), "pairs": pairs,
                        "judge": args.judge_model, "judge prompt": judge.prompt_hash(),
@@ -392,11 +392,16 @@ def winrate(args) -> None:
 
 def compare(args) -> None:
     """One table over runs and evaluations, paired differences from the baseline, and plots when asked."""
-    results = report.read_results(args.runs)
-    print(report.comparison(results, args.baseline))
-    print(report.settings_text(args.runs))
     if args.plot:
-        for path in report.plot(results, args.plot):
+        plots.import_pyplot()
+    directories, left_out = comparison.find_results(args.runs)
+    if left_out:
+        print(f"left out, no finished run or evaluation: {', '.join(map(str, left_out))}\n")
+    results = comparison.read_results(directories)
+    print(comparison.comparison_text(results, args.baseline))
+    print(comparison.settings_text(directories))
+    if args.plot:
+        for path in plots.plot(results, args.plot):
             print(f"plot: {path}")
 
 
@@ -518,7 +523,7 @@ def add_winrate(sub) -> None:
 
 def add_compare(sub) -> None:
     sub.add_argument("runs", nargs="+", metavar="RUN",
-                     help="run directories of clo.py; directories of mc, perplexity, judge")
+                     help="run directories of clo.py, directories of mc, perplexity, judge, or what holds them")
     sub.add_argument("--baseline", default="sft",
                      help="method the others are compared with, question by question")
     sub.add_argument("--plot", default=None, metavar="DIR",
