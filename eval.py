@@ -34,9 +34,8 @@ from evals.report import table
 from formats import hub
 from formats.chat import Tokenizer, load_tokenizer
 from formats.records import describe_counts, identifier, read_rows, require_languages
-from formats.weights import adapter_base
+from formats.weights import DTYPES, adapter_base
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 TRANSLATED_AT_ONCE = 16     # instructions between two writes
 
 

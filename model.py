@@ -32,6 +32,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+import kernels
 from engine.files import InputError
 from formats import hub
 from formats.configs import Config, read_config
@@ -432,6 +433,15 @@ class Llama(nn.Module):
                 seen = attend if prefix is None else partial(attend, prefix=prefix[i])
                 x = run(block, x, cos, sin, seen, None if cache is None else cache.layers[i])
         return self.model["norm"](x if gradient else x.detach())
+
+
+def continuation_logps(model: Llama, batch, prefix=None) -> Tensor:
+    """Log-prob of each of the S continuations of a data.Batch, summed over its tokens, (S,): the one walk that
+    training, reference, validation, multiple choice and perplexity share. prefix as in `forward`."""
+    hidden = model(batch.tokens, batch.positions, batch.fork, batch.branch, prefix=prefix)       # (B, T, H)
+    predicted = hidden.reshape(-1, hidden.shape[-1]).index_select(0, batch.row_index)            # (N, H)
+    token_logp = kernels.token_logp(predicted, model.head.to(predicted.dtype), batch.targets)    # (N,)
+    return token_logp.new_zeros(len(batch.length)).index_add(0, batch.sequence, token_logp)
 
 
 def compile_blocks_(model: Llama, backend: str = "inductor") -> None:

@@ -22,16 +22,16 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-from m2m100.beam import beam_search
-from m2m100.network import M2M100, load_model
-from m2m100.tokenizer import Tokenizer, load_tokenizer
 from tqdm import tqdm
 
 from engine import ranks
 from engine.files import InputError
 from formats import hub
 from formats.languages import KANA, UNSPACED, script_of
-from formats.records import identifier, read_rows, require_languages
+from formats.records import identifier, languages_of, read_rows, require_languages
+from m2m100.beam import beam_search
+from m2m100.network import M2M100, load_model
+from m2m100.tokenizer import Tokenizer, load_tokenizer
 
 MAX_SOURCE = 150      # tokens of a segment: the models were trained on sentences
 MAX_LOGITS = 2**26    # elements of the largest logits matrix: bounds the batch when the vocabulary is large
@@ -427,8 +427,8 @@ def translate_rows(rows: list[dict], translator: Translator, source: str, target
         for first in range(0, len(chunks), ranks.size()):
             some = chunks[first:first + ranks.size()]
             own = [translate_chunk([rows[i] for i in part], [keys[i] for i in part], targets, job)
-                   for part in ranks.mine(some)]
-            for part, records in zip(some, ranks.collect(own)):
+                   for part in some[ranks.rank()::ranks.size()]]
+            for part, records in zip(some, ranks.gather(own)):
                 for i, record in zip(part, records):
                     file_failed_(record, keep_failed)
                     done[keys[i]] = record
@@ -438,6 +438,29 @@ def translate_rows(rows: list[dict], translator: Translator, source: str, target
     print(describe_faults([done[key] for key in keys], targets, keep_failed))
     return [row | {code: done[key][code] for code in targets} for row, key in zip(rows, keys)
             if all(code in done[key] for code in targets)]
+
+
+def translator_for(rows: list[dict], targets: list[str], path, device) -> Translator:
+    """The translator at `path`; InputError when it does not know a target."""
+    print(f"loading the translator {path}")
+    translator = load(path, device)
+    for target in targets:
+        if target not in translator.languages:
+            held = sorted({language for row in rows for language in languages_of(row)})
+            raise InputError(f"--lang {target}: the data hold {', '.join(held)} and the translator {path} knows "
+                             f"{', '.join(translator.languages)}")
+    return translator
+
+
+def translate_ahead(rows: list[dict], translator: Translator, source: str, targets: list[str],
+                    beams: int) -> list[dict]:
+    """The rows with their translations, checks left out and nothing written: to look at before a run."""
+    texts = [row[source][part] for row in rows for part in ("prompt", "response")]
+    for target in targets:
+        done = translate(texts, source, target, translator, beams)
+        rows = [row | {target: {"prompt": prompt, "response": response}}
+                for row, prompt, response in zip(rows, done[::2], done[1::2])]
+    return rows
 
 
 def append(path: Path, records: list[dict]) -> None:

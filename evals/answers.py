@@ -8,10 +8,9 @@ replies are worth is told by the other figures (figures.py).
 import unicodedata
 from pathlib import Path
 
-from tqdm import tqdm
-
 import model as llama
 from engine.files import InputError, need, read_records, write_jsonl
+from engine.progress import progress
 from evals.figures import ANSWER_KEYS, Sample, languages_told, measure
 from evals.language import LanguageModel, reply_language
 
@@ -71,13 +70,13 @@ def answer(model, tokenizer, questions: list[str], max_tokens: int, system=None,
     """Greedy replies to questions, in their order; and whether each ended by itself, by a stop token
     within max_tokens."""
     prompts = [tokenizer.prompt_ids(question, system) for question in questions]
-    with tqdm(total=len(prompts), desc=label, unit="reply") as bar:
+    with progress(total=len(prompts), desc=label, unit="reply") as bar:
         replies = llama.generate(model, prompts, max_tokens, tokenizer.stop_ids, progress=bar.update)
     return [(tokenizer.decode(reply).strip(), len(reply) < max_tokens) for reply in replies]
 
 
 def answer_and_score(model, tokenizer, rows: list[dict], languages: tuple[str, ...],
-                     classifier: LanguageModel, max_tokens: int, system: str | None, path: Path,
+                     classifier: LanguageModel, max_tokens: int, system: str | None, path: Path | None,
                      limit: int | None = None, reference_nll: dict[str, list[float]] | None = None) -> dict:
     """Answer the rows, or the first `limit` of them, in every language; {language: score(...), ...}.
     Every reply is written to `path`, one JSON line each.
@@ -93,7 +92,8 @@ def answer_and_score(model, tokenizer, rows: list[dict], languages: tuple[str, .
         lines += [answer_line(row, language, languages, reply, classifier) | {"ends": ends}
                   | ({} if nats is None else {"reference_nll": nats})
                   for row, (reply, ends), nats in zip(asked, replies, nll)]
-    write_jsonl(path, lines)
+    if path is not None:                     # of several processes the first writes
+        write_jsonl(path, lines)
     scores = {language: score([line for line in lines if line["language"] == language])
               for language in languages}
     return scores | {"questions": len(rows),

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import tokenizers
 
-from engine.files import InputError, as_kind, need, optional_object, read_text
+from engine.files import InputError, as_kind, need, read_json, read_text
 from formats import hub
 
 TEMPLATE_DATE = datetime(2024, 7, 26)  # templates that print today's date would change caches overnight
@@ -98,9 +98,9 @@ class Tokenizer:
         self.directory = directory = Path(directory)
         if not (directory / "tokenizer.json").exists():
             raise InputError(f"{directory}: no tokenizer.json there; tokenizer.save_pretrained writes one")
-        source = optional_object(directory / "tokenizer.json") | {"truncation": None, "padding": None}
-        config = optional_object(directory / "special_tokens_map.json")
-        config |= optional_object(directory / "tokenizer_config.json")
+        source = read_json(directory / "tokenizer.json", missing={}) | {"truncation": None, "padding": None}
+        config = read_json(directory / "special_tokens_map.json", missing={})
+        config |= read_json(directory / "tokenizer_config.json", missing={})
         self.names = {key: self._name(key, config[key])
                       for key in ("bos_token", "eos_token", "unk_token", "pad_token") if config.get(key)}
         self.full = self._build(source)
@@ -108,7 +108,7 @@ class Tokenizer:
             self.full.token_to_id(self.names.get(key, "")) for key in ("bos_token", "eos_token", "unk_token"))
         self.vocab_size = 1 + max(self.full.get_vocab(with_added_tokens=True).values())
         # of the embedding: often more, never fewer
-        rows = optional_object(directory / "config.json").get("vocab_size")
+        rows = read_json(directory / "config.json", missing={}).get("vocab_size")
         self.rows = rows if type(rows) is int else self.vocab_size
         self._build_encoders(source)
         self._find_added(source)
@@ -204,7 +204,7 @@ class Tokenizer:
                             "so no reply could end")
         self.stop_ids = {self.response_ids(probe)[-1]} | ({self.eos_id} - {None})
         for name in ("config.json", "generation_config.json"):
-            ids = optional_object(self.directory / name).get("eos_token_id")
+            ids = read_json(self.directory / name, missing={}).get("eos_token_id")
             ids = ids if isinstance(ids, list) else [] if ids is None else [ids]
             if not all(type(token) is int for token in ids):
                 raise InputError(f"{self.directory / name}: eos_token_id is {ids!r}, "

@@ -45,11 +45,16 @@ def save_adapter(model, directory: Path, base: str, targets: tuple[str, ...], ra
     write_text(directory / "chat_template.jinja", template)
 
 
-def save_model(directory: Path, base, tokenizer, change, max_shard_bytes: int = MAX_SHARD_BYTES) -> None:
+def save_model(directory: Path | None, base, tokenizer, change, max_shard_bytes: int = MAX_SHARD_BYTES) -> None:
     """The base checkpoint (its directory) with change(parameter name, tensor) in the place of every tensor,
     as a whole Hugging Face directory. A tensor keeps the dtype it has in the base, and one that is
-    not changed its bits."""
+    not changed its bits. Without a directory change() is called alone: a rank takes part in gathering what
+    another one writes."""
     _, weights, names = open_checkpoint(base)
+    if directory is None:
+        for name in names:
+            change(name, weights[names[name]])
+        return
 
     def tensor(name: str) -> Tensor:
         old = weights[names[name]]

@@ -15,8 +15,9 @@ from torch import Tensor
 from engine.files import InputError, read_json
 from formats.configs import positive
 
-DTYPE_NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16",
-               torch.float64: "float64"}
+# what flags call the dtypes of tensors and sums, and what checkpoints call them
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp64": torch.float64}
+DTYPE_NAMES = {dtype: str(dtype).removeprefix("torch.") for dtype in DTYPES.values()}
 MAX_SHARD_BYTES = 5_000_000_000
 # Keys of adapter_config.json with all they may say.
 # Anything else means more, or another base, than W + scale B A.

@@ -396,8 +396,8 @@ def test_missing_files_are_named(checkpoint, tmp_path):
     (checkpoint / "model.safetensors").unlink()
     refuse(checkpoint, "neither model.safetensors nor")
     (checkpoint / "config.json").write_text("{")
-    refuse(checkpoint, "config.json cannot be read")
-    refuse(tmp_path / "nowhere", "config.json is missing")
+    refuse(checkpoint, "config.json:1: not valid JSON")
+    refuse(tmp_path / "nowhere", "config.json: no such file")
 
 
 @pytest.mark.parametrize("name", ["../model.safetensors", "/etc/model.safetensors", "weights.bin", 3])
