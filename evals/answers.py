@@ -5,13 +5,14 @@ final punctuation (`normalise`). That is asked only where every expected answer 
 replies are worth is told by the other figures (figures.py).
 """
 
+import re
 import unicodedata
 from pathlib import Path
 
 import model as llama
 from engine.files import InputError, need, read_records, write_jsonl
 from engine.progress import progress
-from evals.figures import ANSWER_KEYS, Sample, languages_told, measure
+from evals.figures import ANSWER_KEYS, languages_told, measure
 from evals.language import LanguageModel, reply_language
 
 HASH_DIGITS = 16
@@ -20,8 +21,8 @@ HASH_DIGITS = 16
 # "A", "6", "[0, 1" and "A". Dashes (Pd), connectors (Pc) and opening brackets (Ps) are kept by their category.
 PART_OF_ANSWER = set("#%&*@/\\)]}†‡‰‱′″‴٪؉؊׳״")
 FINAL_CATEGORIES = ("Po", "Pe", "Pi", "Pf")
-INVISIBLE = dict.fromkeys([0xAD, 0x61C, 0x180E, 0x200B, 0x200E, 0x200F, *range(0x202A, 0x202F),
-                           *range(0x2060, 0x2070), 0xFE0E, 0xFE0F, 0xFEFF])
+# Spaces without width, soft hyphens, marks of direction and of an emoji's style. Joiners and flags are text.
+INVISIBLE = "\u00ad\u061c\u180e\u200b\u200e\u200f\u202a-\u202e\u2060-\u206f\ufe0e\ufe0f\ufeff"
 DOTTED = {"tr", "tur", "az", "aze", "azj"}      # languages whose small I is ı, and whose capital i is İ
 
 
@@ -31,11 +32,14 @@ def normalise(text: str, language: str = "") -> str:
     """What of a text has to be equal: small letters, one space between words, no final punctuation; Unicode's
     composed form and one width, without invisible marks (zero-width spaces, soft hyphens, marks of direction).
     Accents, other punctuation, superscripts and the script of digits are part of an answer."""
-    text = "".join(map(one_width, unicodedata.normalize("NFC", text.translate(INVISIBLE))))
-    if language.replace("_", "-").split("-")[0].lower() in DOTTED:
+    text = re.sub(f"[{INVISIBLE}]", "", text)
+    text = unicodedata.normalize("NFC", text)
+    text = "".join(map(one_width, text))
+    if re.split("[-_]", language)[0] in DOTTED:
         text = text.replace("I", "ı")
     text = text.replace("İ", "i").lower().replace("ς", "σ")
-    text = " ".join(unicodedata.normalize("NFC", text).split())
+    text = unicodedata.normalize("NFC", text)
+    text = " ".join(text.split())
     return without_final_punctuation(text) or text
 
 
@@ -72,7 +76,9 @@ def answer(model, tokenizer, questions: list[str], max_tokens: int, system=None,
     prompts = [tokenizer.prompt_ids(question, system) for question in questions]
     with progress(total=len(prompts), desc=label, unit="reply") as bar:
         replies = llama.generate(model, prompts, max_tokens, tokenizer.stop_ids, progress=bar.update)
-    return [(tokenizer.decode(reply).strip(), len(reply) < max_tokens) for reply in replies]
+    texts = [tokenizer.decode(reply).strip() for reply in replies]
+    ends = [len(reply) < max_tokens for reply in replies]
+    return list(zip(texts, ends))
 
 
 def answer_and_score(model, tokenizer, rows: list[dict], languages: tuple[str, ...],
@@ -83,35 +89,41 @@ def answer_and_score(model, tokenizer, rows: list[dict], languages: tuple[str, .
 
     reference_nll: {language: nats of each answered row's response and its stop token}, for bits per byte.
     """
-    asked, lines = rows[:limit], []
+    asked, lines, scores = rows[:limit], [], {}
     for language in languages:
-        replies = answer(model, tokenizer, [row[language]["prompt"] for row in asked], max_tokens, system,
-                         f"answer {language}")
-        nll = (reference_nll or {}).get(language, [None] * len(asked))
-        assert len(nll) == len(asked), f"{len(nll)} NLLs of {len(asked)} responses in {language}"
-        lines += [answer_line(row, language, languages, reply, classifier) | {"ends": ends}
-                  | ({} if nats is None else {"reference_nll": nats})
-                  for row, (reply, ends), nats in zip(asked, replies, nll)]
+        questions = [row[language]["prompt"] for row in asked]
+        replies = answer(model, tokenizer, questions, max_tokens, system, f"answer {language}")
+        own = [answer_line(row, language, languages, *reply, classifier) for row, reply in zip(asked, replies)]
+        if reference_nll is not None:
+            for line, nats in zip(own, reference_nll[language], strict=True):
+                line["reference_nll"] = nats
+        scores[language] = score(own)
+        lines += own
     if path is not None:                     # of several processes the first writes
         write_jsonl(path, lines)
-    scores = {language: score([line for line in lines if line["language"] == language])
-              for language in languages}
-    return scores | {"questions": len(rows),
-                     "decoding": {"temperature": 0, "max_tokens": max_tokens, "system_prompt": system,
-                                  "template": tokenizer.fingerprint[:HASH_DIGITS]}}
+    decoding = {"temperature": 0, "max_tokens": max_tokens, "system_prompt": system,
+                "template": tokenizer.fingerprint[:HASH_DIGITS]}
+    return scores | {"questions": len(rows), "decoding": decoding}
 
 
-def answer_line(row: dict, language: str, languages: tuple[str, ...], reply: str,
+def answer_line(row: dict, language: str, languages: tuple[str, ...], reply: str, ends: bool,
                 classifier: LanguageModel) -> dict:
     """A line of answers.jsonl. A response that another language has, too, says nothing about the language of
     its reply: that is not judged."""
     expected = row[language]["response"]
-    shared = any(is_correct(row[other]["response"], expected, language)
-                 for other in languages if other != language)
+    others = [row[other]["response"] for other in languages if other != language]
     found, confidence = reply_language(reply, classifier)
-    return {"row_id": row["row_id"], "language": language, "prompt": row[language]["prompt"],
-            "reply": reply, "expected": expected, "correct": is_correct(reply, expected, language),
-            "reply_language": found, "confidence": round(confidence, 4), "judged": not shared}
+    return {
+        "row_id": row["row_id"],
+        "language": language,
+        "prompt": row[language]["prompt"],
+        "reply": reply,
+        "ends": ends,
+        "expected": expected,
+        "correct": is_correct(reply, expected, language),
+        "reply_language": found,
+        "confidence": round(confidence, 4),
+        "judged": not any(is_correct(other, expected, language) for other in others)}
 
 
 def read_answers(path: Path, scores: dict) -> list[dict]:
@@ -120,7 +132,8 @@ def read_answers(path: Path, scores: dict) -> list[dict]:
     for where, line in lines:
         for key in ANSWER_KEYS:
             need(line, key, where)
-    written = sum(part["n"] for part in scores.values() if isinstance(part, dict) and "n_language" in part)
+    parts = [part for part in scores.values() if isinstance(part, dict)]
+    written = sum(part["n"] for part in parts if "n_language" in part)
     if len(lines) != written:
         raise InputError(f"{path} holds {len(lines)} answers, {written} were written: delete the "
                          f"result.json beside it, and the same command answers again")
@@ -134,17 +147,18 @@ def score(lines: list[dict]) -> dict:
     `correct` is always there, also where `answers_short` says that it means little."""
     samples = measure(lines)
     right = sum(line["correct"] for line in lines)
-    scores = {"correct": percent(right, len(lines)), "right_language": 0.0}
-    scores |= {name: rounded(sample.value, sample) for name, sample in samples.items()}
-    errors = {name: rounded(sample.error, sample) for name, sample in samples.items()}
-    return scores | {"stderr": errors, "answers_short": "correct" in samples, "n": len(lines),
-                     **languages_told(lines)}
+    figures = {"correct": percent(right, len(lines)), "right_language": 0.0}
+    errors = {}
+    for name, sample in samples.items():
+        digits = sample.figure.digits + 1
+        figures[name] = round(sample.value, digits)
+        errors[name] = None if sample.error is None else round(sample.error, digits)
+    return figures | {
+        "stderr": errors,
+        "answers_short": "correct" in samples,
+        "n": len(lines),
+        **languages_told(lines)}
 
 
-def rounded(value: float | None, sample: Sample) -> float | None:
-    """To one digit more than tables show."""
-    return None if value is None else round(value, sample.figure.digits + 1)
-
-
-def percent(part: int, whole: int) -> float:
-    return round(100 * part / whole, 2) if whole else 0.0
+def percent(part: int, total: int) -> float:
+    return round(100 * part / total, 2) if total else 0.0

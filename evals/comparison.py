@@ -9,6 +9,7 @@ that `eval.py mc`, `perplexity` and `judge` wrote for a run's adapter add their 
 
 import json
 import math
+import statistics
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -19,7 +20,7 @@ from evals.report import in_language, shown_difference, side, table, with_error
 # ------------------------------------------------------------------------------------------ results on disk
 
 IGNORED_FLAGS = {"out", "seed", "lang", "samples", "method", "baseline", "fresh", "device", "save_every",
-                 "dry_run"}
+                 "dry_run", "eval_every", "merge", "shard"}
 PREFERENCE_FLAGS = {"beta", "preference", "anchor", "lam"}      # plain fine-tuning reads none of them
 SOURCE, TARGET = "source", "target"     # figures carry these in place of language codes, to fit one column
 
@@ -54,12 +55,13 @@ class Result:
 
 
 def load_object(path: Path) -> dict:
-    """The object in a JSON file, or a InputError that says which file is missing or damaged."""
-    return as_kind(parse_json(read_text(path), path, "was the run interrupted?"), dict, path)
+    """The object in a JSON file, or an InputError that says which file is missing or damaged."""
+    value = parse_json(read_text(path), path, "was the run interrupted?")
+    return as_kind(value, dict, path)
 
 
 def load_lines(path: Path, keys: tuple[str, ...]) -> list[dict]:
-    """The objects of a JSONL file, or a InputError that names the line without one of the keys."""
+    """The objects of a JSONL file, or an InputError that names the line without one of the keys."""
     found = read_records(path)
     for where, line in found:
         for key in keys:
@@ -107,36 +109,75 @@ def find_results(paths: list) -> tuple[list[Path], list[Path]]:
     return list(found.values()), list(dict.fromkeys(left_out))
 
 
+def has_result(directory: Path) -> bool:
+    return is_run(directory) or is_evaluation(directory)
+
+
 def results_of(path: Path) -> list[Path]:
     if path.is_dir():
         files = [*path.rglob("report.json"), *path.rglob("result.json")]
-        below = [file.parent for file in files if is_run(file.parent) or is_evaluation(file.parent)]
+        directories = {file.parent for file in files}
+        below = sorted(filter(has_result, directories))
         if below:
-            return sorted(set(below))
-    owners = [path, path.parent] if path.is_dir() else [path.parent, path.parent.parent]
-    return [owner for owner in owners if is_run(owner) or is_evaluation(owner)][:1]
+            return below
+    nearest = path if path.is_dir() else path.parent
+    owners = filter(has_result, (nearest, nearest.parent))
+    return list(owners)[:1]
 
 
 def unfinished(directory: Path) -> list[Path]:
     """Runs and evaluations below a directory that were begun and have no result."""
-    begun = [file.parent for file in directory.rglob("config.json") if is_begun(file.parent)]
-    begun += [file.parent for file in directory.rglob("answers.jsonl") if not is_begun(file.parent.parent)]
-    return sorted(path for path in begun if not is_run(path) and not is_evaluation(path))
+    runs = [file.parent for file in directory.rglob("config.json")]
+    begun = list(filter(is_begun, runs))
+    answered = [file.parent for file in directory.rglob("answers.jsonl")]
+    begun += [place for place in answered if not is_begun(place.parent)]
+    return sorted(place for place in begun if not has_result(place))
 
 
-def differing_flags(configs: dict[Path, dict]) -> dict[str, set[str]]:
-    """{method: flags, beyond those the table shows, in which its runs on one language differ}:
-    they tell rows apart."""
+@dataclass
+class Run:
+    """A finished run directory of clo.py."""
+    directory: Path
+    report: dict
+    flags: dict
+    labels: dict[str, str]              # what tables call its methods
+
+    @property
+    def targets(self) -> list[str]:
+        return self.report["lang"].split(",")
+
+    def result(self, method: str, target: str) -> Result:
+        """What is known of a method before anything is read. A target language is called "sw", or "sw (sw,yo)"
+        where the run had several."""
+        lang = self.report["lang"]
+        language = target if target == lang else f"{target} ({lang})"
+        size, seed = str(self.report["samples"]), str(self.report["seed"])
+        return Result(language, size, self.labels.get(method, method), seed)
+
+
+def open_run(directory: Path) -> Run:
+    config, report = directory / "config.json", directory / "report.json"
+    flags = need(load_object(config), "flags", config)
+    found = load_object(report)
+    for key in ("methods", "lang", "samples", "seed"):
+        need(found, key, report)
+    return Run(directory, found, flags, {})
+
+
+def label_methods_(runs: list[Run]) -> None:
+    """Name methods by the flags, beyond those the table shows, in which their runs on one language differ."""
     values = {}
-    for run, flags in configs.items():
-        for method in load_object(run / "report.json")["methods"]:
-            for key in flags.keys() - unread_flags(method, flags):
-                values.setdefault((method, key, flags.get("lang")), set()).add(json.dumps(flags[key]))
-    differing = {}
-    for (method, key, _), found in values.items():
-        if len(found) > 1:
-            differing.setdefault(method, set()).add(key)
-    return differing
+    for run in runs:
+        for method in run.report["methods"]:
+            for name in run.flags.keys() - unread_flags(method, run.flags):
+                found = values.setdefault((method, run.report["lang"], name), set())
+                found.add(json.dumps(run.flags[name]))
+    differing = {(method, name) for (method, _, name), found in values.items() if len(found) > 1}
+    for run in runs:
+        for method in run.report["methods"]:
+            names = sorted(name for other, name in differing if other == method)
+            told = [f"{name.replace('_', '-')}={run.flags.get(name)}" for name in names]
+            run.labels[method] = " ".join([method, *told])
 
 
 def unread_flags(method: str, flags: dict) -> set[str]:
@@ -147,94 +188,88 @@ def unread_flags(method: str, flags: dict) -> set[str]:
     return IGNORED_FLAGS | PREFERENCE_FLAGS if plain else IGNORED_FLAGS
 
 
-def origins(settings: dict, configs: dict[Path, dict]) -> list[tuple[Path, str]]:
-    """[(run directory, method)] whose model was evaluated: that of runs/NAME/METHOD/adapter or model;
-    "base" of every run that began with the model."""
-    trained = Path(settings.get("adapter") or settings.get("model") or "").resolve().parent
-    found = [(run, trained.name) for run in configs if run.resolve() == trained.parent]
-    named = None if settings.get("adapter") else settings.get("model")
-    return found or [(run, "base") for run, flags in configs.items()
-                     if named and named in (flags.get("base"), flags.get("model"))]
-
-
-def label(method: str, flags: dict, differing: dict[str, set[str]]) -> str:
-    told = [f"{key.replace('_', '-')}={flags.get(key)}" for key in sorted(differing.get(method, ()))]
-    return " ".join([method, *told])
-
-
-def row_language(target: str, lang: str) -> str:
-    """How a table names a run's language: "sw", or "sw (sw,yo)" where the run had several targets."""
-    return target if target == lang else f"{target} ({lang})"
-
-
-def new_result(report: dict, target: str, method: str) -> Result:
-    return Result(row_language(target, report["lang"]), str(report["samples"]), method, str(report["seed"]))
-
-
-def read_run(run: Path, flags: dict, differing: dict[str, set[str]]) -> list[Result]:
-    """The methods of a run directory of clo.py, one Result for each target language."""
-    report, results = load_object(run / "report.json"), []
-    source, lang = flags.get("source", "en"), report["lang"]
-    for method, scores in need(report, "methods", run / "report.json").items():
-        answers = load_lines(run / method / "answers.jsonl", ANSWER_KEYS)
-        metrics = run / method / "metrics.jsonl"
+def read_run(run: Run) -> list[Result]:
+    """The methods of a run, one Result for each target language."""
+    source, results = run.flags.get("source", "en"), []
+    for method, scores in run.report["methods"].items():
+        directory = run.directory / method
+        answers = load_lines(directory / "answers.jsonl", ANSWER_KEYS)
+        metrics = directory / "metrics.jsonl"
         steps = load_lines(metrics, ()) if metrics.is_file() else []
-        for target in lang.split(","):
-            result = new_result(report, target, label(method, flags, differing))
+        for target in run.targets:
+            result = run.result(method, target)
             for place, language in ((SOURCE, source), (TARGET, target)):
                 for sample in measure(in_language(answers, language)).values():
                     result.add(f"{place} {sample.figure.title}", sample)
-                key = f"nll_{side(language, source, lang)}"
-                if key in scores.get("heldout", {}):
-                    result.figures[f"{place} nll"] = Value(scores["heldout"][key], digits=3)
-                result.curves[place] = {line["step"]: line[key] for line in steps if key in line}
+                key = f"nll_{side(language, source, run.report['lang'])}"
+                add_nll_(result, place, key, scores.get("heldout", {}), steps)
             results.append(result)
     return results
 
 
-def read_evaluation(directory: Path, configs: dict[Path, dict],
-                    differing: dict[str, set[str]]) -> list[Result]:
+def add_nll_(result: Result, place: str, key: str, heldout: dict, steps: list[dict]) -> None:
+    """Held-out NLL after training, and its curve over the steps."""
+    if key in heldout:
+        result.figures[f"{place} nll"] = Value(heldout[key], digits=3)
+    result.curves[place] = {line["step"]: line[key] for line in steps if key in line}
+
+
+def origins(settings: dict, runs: list[Run]) -> list[tuple[Run, str]]:
+    """[(run, method)] whose model was evaluated: that of runs/NAME/METHOD/adapter or model;
+    "base" of every run that began with the model."""
+    named = settings.get("adapter") or settings.get("model") or ""
+    trained = Path(named).resolve().parent
+    for run in runs:
+        if run.directory.resolve() == trained.parent:
+            return [(run, trained.name)]
+    if settings.get("adapter") or not named:
+        return []
+    return [(run, "base") for run in runs if named in (run.flags.get("base"), run.flags.get("model"))]
+
+
+def read_evaluation(directory: Path, runs: list[Run]) -> list[Result]:
     """What `eval.py mc`, `perplexity` or `judge` wrote:
     the figures of one model, in the rows of the run it came from."""
-    found = load_object(directory / "result.json")
-    settings = need(found, "settings", directory / "result.json")
+    path = directory / "result.json"
+    found = load_object(path)
+    settings, figures = need(found, "settings", path), need(found, "figures", path)
     language, results = settings.get("language") or "-", []
-    for run, method in origins(settings, configs):
-        report = load_object(run / "report.json")
-        targets = report["lang"].split(",")
-        # a benchmark's figures name its own
-        if language in targets or language != "-" and "benchmark" not in settings:
-            targets = [language]
-        name = label(method, configs[run], differing)
-        results += [new_result(report, target, name) for target in targets]
-    model = settings.get("adapter") or settings.get("model") or directory.name
-    results = results or [Result(language, "-", str(model), "-")]
-    lines = [line for _, line in read_records(directory / "answers.jsonl")]
-    for name, figure in need(found, "figures", directory / "result.json").items():
-        scores = {line["question"]: line["scores"][name] for line in lines
-                  if "question" in line and name in line.get("scores", {})}
+    for run, method in origins(settings, runs):
+        # a benchmark's figures name its own language
+        of_one = language in run.targets or (language != "-" and "benchmark" not in settings)
+        for target in [language] if of_one else run.targets:
+            results.append(run.result(method, target))
+    if not results:
+        model = settings.get("adapter") or settings.get("model") or directory.name
+        results = [Result(language, "-", str(model), "-")]
+    lines = [line for line in load_lines(directory / "answers.jsonl", ()) if "scores" in line]
+    for name, figure in figures.items():
+        scores = {line["question"]: line["scores"][name] for line in lines if name in line["scores"]}
+        value = Value(figure["value"], figure.get("stderr"), figure.get("digits", 2))
         for result in results:
+            result.figures[name] = value
             if scores:
                 result.samples[name] = scored_sample(scores)
-            result.figures[name] = Value(figure["value"], figure.get("stderr"), figure.get("digits", 2))
     return results
 
 
 def scored_sample(scores: dict[str, float]) -> Sample:
     """Of {question: score in %}."""
     figure = SHARE if set(scores.values()) <= {0, 100} else MEAN
-    return Sample(figure, {question: figure.of_line(score) for question, score in scores.items()})
+    counts = {question: figure.of_line(score) for question, score in scores.items()}
+    return Sample(figure, counts)
 
 
 def read_results(directories: list[Path]) -> list[Result]:
     """Results of run and evaluation directories, those of one trained model merged."""
-    configs = {directory: need(load_object(directory / "config.json"), "flags", directory / "config.json")
-               for directory in directories if is_run(directory)}
-    differing = differing_flags(configs)
+    runs = {directory: open_run(directory) for directory in directories if is_run(directory)}
+    label_methods_(list(runs.values()))
     merged = {}
     for directory in directories:
-        found = read_run(directory, configs[directory], differing) if directory in configs else \
-            read_evaluation(directory, configs, differing)
+        if directory in runs:
+            found = read_run(runs[directory])
+        else:
+            found = read_evaluation(directory, list(runs.values()))
         for result in found:
             known = merged.setdefault((*result.row, result.seed), result)
             if known is not result:
@@ -254,27 +289,27 @@ def merge_(known: Result, other: Result, directory: Path) -> None:
 # ------------------------------------------------------------------------------------------------- comparison
 
 COLUMNS = 7                             # figures side by side in a table
+Rows = dict[tuple[str, str, str], list[Result]]     # {(language, samples, method): its results over seeds}
 
 
 def mean_and_error(values: list[float]) -> tuple[float, float | None]:
     """Mean, and its standard error over the values (None for a single one)."""
-    n, mean = len(values), sum(values) / len(values)
-    if n == 1:
-        return mean, None
-    return mean, math.sqrt(sum((value - mean) ** 2 for value in values) / (n - 1) / n)
+    n, mean = len(values), statistics.fmean(values)
+    return mean, statistics.stdev(values) / math.sqrt(n) if n > 1 else None
 
 
-def by_row(results: list[Result]) -> dict[tuple, list[Result]]:
+def by_row(results: list[Result]) -> Rows:
     """Results that differ only in the seed,
     in the order of languages, sample sizes and the order they were given."""
     rows = {}
     for result in results:
         rows.setdefault(result.row, []).append(result)
-    return dict(sorted(rows.items(), key=lambda item: (item[0][0], as_number(item[0][1]))))
+    return {row: rows[row] for row in sorted(rows, key=language_and_size)}
 
 
-def as_number(size: str) -> int:
-    return int(size) if size.isdigit() else -1
+def language_and_size(row: tuple[str, str, str]) -> tuple[str, int]:
+    language, size, _ = row
+    return language, int(size) if size.isdigit() else -1
 
 
 def shown(name: str, results: list[Result]) -> str:
@@ -283,7 +318,9 @@ def shown(name: str, results: list[Result]) -> str:
     if not found:
         return "-"
     mean, error = mean_and_error([figure.value for figure in found])
-    return with_error(mean, found[0].error if len(found) == 1 else error, found[0].digits)
+    if error is None:
+        error = found[0].error
+    return with_error(mean, error, found[0].digits)
 
 
 def column_groups(names: list[str]) -> list[list[str]]:
@@ -292,11 +329,13 @@ def column_groups(names: list[str]) -> list[list[str]]:
     for name in names:
         place = name.split(" ")[0]
         groups[place if place in groups else ""].append(name)
-    return [group[first:first + COLUMNS] for group in groups.values()
-            for first in range(0, len(group), COLUMNS)]
+    parts = []
+    for group in groups.values():
+        parts += [group[first:first + COLUMNS] for first in range(0, len(group), COLUMNS)]
+    return parts
 
 
-def figure_tables(rows: dict[tuple, list[Result]]) -> list[str]:
+def figure_tables(rows: Rows) -> list[str]:
     """All figures; a row stands only in tables where it has one."""
     names = {}
     for group in rows.values():
@@ -313,27 +352,38 @@ def figure_tables(rows: dict[tuple, list[Result]]) -> list[str]:
     return tables
 
 
-def differences(rows: dict[tuple, list[Result]], baseline: str) -> tuple[list[list[str]], int]:
+def samples_of(group: list[Result]) -> dict[str, list[Sample]]:
+    """{figure: its samples over seeds}"""
+    samples = {}
+    for result in group:
+        for name, sample in result.samples.items():
+            samples.setdefault(name, []).append(sample)
+    return samples
+
+
+def differences(rows: Rows, baseline: str) -> tuple[list[list[str]], int]:
     """(a line for each figure that can be paired with the baseline's,
     how many more have no difference anywhere)."""
     lines, equal = [], 0
-    for (language, size, method), group in rows.items():
-        base = rows.get((language, size, baseline), []) if method != baseline else []
-        for name in dict.fromkeys(name for result in base for name in result.samples):
-            one, other = ([result.samples[name] for result in results if name in result.samples]
-                          for results in (group, base))
-            found = paired_difference(one, other) if one and other else None
+    for row, group in rows.items():
+        language, size, method = row
+        base = samples_of(rows.get((language, size, baseline), []))
+        own = samples_of(group) if method != baseline else {}
+        for name in own:
+            found = paired_difference(own[name], base[name]) if name in base else None
             if found and found.nowhere:
                 equal += 1
             elif found:
-                lines.append([language, size, method, name, *difference_cells(found, one[0].figure.digits)])
+                cells = difference_cells(found, own[name][0].figure.digits)
+                lines.append([*row, name, *cells])
     return lines, equal
 
 
 def difference_cells(found: Difference, digits: int) -> list[str]:
+    difference = shown_difference(found, digits)
+    interval = f"{found.low:+.{digits}f} to {found.high:+.{digits}f}"
     chance = f"{found.p:.4f}" if found.p else f"<{2 / RESAMPLES:.4f}"
-    return [shown_difference(found, digits), f"{found.low:+.{digits}f} to {found.high:+.{digits}f}", chance,
-            str(found.questions)]
+    return [difference, interval, chance, str(found.questions)]
 
 
 def comparison_text(results: list[Result], baseline: str) -> str:
@@ -360,9 +410,11 @@ def settings_of(directory: Path) -> dict:
     """What a directory's numbers depend on: decoding, template, shots, file hashes."""
     if not is_run(directory):
         return load_object(directory / "result.json")["settings"]
-    config, report = load_object(directory / "config.json"), load_object(directory / "report.json")
+    config = load_object(directory / "config.json")
+    methods = load_object(directory / "report.json")["methods"]
+    first = next(iter(methods.values()))
     return {"hashes": config.get("inputs", {}),
-            "decoding": next(iter(report["methods"].values())).get("decoding", {}),
+            "decoding": first.get("decoding", {}),
             "eval_split": config["flags"].get("eval_split")}
 
 
@@ -373,12 +425,18 @@ def settings_text(directories: list[Path]) -> str:
         settings = settings_of(directory)
         kinds.setdefault(tuple(settings), {})[directory] = settings
     for group in kinds.values():
-        first, *others = group.values()
-        shared = {key: value for key, value in first.items()
-                  if all(settings[key] == value for settings in others)}
-        lines.append(f"- {', '.join(map(str, group))}: {json.dumps(shared, ensure_ascii=False)}")
+        names = ", ".join(map(str, group))
+        shared = common_items(list(group.values()))
+        lines.append(f"- {names}: {json.dumps(shared, ensure_ascii=False)}")
         for directory, settings in group.items():
             own = {key: value for key, value in settings.items() if key not in shared}
             if own:
                 lines.append(f"  - {directory}: {json.dumps(own, ensure_ascii=False)}")
     return "\n".join(lines)
+
+
+def common_items(dicts: list[dict]) -> dict:
+    """What all of these dicts with the same keys say alike."""
+    first, *others = dicts
+    return {key: value for key, value in first.items()
+            if all(other[key] == value for other in others)}

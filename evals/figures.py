@@ -2,12 +2,12 @@
 
 A *figure* is a function of sums over questions: a share is right / asked, bits per byte are bits / bytes, chrF
 is a formula over n-gram counts. So one line of answers.jsonl gives a few *counts*, shape (K,), and everything
-else follows from their sums: the figure, its error (one question left out at a time) and the difference of two
-models on the same questions (paired bootstrap over questions).
+else follows from their sums: the figure, its error (one question left out at a time) and the difference of
+two models on the same questions (paired bootstrap over questions).
 
 References: chrF (Popović 2015, W15-3049; Post 2018, W18-6319, whose numbers these are), Wilson's centre
-(Wilson 1927), jackknife and bootstrap (Efron and Tibshirani 1993, ch. 11 and 16), paired bootstrap (Koehn 2004,
-W04-3250), two made-up pairs for paired shares (Agresti and Min 2005).
+(Wilson 1927), jackknife and bootstrap (Efron and Tibshirani 1993, ch. 11 and 16), paired bootstrap (Koehn
+2004, W04-3250), two made-up pairs for paired shares (Agresti and Min 2005).
 """
 
 import math
@@ -39,35 +39,40 @@ Counts = tuple[float, ...]
 # ------------------------------------------------------------------------------------------------------- chrF
 
 def character_ngrams(text: str, n: int) -> Counter:
-    return Counter(text[i:i + n] for i in range(len(text) - n + 1))
+    starts = range(len(text) - n + 1)
+    return Counter(text[start:start + n] for start in starts)
 
 
 @lru_cache(maxsize=1 << 16)         # the report, its closing sentence and result.json ask for the same replies
 def chrf_counts(reply: str, expected: str) -> Counts:
     """For each n-gram length: n-grams of the reply, of the expected answer, and common to both. White space
     does not count; lengths that the expected answer lacks count for nothing."""
-    reply, expected = "".join(reply.split()), "".join(expected.split())
+    reply = "".join(reply.split())
+    expected = "".join(expected.split())
     counts = []
     for n in range(1, CHRF_ORDER + 1):
-        own, wanted = character_ngrams(reply, n), character_ngrams(expected, n)
-        total = own.total() if wanted else 0
-        counts += [total, wanted.total(), (own & wanted).total()]
+        own = character_ngrams(reply, n)
+        wanted = character_ngrams(expected, n)
+        common = own & wanted
+        counts += [own.total() if wanted else 0, wanted.total(), common.total()]
     return tuple(counts)
 
 
 def chrf(sums: np.ndarray) -> np.ndarray:
     """chrF2 in 0..100 from summed chrf_counts, (..., 3 * CHRF_ORDER) -> (...): the F score of precision and
     recall, each averaged over the n-gram lengths that both sides have."""
-    own, wanted, common = np.moveaxis(np.reshape(sums, (*np.shape(sums)[:-1], CHRF_ORDER, 3)), -1, 0)
+    own, wanted, common = sums[..., 0::3], sums[..., 1::3], sums[..., 2::3]
     known = (own > 0) & (wanted > 0)
     lengths = np.maximum(known.sum(-1), 1)
-    precision = divide(common, own, known, 0.0).sum(-1) / lengths
-    recall = divide(common, wanted, known, 0.0).sum(-1) / lengths
-    weighted = CHRF_BETA ** 2 * precision + recall
-    return 100 * divide((1 + CHRF_BETA ** 2) * precision * recall, weighted, weighted > 0, 0.0)
+    precision = divide(common, own, known).sum(-1) / lengths
+    recall = divide(common, wanted, known).sum(-1) / lengths
+    weight = CHRF_BETA ** 2
+    denominator = weight * precision + recall
+    return 100 * divide((1 + weight) * precision * recall, denominator, denominator > 0)
 
 
-def divide(one: np.ndarray, other: np.ndarray, where: np.ndarray, otherwise: float) -> np.ndarray:
+def divide(one: np.ndarray, other: np.ndarray, where: np.ndarray, otherwise=0.0) -> np.ndarray:
+    """one / other, and `otherwise` where that cannot be."""
     filled = np.full(np.shape(one), otherwise)
     return np.divide(one, other, out=filled, where=where)
 
@@ -76,7 +81,8 @@ def divide(one: np.ndarray, other: np.ndarray, where: np.ndarray, otherwise: flo
 
 def ratio(sums: np.ndarray) -> np.ndarray:
     """Sum of the first count over that of the second, (..., 2) -> (...); nan over nothing."""
-    return divide(sums[..., 0], sums[..., 1], sums[..., 1] > 0, math.nan)
+    part, total = sums[..., 0], sums[..., 1]
+    return divide(part, total, total > 0, math.nan)
 
 
 def percentage(sums: np.ndarray) -> np.ndarray:
@@ -93,15 +99,29 @@ class Figure:
     digits: int = 1
 
 
+def count_correct(line: dict) -> Counts:
+    return line["correct"], 1
+
+
 def count_language(line: dict) -> Counts | None:
-    return (line["reply_language"] == line["language"], 1) if line["judged"] else None
+    right = line["reply_language"] == line["language"]
+    return (right, 1) if line["judged"] else None
+
+
+def count_ngrams(line: dict) -> Counts:
+    return chrf_counts(line["reply"], line["expected"])
 
 
 def count_bits(line: dict) -> Counts | None:
     """Bits that the model spends on the expected answer and its end, and the answer's UTF-8 bytes."""
-    if line.get("reference_nll") is None:
+    nats = line.get("reference_nll")
+    if nats is None:
         return None
-    return line["reference_nll"] / math.log(2), len(line["expected"].encode())
+    return nats / math.log(2), len(line["expected"].encode())
+
+
+def count_characters(line: dict) -> Counts:
+    return len(line["reply"]), len(line["expected"])
 
 
 def count_ends(line: dict) -> Counts | None:
@@ -109,12 +129,13 @@ def count_ends(line: dict) -> Counts | None:
 
 
 FIGURES = (
-    Figure("correct", "correct", percentage, lambda line: (line["correct"], 1), is_share=True),
+    Figure("correct", "correct", percentage, count_correct, is_share=True),
     Figure("right_language", "in language", percentage, count_language, is_share=True),
-    Figure("chrf", "chrF", chrf, lambda line: chrf_counts(line["reply"], line["expected"])),
+    Figure("chrf", "chrF", chrf, count_ngrams),
     Figure("bits_per_byte", "bits/byte", ratio, count_bits, digits=3),
-    Figure("length", "length", percentage, lambda line: (len(line["reply"]), len(line["expected"]))),
+    Figure("length", "length", percentage, count_characters),
     Figure("ends", "ends", percentage, count_ends, is_share=True))
+
 # what other evaluations score question by question, in %
 SHARE = Figure("share", "share", percentage, lambda score: (score / 100, 1), is_share=True, digits=2)
 MEAN = Figure("mean", "mean", ratio, lambda score: (score, 1), digits=2)
@@ -133,7 +154,8 @@ class Sample:
 
     @property
     def value(self) -> float:
-        return float(self.figure.of_sums(self.table.sum(0)))
+        sums = self.table.sum(0)
+        return float(self.figure.of_sums(sums))
 
     @property
     def error(self) -> float | None:
@@ -141,17 +163,19 @@ class Sample:
         n = len(self.counts)
         if self.figure.is_share:
             return binomial_error(self.value, n)
-        without = self.figure.of_sums(self.table.sum(0) - self.table)        # (questions,)
-        spread = float(((without - without.mean()) ** 2).sum())
-        error = math.sqrt((n - 1) / n * spread)
+        table = self.table
+        without = self.figure.of_sums(table.sum(0) - table)        # (questions,): the figure without each
+        error = math.sqrt(n - 1) * float(without.std())
         return error if n > 1 and math.isfinite(error) else None
 
 
 def binomial_error(value: float, n: int) -> float:
     """Standard error, in points, of a percentage over n independent trials;
     by Wilson's centre, so that it is not 0 at 0 and 100 % (Wilson 1927)."""
+    if n == 0:
+        return 0.0
     p = (value / 100 * n + 0.5) / (n + 1)
-    return 100 * math.sqrt(p * (1 - p) / n) if n else 0.0
+    return 100 * math.sqrt(p * (1 - p) / n)
 
 
 def is_short(expected: str) -> bool:
@@ -176,8 +200,8 @@ def measure(lines: list[dict]) -> dict[str, Sample]:
     where every expected answer is short."""
     keys, samples = question_keys(lines), {}
     for figure in FIGURES:
-        counts = {key: figure.of_line(line) for key, line in zip(keys, lines)}
-        sample = Sample(figure, {key: count for key, count in counts.items() if count is not None})
+        told = zip(keys, map(figure.of_line, lines))
+        sample = Sample(figure, {key: counts for key, counts in told if counts is not None})
         if sample.counts and not math.isnan(sample.value):
             samples[figure.name] = sample
     if not all(is_short(line["expected"]) for line in lines):
@@ -191,16 +215,20 @@ def letters(text: str) -> int:
 
 def languages_told(lines: list[dict]) -> dict[str, int]:
     """Of the replies whose language was judged (n_language): how many are in another language of the run,
-    in two, in none of the run's, of unsure language; and how many are so short that the verdict says little
+    of unsure language, in two, in none of the run's; and how many are so short that the verdict says little
     (a Chinese character is a letter), with how many of these count as right."""
     judged = [line for line in lines if line["judged"]]
+    right = [line for line in judged if line["reply_language"] == line["language"]]
     found = Counter(line["reply_language"] for line in judged)
-    unclear = {"unsure": found.pop(None, 0), "mixed": found.pop(MIXED, 0), "other": found.pop(OTHER, 0)}
-    right = sum(line["reply_language"] == line["language"] for line in judged)
-    short = [line for line in judged if letters(line["reply"]) < SHORT_REPLY]
-    return {"n_language": len(judged), "elsewhere": found.total() - right, **unclear,
-            "short": len(short),
-            "short_right": sum(line["reply_language"] == line["language"] for line in short)}
+    unsure, mixed, other = found[None], found[MIXED], found[OTHER]
+    return {
+        "n_language": len(judged),
+        "elsewhere": len(judged) - len(right) - unsure - mixed - other,
+        "unsure": unsure,
+        "mixed": mixed,
+        "other": other,
+        "short": sum(letters(line["reply"]) < SHORT_REPLY for line in judged),
+        "short_right": sum(letters(line["reply"]) < SHORT_REPLY for line in right)}
 
 
 # ------------------------------------------------------------------------------------------------- difference
@@ -227,7 +255,8 @@ class Difference:
 @lru_cache(maxsize=2)
 def drawn_questions(n: int) -> np.ndarray:
     """(RESAMPLES, n): how often each of n questions is in each draw of n."""
-    return np.random.default_rng(0).multinomial(n, np.full(n, 1 / n), RESAMPLES).astype(np.float32)
+    chance = np.full(n, 1 / n)
+    return np.random.default_rng(0).multinomial(n, chance, RESAMPLES).astype(np.float32)
 
 
 def paired_difference(one: list[Sample], other: list[Sample]) -> Difference | None:
@@ -238,28 +267,43 @@ def paired_difference(one: list[Sample], other: list[Sample]) -> Difference | No
     the same on a handful of questions would look certain.
     """
     figure = one[0].figure
-    shared = sorted(set.intersection(*(set(sample.counts) for sample in one + other)))
+    answered = [sample.counts.keys() for sample in one + other]
+    shared = sorted(set.intersection(*map(set, answered)))
     if not shared:
         return None
-    sides = [[np.array([sample.counts[key] for key in shared], dtype=float) for sample in samples]
-             for samples in (one, other)]
-    mean, other_mean = (np.mean(tables, axis=0) for tables in sides)
-    every = np.ones(len(shared))
-    value = of_seeds(figure, sides[0], every) - of_seeds(figure, sides[1], every)
+    one_counts, other_counts = counts_of(one, shared), counts_of(other, shared)
+    everything = np.ones(len(shared))
+    value = of_seeds(figure, one_counts, everything) - of_seeds(figure, other_counts, everything)
     if math.isnan(value):
         return None
+    nowhere = bool(np.array_equal(one_counts.mean(0), other_counts.mean(0)))
     if figure.is_share:
         half = math.sqrt(0.5)               # the variance of Agresti and Min's four half questions
-        sides = [[np.vstack([table, [own, 1], [half - own, 1]]) for table in tables]
-                 for own, tables in zip((half, 0), sides)]
-    draws = drawn_questions(len(sides[0][0]))
-    gaps = of_seeds(figure, sides[0], draws) - of_seeds(figure, sides[1], draws)
-    low, high = np.nanquantile(gaps, ((1 - CERTAINTY) / 2, (1 + CERTAINTY) / 2))
+        one_counts = with_questions(one_counts, (half, 1), (0, 1))
+        other_counts = with_questions(other_counts, (0, 1), (half, 1))
+    draws = drawn_questions(one_counts.shape[1])
+    gaps = of_seeds(figure, one_counts, draws) - of_seeds(figure, other_counts, draws)
+    outside = (1 - CERTAINTY) / 2
+    low, high = np.nanquantile(gaps, (outside, 1 - outside))
     tail = min((gaps <= 0).mean(), (gaps >= 0).mean())
-    return Difference(float(value), float(np.nanstd(gaps)), float(low), float(high),
-                      float(min(1, 2 * tail)), len(shared), bool((mean == other_mean).all()))
+    p = min(1.0, 2 * float(tail))
+    error = float(np.nanstd(gaps))
+    return Difference(float(value), error, float(low), float(high), p, len(shared), nowhere)
 
 
-def of_seeds(figure: Figure, tables: list[np.ndarray], weights: np.ndarray) -> np.ndarray:
-    """The figure under weights of the questions, (..., n) -> (...), averaged over seeds' tables (n, K)."""
-    return np.mean([figure.of_sums(weights @ table) for table in tables], axis=0)
+def counts_of(samples: list[Sample], keys: list[Key]) -> np.ndarray:
+    """(seeds, questions, K)"""
+    tables = [list(map(sample.counts.get, keys)) for sample in samples]
+    return np.array(tables, dtype=float)
+
+
+def with_questions(counts: np.ndarray, *more: Counts) -> np.ndarray:
+    """Counts (seeds, questions, K) with more questions, the same in every seed."""
+    rows = np.broadcast_to(more, (len(counts), *np.shape(more)))
+    return np.concatenate((counts, rows), axis=1)
+
+
+def of_seeds(figure: Figure, counts: np.ndarray, weights: np.ndarray) -> np.ndarray:
+    """The figure under weights of the questions, (..., n) -> (...), averaged over seeds; counts (seeds, n, K)."""
+    values = [figure.of_sums(weights @ table) for table in counts]
+    return np.mean(values, axis=0)

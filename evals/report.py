@@ -10,17 +10,21 @@ from evals.figures import (FIGURES, SHORT_ANSWER, SHORT_REPLY, Difference, Sampl
                            paired_difference)
 
 
+Answers = dict[str, list[dict]]     # {method: lines of its answers.jsonl}
+
+
 def table(header: list[str], lines: list[list[str]]) -> str:
     """A table that reads well in a terminal and is Markdown; the first column is left-aligned."""
-    widths = [max(map(len, column)) for column in zip(header, *lines)]
-    rule = ["-" * widths[0]] + ["-" * (width - 1) + ":" for width in widths[1:]]
-    rows = [aligned(cells, widths) for cells in (header, rule, *lines)]
-    return "\n".join("| " + " | ".join(row) + " |" for row in rows)
-
-
-def aligned(cells: list[str], widths: list[int]) -> list[str]:
-    first, *others = zip(cells, widths)
-    return [first[0].ljust(first[1]), *(cell.rjust(width) for cell, width in others)]
+    columns = zip(header, *lines)
+    first, *others = [max(map(len, column)) for column in columns]
+    rule = ["-" * first]
+    rule += ["-" * (width - 1) + ":" for width in others]
+    text = []
+    for cells in (header, rule, *lines):
+        row = [cells[0].ljust(first)]
+        row += [cell.rjust(width) for cell, width in zip(cells[1:], others)]
+        text.append("| " + " | ".join(row) + " |")
+    return "\n".join(text)
 
 
 def with_error(value: float, error: float | None, digits: int) -> str:
@@ -39,6 +43,7 @@ EXPLAINED = {
     "bits_per_byte": "what the expected answers cost the model; lower is better",
     "length": "characters of the replies in % of those of the expected answers",
     "ends": "% of replies that end by themselves"}
+HELD_OUT = {"nll": "nll", "accuracy": "rewards/accuracies", "margin": "rewards/margins"}
 # columns of what figures.languages_told counts
 LANGUAGES_TOLD = ("in another of these", "unsure", "in two", "in none of these",
                   f"under {SHORT_REPLY} letters", "of them right")
@@ -52,71 +57,83 @@ def side(language: str, source: str, lang: str) -> str:
     return "tgt" if language == lang else f"tgt_{language}"
 
 
-def report_text(report: dict, answers: dict[str, list[dict]], source: str, examples: int = 2) -> str:
+def report_text(report: dict, answers: Answers, source: str, examples: int = 2) -> str:
     """report.md: what changed, figures of the answers, held-out log-probs, and the first few answers of every
     method side by side. The report's "lang" is the target language, or several joined by commas."""
-    methods, languages = report["methods"], [source, *report["lang"].split(",")]
-    decoding = json.dumps(next(iter(methods.values())).get("decoding"))
-    training = [f"{name} {scores['train_seconds']:.0f} s" for name, scores in methods.items()
-                if name != "base"]
-    return "\n\n".join([
-        f"# {report['lang']}: {report['samples']} samples, seed {report['seed']}",
+    lang, methods = report["lang"], report["methods"]
+    languages = [source, *lang.split(",")]
+    any_method = next(iter(methods.values()))
+    training = [f"{name} {scores['train_seconds']:.0f} s"
+                for name, scores in methods.items() if name != "base"]
+    sections = [
+        f"# {lang}: {report['samples']} samples, seed {report['seed']}",
         *closing_lines(answers),
-        *answer_section(methods, answers, languages),
-        *language_section(methods, answers, languages),
-        *heldout_section(methods, languages, report["lang"]),
-        f"Training took {', '.join(training) or 'no time'}. Decoding: {decoding}; "
-        f"hashes of model and data: config.json.",
-        *example_sections(answers, languages, examples)]) + "\n"
-
-
-def answer_section(methods: dict, answers: dict[str, list[dict]], languages: list[str]) -> list[str]:
-    """A row for each language and method, a column for each figure that one of them has."""
-    samples = {(language, name): measure(in_language(answers[name], language))
-               for language in languages for name in methods}
-    known = set().union(*samples.values())
-    figures = [figure for figure in FIGURES if figure.name in known]
-    lines = []
-    for (language, name), found in samples.items():
-        cells = [shown_sample(found.get(figure.name)) for figure in figures]
-        lines.append([language, name, *cells])
-    asked = len(in_language(next(iter(answers.values())), languages[0]))
-    of_all = next(iter(methods.values())).get("questions", asked)
-    first = f"the first {asked} of {of_all} questions" if asked < of_all else f"{asked} questions"
-    legend = [f"- {figure.title}: {EXPLAINED[figure.name]}" for figure in figures]
-    return ["\n".join([f"Answers to {first} in each language, ± standard error over questions:", *legend]),
-            table(["language", "method", *(figure.title for figure in figures)], lines)]
+        *answer_section(answers, languages, any_method.get("questions")),
+        *language_section(answers, languages),
+        *heldout_section(methods, languages, lang),
+        f"Training took {', '.join(training) or 'no time'}. Decoding: "
+        f"{json.dumps(any_method.get('decoding'))}; hashes of model and data: config.json.",
+        *example_sections(answers, languages, examples)]
+    return "\n\n".join(sections) + "\n"
 
 
 def in_language(lines: list[dict], language: str) -> list[dict]:
     return [line for line in lines if line["language"] == language]
 
 
+def by_language_and_method(answers: Answers, languages: list[str]) -> list[tuple[str, str, list[dict]]]:
+    """The rows of every table: (language, method, its answers)."""
+    return [(language, name, in_language(lines, language))
+            for language in languages for name, lines in answers.items()]
+
+
+def answer_section(answers: Answers, languages: list[str], questions: int | None) -> list[str]:
+    """A row for each language and method, a column for each figure that one of them has. questions: how many
+    there were to answer, if that is known."""
+    rows, known = [], set()
+    for language, name, lines in by_language_and_method(answers, languages):
+        samples = measure(lines)
+        known.update(samples)
+        rows.append((language, name, samples))
+    figures = [figure for figure in FIGURES if figure.name in known]
+    cells = []
+    for language, name, samples in rows:
+        shown = [shown_sample(samples.get(figure.name)) for figure in figures]
+        cells.append([language, name, *shown])
+    asked = len(lines)
+    which = f"the first {asked} of {questions}" if questions and asked < questions else str(asked)
+    legend = [f"Answers to {which} questions in each language, ± standard error over questions:"]
+    legend += [f"- {figure.title}: {EXPLAINED[figure.name]}" for figure in figures]
+    titles = [figure.title for figure in figures]
+    return ["\n".join(legend), table(["language", "method", *titles], cells)]
+
+
 def shown_sample(sample: Sample | None) -> str:
-    return "-" if sample is None else with_error(sample.value, sample.error, sample.figure.digits)
+    if sample is None:
+        return "-"
+    return with_error(sample.value, sample.error, sample.figure.digits)
 
 
-def language_section(methods: dict, answers: dict[str, list[dict]], languages: list[str]) -> list[str]:
+def language_section(answers: Answers, languages: list[str]) -> list[str]:
     """In which languages the replies are that are not in the right one, counted; and the very short ones
     apart, whose language is hard to tell."""
-    lines, equal = [], {}
-    for language in languages:
-        for name in methods:
-            found = in_language(answers[name], language)
-            counts = languages_told(found)
-            judged = counts.pop("n_language")
-            equal[language] = len(found) - judged
-            if any(counts.values()):
-                lines.append([language, name, str(judged), *map(str, counts.values())])
-    same = [f"{count} of {language}" for language, count in equal.items() if count]
+    rows, left_out = [], {}
+    for language, name, lines in by_language_and_method(answers, languages):
+        counts = languages_told(lines)
+        judged = counts.pop("n_language")
+        left_out[language] = len(lines) - judged
+        if any(counts.values()):
+            cells = map(str, (judged, *counts.values()))
+            rows.append([language, name, *cells])
+    same = [f"{count} of {language}" for language, count in left_out.items() if count]
     parts = []
     if same:
         parts += [f"Answers that are the same in another language are left out of the language figures: "
                   f"{', '.join(same)}."]
-    if lines:
+    if rows:
         parts += ["Replies not in the language of the question (none of these counts as right), and those so "
                   "short that their language is hard to tell:",
-                  table(["language", "method", "replies", *LANGUAGES_TOLD], lines)]
+                  table(["language", "method", "replies", *LANGUAGES_TOLD], rows)]
     return parts
 
 
@@ -124,32 +141,36 @@ def heldout_section(methods: dict, languages: list[str], lang: str) -> list[str]
     lines = []
     for language in languages:
         place = side(language, languages[0], lang)
+        keys = [f"{figure}_{place}" for figure in HELD_OUT.values()]
         for name, scores in methods.items():
-            values = [scores["heldout"].get(f"{key}_{place}")
-                      for key in ("nll", "rewards/accuracies", "rewards/margins")]
+            values = [scores["heldout"].get(key) for key in keys]
             cells = ["-" if value is None else f"{value:.3f}" for value in values]
             lines.append([language, name, *cells])
     return ["Held-out pairs: NLL per token of the right response (lower is better), "
             "and how often (accuracy) and by how much (margin) training moved the right response up "
             "against the wrong one.",
-            table(["language", "method", "nll", "accuracy", "margin"], lines)]
+            table(["language", "method", *HELD_OUT], lines)]
 
 
-def example_sections(answers: dict[str, list[dict]], languages: list[str], examples: int) -> list[str]:
+def example_sections(answers: Answers, languages: list[str], examples: int) -> list[str]:
     """The first few questions in each language, with the expected answer and every method's reply below."""
     sections = []
     for language in languages:
-        replies = {name: in_language(lines, language)[:examples] for name, lines in answers.items()}
-        for lines in zip(*replies.values()):
-            text = [on_one_line(lines[0]["prompt"]), f"- expected: {on_one_line(lines[0]['expected'])}"]
-            text += [f"- {name}: {on_one_line(line['reply'])}" for name, line in zip(replies, lines)]
+        replies = [in_language(lines, language)[:examples] for lines in answers.values()]
+        for lines in zip(*replies):
+            text = [on_one_line(lines[0]["prompt"])]
+            text += ["- expected: " + on_one_line(lines[0]["expected"])]
+            for name, line in zip(answers, lines):
+                text += [f"- {name}: " + on_one_line(line["reply"])]
             sections.append("\n".join(text))
     return sections
 
 
 def on_one_line(text: str) -> str:
     text = " ".join(text.split())
-    return text if len(text) <= EXAMPLE_WIDTH else text[:EXAMPLE_WIDTH] + "…"
+    if len(text) <= EXAMPLE_WIDTH:
+        return text
+    return text[:EXAMPLE_WIDTH] + "…"
 
 
 # -------------------------------------------------------------------------------------------- what has changed
@@ -158,29 +179,34 @@ CHANGES = {"right_language": "replies in {}", "correct": "correct", "chrf": "chr
            "bits_per_byte": "bits per byte"}
 
 
-def closing_lines(answers: dict[str, list[dict]]) -> list[str]:
+def closing_lines(answers: Answers) -> list[str]:
     """A sentence for each language: what the last method changed against each of those before it (the base,
-    the baseline). answers: {method: lines of its answers.jsonl}."""
+    the baseline)."""
     *others, method = answers
     if not others:
         return []
-    lines = []
+    sentences = []
     for language in dict.fromkeys(line["language"] for line in answers[method]):
-        samples = {name: measure(in_language(found, language)) for name, found in answers.items()}
-        parts = [f"against {other}: {changes(samples[method], samples[other], language)}" for other in others]
-        lines.append(f"{language}: {method} {'; '.join(parts)}.")
-    return [*lines, "(± standard error of the difference, paired by question; a tie: its 95 % interval holds 0)"]
+        samples = {name: measure(in_language(lines, language)) for name, lines in answers.items()}
+        parts = [f"against {other}: {changes(samples[method], samples[other], language)}"
+                 for other in others]
+        sentences.append(f"{language}: {method} {'; '.join(parts)}.")
+    note = "(± standard error of the difference, paired by question; a tie: its 95 % interval holds 0)"
+    return [*sentences, note]
 
 
 def changes(one: dict[str, Sample], other: dict[str, Sample], language: str) -> str:
     told = []
     for name, title in CHANGES.items():
-        found = name in one and name in other and paired_difference([one[name]], [other[name]])
+        if name not in one or name not in other:
+            continue
+        figure = one[name].figure
+        found = paired_difference([one[name]], [other[name]])
         if found:
-            unit = " points" if one[name].figure.is_share else ""
+            unit = " points" if figure.is_share else ""
             verdict = f" ({found.verdict})" if found.verdict else ""
-            told.append(f"{title.format(language)} {shown_difference(found, one[name].figure.digits)}"
-                        f"{unit}{verdict}")
+            change = shown_difference(found, figure.digits)
+            told.append(f"{title.format(language)} {change}{unit}{verdict}")
     return ", ".join(told) or "nothing to compare"
 
 

@@ -1,6 +1,7 @@
 """evals/answers.py: what counts as correct, what is asked, scored and kept."""
 
 import json
+import math
 import unicodedata
 from types import SimpleNamespace
 
@@ -99,12 +100,12 @@ def test_the_first_rows_alone_are_answered_when_a_limit_is_given(tmp_path, monke
     reply_with(monkeypatch, REPLIES.get, ends=False)
     path = tmp_path / "answers.jsonl"
     scores = answer_and_score(None, TOKENIZER, ROWS, ("en", "sw"), fit_languages(TEXTS), 8, None, path,
-                              limit=2, reference_nll={"sw": [1.0, 2.0]})
+                              limit=2, reference_nll={"en": [3.0, 4.0], "sw": [1.0, 2.0]})
     assert scores["en"]["n"] == 2 and scores["questions"] == 3 and scores["en"]["ends"] == 0
     lines = read_answers(path, scores)
     assert [line["row_id"] for line in lines] == ["0", "1"] * 2
-    assert [line.get("reference_nll") for line in lines] == [None, None, 1.0, 2.0]
-    assert "bits_per_byte" in scores["sw"] and "bits_per_byte" not in scores["en"]
+    assert [line.get("reference_nll") for line in lines] == [3.0, 4.0, 1.0, 2.0]
+    assert scores["sw"]["bits_per_byte"] == pytest.approx(3 / math.log(2) / len("Simba anakula nyama.paris."), abs=1e-4)
 
 
 def test_a_score_says_whether_its_exact_answers_mean_something():
