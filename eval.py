@@ -3,8 +3,8 @@
     python eval.py ask --adapter runs/sw/clo/adapter "Mji mkuu wa Ufaransa ni upi?"
     python eval.py ask --adapter runs/sw/clo/adapter    # a small conversation, one question at a time
 
-A reply is *correct* when, normalised (Unicode NFC, case, spaces, final punctuation), it equals the row's
-response in the language of the question. Whether it is in the *right language* is judged by a naive Bayes
+A reply is *correct* when it equals the row's response in the language of the question but for case, spaces
+and final punctuation (evals/answers.py). Whether it is in the *right language* is judged by a naive Bayes
 classifier over character n-grams, fitted on the run's own parallel rows: it knows no language by name, only
 the ones it was given. Rows whose response is the same in another language say nothing about language; they
 are left out of that figure and counted.
