@@ -6,8 +6,12 @@ replies are worth is told by the other figures (figures.py).
 """
 
 import re
+import sys
 import unicodedata
+from dataclasses import dataclass
 from pathlib import Path
+
+from tqdm import tqdm
 
 import model as llama
 from engine.files import InputError, need, read_records, write_jsonl
@@ -68,6 +72,29 @@ def is_correct(reply: str, expected: str, language: str) -> bool:
 
 
 # ---------------------------------------------------------------------------------------------------- replies
+
+@dataclass(frozen=True)
+class Decoding:
+    """How replies are written."""
+    system_prompt: str | None
+    max_tokens: int
+    temperature: float           # 0: greedy
+    top_p: float
+    seed: int
+
+    def replies(self, model, tokenizer, questions: list[str], first: int = 0) -> list[tuple[str, int]]:
+        """(text, number of tokens) for each question, one batch. first: its place, which the seed depends on;
+        max_tokens of them are a reply that was cut."""
+        prompts = [tokenizer.prompt_ids(question, self.system_prompt) for question in questions]
+        long = sum(len(prompt) + self.max_tokens > model.config.max_position_embeddings for prompt in prompts)
+        if long:
+            tqdm.write(f"{long} prompts with --max-tokens {self.max_tokens} are longer than the "
+                       f"{model.config.max_position_embeddings} tokens that the model was made for",
+                       file=sys.stderr)
+        replies = llama.generate(model, prompts, self.max_tokens, tokenizer.stop_ids, self.temperature,
+                                 self.top_p, self.seed + first, len(prompts))
+        return [(tokenizer.decode(reply).strip(), len(reply)) for reply in replies]
+
 
 def answer(model, tokenizer, questions: list[str], max_tokens: int, system=None,
            label="answers") -> list[tuple[str, bool]]:

@@ -13,7 +13,7 @@ import statistics
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from engine.files import InputError, as_kind, need, parse_json, read_records, read_text
+from engine.files import InputError, need, read_json, read_records
 from evals.figures import ANSWER_KEYS, MEAN, RESAMPLES, SHARE, Difference, Sample, measure, paired_difference
 from evals.report import in_language, shown_difference, side, table, with_error
 
@@ -54,12 +54,6 @@ class Result:
         self.figures[name] = Value(sample.value, sample.error, sample.figure.digits)
 
 
-def load_object(path: Path) -> dict:
-    """The object in a JSON file, or an InputError that says which file is missing or damaged."""
-    value = parse_json(read_text(path), path, "was the run interrupted?")
-    return as_kind(value, dict, path)
-
-
 def load_lines(path: Path, keys: tuple[str, ...]) -> list[dict]:
     """The objects of a JSONL file, or an InputError that names the line without one of the keys."""
     found = read_records(path)
@@ -77,13 +71,13 @@ def is_run(directory: Path) -> bool:
 def is_begun(directory: Path) -> bool:
     """Of clo.py; models have a config.json, too, without "flags"."""
     path = directory / "config.json"
-    return path.is_file() and "flags" in load_object(path)
+    return path.is_file() and "flags" in read_json(path)
 
 
 def is_evaluation(directory: Path) -> bool:
     """Of eval.py, and finished; a method's directory inside a run has a result.json without "figures"."""
     path = directory / "result.json"
-    return path.is_file() and "figures" in load_object(path)
+    return path.is_file() and "figures" in read_json(path)
 
 
 def find_results(paths: list) -> tuple[list[Path], list[Path]]:
@@ -157,8 +151,8 @@ class Run:
 
 def open_run(directory: Path) -> Run:
     config, report = directory / "config.json", directory / "report.json"
-    flags = need(load_object(config), "flags", config)
-    found = load_object(report)
+    flags = need(read_json(config), "flags", config)
+    found = read_json(report)
     for key in ("methods", "lang", "samples", "seed"):
         need(found, key, report)
     return Run(directory, found, flags, {})
@@ -231,7 +225,7 @@ def read_evaluation(directory: Path, runs: list[Run]) -> list[Result]:
     """What `eval.py mc`, `perplexity` or `judge` wrote:
     the figures of one model, in the rows of the run it came from."""
     path = directory / "result.json"
-    found = load_object(path)
+    found = read_json(path)
     settings, figures = need(found, "settings", path), need(found, "figures", path)
     language, results = settings.get("language") or "-", []
     for run, method in origins(settings, runs):
@@ -409,9 +403,9 @@ def comparison_text(results: list[Result], baseline: str) -> str:
 def settings_of(directory: Path) -> dict:
     """What a directory's numbers depend on: decoding, template, shots, file hashes."""
     if not is_run(directory):
-        return load_object(directory / "result.json")["settings"]
-    config = load_object(directory / "config.json")
-    methods = load_object(directory / "report.json")["methods"]
+        return read_json(directory / "result.json")["settings"]
+    config = read_json(directory / "config.json")
+    methods = read_json(directory / "report.json")["methods"]
     first = next(iter(methods.values()))
     return {"hashes": config.get("inputs", {}),
             "decoding": first.get("decoding", {}),

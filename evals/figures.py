@@ -19,7 +19,7 @@ from typing import Callable
 
 import numpy as np
 
-from evals.language import MIXED
+from evals.language import MIXED, OTHER, letters
 
 CHRF_ORDER = 6          # longest character n-gram
 CHRF_BETA = 2           # recall weighs as much as this many precisions
@@ -27,7 +27,6 @@ RESAMPLES = 4000        # bootstrap draws of questions
 CERTAINTY = 0.95        # of an interval
 FEW = 5                 # with fewer questions than these no difference is called one
 SHORT_REPLY = 20        # letters below which the language of a reply says little
-OTHER = "other"
 SHORT_ANSWER = 60       # widest expected answer that a reply can be asked to equal
 
 ANSWER_KEYS = ("row_id", "language", "prompt", "reply", "expected", "correct", "reply_language", "judged")
@@ -207,10 +206,6 @@ def measure(lines: list[dict]) -> dict[str, Sample]:
     if not all(is_short(line["expected"]) for line in lines):
         samples.pop("correct", None)
     return samples
-
-
-def letters(text: str) -> int:
-    return sum(unicodedata.category(char)[0] == "L" for char in text)
 
 
 def languages_told(lines: list[dict]) -> dict[str, int]:
