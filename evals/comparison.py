@@ -256,18 +256,17 @@ def scored_sample(scores: dict[str, float]) -> Sample:
 
 def read_results(directories: list[Path]) -> list[Result]:
     """Results of run and evaluation directories, those of one trained model merged."""
-    runs = {directory: open_run(directory) for directory in directories if is_run(directory)}
-    label_methods_(list(runs.values()))
-    merged = {}
+    runs = [open_run(directory) for directory in directories if is_run(directory)]
+    label_methods_(runs)
+    found = [(run.directory, result) for run in runs for result in read_run(run)]
     for directory in directories:
-        if directory in runs:
-            found = read_run(runs[directory])
-        else:
-            found = read_evaluation(directory, list(runs.values()))
-        for result in found:
-            known = merged.setdefault((*result.row, result.seed), result)
-            if known is not result:
-                merge_(known, result, directory)
+        if not is_run(directory):
+            found += [(directory, result) for result in read_evaluation(directory, runs)]
+    merged = {}
+    for directory, result in found:
+        known = merged.setdefault((*result.row, result.seed), result)
+        if known is not result:
+            merge_(known, result, directory)
     return list(merged.values())
 
 

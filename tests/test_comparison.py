@@ -6,10 +6,10 @@ import math
 import random
 import re
 import statistics
+import sys
 
 import pytest
 
-import eval as evaluation
 from engine.files import InputError, read_records, write_json, write_jsonl
 from evals import comparison, plots, report
 
@@ -235,7 +235,8 @@ def test_plots_are_drawn(tmp_path):
 
 
 def test_plotting_without_matplotlib_is_one_clear_line(tmp_path, monkeypatch):
-    monkeypatch.setitem(__import__("sys").modules, "matplotlib", None)
+    import eval as evaluation
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
     with pytest.raises(InputError, match="--plot needs matplotlib: pip install matplotlib"):
         evaluation.main(["compare", str(tmp_path / "never read"), "--plot", str(tmp_path / "plots")])
 
