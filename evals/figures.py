@@ -23,7 +23,7 @@ from evals.language import MIXED, OTHER, letters
 
 CHRF_ORDER = 6          # longest character n-gram
 CHRF_BETA = 2           # recall weighs as much as this many precisions
-RESAMPLES = 4000        # bootstrap draws of questions
+RESAMPLES = 2000        # bootstrap draws of questions
 CERTAINTY = 0.95        # of an interval
 FEW = 5                 # with fewer questions than these no difference is called one
 SHORT_REPLY = 20        # letters below which the language of a reply says little
@@ -247,7 +247,7 @@ class Difference:
         return "a tie" if self.low <= 0 <= self.high else ""
 
 
-@lru_cache(maxsize=2)
+@lru_cache(maxsize=3)
 def drawn_questions(n: int) -> np.ndarray:
     """(RESAMPLES, n): how often each of n questions is in each draw of n."""
     chance = np.full(n, 1 / n)
