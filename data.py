@@ -51,10 +51,10 @@ def naming(path):
         raise InputError(str(error) if str(path) in str(error) else f"{path}: {error}") from None
 
 
-def read_counted(path, source, turns, targets):
+def read_counted(path, source, turns, targets, unique=False):
     """read_rows, saying what was read and left out."""
     counts = Counter()
-    rows = read_rows(path, source, turns, counts, targets)
+    rows = read_rows(path, source, turns, counts, targets, unique)
     print(f"{path}: {describe_counts(counts)}")
     return rows
 
@@ -75,8 +75,7 @@ def evaluation_rows(path, source, targets, trained):
     """The rows of a file that hold every language. trained: the training rows; questions that are among them are
     counted and said. InputError when two rows have one identifier."""
     with naming(path):
-        rows = require_languages(read_counted(path, source, "first", targets), source, *targets)
-        refuse_duplicates([(f"{path}, row {number}", row["row_id"]) for number, row in enumerate(rows, 1)])
+        rows = require_languages(read_counted(path, source, "first", targets, unique=True), source, *targets)
     known = {row[source]["prompt"] for row in trained}
     shared = sum(row[source]["prompt"] in known for row in rows)
     if shared:

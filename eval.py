@@ -13,6 +13,7 @@ import argparse
 import asyncio
 import json
 import math
+import re
 import sys
 from collections import Counter
 from dataclasses import asdict
@@ -35,11 +36,12 @@ from evals.winrate import (annotation, answer_settings, describe_failures, descr
                            keep_verdicts, pair_outputs, read_annotations, win_rate)
 from formats import hub
 from formats.chat import Tokenizer, load_tokenizer
-from formats.records import describe_counts, identifier, read_rows, require_languages
+from formats.records import describe_counts, read_rows, refuse_duplicates, require_languages
 from formats.weights import DTYPES, adapter_base, read_adapter
 
 DEFAULT_MODEL = "demo/llama"
 TRANSLATED_AT_ONCE = 16     # instructions between two writes
+LONGEST_NAME = 120          # characters of a directory's name; file systems hold 255 bytes
 
 
 # -------------------------------------------------------------------------------------------- model and files
@@ -88,8 +90,11 @@ def weights_hash(path: Path) -> str:
 
 def out_directory(system: str | None, *names: str) -> Path:
     """runs/eval/NAMES-SYSTEM: one directory for each evaluation of each model or adapter."""
-    name = Path(system or DEFAULT_MODEL).as_posix().strip("./").replace("/", "-")
-    return Path("runs/eval") / "-".join([*filter(None, names), name])
+    system = Path(system or DEFAULT_MODEL).as_posix().strip("./").replace("/", "-")
+    name = re.sub(r"[\s/]+", "-", "-".join([*filter(None, names), system]))
+    if len(name) > LONGEST_NAME:
+        name = f"{name[:LONGEST_NAME]}-{fingerprint(name)[:6]}"
+    return Path("runs/eval") / name
 
 
 def finish(out: Path, settings: dict, figures: dict, **details) -> None:
@@ -156,31 +161,39 @@ def answer_with_all(models: dict, tokenizer, question: str, how: Decoding) -> No
 def mc(args) -> None:
     """Score a multiple-choice benchmark: accuracies with their standard error,
     and every question's log-probs."""
-    benchmark = choice.read_benchmark(args.benchmark, args.files, args.shots, args.lang,
-                                          args.subjects and args.subjects.split(","), args.split, args.limit)
+    subjects = sorted({name.strip() for name in (args.subjects or "").split(",") if name.strip()})
+    benchmark = choice.read_benchmark(args.benchmark, args.files, args.shots, args.lang, subjects, args.split,
+                                      args.limit)
     model, tokenizer, settings = open_model(args.model, args.adapter, args.device, args.dtype)
-    settings |= benchmark.settings
-    system, shots = args.adapter or args.model, f"{args.shots}shot"
-    out = args.out or out_directory(system, args.benchmark, args.lang, shots)
-    part = [args.split != "test" and args.split, args.subjects, args.limit and f"first {args.limit}"]
-    figure = " ".join(filter(None, [args.benchmark, args.lang, f"{args.shots}-shot", *part]))
-    numbers = Counter()
-    names = [f"{question.subject} {numbers.update([question.subject]) or numbers[question.subject]}"
-             for question in benchmark.questions]
+    del settings["tokenizer and template"]         # a question is plain text: a template has no part in it
+    settings |= {"tokenizer": fingerprint(tokenizer.full.to_str(), tokenizer.names)} | benchmark.settings
+    name = [args.benchmark, args.lang, f"{args.shots}-shot", args.split if args.split != "test" else "",
+            short(subjects), f"first {args.limit}" if args.limit else ""]
+    figure = " ".join(filter(None, name))
+    out = args.out or out_directory(args.adapter or args.model, *name, settings["dtype"])
+    questions, numbers = {}, Counter()
+    for question in benchmark.questions:
+        numbers[question.subject] += 1
+        questions[f"{question.subject} {numbers[question.subject]}"] = question
     keys = ("question", "correct", "choice", "cut", "scores")
     with Journal(out / "answers.jsonl", settings, keys, args.fresh) as journal:
-        score_questions(model, tokenizer, dict(zip(names, benchmark.questions)), figure, journal,
-                        args.batch_tokens)
+        score_questions(model, tokenizer, questions, figure, journal, args.batch_tokens)
     answers = {line["question"]: line for line in journal.done}
-    summary = choice.summarise(benchmark, [answers[name] for name in names])
-    total, categories = summary["all"], {f"all of {name}": part
-                                         for name, part in summary["categories"].items()}
+    summary = choice.summarise(benchmark, [answers[name] for name in questions])
+    total = summary["all"]
+    categories = {f"all of {name}": part for name, part in summary["categories"].items()}
     print(table([figure, "accuracy %", "questions"],
                 [[name, with_error(part["accuracy"], part["stderr"]), str(part["n"])]
                  for name, part in {**summary["subjects"], **categories, "all": total}.items()]))
     cut = tell_cut(journal)
     finish(out, settings, {figure: {"value": total["accuracy"], "stderr": total["stderr"], "n": total["n"]}},
            **summary, cut=cut)
+
+
+def short(subjects: list[str]) -> str:
+    """Names of subjects for a figure and a directory; of many, how many and a hash."""
+    text = ",".join(subjects)
+    return text if len(text) <= 60 else f"{len(subjects)} subjects {fingerprint(subjects)[:6]}"
 
 
 def tell_cut(journal: Journal) -> int:
@@ -213,12 +226,13 @@ def ratio(nll: list[float], sizes: list[int]) -> dict:
 
 
 def perplexity(args) -> None:
-    """NLL of held-out responses per UTF-8 byte (the stop token's too),
-    which models with other tokenizers can be compared with, and its exponential."""
-    rows = require_languages(read_rows(args.data), args.source, args.lang)
+    """NLL of held-out responses per UTF-8 byte (the stop token's too), in nats and in bits, which models with
+    other tokenizers can be compared with, and its exponential."""
+    counts = Counter()
+    rows = require_languages(read_rows(args.data, args.source, counts=counts, targets=[args.lang], unique=True),
+                             args.source, args.lang)
+    print(f"{args.data}: {describe_counts(counts)}")
     rows = [row for row in rows if row.get("split", args.split) == args.split] if args.split else rows
-    choice.refuse_duplicates([(where, identifier(record, where))
-                                  for where, record in read_records(args.data)])
     if not rows:
         raise InputError(f"{args.data} has no row of split {args.split!r}: see --split")
     model, tokenizer, settings = open_model(args.model, args.adapter, args.device, args.dtype)
@@ -226,7 +240,10 @@ def perplexity(args) -> None:
                  "data hash": choice.file_hash(args.data), "split": args.split, "rows": len(rows),
                  "system_prompt": args.system_prompt,
                  "scored": "the response and its stop token, after the prompt"}
-    out = args.out or out_directory(args.adapter or args.model, "perplexity", args.lang)
+    name = ["perplexity", args.lang, args.source if args.source != "en" else "",
+            Path(args.data).with_suffix("").as_posix().strip("./"), args.split if args.split != "test" else "",
+            fingerprint(args.system_prompt)[:6] if args.system_prompt else "", settings["dtype"]]
+    out = args.out or out_directory(args.adapter or args.model, *name)
     places = ((comparison.SOURCE, args.source), (comparison.TARGET, args.lang))
     keys = ("question", "place", "nll", "bytes", "tokens", "cut")
     with Journal(out / "answers.jsonl", settings, keys, args.fresh) as journal:
@@ -235,14 +252,16 @@ def perplexity(args) -> None:
     figures, lines = {}, []
     for place, language in places:
         found = [line for line in journal.done if line["place"] == place]
-        figure = ratio([line["nll"] for line in found], [line["bytes"] for line in found])
-        tokens = sum(line["tokens"] for line in found)
-        exponential = {"value": math.exp(figure["value"]), "n": figure["n"], "digits": 4}
-        figures |= {f"nll/byte {place}": figure | {"digits": 4}, f"perplexity/byte {place}": exponential}
-        lines.append([language, with_error(figure["value"], figure["stderr"], 4),
-                      f"{exponential['value']:.4f}", f"{sum(line['nll'] for line in found) / tokens:.4f}",
-                      str(figure["n"])])
-    print(table(["", "nll per byte", "perplexity per byte", "nll per token", "rows"], lines))
+        nats = ratio([line["nll"] for line in found], [line["bytes"] for line in found]) | {"digits": 4}
+        bits = nats | {key: nats[key] and nats[key] / math.log(2) for key in ("value", "stderr")}
+        exponential = {"value": math.exp(nats["value"]), "n": nats["n"], "digits": 4}
+        figures |= {f"bits/byte {place}": bits, f"nll/byte {place}": nats,
+                    f"perplexity/byte {place}": exponential}
+        per_token = sum(line["nll"] for line in found) / sum(line["tokens"] for line in found)
+        lines.append([language, with_error(bits["value"], bits["stderr"], 4),
+                      with_error(nats["value"], nats["stderr"], 4), f"{exponential['value']:.4f}",
+                      f"{per_token:.4f}", str(nats["n"])])
+    print(table(["", "bits per byte", "nll per byte", "perplexity per byte", "nll per token", "rows"], lines))
     finish(out, settings, figures, cut=tell_cut(journal))
 
 
@@ -284,7 +303,7 @@ def read_instructions(path, language: str) -> list[dict]:
             need(record, "instruction", where)
         found.append((where, check_unicode({"instruction": as_kind(text, str, where),
                                          "dataset": record.get("dataset")}, where)))
-    choice.refuse_duplicates([(where, item["instruction"]) for where, item in found])
+    refuse_duplicates([(where, item["instruction"]) for where, item in found])
     if not found:
         raise InputError(f"{path}: the file holds no instruction")
     return [item for _, item in found]
@@ -469,7 +488,7 @@ def add_mc(parser) -> None:
     parser.add_argument("files", help="its directory as distributed (csv, tsv, jsonl), or hub id")
     add = flags.group(parser, "questions")
     add("--shots", flags.count, 0, "worked examples before each question; tables mostly use 5")
-    add("--lang", str, "", "of MMMLU, BELEBELE, AfriMMLU: sw, or its own code (SW-KE, swh_Latn, swa)")
+    add("--lang", str, "", "of MMMLU, BELEBELE: sw, or its own code (SW-KE, swh_Latn)")
     add("--subjects", str, None, "only these, joined by commas")
     add("--split", str, "test", "the split asked")
     add("--limit", flags.positive_int, None, "the first so many questions of every subject")
@@ -539,7 +558,7 @@ def add_compare(parser) -> None:
 COMMANDS = {                     # name: (flags, function, what it is, an example)
     "ask": (add_ask, ask, "one answer, or a small terminal conversation",
             'ask --adapter runs/sw/clo/adapter --beside "Mji mkuu wa Ufaransa ni upi?"'),
-    "mc": (add_mc, mc, "multiple choice: MMLU, MMMLU, CMMLU, BELEBELE, AfriMMLU",
+    "mc": (add_mc, mc, "multiple choice: MMLU, MMMLU, CMMLU, BELEBELE",
            "mc belebele data/belebele --lang sw --shots 5 --adapter runs/sw/clo/adapter"),
     "perplexity": (add_perplexity, perplexity, "NLL of held-out responses per byte, in both languages",
                    "perplexity --lang sw --adapter runs/sw/clo/adapter"),

@@ -18,7 +18,7 @@ import tokenizers
 from tokenizers import decoders, models
 
 from engine.files import InputError, read_json
-from formats.languages import M2M100_LANGUAGES, NLLB_CODES
+from formats.languages import M2M100_LANGUAGES, normal
 
 
 NORMAL, UNKNOWN, USER_DEFINED, BYTE = 1, 2, 4, 6  # kinds of SentencePiece's pieces
@@ -179,7 +179,7 @@ def load_tokenizer(path: Path) -> Tokenizer:
         found = re.fullmatch(r"__([a-z]{2,3})__|([a-z]{3}_[A-Z][a-z]{3})", token.content)
         if found:
             languages[found[1] or found[2]] = i
-    languages |= {short: languages[code] for short, code in NLLB_CODES.items() if code in languages}
+    languages |= {normal(code): i for code, i in languages.items() if normal(code) not in languages}
     if not languages:
         raise InputError(f"{fast} has no language tokens such as __sw__ or swh_Latn: no translator")
     return Tokenizer(inner, languages, inner.token_to_id("<unk>"))

@@ -6,6 +6,7 @@ import itertools
 import json
 import math
 from collections import Counter
+from pathlib import Path
 from types import SimpleNamespace
 from unittest import mock
 
@@ -218,7 +219,7 @@ def test_multiple_choice_from_the_command_line_resumes_to_the_same_numbers(tmp_p
     assert whole.returncode == 0, whole.stderr
     first = json.loads((tmp_path / "out" / "result.json").read_text())
     assert first["figures"]["mmlu 2-shot"]["n"] == 14 and set(first["categories"]) == {"stem", "humanities"}
-    for key in ("model hash", "tokenizer and template", "shots", "template", "description", "files",
+    for key in ("model hash", "tokenizer", "shots", "template", "description", "files",
                 "dtype", "scored"):
         assert key in first["settings"]
     answers = tmp_path / "out" / "answers.jsonl"
@@ -232,6 +233,27 @@ def test_multiple_choice_from_the_command_line_resumes_to_the_same_numbers(tmp_p
             and refused.stderr.count("\n") == 1)
 
 
+def test_another_limit_split_subject_or_dtype_is_another_result_in_its_own_directory(tmp_path, monkeypatch):
+    from test_choice import write_mmlu
+    write_mmlu(tmp_path / "files"), write_checkpoint(tmp_path / "m"), monkeypatch.chdir(tmp_path)
+    sequence = {"0-shot-first-3": ["--limit", "3"], "0-shot": [], "2-shot": ["--shots", "2"],
+                "0-shot-dev": ["--split", "dev"], "0-shot-anatomy": ["--subjects", " anatomy"],
+                "0-shot-anatomy,world_religions": ["--subjects", "world_religions, anatomy"]}
+    for more in [*sequence.values(), *sequence.values(), ["--dtype", "bf16"]]:
+        evaluation.main(["mc", "mmlu", "files", "--model", "m", "--device", "cpu", *more])
+    names = {path.parent.name: json.loads(path.read_text()) for path in Path().glob("runs/eval/*/result.json")}
+    assert set(names) == {*(f"mmlu-{name}-fp32-m" for name in sequence), "mmlu-0-shot-bf16-m"}
+    assert [list(result["figures"]) for result in map(names.get, (
+        "mmlu-0-shot-first-3-fp32-m", "mmlu-0-shot-fp32-m"))] == [["mmlu 0-shot first 3"], ["mmlu 0-shot"]]
+
+
+def test_names_of_directories_stay_short_and_tell_long_ones_apart():
+    args = evaluation.parse_args(["mc", "mmlu", "files", "--model", "/".join(["directory"] * 40)])
+    first, second = (evaluation.out_directory(args, "mmlu", evaluation.short([f"{name}{i}" for i in range(57)]))
+                     for name in ("anatomy", "law"))
+    assert first != second and max(len(first.name), len(second.name)) < 140 and " " not in first.name
+
+
 def test_perplexity_per_byte_is_that_of_single_sequences_long_prompts_cut_and_said(tmp_path):
     import torch
     import model as llama
@@ -241,7 +263,8 @@ def test_perplexity_per_byte_is_that_of_single_sequences_long_prompts_cut_and_sa
     assert first.returncode == again.returncode == 0, first.stderr + again.stderr
     assert ("1 of 14 prompts were longer than the model reads" in first.stdout
             and "holds 14 answers" in again.stdout)
-    assert first.stdout.splitlines()[1:4] == again.stdout.splitlines()[2:5]
+    assert first.stdout.splitlines()[2:5] == again.stdout.splitlines()[3:6]
+    assert first.stdout.startswith(f"{rows}: 7 read, 7 kept\n")
     figures = json.loads((tmp_path / "out" / "result.json").read_text())["figures"]
     model, tokenizer = llama.load(path, dtype=torch.float64), load_tokenizer(path)
     for place, language in (("source", "en"), ("target", "sw")):
@@ -253,7 +276,10 @@ def test_perplexity_per_byte_is_that_of_single_sequences_long_prompts_cut_and_sa
             logp = (model(torch.tensor([ids[:-1]]))[0] @ model.head.T).log_softmax(-1)
             nll -= sum(logp[i - len(reply), token].item() for i, token in enumerate(reply))
             size += len(row[language]["response"].encode())
-        assert figures[f"nll/byte {place}"]["value"] == pytest.approx(nll / size, rel=1e-5)
+        nats, bits = figures[f"nll/byte {place}"], figures[f"bits/byte {place}"]
+        assert nats["value"] == pytest.approx(nll / size, rel=1e-5)
+        assert bits["value"] == pytest.approx(math.log2(math.e) * nll / size, rel=1e-5)
+        assert bits["stderr"] / bits["value"] == pytest.approx(nats["stderr"] / nats["value"])
         assert figures[f"perplexity/byte {place}"]["value"] == pytest.approx(math.exp(nll / size), rel=1e-5)
 
 

@@ -31,7 +31,9 @@ WORDS = st.sampled_from(["en", "sw", "id", "row_id", "prompt", "response", "inst
                          "messages", "role", "content", "conversations", "from", "value", "message_id",
                          "parent_id", "text", "replies", "rank", "lang", "tree_state", "message_tree_id",
                          "user", "assistant", "prompter", "system", "history", "split", "completion",
-                         "review_result", "deleted", "synthetic"])
+                         "review_result", "deleted", "synthetic", "chosen", "rejected", "data", "conversation",
+                         "context", "inputs", "targets", "question", "answer", "choices", "tool_calls", "type",
+                         "language", "train", "human", "gpt", "tool", "\n\nHuman: q\n\nAssistant: r"])
 RECORDS = st.recursive(SCALARS | WORDS, lambda inner: (st.lists(inner, max_size=4)
                                                        | st.dictionaries(WORDS, inner, max_size=5)),
                        max_leaves=12)
