@@ -47,7 +47,7 @@ from engine.progress import progress
 from evals import heldout
 from evals.answers import answer_and_score, read_answers
 from evals.language import LanguageModel, fit_languages, texts_by_language
-from evals.report import report_text
+from evals.report import closing_lines, report_text
 from formats import hub
 from formats.chat import Tokenizer
 from formats.checkpoints import check_outputs, save_adapter, save_merged, save_model
@@ -415,7 +415,7 @@ class Job:
     groups: list[list[data.Fork]]    # a group of forks for every training row
     heldout: list[data.Batch]
     samples: list[data.Fork]         # held-out questions whose answers every validation shows
-    answered: list[dict]             # rows answered at the end
+    answered: list[dict]             # rows of which --answers are answered at the end
     classifier: LanguageModel
     untrained: list[dict] | None = None     # the untrained model's answers to the samples, once known
 
@@ -583,7 +583,7 @@ def run_method(name: str, job: Job) -> dict:
             policy = summed_logps(model, job.heldout, "held-out")
     scores = answer_and_score(model, job.tokenizer, job.answered, job.languages, job.classifier,
                               args.max_new_tokens, args.system_prompt,
-                              directory / "answers.jsonl" if ranks.rank() == 0 else None)
+                              directory / "answers.jsonl" if ranks.rank() == 0 else None, args.answers)
     scores["heldout"] = heldout.score(job.heldout, policy, base, args.beta, args.targets)
     scores["train_seconds"] = round(seconds, 2)
     if stages:
@@ -706,7 +706,7 @@ def make_job(args, device: torch.device) -> Job:
     return Job(args, run, device, chosen["dtype"], packing, tokenizer, identity, groups,
                [batch for step in heldout_steps for batch in step],
                [fork for group in heldout_groups[:heldout.SAMPLE_ANSWERS] for fork in group],
-               answered[:args.answers], fit_languages(texts_by_language(rows, languages)))
+               answered, fit_languages(texts_by_language(rows, languages)))
 
 
 def main(argv=None) -> None:
@@ -738,6 +738,7 @@ def main(argv=None) -> None:
     ranks.on_first(lambda: (write_json(job.run / "report.json", report),
                             write_text(job.run / "report.md", text)))
     print("\n" + text)
+    print("\n".join(closing_lines(answers)))
     print_ending(job, time.perf_counter() - began)
     ranks.stop()
 

@@ -27,7 +27,7 @@ import translate
 from engine import flags, ranks
 from engine.files import InputError, Journal, check_unicode, fingerprint, read_records, run, write_json
 from engine.flags import REQUIRED
-from evals import choice, judge, report
+from evals import choice, comparison, judge, plots
 from evals.answers import HASH_DIGITS, Decoding
 from evals.instructions import answer_instructions, model_outputs, read_instructions
 from evals.report import table
@@ -251,7 +251,7 @@ def perplexity(args) -> None:
             Path(args.data).with_suffix("").as_posix().strip("./"), args.split if args.split != "test" else "",
             fingerprint(args.system_prompt)[:6] if args.system_prompt else "", settings["dtype"]]
     out = args.out or out_directory(args.adapter or args.model, *name)
-    places = ((report.SOURCE, args.source), (report.TARGET, args.lang))
+    places = ((comparison.SOURCE, args.source), (comparison.TARGET, args.lang))
     keys = ("question", "place", "nll", "bytes", "tokens", "cut")
     with Journal(out / "answers.jsonl", settings, keys, args.fresh) as journal:
         for place, language in places:
@@ -259,9 +259,9 @@ def perplexity(args) -> None:
     figures, lines = {}, []
     for place, language in places:
         found = [line for line in journal.done if line["place"] == place]
-        nats = ratio([line["nll"] for line in found], [line["bytes"] for line in found])
+        nats = ratio([line["nll"] for line in found], [line["bytes"] for line in found]) | {"digits": 4}
         bits = nats | {key: nats[key] and nats[key] / math.log(2) for key in ("value", "stderr")}
-        exponential = {"value": math.exp(nats["value"]), "n": nats["n"]}
+        exponential = {"value": math.exp(nats["value"]), "n": nats["n"], "digits": 4}
         figures |= {f"bits/byte {place}": bits, f"nll/byte {place}": nats,
                     f"perplexity/byte {place}": exponential}
         per_token = sum(line["nll"] for line in found) / sum(line["tokens"] for line in found)
@@ -423,11 +423,16 @@ def winrate(args) -> None:
 
 def compare(args) -> None:
     """One table over runs and evaluations, paired differences from the baseline, and plots when asked."""
-    results = report.read_results(args.runs)
-    print(report.comparison(results, args.baseline))
-    print(report.settings_text(args.runs))
     if args.plot:
-        for path in report.plot(results, args.plot):
+        plots.import_pyplot()
+    directories, left_out = comparison.find_results(args.runs)
+    if left_out:
+        print(f"left out, no finished run or evaluation: {', '.join(map(str, left_out))}\n")
+    results = comparison.read_results(directories)
+    print(comparison.comparison_text(results, args.baseline))
+    print(comparison.settings_text(directories))
+    if args.plot:
+        for path in plots.plot(results, args.plot):
             print(f"plot: {path}")
 
 
@@ -530,7 +535,7 @@ def add_winrate(parser) -> None:
 
 def add_compare(parser) -> None:
     parser.add_argument("runs", nargs="+", metavar="RUN",
-                        help="run directories of clo.py; directories of mc, perplexity, judge")
+                        help="run directories of clo.py, directories of mc, perplexity, judge, or what holds them")
     add = flags.group(parser, "table")
     add("--baseline", str, "sft", "method the others are compared with, question by question")
     add("--plot", str, None, "draw learning curves and the trade-off into this directory")
