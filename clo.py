@@ -150,6 +150,9 @@ class Objective:
         return loss
 
 
+PAIRS = Objective(0.5, ("tgt",))    # reads every pair: what held-out figures are made of
+
+
 # ------------------------------------------------------------------------------------------------------- step
 
 @dataclass(frozen=True)
@@ -363,7 +366,6 @@ def make_trainable(model: llama.Llama, train: str, rank: int, alpha: float, seed
 
     Returns {name: parameter}; those are fp32 (fp64 stays), everything else is frozen in the model's dtype.
     """
-    model.compute_dtype = model.head.dtype
     if train == "lora":
         add_lora(model, rank, alpha, seed, device)
     for name, parameter in model.named_parameters():
@@ -390,6 +392,16 @@ IDENTITY = (
     "device", "dtype", "shard")
 
 
+@dataclass(frozen=True)
+class Packing:
+    """How samples become micro-batches. trim: drop padding that all rows of one share; on CUDA rows keep one
+    length, since its attention is compiled for a shape."""
+    batch_size: int = 8
+    row_tokens: int = 1024
+    micro_rows: int = 1
+    trim: bool = True
+
+
 @dataclass
 class Job:
     """What all methods of a run share."""
@@ -397,7 +409,7 @@ class Job:
     run: Path
     device: torch.device
     dtype: str                       # "auto" resolved
-    micro_rows: int                  # packed rows per forward pass
+    packing: Packing
     tokenizer: Tokenizer
     identity: str                    # hash of the flags in IDENTITY and of the files the run reads
     groups: list[list[data.Fork]]    # a group of forks for every training row
@@ -417,7 +429,7 @@ def stages_of(method: str, args) -> list[tuple[str, Objective]]:
     stages = []
     for name, (lam, nll) in zip(method.split("+"), METHODS.get(method, [])):
         if lam is None:
-            lam, nll = args.lam, args.nll
+            lam, nll = args.lam, tuple(args.nll.split(","))
         stages.append((name, Objective(lam, nll, args.beta, args.preference, args.anchor)))
     return stages
 
@@ -435,22 +447,21 @@ def stage_forks(group: list[data.Fork], objective: Objective) -> list[data.Fork]
     return forks
 
 
-def make_steps(groups: list[list[data.Fork]], objective: Objective, args, micro_rows: int,
+def make_steps(groups: list[list[data.Fork]], objective: Objective, packing: Packing,
                seed: int | None) -> list[list[data.Batch]]:
-    """Optimiser steps of args.batch_size rows, each a list of micro-batches. Packed once: reference and
-    training see the same rows (a GEMM row's bits depend on the row count). On CUDA rows keep one length,
-    since its attention is compiled for a shape; elsewhere they are trimmed. seed None keeps the order."""
-    trim = not args.device.startswith("cuda")
+    """Optimiser steps of packing.batch_size samples, each a list of micro-batches. Packed once: reference and
+    training see the same rows (a GEMM row's bits depend on the row count). seed None keeps the order."""
     order = list(range(len(groups)))
     if seed is not None:
         order = torch.randperm(len(groups), generator=torch.Generator().manual_seed(seed)).tolist()
     steps = []
-    for first in range(0, len(order), args.batch_size):
+    for first in range(0, len(order), packing.batch_size):
         forks = []
-        for i in order[first:first + args.batch_size]:
+        for i in order[first:first + packing.batch_size]:
             forks += stage_forks(groups[i], objective)
         if forks:
-            steps.append(data.micro_batches(forks, args.row_tokens, micro_rows, trim, ends=False))
+            steps.append(data.micro_batches(forks, packing.row_tokens, packing.micro_rows, packing.trim,
+                                            ends=False))
     return steps
 
 
@@ -498,14 +509,13 @@ def load_model(job: Job, learns: bool) -> tuple[llama.Llama, dict[str, nn.Parame
     def learn(model):
         if learns:
             make_trainable(model, args.train, args.lora_rank, args.lora_alpha, args.seed, job.device)
+    dtype = DTYPES[job.dtype]
     if args.shard:
-        model = ranks.load(args.model, job.device, DTYPES[job.dtype], prepare=learn)
+        model = ranks.load(args.model, job.device, dtype, prepare=learn, recompute=args.recompute)
     else:
-        model = llama.load(args.model, job.device, DTYPES[job.dtype])
+        compiler = "inductor" if learns and job.device.type == "cuda" else None   # breaks at every hook of FSDP
+        model = llama.load(args.model, job.device, dtype, recompute=args.recompute, compiler=compiler)
         learn(model)
-    model.recompute = args.recompute
-    if learns and job.device.type == "cuda" and not args.shard:   # torch.compile breaks at every hook of FSDP
-        llama.compile_blocks_(model)
     return model, trainable(model)
 
 
@@ -541,7 +551,7 @@ def run_method(name: str, job: Job) -> dict:
     base = reference_logps(model, job.heldout, job, "", "reference held-out")
     policy = base
     for number, (part, objective) in enumerate(stages):
-        packed = make_steps(job.groups, objective, args, job.micro_rows, args.seed)
+        packed = make_steps(job.groups, objective, job.packing, args.seed)
         history = "" if number == 0 else fingerprint(job.identity, name, number)
         if objective.prefers:
             batches = [batch for step in packed for batch in step]
@@ -674,17 +684,19 @@ def make_job(args, device: torch.device) -> Job:
 
     print("\n2. Forks")
     options = tokenizer, args.source, args.targets, args.row_tokens, args.system_prompt
-    groups, counts = data.make_forks(rows, *options)
+    with data.naming(args.data):
+        groups, counts = data.make_forks(rows, *options)
     print(describe_counts(counts))
-    heldout_groups, _ = data.make_forks(heldout_rows, *options)
+    with data.naming(args.eval_data if split.heldout else args.data):
+        heldout_groups, _ = data.make_forks(heldout_rows, *options)
     check_pairs(groups, args)
     if not missing:
         run, chosen, identity = open_run(args, tokenizer, device)
     print(f"compute type {chosen['dtype']}, {chosen['micro_rows']} packed rows per forward pass")
-    pairs = Objective(args.lam, ("tgt",))
-    heldout_steps = make_steps(heldout_groups, replace(pairs, lam=0.5), args, chosen["micro_rows"], None)
+    packing = Packing(args.batch_size, args.row_tokens, chosen["micro_rows"], trim=device.type != "cuda")
+    heldout_steps = make_steps(heldout_groups, PAIRS, packing, None)
     languages = (args.source, *args.targets)
-    return Job(args, run, device, chosen["dtype"], chosen["micro_rows"], tokenizer, identity, groups,
+    return Job(args, run, device, chosen["dtype"], packing, tokenizer, identity, groups,
                [batch for step in heldout_steps for batch in step],
                [fork for group in heldout_groups[:heldout.SAMPLE_ANSWERS] for fork in group],
                answered[:args.answers], fit_languages(texts_by_language(rows, languages)))
@@ -770,12 +782,13 @@ def dry_run(args, device: torch.device) -> None:
     print(f"of {len(rows)} rows: {describe_counts(counts)}")
     if len(rows) == count:                                       # else the rows not looked at may have pairs
         check_pairs(groups, args)
+    packing = Packing(args.batch_size, args.row_tokens, chosen["micro_rows"], trim=plan.device != "cuda")
     if here:
         print(f"timing one and two layers on {device} in {chosen['dtype']}")
     total, each = 0.0, math.ceil(count / args.batch_size)
     for name in dict.fromkeys((args.baseline, args.method)):
         for part, objective in stages_of(name, args):
-            steps = make_steps(groups, objective, args, chosen["micro_rows"], args.seed)
+            steps = make_steps(groups, objective, packing, args.seed)
             tokens = sum(batch.used for step in steps for batch in step) / len(groups) * min(args.batch_size, count)
             took = scale.step_seconds(config, plan, tokens)
             if here:
@@ -828,7 +841,6 @@ def parse_args(argv=None) -> argparse.Namespace:
     if len({args.source, *args.targets}) <= len(args.targets):
         parser.error(f"--lang {args.lang}: different languages joined by commas were expected, "
                      f"{args.source} not among them")
-    args.nll = tuple(args.nll.split(","))
     args.out = args.out or f"runs/{args.lang}"
     beside = Path(args.data).with_name("eval.jsonl")
     args.eval_found = args.eval_data is None and beside.is_file() and beside != Path(args.data)

@@ -21,11 +21,10 @@ import numpy as np
 import torch
 
 from engine.files import InputError, run
-from evals.choice import refuse_duplicates
 from formats.chat import load_tokenizer
 from formats.languages import normal
-from formats.records import (FORMATS, describe_counts, languages_of, read_rows, require_languages,
-                             write_preferences)
+from formats.records import (FORMATS, describe_counts, languages_of, read_rows, refuse_duplicates,
+                             require_languages, write_preferences)
 
 # ---- which rows train, validate and answer ----
 

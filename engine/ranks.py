@@ -153,8 +153,8 @@ def full(tensor: Tensor) -> Tensor:
     return tensor.full_tensor() if is_sharded(tensor) else tensor
 
 
-def load(path, device, dtype: torch.dtype, adapter=None,
-         prepare: Callable = lambda model: None) -> llama.Llama:
+def load(path, device, dtype: torch.dtype, adapter=None, prepare: Callable = lambda model: None,
+         recompute: bool = False) -> llama.Llama:
     """model.load of a directory with the parameters spread over all ranks, of which none ever holds more than
     its share and one tensor: the model is made without memory, sharded, and each rank then reads its own rows
     from the files.
@@ -163,7 +163,7 @@ def load(path, device, dtype: torch.dtype, adapter=None,
     which are small), stays whole on every rank.
     """
     assert dist.is_initialized(), "there are no ranks to share the model: torchrun starts them"
-    model, weights, names = llama.open_checkpoint(path)
+    model, weights, names = llama.open_checkpoint(path, dtype, recompute)
     updates = {} if adapter is None else read_adapter(adapter, set(names))
     model.requires_grad_(False).eval().to(dtype)
     prepare(model)
@@ -208,7 +208,7 @@ def shard_(model: llama.Llama) -> None:
     from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
     mesh = init_device_mesh("cuda" if dist.get_backend() == "nccl" else "cpu", (size(),))
     replicated = {parameter for parameter in model.parameters() if not parameter.is_meta}
-    compute = model.compute_dtype or model.head.dtype
+    compute = model.compute_dtype
     policy = MixedPrecisionPolicy(param_dtype=compute, cast_forward_inputs=False,
                                   reduce_dtype=torch.promote_types(compute, torch.float32))
     for block in model.model["layers"]:

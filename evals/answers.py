@@ -1,6 +1,8 @@
 """Replies to held-out questions: made greedily, compared with the expected answers, kept on disk."""
 
+import sys
 import unicodedata
+from dataclasses import dataclass
 from pathlib import Path
 
 from tqdm import tqdm
@@ -11,6 +13,29 @@ from evals.language import LanguageModel, MIXED, reply_language
 
 HASH_DIGITS = 16
 ANSWER_KEYS = ("row_id", "language", "prompt", "reply", "expected", "correct", "reply_language", "judged")
+
+
+@dataclass(frozen=True)
+class Decoding:
+    """How replies are written."""
+    system_prompt: str | None
+    max_tokens: int
+    temperature: float           # 0: greedy
+    top_p: float
+    seed: int
+
+    def replies(self, model, tokenizer, questions: list[str], first: int = 0) -> list[tuple[str, int]]:
+        """(text, number of tokens) for each question, one batch. first: its place, which the seed depends on;
+        max_tokens of them are a reply that was cut."""
+        prompts = [tokenizer.prompt_ids(question, self.system_prompt) for question in questions]
+        long = sum(len(prompt) + self.max_tokens > model.config.max_position_embeddings for prompt in prompts)
+        if long:
+            tqdm.write(f"{long} prompts with --max-tokens {self.max_tokens} are longer than the "
+                       f"{model.config.max_position_embeddings} tokens that the model was made for",
+                       file=sys.stderr)
+        replies = llama.generate(model, prompts, self.max_tokens, tokenizer.stop_ids, self.temperature,
+                                 self.top_p, self.seed + first, len(prompts))
+        return [(tokenizer.decode(reply).strip(), len(reply)) for reply in replies]
 
 
 def normalise(text: str) -> str:

@@ -100,7 +100,7 @@ def check_outputs(model, outputs: dict[Path, dict], ids: list[int], load=load) -
     logits of a text with the trained model's, on the same device in the same dtype. The model gives up its
     memory for that: it ends on the meta device."""
     tokens = torch.tensor([ids], device=model.head.device)
-    device, dtype = model.head.device, model.compute_dtype or model.head.dtype
+    device, dtype = model.head.device, model.compute_dtype
     expected = (model(tokens)[0] @ model.head.to(dtype).T).float().cpu()
     model.to("meta")
     for path, arguments in outputs.items():

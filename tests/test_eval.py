@@ -5,6 +5,7 @@ import io
 import itertools
 import json
 import math
+from collections import Counter
 from types import SimpleNamespace
 from unittest import mock
 
@@ -21,6 +22,7 @@ from evals.language import (INDEPENDENCE, SWITCH, UNSEEN, fit_languages, foreign
 from formats.chat import load_tokenizer
 from formats import records
 from formats.records import read_rows
+from translate import Translation
 
 LANGUAGES = ("de", "en", "id", "ko", "sw", "yo", "zh")
 TEXTS = {"en": ["The lion eats meat.", "What is the capital of France?", "The river is long."],
@@ -216,9 +218,60 @@ def run(*arguments, typed=""):
 def test_ask_answers_a_question_and_holds_a_conversation(tmp_path):
     path = write_checkpoint(tmp_path)
     one = run("ask", "--model", path, "--max-tokens", 5, "Where is the lion?")
-    assert one.returncode == 0 and one.stderr == ""
+    assert one.returncode == 0 and one.stderr == f"loading {path}\n"
+    assert one.stdout.endswith("\n(cut at --max-tokens 5)\n")
     talk = run("ask", "--model", path, "--max-tokens", 5, typed="Where is the lion?\n\nnever read\n")
     assert talk.returncode == 0 and talk.stdout.count("> ") == 2 and one.stdout.strip() in talk.stdout
+
+
+def test_ask_shows_the_base_and_adapters_side_by_side_each_as_it_answers_alone(tmp_path):
+    from test_export import with_lora, write_adapter
+    base = write_checkpoint(tmp_path / "base")
+    adapters = [write_adapter(with_lora(base, alpha=alpha), base, tmp_path / f"adapter{alpha}")
+                for alpha in (12, 500)]
+    both = ["--adapter", adapters[0], "--adapter", adapters[1]]
+    alone = [run("ask", *flags, "--max-tokens", 5, "Who?").stdout for flags in (
+        ["--model", base], both[:2], both[2:])]
+    names = [base, *adapters]
+    asked = run("ask", *both, "--beside", "--max-tokens", 5, "Who?")
+    assert asked.stdout == "".join(f"{name}:\n{text}" for name, text in zip(names, alone)), asked.stderr
+    talk = run("ask", *both, "--beside", "--max-tokens", 5, typed="Who?\n\n")
+    assert asked.stdout in talk.stdout and len(set(alone)) > 1
+    assert run("ask", *both, "--max-tokens", 5, "Who?").stdout == asked.stdout[asked.stdout.index(
+        f"{adapters[0]}:"):]
+
+
+@pytest.mark.parametrize("arguments", [
+    ["ask", "--top-p", "0", "Who?"], ["ask", "--temperature", "-1", "Who?"], ["ask", "--max-tokens", "0", "Who?"],
+    ["ask", "--seed", "-1", "Who?"], ["ask", "--temperature", "nan", "Who?"], ["mc", "mmlu", ".", "--limit", "-3"],
+    ["mc", "mmlu", ".", "--shots", "-1"], ["mc", "mmlu", ".", "--batch-tokens", "0"],
+    ["perplexity", "--lang", "sw", "--batch-tokens", "x"],
+    ["alpaca", "--lang", "sw", "--instructions", "x", "--batch-size", "0"],
+    ["alpaca", "--lang", "sw", "--instructions", "x", "--beams", "0"],
+    ["alpaca", "--lang", "sw", "--instructions", "x", "--top-p", "1.5"],
+    ["judge", "a", "b", "--timeout", "inf"], ["judge", "a", "b", "--parallel", "0"],
+    ["judge", "a", "b", "--attempts", "0"], ["judge", "a", "b", "--judge-tokens", "0"],
+    ["judge", "a", "b", "--price-in", "-1"], ["judge", "a", "b", "--seed", "nan"],
+    ["judge", "a", "b", "--limit", "0"]])
+def test_every_number_of_every_command_is_checked_in_one_line(arguments):
+    result = run(*arguments)
+    assert result.returncode == 2 and result.stderr.count("\n") == 1 and "was expected" in result.stderr
+
+
+@pytest.mark.parametrize("command", evaluation.COMMANDS)
+def test_help_has_an_example_and_no_flag_without_words(command):
+    told = run(command, "--help").stdout
+    assert f"Example:\n  python eval.py {command} " in told and "None" not in told
+    assert all(len(line) <= 150 for line in told.splitlines())
+
+
+def test_alpaca_misses_the_model_before_it_translates(tmp_path, monkeypatch):
+    (tmp_path / "i.json").write_text('[{"instruction": "a"}]')
+    monkeypatch.setattr(evaluation.translate, "load", lambda *_: pytest.fail("hours of translation"))
+    for flags in (["--adapter", tmp_path / "none", "--model", write_checkpoint(tmp_path / "base")],
+                  ["--model", tmp_path / "none"]):
+        result = run("alpaca", "--instructions", tmp_path / "i.json", "--lang", "sw", "--translator", "t", *flags)
+        assert result.returncode == 2 and str(tmp_path / "none") in result.stderr
 
 
 def test_ask_refuses_what_is_not_there_in_one_line(tmp_path):
@@ -316,20 +369,28 @@ def test_answers_for_alpaca_eval_have_its_format_and_resume(tmp_path):
     assert (settings["temperature"], settings["max_tokens"], settings["seed"]) == (0.7, 6, 0)
 
 
-def test_translated_instructions_are_the_same_for_every_system_and_each_is_there_once(
+def test_translated_instructions_are_the_same_for_every_system_and_what_failed_a_check_is_left_out(
         tmp_path, monkeypatch, capsys):
     calls = []
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(evaluation.translate, "load", lambda *_: SimpleNamespace(fingerprint="abc"))
-    monkeypatch.setattr(evaluation.translate, "translate", lambda texts, *_: calls.append(len(texts)) or [
-        {"Say 3": " ", "Say 5": "Say 1 1"}.get(text, f"{text} {len(calls)}") for text in texts])
+    monkeypatch.setattr(evaluation.translate, "load", lambda *_: SimpleNamespace(
+        fingerprint="abc", check=lambda *_: None))
+
+    def translate(texts, *_):
+        calls.append(len(texts))
+        odd = {"Say 3": " ", "Say 5": "Say 1 1"}
+        return [Translation(odd.get(text, f"{text} {len(calls)}"), Counter(length=2) if text == "Say 7" else Counter())
+                for text in texts]
+
+    monkeypatch.setattr(evaluation.translate, "translate", translate)
     args = SimpleNamespace(translator="t", device="cpu", source="en", lang="sw", beams=2)
     items = [{"instruction": f"Say {i}", "dataset": None} for i in range(20)]
     first = evaluation.translate_instructions(items, args)
     assert evaluation.translate_instructions(items, args) == first and calls == [16, 4]
     assert [item["instruction"] for item in first] == [
-        f"Say {i} {1 + i // 16}" for i in range(20) if i not in (3, 5)]
-    assert "2 translations are left out: empty, or equal to an earlier one" in capsys.readouterr().out
+        f"Say {i} {1 + i // 16}" for i in range(20) if i not in (3, 5, 7)]
+    assert ("3 of 20 translated instructions are left out: 1 empty, 1 equal to an earlier one, 1 length"
+            in capsys.readouterr().out)
 
 
 def test_compare_prints_tables_settings_and_the_plots_it_drew(tmp_path):

@@ -81,8 +81,8 @@ def test_unfolded_attention_equals_the_dense_mask_with_its_gradients(window):
     _, fork, branch, positions, _ = packed_row()
     q, k, v = (torch.randn(2, 18, heads, 6, dtype=torch.float64, requires_grad=True) for heads in (4, 2, 2))
     real = fork >= 0
-    dense = llama.attend_dense(q, k, v, llama.visible(fork, branch, positions, window))[real]
-    unfolded = llama.fork_attention(fork, branch, positions, window)(q, k, v)[real]
+    dense = llama.sdpa(q, k, v, llama.dense_mask(fork, branch, positions, window))[real]
+    unfolded = llama.fork_attention(fork, branch, positions, 6, window)(q, k, v)[real]
     torch.testing.assert_close(unfolded, dense, rtol=0, atol=1e-12)
     weights = torch.randn_like(dense)
     for one, other in zip(torch.autograd.grad((dense * weights).sum(), (q, k, v)),
@@ -92,7 +92,7 @@ def test_unfolded_attention_equals_the_dense_mask_with_its_gradients(window):
 
 def test_visibility_is_the_predicate_of_the_design():
     _, fork, branch, positions, _ = packed_row()
-    seen = llama.visible(fork, branch, positions, window=4)[:, 0]
+    seen = llama.dense_mask(fork, branch, positions, window=4)[:, 0]
     for b in range(2):
         for q in range(18):
             for k in range(18):
@@ -416,7 +416,7 @@ def test_a_truncated_file_is_refused(checkpoint):
 def test_flex_mask_hides_and_shows_what_eq_1_says():
     flex = pytest.importorskip("torch.nn.attention.flex_attention")
     _, fork, branch, positions, _ = packed_row()
-    dense = llama.visible(fork, branch, positions, window=4)[:, 0]
+    dense = llama.dense_mask(fork, branch, positions, window=4)[:, 0]
     sees = llama.fork_predicate(fork, branch, positions, 4)
     assert (fork < 0).any()
     assert torch.equal(flex.create_mask(sees, 2, 1, 18, 18, device="cpu")[:, 0], dense)
@@ -448,7 +448,8 @@ def test_forks_behind_a_header_equal_whole_sequences(window):
 def test_the_mask_with_a_header_equals_the_unfolded_attention(window):
     _, fork, branch, positions, _ = packed_row()
     q, k, v = (torch.randn(2, 18, heads, 6, dtype=torch.float64) for heads in (4, 2, 2))
-    prefix = tuple(torch.randn(1, 3, 2, 6, dtype=torch.float64) for _ in range(2))
-    dense = llama.attend_dense(q, k, v, llama.visible(fork, branch, positions + 3, window, 3), prefix)
-    unfolded = llama.fork_attention(fork, branch, positions + 3, window, 3)(q, k, v, prefix=prefix)
+    header = llama.Header(*(torch.randn(1, 3, 2, 6, dtype=torch.float64) for _ in range(2)))
+    k, v = header.append_(k, v)
+    dense = llama.sdpa(q, k, v, llama.dense_mask(fork, branch, positions + 3, window, 3))
+    unfolded = llama.fork_attention(fork, branch, positions + 3, 6, window, 3)(q, k, v)
     torch.testing.assert_close(unfolded[fork >= 0], dense[fork >= 0], rtol=0, atol=1e-12)
