@@ -15,11 +15,10 @@ import pytest
 import eval as evaluation
 from conftest import write_checkpoint
 from engine import files
-from engine.files import InputError, Journal, read_records, write_jsonl
-from evals.language import (INDEPENDENCE, SWITCH, UNSEEN, fit_languages, foreign_share, reply_language,
-                            texts_by_language)
-from formats.chat import load_tokenizer
+from engine.files import InputError, Journal
+from evals.language import INDEPENDENCE, SWITCH, UNSEEN, fit_languages, foreign_share, reply_language
 from formats import records
+from formats.chat import load_tokenizer
 from formats.records import read_rows
 from translate import Translation
 
