@@ -2,6 +2,7 @@
 
 import contextlib
 import fcntl
+import functools
 import gzip
 import hashlib
 import io
@@ -17,6 +18,7 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
+SAMPLES, SAMPLE_BYTES = 256, 1 << 14      # of a large file, for its hash
 HALF_A_CHARACTER = "[\ud800-\udfff]"  # JSON can spell a surrogate on its own
 
 
@@ -39,6 +41,12 @@ def run(main):
             raise
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
+
+
+@functools.cache
+def say_once(line: str) -> None:
+    """Print a line, the first time it is said: a run opens most of what it reads several times."""
+    print(line)
 
 
 def read_text(path):
@@ -216,6 +224,35 @@ def claim(path: Path):
         file.close()
 
 
+def append_jsonl(path: Path, records) -> None:
+    """On the disk before anything else is done: a kill loses no more than the records at work."""
+    with open(path, "ab") as file:
+        for record in records:
+            file.write(json.dumps(record, ensure_ascii=False).encode() + b"\n")
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def whole_lines(path: Path) -> list[bytes]:
+    """The lines of a file that is appended to, without the half one that a kill leaves."""
+    return path.read_bytes().split(b"\n")[:-1] if path.exists() else []
+
+
+def directory_fingerprint(path: Path) -> str:
+    """Hash of a checkpoint: the names and sizes of its files, small ones whole, of large ones SAMPLES blocks spread
+    evenly (to read gigabytes would take a minute; training changes a tensor all over)."""
+    digest = hashlib.sha256()
+    for file in sorted(path.iterdir()):
+        if file.suffix in (".json", ".model", ".safetensors", ".bin"):
+            size = file.stat().st_size
+            digest.update(f"{file.name} {size} ".encode())
+            with open(file, "rb") as stream:
+                for i in range(SAMPLES):
+                    stream.seek(max(i * SAMPLE_BYTES, i * size // SAMPLES))
+                    digest.update(stream.read(SAMPLE_BYTES))
+    return digest.hexdigest()[:16]
+
+
 def fingerprint(*parts) -> str:
     """Short hash of JSON-able values and of the contents of files (Path)."""
     digest = hashlib.sha256()
@@ -243,8 +280,8 @@ class Journal:
         self.file = open(path, "a", encoding="utf-8", newline="\n")
 
     def read(self, settings: dict) -> list[dict]:
-        lines, found = self.path.read_bytes().split(b"\n")[:-1], []      # without the half line of a kill
-        for number, line in enumerate(lines, 1):
+        found = []
+        for number, line in enumerate(whole_lines(self.path), 1):
             try:
                 found.append(json.loads(line))
                 for key in self.keys if number > 1 else ("settings",):

@@ -12,6 +12,7 @@ stretch from many starts, and the places where a span may end are listed once, b
 """
 
 import re
+import string
 from bisect import bisect_left
 from collections import defaultdict
 from collections.abc import Callable, Iterator
@@ -39,7 +40,7 @@ OPENER = re.compile(rf"""
   | <[A-Za-z/!|][^<>\n]*>                                                # any other, and <placeholders>
   | &(?:\#\d{{1,7}}|\#[xX][\da-fA-F]{{1,6}}|[A-Za-z][A-Za-z\d]{{1,31}});
   | (?<![A-Za-z0-9$\\])\$(?![\s$]|\d[\d.,]*\s+[A-Za-z]{{2}})[^$\\\n]*(?:\\.[^$\\\n]*)*(?<!\s)\$(?![\d$])
-  | \b(?i:https?://|ftp://|mailto:|www\.)[^{URL_STOP}]*(?:\([^\s<>()]*\)[^{URL_STOP}]*)*(?<![.,;:!?'*])
+  | (?<![A-Za-z0-9])(?i:https?://|ftp://|mailto:|www\.)[^{URL_STOP}]*(?:\([^\s<>()]*\)[^{URL_STOP}]*)*(?<![.,;:!?'*])
   | \]\((?:[^()\s]|\([^()\s]*\))+(?:[ \t]+"[^"\n]*")?\)                  # the second half of [text](url "title")
   | (?<![A-Za-z0-9_.+-])[A-Za-z0-9_.+-]+@[A-Za-z0-9-]+(?:\.[A-Za-z0-9-]+)+
   | \{{\{{?[\w .-]+\}}?\}} | \[\d{{1,6}}\] | %[sd]\b | \\\|
@@ -49,7 +50,8 @@ OPENER = re.compile(rf"""
 CLOSER = re.compile(rf"\n|`+|\$\$|\\[\])]|-->|\?>|\\end\{{(\w+\*?)\}}|</({RAW})\s*>", re.IGNORECASE)
 BLANK_LINE = re.compile(r"\n[ \t]*(?=\r?\n)")
 
-NEWLINE, PIPE, WORD = re.compile(r"\r?\n"), re.compile(r"(?<!\\)\|"), re.compile(r"[^\W\d_]")
+NEWLINE, PIPE = re.compile(r"\r?\n"), re.compile(r"(?<!\\)\|")
+WORD, LETTER_OR_DIGIT = re.compile(r"[^\W\d_]"), re.compile(r"\w")
 QUOTED = re.compile(r"[ \t>]*")
 TABLE_RULE = re.compile(r"[ \t>]*\|?[ \t]*:?-+:?[ \t]*(?:\|[ \t]*:?-+:?[ \t]*)*\|?[ \t\r]*")
 # Kept at the start of a line: indentation, quote marks, headings, list markers, check boxes, numbers.
@@ -61,6 +63,7 @@ FIRST_LETTER = re.compile(r"[\"'“‘(\[*_¿¡]*(\S)")
 NOT_AN_END = set("Mr Mrs Ms Dr Prof St vs etc e.g i.e cf al No Fig Jr Sr Inc Ltd Co approx Vol pp".split())
 LONGEST_ABBREVIATION = 12   # characters, with what may stand before one
 CLAUSE_END, SPACE = re.compile(r"[;:,，、；：]\s*"), re.compile(r"\s+")
+EDGES = string.whitespace + string.punctuation + "\u00a0\u3000«»‘’‚‛“”„‟…、。〈〉《》「」『』【】〔〕！（），．：；？"
 MARK = re.compile(r"[\[［【]\s*(\d{1,6})\s*[\]］】]")
 
 Places = list[tuple[int, int]]  # (start, end), in order
@@ -192,6 +195,13 @@ def hide(segment: str) -> tuple[str, list[str]]:
     return mask(parts), parts[1::2]
 
 
+def split_edges(text: str) -> tuple[str, str, str]:
+    """(before, core, after): the spaces and the punctuation at both ends of a text beside a span."""
+    core = text.strip(EDGES)
+    start = len(text) - len(text.lstrip(EDGES))
+    return text[:start], core, text[start + len(core):]
+
+
 def show(text: str, spans: list[str]) -> str | None:
     """Put the spans back; None unless every mark is there exactly once."""
     parts = MARK.split(text) if spans else [text]
@@ -217,11 +227,12 @@ def is_rule(document: Document, line: tuple[int, int]) -> bool:
 def is_boxed_row(document: Document, line: tuple[int, int]) -> bool:
     """Whether a line is | a row | without a rule nearby: pipes at both ends, spaces around each of several cells,
     and words in all that are not empty. |x| + |y| and Haskell's guards are none."""
-    start, pipes = QUOTED.match(document.text, *line).end(), document.pipes(*line)
-    if len(pipes) < 3 or pipes[0] != start or document.text[pipes[-1] + 1:line[1]].strip():
+    text, pipes = document.text, document.pipes(*line)
+    start = QUOTED.match(text, *line).end()
+    if len(pipes) < 3 or pipes[0] != start or text[pipes[-1] + 1:line[1]].strip():
         return False
-    cells = [document.text[first + 1:last] for first, last in zip(pipes, pipes[1:])]
-    return all(not cell.strip() or cell[0] == cell[-1] == " " and re.search(r"\w", cell) for cell in cells)
+    cells = [text[first + 1:last] for first, last in zip(pipes, pipes[1:])]
+    return all(not cell.strip() or cell[0] == cell[-1] == " " and LETTER_OR_DIGIT.search(cell) for cell in cells)
 
 
 def find_rows(document: Document) -> set[int]:
@@ -311,7 +322,8 @@ def pieces(document: Document, fits: Callable[[str], bool]) -> Iterator[tuple[st
 def pieces_of_line(document: Document, start: int, end: int, fits) -> Iterator[tuple[str, int, int]]:
     """The same of a line or a table's cell: what it begins with, its sentences, the spaces behind them."""
     text = document.text
-    if start == end:
+    if not WORD.search(text, start, end):
+        yield KEEP, start, end
         return
     first = MARKER.match(text, start, end).end()
     last = max(first, start + len(text[start:end].rstrip()))
@@ -330,7 +342,7 @@ def pieces_of_line(document: Document, start: int, end: int, fits) -> Iterator[t
 
 
 def parse(text: str, fits: Callable[[str], bool]) -> list[tuple[str, str]]:
-    """[(kind, string)], whose strings joined are `text`. fits(string): is a segment, marks for its spans, short
+    """[(kind, string)], whose strings joined are `text`. fits(segment, with marks for its spans): is it short
     enough?"""
     return [(kind, text[start:end]) for kind, start, end in pieces(Document(text), fits) if end > start]
 

@@ -86,18 +86,15 @@ def unwrap(where, record, path):
     return [(f"{path}[{lists[0]}][{item}]", inner) for item, inner in enumerate(record[lists[0]])]
 
 
-def clean_records(path, wanted):
-    """read_data with null for every NaN and languages under their normal codes. wanted: the languages asked
-    for. InputError when there is nothing."""
+def clean_records(path):
+    """read_data with null for every NaN. InputError when there is nothing."""
     records = read_data(path)
     if not records:
         raise InputError(f"{path}: the file is empty")
     try:
-        records = [(where, without_nan(record)) for where, record in records]
+        return [(where, without_nan(record)) for where, record in records]
     except RecursionError:
         raise InputError(f"{path}: lists or objects nested too deeply") from None
-    return [(where, with_normal_codes(record, where, wanted) if isinstance(record, dict) else record)
-            for where, record in records]
 
 
 def without_nan(value):
@@ -156,35 +153,15 @@ def languages_of(row):
     return [key for key, value in row.items() if isinstance(value, dict) and {*PARTS} <= value.keys()]
 
 
-def with_normal_codes(record, where, wanted):
-    """The record with its languages, and those wanted that are null, under their normal codes, but for
-    languages that it holds twice: InputError where one of them is wanted. A text or number under "in" is no
-    Indonesian."""
-    names = {}
-    for key, value in record.items():
-        sides = isinstance(value, dict) and value.keys() & {*PARTS}
-        identifies = normal(key) == "id" and isinstance(value, (str, int))
-        if sides or normal(key) in wanted and not identifies:
-            names[key] = normal(key)
-    twice = {code for code, number in Counter(names.values()).items() if number > 1}
-    for code in sorted(twice & wanted):
-        keys = " and ".join(f"{key!r:.40}" for key in names if names[key] == code)
-        raise InputError(f"{where}: {keys} are the same language, {code}: leave one")
-    names = {key: code for key, code in names.items() if code not in twice}
-    if "id" in names.values() and "id" not in names:
-        names["id"] = "row_id"                               # the identifier makes room for Indonesian
-    return {names.get(key, key): value for key, value in record.items()}
-
-
 def refuse_other_language(record, language, counts):
     """Skip a record that says it is in another language."""
     label = next((record[key] for key in LANGUAGE_KEYS if isinstance(record.get(key), str)), None)
-    if label is None:
+    if label is None or normal(label) == normal(language):
         return
-    if script_of(label) is None and normal(label) != language:
+    if script_of(label) is None:
         counts[f"in the language {label!r:.40}, which is unknown: taken for {language}"] += 1
-    elif normal(label) != language:
-        raise Skip(f"not in {language}")
+        return
+    raise Skip(f"not in {language}")
 
 
 # ---- conversations ----
@@ -290,16 +267,20 @@ def tree_rows(record, asked, counts):
 
 # ---- parallel ----
 
-def parallel_row(record, where, codes, counts):
-    """A row of our own format. A language that is null is not translated yet; keys that are neither one of
-    the languages `codes` nor the identifier stay as they are."""
+def parallel_row(record, where, asked, counts):
+    """A row of our own format, whose languages are spelt as they were asked for: "zh" for "zh-CN". A language
+    that is null is not translated yet; keys that are neither a language nor the identifier stay as they are."""
     row = {"row_id": identifier(record, where)}
     for key, value in record.items():
         if key == "row_id" or key == "id" and not isinstance(value, dict):
             continue
-        if key not in codes and not (isinstance(value, dict) and value.keys() & {*PARTS}):
+        if key not in asked.codes and not (isinstance(value, dict) and value.keys() & {*PARTS}):
             row[key] = value
         elif value is not None:
+            name = asked.spellings.get(normal(key), key)
+            if name != key and name not in record:
+                counts[f"{key!r:.40} taken for {name}"] += 1
+                key = name
             row[key] = language_side(value, key, counts)
     if not languages_of(row):
         raise OddRecord("no language with a prompt and a response")
@@ -318,10 +299,12 @@ def language_side(value, language, counts):
 
 @dataclass(frozen=True)
 class Asked:
-    """What is wanted of a file; see read_rows. codes: the languages that its parallel rows are in."""
+    """What is wanted of a file; see read_rows. codes: the languages that its parallel rows are in.
+    spellings: {normal code: code} of the languages asked for."""
     language: str
     turns: str
     codes: set
+    spellings: dict
 
 
 def record_rows(record, where, asked, counts):
@@ -329,7 +312,7 @@ def record_rows(record, where, asked, counts):
     if not isinstance(record, dict):
         raise OddRecord("no object")
     if any(code in record and (code != "id" or isinstance(record["id"], dict)) for code in asked.codes):
-        return [parallel_row(record, where, asked.codes, counts)]
+        return [parallel_row(record, where, asked, counts)]
     if is_message(record) or is_message(record.get("prompt")):
         return tree_rows(record, asked, counts)
     return conversation_rows(record, where, asked, counts)
@@ -368,10 +351,9 @@ def read_rows(path, language="en", turns="first", counts=None, targets=(), uniqu
     """
     assert turns in ("first", "all"), f"turns {turns!r} is neither first nor all"
     counts = Counter() if counts is None else counts
-    language, targets = normal(language), {*map(normal, targets)}
-    records = clean_records(path, {language, *targets})
-    codes = targets.union(*(languages_of(record) for _, record in records if isinstance(record, dict)))
-    asked = Asked(language, turns, codes)
+    records = clean_records(path)
+    codes = {*targets}.union(*(languages_of(record) for _, record in records if isinstance(record, dict)))
+    asked = Asked(language, turns, codes, {normal(code): code for code in (language, *targets)})
     counts.update({"read": len(records), "kept": 0})
     found, skipped, odd = [], {}, {}              # the last two: {reason: [where]}
     for where, record in hang_messages(records, skipped):

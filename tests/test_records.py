@@ -344,6 +344,17 @@ def test_text_nested_to_any_depth_is_read_or_refused(tmp_path, depth):
 
 # ---- languages that records name ----
 
+@pytest.mark.parametrize("asked, held", [("zh", "zh-CN"), ("zh-CN", "zh"), ("sw", "swh_Latn"), ("sw", "SW"),
+                                         ("id", "ind"), ("sw", "Swahili")])
+def test_a_language_is_found_in_any_spelling_of_its_code_and_that_is_said(tmp_path, asked, held):
+    path = write_lines(tmp_path / "f", {"row_id": "a", "en": sides("q", "r"), held: sides("s", "j")},
+                       {"row_id": "b", "en": sides("q", "r"), held: sides("s", "j"), asked: sides("S", "J")})
+    counts = Counter()
+    rows = read_rows(path, counts=counts, targets=[asked])
+    assert [row[asked] for row in rows] == [sides("s", "j"), sides("S", "J")]
+    assert counts[f"{held!r} taken for {asked}"] == 1 and "note" not in rows[0]
+
+
 @pytest.mark.parametrize("label", ["eng", "en", "en-US", "eng_Latn", "EN", "English"])
 def test_a_record_in_another_language_than_the_one_asked_for_is_left_out(tmp_path, label):
     swahili = {"inputs": "s", "targets": "j", "language_code": "swh", "language": "Swahili"}
