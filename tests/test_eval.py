@@ -249,10 +249,21 @@ def test_another_limit_split_subject_or_dtype_is_another_result_in_its_own_direc
 
 
 def test_names_of_directories_stay_short_and_tell_long_ones_apart():
-    args = evaluation.parse_args(["mc", "mmlu", "files", "--model", "/".join(["directory"] * 40)])
-    first, second = (evaluation.out_directory(args, "mmlu", evaluation.short([f"{name}{i}" for i in range(57)]))
+    model = "/".join(["directory"] * 40)
+    first, second = (evaluation.out_directory(model, "mmlu", evaluation.short([f"{name}{i}" for i in range(57)]))
                      for name in ("anatomy", "law"))
     assert first != second and max(len(first.name), len(second.name)) < 140 and " " not in first.name
+
+
+def test_multiple_choice_reads_no_chat_template(tmp_path, monkeypatch):
+    from test_choice import write_mmlu
+    write_mmlu(tmp_path / "files"), write_checkpoint(tmp_path / "m"), monkeypatch.chdir(tmp_path)
+    command = ["mc", "mmlu", "files", "--model", "m", "--device", "cpu", "--limit", "1", "--out"]
+    evaluation.main([*command, "plain"])
+    Path("m/chat_template.jinja").write_text("{% broken {{ messages[0].content | nothing }}")
+    evaluation.main([*command, "broken"])
+    plain, broken = (json.loads(Path(out, "result.json").read_text()) for out in ("plain", "broken"))
+    assert plain == broken
 
 
 def test_perplexity_per_byte_is_that_of_single_sequences_long_prompts_cut_and_said(tmp_path):
