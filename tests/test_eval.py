@@ -188,7 +188,7 @@ def test_help_has_an_example_and_no_flag_without_words(command):
 
 def test_alpaca_misses_the_model_before_it_translates(tmp_path, monkeypatch):
     (tmp_path / "i.json").write_text('[{"instruction": "a"}]')
-    monkeypatch.setattr(evaluation.translate, "load", lambda *_: pytest.fail("hours of translation"))
+    monkeypatch.setattr(instructions.translate, "load", lambda *_: pytest.fail("hours of translation"))
     for flags in (["--adapter", tmp_path / "none", "--model", write_checkpoint(tmp_path / "base")],
                   ["--model", tmp_path / "none"]):
         result = run("alpaca", "--instructions", tmp_path / "i.json", "--lang", "sw",
@@ -298,10 +298,10 @@ def test_the_error_of_a_ratio_agrees_with_the_bootstrap():
 
 def test_answers_for_alpaca_eval_have_its_format_and_resume(tmp_path):
     path = write_checkpoint(tmp_path / "model")
-    instructions = tmp_path / "instructions.json"
-    instructions.write_text(json.dumps(
+    asked = tmp_path / "instructions.json"
+    asked.write_text(json.dumps(
         [{"instruction": f"Say {i}", "dataset": "d", "output": "x"} for i in range(5)]))
-    command = ["alpaca", "--model", path, "--instructions", instructions, "--lang", "en", "--max-tokens", "6",
+    command = ["alpaca", "--model", path, "--instructions", asked, "--lang", "en", "--max-tokens", "6",
                "--batch-size", "2", "--out", tmp_path / "out", "--name", "tiny", "--temperature", "0.7"]
     assert run(*command).returncode == 0
     outputs = json.loads((tmp_path / "out" / "model_outputs.json").read_text())
@@ -320,7 +320,7 @@ def test_translated_instructions_are_the_same_for_every_system_and_what_failed_a
         tmp_path, monkeypatch, capsys):
     calls = []
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(evaluation.translate, "load", lambda *_: SimpleNamespace(
+    monkeypatch.setattr(instructions.translate, "load", lambda *_: SimpleNamespace(
         fingerprint="abc", check=lambda *_: None))
 
     def translate(texts, *_):
@@ -329,11 +329,11 @@ def test_translated_instructions_are_the_same_for_every_system_and_what_failed_a
         return [Translation(odd.get(text, f"{text} {len(calls)}"), Counter(length=2) if text == "Say 7" else Counter())
                 for text in texts]
 
-    monkeypatch.setattr(evaluation.translate, "translate", translate)
-    args = SimpleNamespace(translator="t", device="cpu", source="en", lang="sw", beams=2)
+    monkeypatch.setattr(instructions.translate, "translate", translate)
+    how = ("t", "cpu", "en", "sw", 2)
     items = [{"instruction": f"Say {i}", "dataset": None} for i in range(20)]
-    first = evaluation.translate_instructions(items, args)
-    assert evaluation.translate_instructions(items, args) == first and calls == [16, 4]
+    first = instructions.translate_instructions(items, *how)
+    assert instructions.translate_instructions(items, *how) == first and calls == [16, 4]
     assert [item["instruction"] for item in first] == [
         f"Say {i} {1 + i // 16}" for i in range(20) if i not in (3, 5, 7)]
     assert ("3 of 20 translated instructions are left out: 1 empty, 1 equal to an earlier one, 1 length"
