@@ -52,6 +52,7 @@ from formats import hub
 from formats.chat import Tokenizer
 from formats.checkpoints import check_outputs, save_adapter, save_merged, save_model
 from formats.configs import read_config
+from formats.languages import language_list, normal
 from formats.records import describe_counts
 from formats.weights import DTYPES, add_update, lora_product
 
@@ -847,9 +848,9 @@ def parse_args(argv=None) -> argparse.Namespace:
     add_where(parser)
     args = parser.parse_args(argv)
     check_args(parser, args)
-    args.targets = [] if args.lang is None else [code.strip() for code in args.lang.split(",")]
+    args.targets = [] if args.lang is None else language_list(args.lang)
     args.lang = None if args.lang is None else ",".join(args.targets)
-    if not all(args.targets) or len({args.source, *args.targets}) <= len(args.targets):
+    if len({args.source, *args.targets}) <= len(args.targets):
         parser.error(f"--lang {args.lang}: different languages joined by commas were expected, "
                      f"{args.source} not among them")
     args.out = args.out or f"runs/{args.lang}"
@@ -899,7 +900,7 @@ def add_what(parser) -> None:
 
 def add_how(parser) -> None:
     add = parser.add_argument_group("data").add_argument
-    add("--source", default="en", help="language the model knows")
+    add("--source", type=normal, default="en", help="language the model knows")
     add("--samples", type=flags.positive_int, default=None,
         help="train on this many rows, drawn by --seed; default: all")
     add("--holdout", type=flags.positive_int, default=100,

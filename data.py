@@ -22,8 +22,9 @@ import torch
 
 from engine.files import InputError, run
 from formats.chat import load_tokenizer
-from formats.records import (FORMATS, describe_counts, languages_of, read_rows, refuse_duplicates,
-                             require_languages, write_preferences)
+from formats.languages import normal
+from formats.records import (FORMATS, describe_counts, languages_of, read_rows, require_languages,
+                             write_preferences)
 
 # ---- which rows train, validate and answer ----
 
@@ -352,8 +353,10 @@ def parse_args(argv=None):
     parser = argparse.ArgumentParser(description="Count a data file and show what training would see of it.",
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("file", help=f"{FORMATS}; JSONL or one JSON list, .gz too")
-    parser.add_argument("--source", default="en", help="source language, and that of one-language files")
-    parser.add_argument("--lang", help="target language; without it each prompt has its own response only")
+    parser.add_argument("--source", type=normal, default="en",
+                        help="source language, and that of one-language files")
+    parser.add_argument("--lang", type=normal,
+                        help="target language; without it each prompt has its own response only")
     parser.add_argument("--turns", choices=("first", "all"), default="first", help="turns of a conversation")
     parser.add_argument("--model", help="Hugging Face directory whose tokenizer and template make the forks")
     parser.add_argument("--system", help="system prompt before every prompt")

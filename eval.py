@@ -36,14 +36,15 @@ from evals.winrate import (annotation_records, answer_settings, describe_failure
                            judge_details, keep_verdicts, left_to_judge, pair_outputs, read_annotations,
                            win_rate)
 from formats import hub
-from formats.chat import load_tokenizer
+from formats.chat import Tokenizer, load_tokenizer
+from formats.languages import normal, split_commas
 from formats.records import describe_counts, read_rows, require_languages
 from formats.weights import DTYPES, adapter_base
 
 JUDGE = "gpt-4o"
 
 
-# ----------------------------------------------------------------------------------------------------- figures
+# ---------------------------------------------------------------------------------------------------- figures
 
 def finish(out: Path, settings: dict, figures: dict, **details) -> None:
     """result.json: the figures and everything they depend on. `compare` reads it."""
@@ -56,6 +57,12 @@ def with_error(value: float, error: float | None, digits: int = 2) -> str:
 
 
 # -------------------------------------------------------------------------------------------------------- ask
+
+def tell_notes(tokenizer: Tokenizer) -> None:
+    """Where prompts and replies differ from the text the chat template itself would write."""
+    for note in tokenizer.chat.notes:
+        print(note, file=sys.stderr)
+
 
 def decoding(args) -> Decoding:
     return Decoding(args.system_prompt, args.max_tokens, args.temperature, args.top_p, args.seed)
@@ -72,7 +79,9 @@ def ask(args) -> None:
     systems = [None, *adapters] if args.beside or not adapters else adapters
     for system in systems:
         check_system(base, system)
-    tokenizer, dtype = load_tokenizer(base), DTYPES[compute_dtype(args.dtype, args.device)]
+    tokenizer = load_tokenizer(base, args.template_args)
+    dtype = DTYPES[compute_dtype(args.dtype, args.device)]
+    tell_notes(tokenizer)
     models = {}
     for system in systems:
         print(f"loading {base}{f' with {system}' if system else ''}", file=sys.stderr, flush=True)
@@ -109,7 +118,7 @@ def answer_with_all(models: dict, tokenizer, question: str, how: Decoding) -> No
 def mc(args) -> None:
     """Score a multiple-choice benchmark: accuracies with their standard error,
     and every question's log-probs."""
-    subjects = sorted({name.strip() for name in (args.subjects or "").split(",") if name.strip()})
+    subjects = sorted({*split_commas(args.subjects or "")})
     benchmark = choice.read_benchmark(args.benchmark, args.files, args.shots, args.lang, subjects, args.split,
                                       args.limit)
     model, tokenizer, settings = open_model(args.model, args.adapter, args.device, args.dtype)
@@ -184,7 +193,9 @@ def perplexity(args) -> None:
     rows = [row for row in rows if row.get("split", args.split) == args.split] if args.split else rows
     if not rows:
         raise InputError(f"{args.data} has no row of split {args.split!r}: see --split")
-    model, tokenizer, settings = open_model(args.model, args.adapter, args.device, args.dtype)
+    model, tokenizer, settings = open_model(args.model, args.adapter, args.device, args.dtype,
+                                            args.template_args)
+    tell_notes(tokenizer)
     settings |= {"language": args.lang, "source": args.source, "data": args.data,
                  "data hash": choice.file_hash(args.data), "split": args.split, "rows": len(rows),
                  "system_prompt": args.system_prompt,
@@ -250,7 +261,9 @@ def alpaca(args) -> None:
     if args.translator:
         items = translate_instructions(items, args.translator, args.device, args.source, args.lang,
                                        args.beams)
-    model, tokenizer, settings = open_model(args.model, args.adapter, args.device, args.dtype)
+    model, tokenizer, settings = open_model(args.model, args.adapter, args.device, args.dtype,
+                                            args.template_args)
+    tell_notes(tokenizer)
     how = decoding(args)
     settings |= {
         "language": args.lang,
@@ -367,6 +380,7 @@ def add_output_flags(parser) -> None:
 def add_answer_flags(parser, max_tokens: int) -> None:
     add = flags.group(parser, "answers")
     add("--system-prompt", str, None, "put before every question, in the model's chat template")
+    add("--template-args", str, None, "variables of the chat template: '{\"enable_thinking\": false}'")
     add("--temperature", flags.temperature, 0.0, "0 is greedy; higher is more varied")
     add("--top-p", flags.share, 1.0, "sample from the likeliest tokens that hold this probability")
     add("--max-tokens", flags.positive_int, max_tokens, "longest answer, in tokens")
@@ -385,7 +399,7 @@ def add_mc(parser) -> None:
     parser.add_argument("files", help="its directory as distributed (csv, tsv, jsonl), or hub id")
     add = flags.group(parser, "questions")
     add("--shots", flags.count, 0, "worked examples before each question; tables mostly use 5")
-    add("--lang", str, "", "of MMMLU, BELEBELE: sw, or its own code (SW-KE, swh_Latn)")
+    add("--lang", normal, "", "of MMMLU, BELEBELE: sw, or its own code (SW-KE, swh_Latn)")
     add("--subjects", str, None, "only these, joined by commas")
     add("--split", str, "test", "the split asked")
     add("--limit", flags.positive_int, None, "the first so many questions of every subject")
@@ -397,10 +411,11 @@ def add_mc(parser) -> None:
 def add_perplexity(parser) -> None:
     add = flags.group(parser, "responses")
     add("--data", str, "demo/eval.jsonl", "held-out parallel rows")
-    add("--lang", str, REQUIRED, "target language")
-    add("--source", str, "en", "source language")
+    add("--lang", normal, REQUIRED, "target language")
+    add("--source", normal, "en", "source language")
     add("--split", str, "test", 'rows of this split, and rows without one; "" takes all')
     add("--system-prompt", str, None, "put before every question, in the model's chat template")
+    add("--template-args", str, None, "variables of the chat template: '{\"enable_thinking\": false}'")
     add("--batch-tokens", flags.positive_int, 2048, "tokens of one forward pass")
     add_model_flags(parser)
     add_output_flags(parser)
@@ -409,9 +424,9 @@ def add_perplexity(parser) -> None:
 def add_alpaca(parser) -> None:
     add = flags.group(parser, "instructions")
     add("--instructions", str, REQUIRED, "JSON with \"instruction\"s (alpaca_eval's), or parallel rows")
-    add("--lang", str, REQUIRED, "their language; with --translator, the one translated into")
+    add("--lang", normal, REQUIRED, "their language; with --translator, the one translated into")
     add("--translator", str, None, "M2M100 or NLLB directory: translate the instructions first")
-    add("--source", str, "en", "language translated from")
+    add("--source", normal, "en", "language translated from")
     add("--beams", flags.positive_int, 5, "beam width of the translation")
     add("--name", str, None, "generator's name in the output; default: the adapter or model")
     add("--limit", flags.positive_int, None, "the first so many instructions")
@@ -426,7 +441,7 @@ def add_judge(parser) -> None:
     parser.add_argument("reference", metavar="B.json", help="answers they are compared with")
     add = flags.group(parser, "judge")
     add("--judge-model", str, JUDGE, "name the server knows it by")
-    add("--lang", str, "", "language the answers should be in, named to the judge")
+    add("--lang", normal, "", "language the answers should be in, named to the judge")
     add("--order", ["random", "both"], "random", "alpaca_eval's coin, or each pair twice")
     add("--seed", flags.seed, 0, "of the coin")
     add("--limit", flags.positive_int, None, "the first so many pairs")

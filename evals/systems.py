@@ -39,12 +39,12 @@ def compute_dtype(dtype: str, device: str) -> str:
     return "bf16" if device.startswith("cuda") else "fp32"
 
 
-def open_model(model: str | None, adapter: str | None, device: str,
-               dtype: str) -> tuple[llama.Llama, Tokenizer, dict]:
+def open_model(model: str | None, adapter: str | None, device: str, dtype: str,
+               template_args: str | None = None) -> tuple[llama.Llama, Tokenizer, dict]:
     """The model that --model and --adapter name, its tokenizer,
     and the settings that stand beside its numbers."""
     base, dtype = find_base(model, adapter), compute_dtype(dtype, device)
-    tokenizer = load_tokenizer(hub.local(base))
+    tokenizer = load_tokenizer(hub.local(base), template_args)
     print(f"loading {base}{f' with {adapter}' if adapter else ''}: {dtype} on {device}", flush=True)
     loaded = llama.load(base, device, DTYPES[dtype], adapter)
     settings = {
@@ -53,6 +53,7 @@ def open_model(model: str | None, adapter: str | None, device: str,
         "adapter": adapter,
         "adapter hash": adapter and weights_hash(Path(adapter)),
         "tokenizer and template": tokenizer.fingerprint[:HASH_DIGITS],
+        "template_args": template_args,
         "dtype": dtype,
         "device": device,
         "torch": torch.__version__}

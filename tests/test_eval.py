@@ -15,11 +15,11 @@ import pytest
 import eval as evaluation
 from conftest import write_checkpoint
 from engine import files
-from engine.files import InputError, Journal, read_records, write_jsonl
-from evals.language import (INDEPENDENCE, SWITCH, UNSEEN, fit_languages, foreign_share, reply_language,
-                            texts_by_language)
-from formats.chat import load_tokenizer
+from engine.files import InputError, Journal
+from evals import instructions
+from evals.language import SWITCH, fit_languages, foreign_share, reply_language
 from formats import records
+from formats.chat import load_tokenizer
 from formats.records import read_rows
 from translate import Translation
 
@@ -42,18 +42,6 @@ def test_reply_language_knows_scripts_and_words_and_abstains_without_letters():
 def test_reply_language_abstains_when_languages_fit_equally():
     languages = fit_languages({"aa": ["mama papa"], "bb": ["mama papa"]})
     assert reply_language("mama", languages) == (None, pytest.approx(0.5))
-
-
-def test_posteriors_are_bayes_rule_over_the_n_grams():
-    languages = fit_languages({"aa": ["ab"], "bb": ["ac"]})
-    # of "ab" the languages differ in " ab ", " ab", "ab ", "ab", "b " (and "b"), seen once in aa, never in bb
-    counts = {language: [sum(c.values()) for c in counters]
-              for language, counters in languages.counts.items()}
-    assert counts == {"aa": [2, 2, 3, 2, 1], "bb": [2, 2, 3, 2, 1]}
-    grams = {1: 1, 2: 2, 3: 2, 4: 1}                      # "b"; "ab" "b "; " ab" "ab "; " ab "
-    ratio = sum(n * math.log((1 + UNSEEN) / UNSEEN) for n in grams.values())
-    expected = 1 / (1 + math.exp(-INDEPENDENCE * ratio))
-    assert reply_language("ab", languages)[1] == pytest.approx(expected)
 
 
 def cut(text, language, first):
@@ -145,7 +133,7 @@ def test_ask_answers_a_question_and_holds_a_conversation(tmp_path):
 
 
 def test_ask_shows_the_base_and_adapters_side_by_side_each_as_it_answers_alone(tmp_path):
-    from test_export import with_lora, write_adapter
+    from test_checkpoints import with_lora, write_adapter
     base = write_checkpoint(tmp_path / "base")
     adapters = [write_adapter(with_lora(base, alpha=alpha), base, tmp_path / f"adapter{alpha}")
                 for alpha in (12, 500)]
@@ -250,9 +238,9 @@ def test_another_limit_split_subject_or_dtype_is_another_result_in_its_own_direc
 
 
 def test_names_of_directories_stay_short_and_tell_long_ones_apart():
-    args = evaluation.parse_args(["mc", "mmlu", "files", "--model", "/".join(["directory"] * 40)])
-    first, second = (evaluation.out_directory(args, "mmlu", evaluation.short([f"{name}{i}" for i in range(57)]))
-                     for name in ("anatomy", "law"))
+    model = "/".join(["directory"] * 40)
+    subjects = [evaluation.short([f"{name}{i}" for i in range(57)]) for name in ("anatomy", "law")]
+    first, second = (evaluation.out_directory(model, "mmlu", name) for name in subjects)
     assert first != second and max(len(first.name), len(second.name)) < 140 and " " not in first.name
 
 
