@@ -53,7 +53,9 @@ def finish(out: Path, settings: dict, figures: dict, **details) -> None:
 
 
 def with_error(value: float, error: float | None, digits: int = 2) -> str:
-    return f"{value:.{digits}f}" + ("" if error is None else f" ± {error:.{digits}f}")
+    if error is None:
+        return f"{value:.{digits}f}"
+    return f"{value:.{digits}f} ± {error:.{digits}f}"
 
 
 # -------------------------------------------------------------------------------------------------------- ask
@@ -107,6 +109,7 @@ def answer_with_all(models: dict, tokenizer, question: str, how: Decoding) -> No
     for name, model in models.items():
         if len(models) > 1:
             print(f"{name}:", flush=True)
+        print(f"answering, at most {how.max_tokens} tokens", file=sys.stderr, flush=True)
         (text, tokens), = how.replies(model, tokenizer, [question])
         print(text or "(an empty reply)")
         if tokens >= how.max_tokens:
