@@ -3,8 +3,9 @@
     python eval.py compare runs/sw-0 runs/sw-1 runs/sw-2 --baseline sft --plot plots
 
 It puts runs over methods, seeds, sample sizes and languages into one table: mean and standard error over
-seeds, and for what was answered question by question a paired bootstrap against a named baseline. Directories
-that `eval.py mc`, `perplexity` and `judge` wrote for a run's adapter add their figures to the row of that run.
+seeds, and for what was answered question by question a paired bootstrap against a named baseline.
+Directories that `eval.py mc`, `perplexity` and `judge` wrote for a run's adapter add their figures to the row
+of that run.
 """
 
 import json
@@ -141,8 +142,8 @@ class Run:
         return self.report["lang"].split(",")
 
     def result(self, method: str, target: str) -> Result:
-        """What is known of a method before anything is read. A target language is called "sw", or "sw (sw,yo)"
-        where the run had several."""
+        """What is known of a method before anything is read. A target language is called "sw", or
+        "sw (sw,yo)" where the run had several."""
         lang = self.report["lang"]
         language = target if target == lang else f"{target} ({lang})"
         size, seed = str(self.report["samples"]), str(self.report["seed"])
@@ -271,7 +272,7 @@ def read_results(directories: list[Path]) -> list[Result]:
 
 
 def merge_(known: Result, other: Result, directory: Path) -> None:
-    """Add the figures of `other` to those of the same model; InputError when both have one and they differ."""
+    """Add the figures of `other` to those of the same model; InputError when both have one that differs."""
     for name, figure in other.figures.items():
         if known.figures.setdefault(name, figure).value != figure.value:
             raise InputError(f"{directory}: a second, different {name!r} for {' '.join(known.row)}, "

@@ -138,7 +138,8 @@ def plot_curves(results: list[Result], path: Path) -> bool:
                 line = LINES[sizes.index(size) % len(LINES)]
                 axis.plot(*mean_curve(group, place), **style(methods.index(method)), linestyle=line,
                           label=f"{method}, {size} samples")
-        finish_panel(axis, f"{language}: held out, {place} language", "optimiser step", "NLL (nats per token)")
+        finish_panel(axis, f"{language}: held out, {place} language",
+                     "optimiser step", "NLL (nats per token)")
         axis.xaxis.get_major_locator().set_params(integer=True)
     add_legend(figure, axes, "mean over seeds")
     save(plt, figure, path)
