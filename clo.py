@@ -21,6 +21,7 @@ References: CLO (ACL 2025, arXiv 2505.14297), DPO (arXiv 2305.18290), LoRA (arXi
 """
 
 import argparse
+import contextlib
 import importlib.util
 import math
 import os
@@ -41,7 +42,7 @@ import kernels
 import model as llama
 import translate
 from engine import flags, ranks, runs, scale
-from engine.files import InputError, fill_directory, fingerprint, write_json, write_text
+from engine.files import InputError, fill_directory, fingerprint, locked, write_json, write_text
 from engine.progress import progress
 from evals import heldout
 from evals.answers import answer_and_score, read_answers
@@ -51,6 +52,7 @@ from formats import hub
 from formats.chat import Tokenizer
 from formats.checkpoints import check_outputs, save_adapter, save_merged, save_model
 from formats.configs import read_config
+from formats.languages import language_list, normal
 from formats.records import describe_counts
 from formats.weights import DTYPES, add_update, lora_product
 
@@ -385,7 +387,7 @@ def trainable(model: llama.Llama) -> dict[str, nn.Parameter]:
 # Flags that decide what a run gives: with other ones it is another run.
 IDENTITY = (
     "lang", "model", "data", "eval_data", "translator", "method", "baseline", "lam", "nll", "preference", "beta",
-    "anchor", "train", "lora_rank", "lora_alpha", "source", "samples", "holdout", "turns", "system_prompt",
+    "anchor", "train", "lora_rank", "lora_alpha", "source", "samples", "holdout", "turns", "system_prompt", "template_args",
     "beams", "keep_failed", "row_tokens", "lr", "epochs", "baseline_epochs", "batch_size", "micro_rows", "warmup",
     "weight_decay", "clip", "seed", "eval_split", "answers", "max_new_tokens", "eval_every", "merge", "save_every",
     "device", "dtype", "shard")
@@ -626,7 +628,7 @@ def read_split(args) -> data.Split:
     if args.eval_found:
         print(f"{args.eval_data} lies beside the data: it is used for validation and answers (see --eval-data)")
     if args.eval_data:
-        if fingerprint(hub.data_file(args.data)) == fingerprint(Path(args.eval_data)):
+        if fingerprint(hub.data_file(args.data)) == fingerprint(hub.data_file(args.eval_data)):
             raise InputError(f"--eval-data {args.eval_data} is the same as --data: the run would train on its "
                              f"test; leave it out, and rows are held out of --data")
         evaluated = data.evaluation_rows(args.eval_data, args.source, args.targets, rows)
@@ -647,7 +649,7 @@ def open_run(args, tokenizer: Tokenizer, device: torch.device) -> tuple[Path, di
     flags = {name: getattr(args, name) for name in IDENTITY}
     inputs = {"model": runs.model_fingerprint(args.model), "tokenizer": tokenizer.fingerprint,
               "data": fingerprint(hub.data_file(args.data)),
-              "eval_data": args.eval_data and fingerprint(Path(args.eval_data))}
+              "eval_data": args.eval_data and fingerprint(hub.data_file(args.eval_data))}
     run, chosen = ranks.on_first(lambda: runs.open_run(args.out, flags, inputs, choose(args, device), args.fresh))
     return run, chosen, fingerprint(flags, inputs)
 
@@ -668,10 +670,12 @@ def choose(args, device: torch.device) -> dict:
 def make_job(args, device: torch.device) -> Job:
     """Read, translate and pack all that a run needs; its directory is claimed once the input was found usable."""
     print(f"reading the tokenizer of {args.base}")
-    tokenizer, config = data.load_tokenizer(args.model), read_config(args.model)
+    tokenizer, config = data.load_tokenizer(args.model, args.template_args), read_config(args.model)
     args.row_tokens = min(args.row_tokens, config.max_position_embeddings)
     print(f"device {device}; model {args.base}: {config.model_type}, {config.num_hidden_layers} layers, "
           f"width {config.hidden_size}; run directory {args.out}")
+    for note in tokenizer.chat.notes:
+        print(note)
 
     print(f"\n1. Rows: {args.source} and {', '.join(args.targets)}")
     split = ranks.on_first(lambda: read_split(args))
@@ -720,7 +724,8 @@ def main(argv=None) -> None:
         dry_run(args, device)
         return
     args.model = str(hub.local(args.model))                            # where it lies
-    with scale.memory_advice(args.device, advice(args)):
+    with scale.memory_advice(args.device, advice(args)), contextlib.ExitStack() as lock:
+        ranks.on_first(lambda: lock.enter_context(locked(args.out)))
         job = make_job(args, device)
         methods, answers = {}, {}
         for number, name in enumerate(dict.fromkeys(["base", args.baseline, args.method]), 3):
@@ -777,7 +782,7 @@ def dry_run(args, device: torch.device) -> None:
     print(scale.describe(config, plan, memory))
     if args.lang is None:
         return
-    tokenizer = data.load_tokenizer(args.model)
+    tokenizer = data.load_tokenizer(args.model, args.template_args)
     split = read_split(args)
     rows, missing = split.rows[split.apart:], data.missing_targets(split.rows, args.targets)
     count = len(rows)
@@ -843,14 +848,14 @@ def parse_args(argv=None) -> argparse.Namespace:
     add_where(parser)
     args = parser.parse_args(argv)
     check_args(parser, args)
-    args.targets = [] if args.lang is None else [code.strip() for code in args.lang.split(",")]
+    args.targets = [] if args.lang is None else language_list(args.lang)
     args.lang = None if args.lang is None else ",".join(args.targets)
-    if not all(args.targets) or len({args.source, *args.targets}) <= len(args.targets):
+    if len({args.source, *args.targets}) <= len(args.targets):
         parser.error(f"--lang {args.lang}: different languages joined by commas were expected, "
                      f"{args.source} not among them")
     args.out = args.out or f"runs/{args.lang}"
     beside = Path(args.data).with_name("eval.jsonl")
-    args.eval_found = args.eval_data is None and beside.is_file() and beside != Path(args.data)
+    args.eval_found = args.eval_data is None and hub.find(beside).is_file() and beside != Path(args.data)
     if args.eval_found:
         args.eval_data = str(beside)
     return args
@@ -895,7 +900,7 @@ def add_what(parser) -> None:
 
 def add_how(parser) -> None:
     add = parser.add_argument_group("data").add_argument
-    add("--source", default="en", help="language the model knows")
+    add("--source", type=normal, default="en", help="language the model knows")
     add("--samples", type=flags.positive_int, default=None,
         help="train on this many rows, drawn by --seed; default: all")
     add("--holdout", type=flags.positive_int, default=100,
@@ -904,6 +909,8 @@ def add_how(parser) -> None:
     add("--turns", default="first", choices=["first", "all"],
         help="of conversations: the first exchange, or each one")
     add("--system-prompt", default=None, help="put before every question, in the checkpoint's chat template")
+    add("--template-args", default=None,
+        help="""variables of the chat template, as JSON: '{"enable_thinking": false}'""")
     add("--beams", type=flags.positive_int, default=5, help="beam width of the translation")
     add("--keep-failed", action="store_true",
         help="train on rows of which a translated segment failed its checks, too")

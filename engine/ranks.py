@@ -178,7 +178,7 @@ def load(path, device, dtype: torch.dtype, adapter=None, prepare: Callable = lam
     """
     assert dist.is_initialized(), "there are no ranks to share the model: torchrun starts them"
     model, weights, names = llama.open_checkpoint(path, dtype, recompute)
-    updates = {} if adapter is None else read_adapter(adapter, set(names))
+    updates = {} if adapter is None else read_adapter(adapter, weights, names)
     model.requires_grad_(False).eval().to(dtype)
     prepare(model)
     shard_(model)

@@ -15,11 +15,10 @@ import pytest
 import eval as evaluation
 from conftest import write_checkpoint
 from engine import files
-from engine.files import InputError, Journal, read_records, write_jsonl
-from evals.language import (INDEPENDENCE, SWITCH, UNSEEN, fit_languages, foreign_share, reply_language,
-                            texts_by_language)
-from formats.chat import load_tokenizer
+from engine.files import InputError, Journal
+from evals.language import INDEPENDENCE, SWITCH, UNSEEN, fit_languages, foreign_share, reply_language
 from formats import records
+from formats.chat import load_tokenizer
 from formats.records import read_rows
 from translate import Translation
 
@@ -162,8 +161,9 @@ def test_ask_shows_the_base_and_adapters_side_by_side_each_as_it_answers_alone(t
 
 
 @pytest.mark.parametrize("arguments", [
-    ["ask", "--top-p", "0", "Who?"], ["ask", "--temperature", "-1", "Who?"], ["ask", "--max-tokens", "0", "Who?"],
-    ["ask", "--seed", "-1", "Who?"], ["ask", "--temperature", "nan", "Who?"], ["mc", "mmlu", ".", "--limit", "-3"],
+    ["ask", "--top-p", "0", "Who?"], ["ask", "--temperature", "-1", "Who?"],
+    ["ask", "--max-tokens", "0", "Who?"], ["ask", "--seed", "-1", "Who?"],
+    ["ask", "--temperature", "nan", "Who?"], ["mc", "mmlu", ".", "--limit", "-3"],
     ["mc", "mmlu", ".", "--shots", "-1"], ["mc", "mmlu", ".", "--batch-tokens", "0"],
     ["perplexity", "--lang", "sw", "--batch-tokens", "x"],
     ["alpaca", "--lang", "sw", "--instructions", "x", "--batch-size", "0"],
@@ -190,7 +190,8 @@ def test_alpaca_misses_the_model_before_it_translates(tmp_path, monkeypatch):
     monkeypatch.setattr(evaluation.translate, "load", lambda *_: pytest.fail("hours of translation"))
     for flags in (["--adapter", tmp_path / "none", "--model", write_checkpoint(tmp_path / "base")],
                   ["--model", tmp_path / "none"]):
-        result = run("alpaca", "--instructions", tmp_path / "i.json", "--lang", "sw", "--translator", "t", *flags)
+        result = run("alpaca", "--instructions", tmp_path / "i.json", "--lang", "sw",
+                     "--translator", "t", *flags)
         assert result.returncode == 2 and str(tmp_path / "none") in result.stderr
 
 

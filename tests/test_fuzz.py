@@ -13,7 +13,7 @@ from conftest import write_checkpoint
 from engine.files import InputError
 from formats.chat import load_tokenizer
 from formats.records import read_rows
-from formats.weights import open_weights
+from formats.weights import Weights
 from m2m100 import tokenizer as spm
 
 
@@ -146,7 +146,7 @@ def test_any_header_of_a_safetensors_file(base, tmp_path):
 def test_any_index(base, tmp_path):
     directory = tmp_path / "copy"
     shutil.copytree(base, directory)
-    names = list(open_weights(base))
+    names = list(Weights(base))
     original = {"metadata": {"total_size": 1}, "weight_map": dict.fromkeys(names, "model.safetensors")}
 
     @FUZZ
