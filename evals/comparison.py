@@ -167,10 +167,13 @@ def label_methods_(runs: list[Run]) -> None:
             for name in run.flags.keys() - unread_flags(method, run.flags):
                 found = values.setdefault((method, run.report["lang"], name), set())
                 found.add(json.dumps(run.flags[name]))
-    differing = {(method, name) for (method, _, name), found in values.items() if len(found) > 1}
+    differing = {}
+    for (method, _, name), found in values.items():
+        if len(found) > 1:
+            differing.setdefault(method, set()).add(name)
     for run in runs:
         for method in run.report["methods"]:
-            names = sorted(name for other, name in differing if other == method)
+            names = sorted(differing.get(method, ()))
             told = [f"{name.replace('_', '-')}={run.flags.get(name)}" for name in names]
             run.labels[method] = " ".join([method, *told])
 
@@ -219,7 +222,8 @@ def origins(settings: dict, runs: list[Run]) -> list[tuple[Run, str]]:
             return [(run, trained.name)]
     if settings.get("adapter") or not named:
         return []
-    return [(run, "base") for run in runs if named in (run.flags.get("base"), run.flags.get("model"))]
+    return [(run, "base") for run in runs
+            if named in (run.flags.get("base"), run.flags.get("model"))]
 
 
 def read_evaluation(directory: Path, runs: list[Run]) -> list[Result]:
@@ -239,7 +243,8 @@ def read_evaluation(directory: Path, runs: list[Run]) -> list[Result]:
         results = [Result(language, "-", str(model), "-")]
     lines = [line for line in load_lines(directory / "answers.jsonl", ()) if "scores" in line]
     for name, figure in figures.items():
-        scores = {line["question"]: line["scores"][name] for line in lines if name in line["scores"]}
+        scores = {line["question"]: line["scores"][name]
+                  for line in lines if name in line["scores"]}
         value = Value(figure["value"], figure.get("stderr"), figure.get("digits", 2))
         for result in results:
             result.figures[name] = value
@@ -288,8 +293,10 @@ Rows = dict[tuple[str, str, str], list[Result]]     # {(language, samples, metho
 
 def mean_and_error(values: list[float]) -> tuple[float, float | None]:
     """Mean, and its standard error over the values (None for a single one)."""
-    n, mean = len(values), statistics.fmean(values)
-    return mean, statistics.stdev(values) / math.sqrt(n) if n > 1 else None
+    mean = statistics.fmean(values)
+    if len(values) == 1:
+        return mean, None
+    return mean, statistics.stdev(values) / math.sqrt(len(values))
 
 
 def by_row(results: list[Result]) -> Rows:
