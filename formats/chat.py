@@ -17,7 +17,7 @@ import jinja2.ext
 import jinja2.meta
 import jinja2.sandbox  # jinja2 comes with torch
 
-from engine.files import InputError, as_kind, need, optional_object, parse_json, read_text
+from engine.files import InputError, as_kind, need, read_json, parse_json, read_text
 from formats import hub, tokens
 
 TEMPLATE_DATE = datetime(2024, 7, 26)  # templates that print today's date would change caches overnight
@@ -214,7 +214,7 @@ class Tokenizer:
         self.misread = tokens.misread(self.full)
         self.vocab_size = 1 + max(self.full.get_vocab(with_added_tokens=True).values())
         # of the embedding: often more, never fewer
-        rows = optional_object(self.directory / "config.json").get("vocab_size")
+        rows = read_json(self.directory / "config.json", missing={}).get("vocab_size")
         self.rows = rows if type(rows) is int else self.vocab_size
         self.config_stops = self._config_stops()
 
@@ -222,7 +222,7 @@ class Tokenizer:
         """Ids that config.json and generation_config.json say end a text, and the tokenizer's own."""
         stops = {self.eos_id} - {None}
         for name in ("config.json", "generation_config.json"):
-            ids = optional_object(self.directory / name).get("eos_token_id")
+            ids = read_json(self.directory / name, missing={}).get("eos_token_id")
             ids = ids if isinstance(ids, list) else [] if ids is None else [ids]
             if not all(type(token) is int for token in ids):
                 raise InputError(f"{self.directory / name}: eos_token_id is {ids!r}, "

@@ -10,7 +10,7 @@ import unicodedata
 
 import tokenizers
 
-from engine.files import InputError, as_kind, need, optional_object
+from engine.files import InputError, as_kind, need, read_json
 
 NAMES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 FLAGS = ("single_word", "lstrip", "rstrip", "normalized")
@@ -23,8 +23,8 @@ AFTER_TOKEN = "\uf8ffafter a token\uf8ff"  # an added token of our own: text tha
 
 def read_config(directory):
     """tokenizer_config.json with special_tokens_map.json, which wins in a directory of the older kind."""
-    config = optional_object(directory / "tokenizer_config.json")
-    older = optional_object(directory / "special_tokens_map.json")
+    config = read_json(directory / "tokenizer_config.json", missing={})
+    older = read_json(directory / "special_tokens_map.json", missing={})
     return older | config if "added_tokens_decoder" in config else config | older
 
 
@@ -105,7 +105,7 @@ def read_tokenizer(directory, config):
     where = directory / "tokenizer.json"
     if not where.exists():
         raise InputError(f"{directory}: no tokenizer.json there; tokenizer.save_pretrained writes one")
-    source, listed = optional_object(where), optional_object(directory / "added_tokens.json")
+    source, listed = read_json(where, missing={}), read_json(directory / "added_tokens.json", missing={})
     named, more = special_tokens(config, directory / "tokenizer_config.json")
     special = {token.content for token in [*named.values(), *more]}
     numbered = numbered_tokens(source, config, listed, special, where)

@@ -7,7 +7,7 @@ Triton brings along. What the compiled code tells without running it:
     spills     bytes (AMD: registers) that did not fit and go to memory and back; one is a failure.
     shared     bytes of on-chip memory for one program, for the reductions across its warps.
 
-Exit code 0 when every variant compiles without a spill, else 1. Needs a process without TRITON_INTERPRET=1,
+Exit code 0 when every dtype of q compiles without a spill, else 1. Needs a process without TRITON_INTERPRET=1,
 which replaces the compiler by the interpreter. `--asm DIR` writes PTX and AMD assembly for reading.
 """
 
@@ -30,20 +30,19 @@ TARGETS = {
     "sm_100": GPUTarget("cuda", 100, 32),  # B200
     "gfx942": GPUTarget("hip", "gfx942", 64),  # MI300X
 }
-VARIANTS = {"forward only": ("fp32", False), "q fp32": ("fp32", True), "q bf16": ("bf16", True),
-            "q fp16": ("fp16", True)}
+Q_TYPES = ("fp32", "bf16", "fp16")  # with and without gradient it is one binary
 VOCABULARY = 128256  # Llama 3
 ALIGNED = [["tt.divisibility", 16]]  # what the launcher finds for torch's memory and this vocabulary
 
 
-def compile_row_kernel(target, q_type, gradient):
-    """Compiled row kernel for a GPUTarget; raises whatever the compiler raises."""
-    arguments = {"logits_ptr": "*fp32", "targets_ptr": "*i64",
-                 "target_logit_ptr": "*fp32", "most_ptr": "*fp32", "total_ptr": "*fp32",
-                 "q_ptr": "*" + q_type, "stride_logits": "i32", "stride_q": "i32"}
-    constants = {"GRADIENT": gradient, "N_WORDS": VOCABULARY, "BLOCK_V": BLOCK_V}
-    source = ASTSource(row_kernel, arguments | dict.fromkeys(constants, "constexpr"), constants,
-                       {(i,): ALIGNED for i in range(len(arguments))})
+def compile_row_kernel(target, q_type):
+    """Compiled row kernel for a GPUTarget, with q of a Triton type; raises whatever the compiler raises."""
+    outputs = ("target_logit_ptr", "most_ptr", "total_ptr", "norm_ptr")
+    aligned = {"logits_ptr": "*fp32", "targets_ptr": "*i64", **dict.fromkeys(outputs, "*fp32"),
+               "q_ptr": "*" + q_type, "stride_logits": "i32", "stride_q": "i32"}
+    constants = {"N_WORDS": VOCABULARY, "BLOCK_V": BLOCK_V}
+    signature = aligned | {"keep_q": "i32"} | dict.fromkeys(constants, "constexpr")
+    source = ASTSource(row_kernel, signature, constants, {(i,): ALIGNED for i in range(len(aligned))})
     return triton.compile(source, target=target, options={"num_warps": WARPS})
 
 
@@ -75,7 +74,7 @@ def usage(compiled):
 
 def parse_args(argv=None):
     parser = argparse.ArgumentParser(prog="python -m kernels.aot", description=__doc__.splitlines()[0])
-    parser.add_argument("--asm", metavar="DIR", type=Path, help="write every variant's assembly into DIR")
+    parser.add_argument("--asm", metavar="DIR", type=Path, help="write the assembly of each into DIR")
     return parser.parse_args(argv)
 
 
@@ -85,18 +84,18 @@ def main(argv=None):
         print("error: TRITON_INTERPRET=1 is set, which turns the compiler off: unset it", file=sys.stderr)
         return 2
     print(f"triton {triton.__version__}, BLOCK_V {BLOCK_V}, {WARPS} warps")
-    print(f"{'target':8} {'variant':14} {'registers':>9} {'spills':>7} {'shared':>7}")
+    print(f"{'target':8} {'q':5} {'registers':>9} {'spills':>7} {'shared':>7}")
     spilled = 0
     for name, target in TARGETS.items():
-        for variant, (q_type, gradient) in VARIANTS.items():
-            compiled = compile_row_kernel(target, q_type, gradient)
+        for q_type in Q_TYPES:
+            compiled = compile_row_kernel(target, q_type)
             registers, spills, shared = usage(compiled)
             spilled += spills
-            print(f"{name:8} {variant:14} {registers:9} {spills:7} {shared:7}")
+            print(f"{name:8} {q_type:5} {registers:9} {spills:7} {shared:7}")
             if args.asm:
                 args.asm.mkdir(parents=True, exist_ok=True)
                 kind = "ptx" if "ptx" in compiled.asm else "amdgcn"
-                (args.asm / f"{name}-{variant.replace(' ', '-')}.{kind}").write_text(compiled.asm[kind])
+                (args.asm / f"{name}-{q_type}.{kind}").write_text(compiled.asm[kind])
     return 1 if spilled else 0
 
 

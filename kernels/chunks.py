@@ -34,6 +34,7 @@ many rows, and there is room. A CPU takes all rows, but few words at once: the t
 it came from, are then still in the cache when the second product wants them.
 """
 
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -53,6 +54,7 @@ class Tile(NamedTuple):
     most: Tensor  # a of eq. 1
     total: Tensor  # s of eq. 1
     q: Tensor | None  # (C, U), eq. 4, in the memory where the logits were; None where nobody wants it
+    norm: Tensor | None  # what q has still to be divided by; None: nothing
 
 
 def accumulation_dtype(dtype):
@@ -100,10 +102,11 @@ def column_of(targets, n_words):
     return targets.clamp(0, n_words - 1)[:, None], inside[:, None]
 
 
-def row_step_(logits, targets, dtype):
-    """Overwrites a tile of logits (C, U); returns (target_logit, most, total, q) as `Tile` has them.
+def row_step_(logits, targets, dtype, gradient):
+    """Overwrites a tile of logits (C, U); returns (target_logit, most, total, q, norm) as `Tile` has them.
 
-    `targets` (C,) count from the tile's first word and may lie outside. `dtype` of q; None: q is None.
+    `targets` (C,) count from the tile's first word and may lie outside. q is of `dtype`, and there only if a
+    `gradient` is wanted; the other three have the same bits either way.
     """
     column, inside = column_of(targets, logits.shape[1])
     logit = logits.gather(1, column)
@@ -111,46 +114,67 @@ def row_step_(logits, targets, dtype):
     most = logits.amax(1, keepdim=True)
     torch.softmax(logits, 1, out=logits)
     total = logits.amax(1, keepdim=True).reciprocal()  # the largest q is exp(a - a) / s
-    return logit.masked_fill(~inside, -torch.inf), most, total, None if dtype is None else logits.to(dtype)
+    target_logit = logit.masked_fill(~inside, -torch.inf)
+    return target_logit, most, total, logits.to(dtype) if gradient else None, None
 
 
 def merge(rows, tile):
     """Eq. 6: (what `rows`, the tiles so far, and one more tell together; the share of the new one (C, 1))."""
     most = torch.maximum(rows.most, tile.most)
-    old, new = rows.total * (rows.most - most).exp(), tile.total * (tile.most - most).exp()
+    old = rows.total * (rows.most - most).exp()
+    new = tile.total * (tile.most - most).exp()
+    words = slice(rows.words.start, tile.words.stop)
     target_logit = torch.maximum(rows.target_logit, tile.target_logit)
-    return Tile(slice(0, tile.words.stop), target_logit, most, old + new, None), new / (old + new)
+    return Tile(words, target_logit, most, old + new, None, None), new / (old + new)
+
+
+def softmax_product(tile, weight):
+    """q @ weight of a tile (C, H), with q's division by `norm` where it still has to come."""
+    product = tile.total.new_empty(len(tile.q), weight.shape[1])
+    matmul_into(product, tile.q, weight[tile.words])
+    return product if tile.norm is None else product.div_(tile.norm)
 
 
 def signs_(tile, rows, targets):
     """Minus the braces of eq. 4 for a tile of `rows`, (C, U), written over the tile's own q."""
     if tile.words != rows.words:
         tile.q.mul_(tile.total * (tile.most - rows.most).exp() / rows.total)
+    if tile.norm is not None:
+        tile.q.div_(tile.norm)
     column, inside = column_of(targets - tile.words.start, tile.q.shape[1])
     return tile.q.scatter_(1, column, tile.q.gather(1, column).masked_fill(inside, -1.0))
 
 
-def chunk(x, weight, targets, memory, step, dtype, hidden_grad, weight_grad):
+def chunk(x, weight, targets, memory, step, hidden_grad, weight_grad):
     """One chunk, x (C, H), tile by tile: (the whole rows as a `Tile`; q @ weight (C, H) if hidden_grad, else
     None; its tiles if weight_grad, else an empty list).
 
     Tiles lie at the beginning of `memory`, one over the other; those to be returned one after the other.
     """
     C = len(x)
-    nothing = memory.new_full((C, 1), -torch.inf)
-    rows, product, kept = Tile(slice(0, 0), nothing, nothing, torch.zeros_like(nothing), None), None, []
+    rows, product, kept = None, None, []
     for words in tile_words(len(weight), x.device):
         start = C * words.start if weight_grad else 0
         logits = memory[start:start + C * (words.stop - words.start)].view(C, -1)  # (C, U)
         matmul_into(logits, x, weight[words].T)
-        tile = Tile(words, *step(logits, targets - words.start, dtype))
-        rows, share = merge(rows, tile)
-        if hidden_grad:
-            part = matmul_into(memory.new_empty(x.shape), tile.q, weight[words])
-            product = part if product is None else product.lerp_(part, share)
+        tile = Tile(words, *step(logits, targets - words.start))
+        part = softmax_product(tile, weight) if hidden_grad else None
+        if rows is None:
+            rows, product = tile, part
+        else:
+            rows, share = merge(rows, tile)
+            product = product.lerp_(part, share) if hidden_grad else None
         if weight_grad:
             kept.append(tile)
     return rows, product, kept
+
+
+def row_step_of(backend):
+    """The row step of "torch" or "triton"."""
+    if backend == "torch":
+        return row_step_
+    from . import rows  # needs triton, which not every machine has
+    return rows.row_step_
 
 
 def chunks(hidden, weight, targets, n_rows, backend, hidden_grad, weight_grad):
@@ -160,17 +184,17 @@ def chunks(hidden, weight, targets, n_rows, backend, hidden_grad, weight_grad):
     of (words, (C, U)) in one memory for all chunks: use them before asking for the next. A short last chunk
     is padded, because the bits of a row of a matrix product depend on how many rows are multiplied.
     """
-    step = row_step_
-    if backend == "triton":
-        from .rows import row_step_ as step  # needs triton, which not every machine has
-    N, V, dtype = len(hidden), len(weight), weight.dtype if hidden_grad or weight_grad else None
-    width = V if weight_grad else max(words.stop - words.start for words in tile_words(V, hidden.device))
+    N, V = len(hidden), len(weight)
+    step = partial(row_step_of(backend), dtype=weight.dtype, gradient=hidden_grad or weight_grad)
+    widest = max(words.stop - words.start for words in tile_words(V, hidden.device))
+    width = V if weight_grad else widest
     memory = hidden.new_empty(n_rows * width, dtype=accumulation_dtype(hidden.dtype))
     for start in range(0, N, n_rows):
         part = slice(start, min(start + n_rows, N))
         C = part.stop - part.start
-        x, y = F.pad(hidden[part], (0, 0, 0, n_rows - C)), F.pad(targets[part], (0, n_rows - C))
-        rows, product, tiles = chunk(x, weight, y, memory, step, dtype, hidden_grad, weight_grad)
+        x = F.pad(hidden[part], (0, 0, 0, n_rows - C))
+        y = F.pad(targets[part], (0, n_rows - C))
+        rows, product, tiles = chunk(x, weight, y, memory, step, hidden_grad, weight_grad)
         log_odds = (rows.target_logit - rows.most) - rows.total.log()  # eq. 1
         signs = [(tile.words, signs_(tile, rows, y)[:C]) for tile in tiles]
         yield part, F.logsigmoid(log_odds)[:C, 0], product[:C] if hidden_grad else None, signs

@@ -16,24 +16,51 @@ ROOT = Path(__file__).parents[1]
 needs_triton = pytest.mark.skipif(not find_spec("triton"), reason="Triton is not installed")
 
 
-def start(*arguments, **environment):
-    """Run `python -m ...` in the project's root, outside of Triton's interpreter unless asked."""
+def python(*arguments, **environment):
+    """Run Python in the project's root, outside of Triton's interpreter unless asked."""
     inherited = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    return subprocess.run([sys.executable, "-m", *arguments], cwd=ROOT, env=inherited | environment,
+    return subprocess.run([sys.executable, *arguments], cwd=ROOT, env=inherited | environment,
                           text=True, capture_output=True)
 
 
 @needs_triton
 def test_every_kernel_compiles_for_every_gpu_without_a_spill(tmp_path):
-    done = start("kernels.aot", "--asm", str(tmp_path))
+    done = python("-m", "kernels.aot", "--asm", str(tmp_path))
     assert done.returncode == 0, done.stdout + done.stderr
     rows = [line.rsplit(maxsplit=3) for line in done.stdout.splitlines()[2:]]
     targets = ("sm_80", "sm_90", "sm_100", "gfx942")
-    assert [row[0].split()[0] for row in rows] == [name for name in targets for _ in range(4)]
+    assert [row[0].split() for row in rows] == [
+        [name, q_type] for name in targets for q_type in ("fp32", "bf16", "fp16")]
     assert all(8 <= int(registers) <= 64 and spills == "0" for _, registers, spills, _ in rows)
-    ptx = (tmp_path / "sm_90-q-bf16.ptx").read_text()
-    assert ptx.count("ld.global.v4.b32") >= 2, "the logits are no longer read 16 bytes at a time"
-    assert "ld.global.b128" not in ptx and "st.global.v4.b32" in ptx
+    for q_type in ("fp32", "bf16", "fp16"):
+        ptx = (tmp_path / f"sm_90-{q_type}.ptx").read_text()
+        assert ptx.count("ld.global.v4.b32") >= 2, "the logits are no longer read 16 bytes at a time"
+        assert "ld.global.b128" not in ptx and "st.global.v4.b32" in ptx
+
+
+@needs_triton
+def test_with_and_without_a_gradient_one_binary_runs():
+    """What the launcher builds a binary for, from the arguments of both modes: types and specialised values.
+    A second one would sum in another order, and a reference would not equal its policy to the last bit."""
+    code = """from kernels.rows import row_kernel
+wants = {p.name: p.is_constexpr for p in row_kernel.params}
+assert [name for name in wants if wants[name]] == ["N_WORDS", "BLOCK_V"], wants
+assert [p.name for p in row_kernel.params if p.do_not_specialize] == ["keep_q"]
+import torch, triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import make_backend
+from triton.runtime.jit import create_function_from_signature
+backend = make_backend(GPUTarget("cuda", 90, 32))
+bind = create_function_from_signature(row_kernel.signature, row_kernel.params, backend)
+logits = torch.empty(8, 33)
+for dtype in (torch.float32, torch.bfloat16, torch.float16):
+    q = logits if dtype == torch.float32 else logits.view(dtype)[:, 33:]
+    pointers = logits, torch.empty(8, dtype=torch.int64), *torch.empty(4, 8), q
+    made = [bind(*pointers, 33, q.stride(0), keep, N_WORDS=33, BLOCK_V=16)[1] for keep in (0, 1)]
+    assert made[0] == made[1], made
+print("one")"""
+    done = python("-c", code)
+    assert done.returncode == 0 and done.stdout == "one\n", done.stderr
 
 
 @needs_triton
@@ -43,17 +70,15 @@ def test_a_spill_fails_the_report():
     code = """import sys
 from kernels import aot
 aot.BLOCK_V, aot.WARPS = 8192, 1
-aot.TARGETS, aot.VARIANTS = {"sm_90": aot.TARGETS["sm_90"]}, {"forward only": ("fp32", False)}
+aot.TARGETS, aot.Q_TYPES = {"sm_90": aot.TARGETS["sm_90"]}, ("fp32",)
 sys.exit(aot.main([]))"""
-    inherited = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=inherited, text=True,
-                          capture_output=True)
+    done = python("-c", code)
     assert done.returncode == 1 and int(done.stdout.split()[-2]) > 0, done.stdout + done.stderr
 
 
 @needs_triton
 def test_the_report_refuses_to_run_in_the_interpreter():
-    done = start("kernels.aot", TRITON_INTERPRET="1")
+    done = python("-m", "kernels.aot", TRITON_INTERPRET="1")
     assert done.returncode == 2 and done.stderr.startswith("error: TRITON_INTERPRET=1")
 
 
