@@ -38,14 +38,28 @@ def save_adapter(model, directory: Path, base: str, targets: tuple[str, ...], ra
                for name, parameter in model.named_parameters() if ".lora_" in name}
     save_tensors(directory / ADAPTER_WEIGHTS, tensors)
     write_json(directory / ADAPTER_CONFIG, {
-        "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": base, "r": rank,
-        "lora_alpha": alpha, "lora_dropout": 0.0, "target_modules": list(targets), "bias": "none",
-        "fan_in_fan_out": False, "inference_mode": True, "modules_to_save": None, "use_rslora": False,
-        "use_dora": False, "rank_pattern": {}, "alpha_pattern": {}})
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": base,
+        "target_modules": list(targets),
+        "r": rank,
+        "lora_alpha": alpha,
+        "inference_mode": True,
+        # PEFT's defaults, which vLLM wants to read
+        "lora_dropout": 0.0,
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "modules_to_save": None,
+        "use_rslora": False,
+        "use_dora": False,
+        "rank_pattern": {},
+        "alpha_pattern": {},
+    })
     write_text(directory / "chat_template.jinja", template)
 
 
-def save_model(directory: Path | None, base, tokenizer, change, max_shard_bytes: int = MAX_SHARD_BYTES) -> None:
+def save_model(directory: Path | None, base, tokenizer, change,
+               max_shard_bytes: int = MAX_SHARD_BYTES) -> None:
     """The base checkpoint (its directory) with change(parameter name, tensor) in the place of every tensor,
     as a whole Hugging Face directory. A tensor keeps the dtype it has in the base, and one that is
     not changed its bits. Without a directory change() is called alone: a rank takes part in gathering what
@@ -101,9 +115,9 @@ def write_tokenizer_config(directory: Path, tokenizer) -> None:
     config = read_json(path, missing={})
     if str(config.get("tokenizer_class")).startswith("LlamaTokenizer"):
         write_json(path, config | {"legacy": begins_with_space(read_json(directory / "tokenizer.json"))})
-    if not (config.get("chat_template") or (directory / "chat_template.jinja").exists()
-            or (directory / MORE_TEMPLATES).exists()):
-        write_text(directory / "chat_template.jinja", tokenizer.template)
+    default, more = directory / "chat_template.jinja", directory / MORE_TEMPLATES
+    if not (config.get("chat_template") or default.exists() or more.exists()):
+        write_text(default, tokenizer.template)
 
 
 def begins_with_space(tokenizer: dict) -> bool:
