@@ -21,6 +21,7 @@ References: CLO (ACL 2025, arXiv 2505.14297), DPO (arXiv 2305.18290), LoRA (arXi
 """
 
 import argparse
+import contextlib
 import importlib.util
 import math
 import os
@@ -41,7 +42,7 @@ import kernels
 import model as llama
 import translate
 from engine import flags, ranks, runs, scale
-from engine.files import InputError, fill_directory, fingerprint, write_json, write_text
+from engine.files import InputError, fill_directory, fingerprint, locked, write_json, write_text
 from engine.progress import progress
 from evals import heldout
 from evals.answers import answer_and_score, read_answers
@@ -257,7 +258,7 @@ def train(model: llama.Llama, parameters: dict[str, nn.Parameter], name: str, pa
                 group["lr"] = schedule.rate * learning_rate(i, len(order), schedule.warmup)
             result = train_step(model, batches, objective, optimizer, schedule.clip)
             if i == 0 and objective.prefers:
-                check_first_rewards(result["rewards"], bar)
+                check_first_rewards(result["rewards"])
             metrics = step_metrics(i + 1, result, group["lr"], batches, targets, started)
             stop_unless_finite(metrics, name, schedule.rate)
             if last or (i + 1) % schedule.eval_every == 0:
@@ -295,7 +296,7 @@ def stop_unless_finite(metrics: dict, name: str, rate: float) -> None:
                          f"try a lower --lr than {rate:.2g}")
 
 
-def check_first_rewards(rewards: Tensor, bar) -> None:
+def check_first_rewards(rewards: Tensor) -> None:
     """Before the first update policy and reference are one model:
     any reward is an error in one of the two paths."""
     if not rewards.numel():                                      # of this step's samples none has a pair
@@ -304,8 +305,8 @@ def check_first_rewards(rewards: Tensor, bar) -> None:
     if not worst < 1e-2:
         raise InputError(f"rewards before the first update reach {worst:.3g} and should be 0: "
                          f"the reference log-probs do not belong to this model; start over with --fresh")
-    bar.write("rewards before the first update: "
-              + (f"at most {worst:.1g} (rounding)" if worst else "0, as they should be"))
+    tqdm.write("rewards before the first update: "
+               + (f"at most {worst:.1g} (rounding)" if worst else "0, as they should be"))
 
 
 # ------------------------------------------------------------------------------------------------------- LoRA
@@ -433,6 +434,11 @@ def stages_of(method: str, args) -> list[tuple[str, Objective]]:
     return stages
 
 
+def wanted_objectives(args) -> dict[str, list[Objective]]:
+    """The objectives of the stages of the baseline and of the method."""
+    return {name: [objective for _, objective in stages_of(name, args)] for name in (args.baseline, args.method)}
+
+
 def stage_forks(group: list[data.Fork], objective: Objective) -> list[data.Fork]:
     """What a stage reads of one row's forks: the right continuation and, for a preference, the wrong ones
     that differ from it. A fork that then serves neither term is left out."""
@@ -464,13 +470,13 @@ def make_steps(groups: list[list[data.Fork]], objective: Objective, packing: Pac
     return steps
 
 
-def check_pairs(groups: list[list[data.Fork]], args) -> None:
-    """InputError when a wanted method prefers and no row gives it a pair."""
-    for name in (args.baseline, args.method):
-        for _, objective in stages_of(name, args):
-            if objective.prefers and all(fork.equal for group in groups for fork in group):
-                raise InputError(f"{args.data}: every row has the same response in all languages, so {name} "
-                                 f"finds nothing to prefer: give other rows, or --method sft")
+def check_pairs(groups: list[list[data.Fork]], path: str, methods: dict[str, list[Objective]]) -> None:
+    """InputError when a method has a stage that prefers and no sample of the file gives it a pair."""
+    for name, objectives in methods.items():
+        prefers = any(objective.prefers for objective in objectives)
+        if prefers and all(fork.equal for group in groups for fork in group):
+            raise InputError(f"{path}: every row has the same response in all languages, so {name} finds nothing "
+                             f"to prefer: give other rows, or --method sft")
 
 
 @torch.no_grad()
@@ -688,7 +694,7 @@ def make_job(args, device: torch.device) -> Job:
     print(describe_counts(counts))
     with data.naming(args.eval_data if split.heldout else args.data):
         heldout_groups, _ = data.make_forks(heldout_rows, *options)
-    check_pairs(groups, args)
+    check_pairs(groups, args.data, wanted_objectives(args))
     if not missing:
         run, chosen, identity = open_run(args, tokenizer, device)
     print(f"compute type {chosen['dtype']}, {chosen['micro_rows']} packed rows per forward pass")
@@ -708,12 +714,15 @@ def main(argv=None) -> None:
         raise InputError("--tensorboard needs the tensorboard package: pip install tensorboard")
     device = ranks.start(ranks.pick_device(args.device))
     args.device = device.type
+    if device.type == "cuda":
+        ranks.fix_order_of_sums()
     args.base = args.model                                             # what the adapter names
     if args.dry_run:
         dry_run(args, device)
         return
     args.model = str(hub.local(args.model))                            # where it lies
-    with scale.memory_advice(args.device, advice(args)):
+    with scale.memory_advice(args.device, advice(args)), contextlib.ExitStack() as lock:
+        ranks.on_first(lambda: lock.enter_context(locked(args.out)))
         job = make_job(args, device)
         methods, answers = {}, {}
         for number, name in enumerate(dict.fromkeys(["base", args.baseline, args.method]), 3):
@@ -780,7 +789,7 @@ def dry_run(args, device: torch.device) -> None:
                                      args.system_prompt)
     print(f"of {len(rows)} rows: {describe_counts(counts)}")
     if len(rows) == count:                                       # else the rows not looked at may have pairs
-        check_pairs(groups, args)
+        check_pairs(groups, args.data, wanted_objectives(args))
     packing = Packing(args.batch_size, args.row_tokens, chosen["micro_rows"], trim=plan.device != "cuda")
     if here:
         print(f"timing one and two layers on {device} in {chosen['dtype']}")
