@@ -115,14 +115,15 @@ def test_choices_score_as_transformers_scores_them(directory, theirs, tmp_path):
         csv.writer(file).writerows(questions)
     evaluation.main(["mc", "mmlu", str(tmp_path), "--shots", "0", "--model", str(directory),
                      "--device", "cpu", "--out", str(tmp_path / "out")])
-    _, *lines = (tmp_path / "out" / "answers.jsonl").read_text().splitlines()
+    _, *lines = map(json.loads, (tmp_path / "out" / "answers.jsonl").read_text().splitlines())
+    lines.sort(key=lambda line: line["question"])                              # "global_facts 1", ...
     for line, (question, *options, _) in zip(lines, questions, strict=True):
         listed = "".join(f"{letter}. {option}\n" for letter, option in zip("ABCD", options))
         text = ("The following are multiple choice questions (with answers) about global facts.\n\n"
                 f"{question}\n{listed}Answer:")
         logp = their_logits(model, tokenizer(text).input_ids)[-1].log_softmax(-1)
         expected = [logp[tokenizer(" " + letter).input_ids[-1]].item() for letter in "ABCD"]
-        assert json.loads(line)["logp"] == pytest.approx(expected, abs=1e-3)
+        assert line["logp"] == pytest.approx(expected, abs=1e-3)
 
 
 # ---- training
