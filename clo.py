@@ -47,11 +47,12 @@ from engine.progress import progress
 from evals import heldout
 from evals.answers import answer_and_score, read_answers
 from evals.language import LanguageModel, fit_languages, texts_by_language
-from evals.report import report_text
+from evals.report import closing_lines, report_text
 from formats import hub
 from formats.chat import Tokenizer
 from formats.checkpoints import check_outputs, save_adapter, save_merged, save_model
 from formats.configs import read_config
+from formats.languages import language_list, normal
 from formats.records import describe_counts
 from formats.weights import DTYPES, add_update, lora_product
 
@@ -386,7 +387,7 @@ def trainable(model: llama.Llama) -> dict[str, nn.Parameter]:
 # Flags that decide what a run gives: with other ones it is another run.
 IDENTITY = (
     "lang", "model", "data", "eval_data", "translator", "method", "baseline", "lam", "nll", "preference", "beta",
-    "anchor", "train", "lora_rank", "lora_alpha", "source", "samples", "holdout", "turns", "system_prompt",
+    "anchor", "train", "lora_rank", "lora_alpha", "source", "samples", "holdout", "turns", "system_prompt", "template_args",
     "beams", "keep_failed", "row_tokens", "lr", "epochs", "baseline_epochs", "batch_size", "micro_rows", "warmup",
     "weight_decay", "clip", "seed", "eval_split", "answers", "max_new_tokens", "eval_every", "merge", "save_every",
     "device", "dtype", "shard")
@@ -415,7 +416,7 @@ class Job:
     groups: list[list[data.Fork]]    # a group of forks for every training row
     heldout: list[data.Batch]
     samples: list[data.Fork]         # held-out questions whose answers every validation shows
-    answered: list[dict]             # rows answered at the end
+    answered: list[dict]             # rows of which --answers are answered at the end
     classifier: LanguageModel
     untrained: list[dict] | None = None     # the untrained model's answers to the samples, once known
 
@@ -583,7 +584,7 @@ def run_method(name: str, job: Job) -> dict:
             policy = summed_logps(model, job.heldout, "held-out")
     scores = answer_and_score(model, job.tokenizer, job.answered, job.languages, job.classifier,
                               args.max_new_tokens, args.system_prompt,
-                              directory / "answers.jsonl" if ranks.rank() == 0 else None)
+                              directory / "answers.jsonl" if ranks.rank() == 0 else None, args.answers)
     scores["heldout"] = heldout.score(job.heldout, policy, base, args.beta, args.targets)
     scores["train_seconds"] = round(seconds, 2)
     if stages:
@@ -669,10 +670,12 @@ def choose(args, device: torch.device) -> dict:
 def make_job(args, device: torch.device) -> Job:
     """Read, translate and pack all that a run needs; its directory is claimed once the input was found usable."""
     print(f"reading the tokenizer of {args.base}")
-    tokenizer, config = data.load_tokenizer(args.model), read_config(args.model)
+    tokenizer, config = data.load_tokenizer(args.model, args.template_args), read_config(args.model)
     args.row_tokens = min(args.row_tokens, config.max_position_embeddings)
     print(f"device {device}; model {args.base}: {config.model_type}, {config.num_hidden_layers} layers, "
           f"width {config.hidden_size}; run directory {args.out}")
+    for note in tokenizer.chat.notes:
+        print(note)
 
     print(f"\n1. Rows: {args.source} and {', '.join(args.targets)}")
     split = ranks.on_first(lambda: read_split(args))
@@ -704,7 +707,7 @@ def make_job(args, device: torch.device) -> Job:
     return Job(args, run, device, chosen["dtype"], packing, tokenizer, identity, groups,
                [batch for step in heldout_steps for batch in step],
                [fork for group in heldout_groups[:heldout.SAMPLE_ANSWERS] for fork in group],
-               answered[:args.answers], fit_languages(texts_by_language(rows, languages)))
+               answered, fit_languages(texts_by_language(rows, languages)))
 
 
 def main(argv=None) -> None:
@@ -736,6 +739,7 @@ def main(argv=None) -> None:
     ranks.on_first(lambda: (write_json(job.run / "report.json", report),
                             write_text(job.run / "report.md", text)))
     print("\n" + text)
+    print("\n".join(closing_lines(answers)))
     print_ending(job, time.perf_counter() - began)
     ranks.stop()
 
@@ -778,7 +782,7 @@ def dry_run(args, device: torch.device) -> None:
     print(scale.describe(config, plan, memory))
     if args.lang is None:
         return
-    tokenizer = data.load_tokenizer(args.model)
+    tokenizer = data.load_tokenizer(args.model, args.template_args)
     split = read_split(args)
     rows, missing = split.rows[split.apart:], data.missing_targets(split.rows, args.targets)
     count = len(rows)
@@ -844,9 +848,9 @@ def parse_args(argv=None) -> argparse.Namespace:
     add_where(parser)
     args = parser.parse_args(argv)
     check_args(parser, args)
-    args.targets = [] if args.lang is None else [code.strip() for code in args.lang.split(",")]
+    args.targets = [] if args.lang is None else language_list(args.lang)
     args.lang = None if args.lang is None else ",".join(args.targets)
-    if not all(args.targets) or len({args.source, *args.targets}) <= len(args.targets):
+    if len({args.source, *args.targets}) <= len(args.targets):
         parser.error(f"--lang {args.lang}: different languages joined by commas were expected, "
                      f"{args.source} not among them")
     args.out = args.out or f"runs/{args.lang}"
@@ -896,7 +900,7 @@ def add_what(parser) -> None:
 
 def add_how(parser) -> None:
     add = parser.add_argument_group("data").add_argument
-    add("--source", default="en", help="language the model knows")
+    add("--source", type=normal, default="en", help="language the model knows")
     add("--samples", type=flags.positive_int, default=None,
         help="train on this many rows, drawn by --seed; default: all")
     add("--holdout", type=flags.positive_int, default=100,
@@ -905,6 +909,8 @@ def add_how(parser) -> None:
     add("--turns", default="first", choices=["first", "all"],
         help="of conversations: the first exchange, or each one")
     add("--system-prompt", default=None, help="put before every question, in the checkpoint's chat template")
+    add("--template-args", default=None,
+        help="""variables of the chat template, as JSON: '{"enable_thinking": false}'""")
     add("--beams", type=flags.positive_int, default=5, help="beam width of the translation")
     add("--keep-failed", action="store_true",
         help="train on rows of which a translated segment failed its checks, too")

@@ -25,23 +25,25 @@ from tqdm import tqdm
 import model as llama
 import translate
 from engine import flags, ranks
-from engine.files import (InputError, Journal, as_kind, check_unicode, fingerprint, need, read_records, run,
-                          write_json)
+from engine.files import InputError, Journal, check_unicode, fingerprint, run, write_json
 from engine.flags import REQUIRED
-from evals import choice, judge, report
+from evals import choice, comparison, judge, plots
 from evals.answers import HASH_DIGITS, Decoding
+from evals.instructions import answer_instructions, model_outputs, read_instructions
 from evals.report import table
 from evals.verdict import VERDICT
-from evals.winrate import (annotation, answer_settings, describe_failures, describe_rate, judge_details,
-                           keep_verdicts, pair_outputs, read_annotations, win_rate)
+from evals.winrate import (annotation_records, answer_settings, describe_failures, describe_rate, judge_details,
+                           keep_verdicts, left_to_judge, pair_outputs, read_annotations, win_rate)
 from formats import hub
 from formats.chat import Tokenizer, load_tokenizer
-from formats.records import describe_counts, read_rows, refuse_duplicates, require_languages
+from formats.languages import normal, split_commas
+from formats.records import describe_counts, read_rows, require_languages
 from formats.weights import DTYPES, adapter_base, read_adapter
 
 DEFAULT_MODEL = "demo/llama"
-TRANSLATED_AT_ONCE = 16     # instructions between two writes
+JUDGE = "gpt-4o"
 LONGEST_NAME = 120          # characters of a directory's name; file systems hold 255 bytes
+TRANSLATED_AT_ONCE = 16     # instructions between two writes
 
 
 # -------------------------------------------------------------------------------------------- model and files
@@ -69,18 +71,18 @@ def compute_dtype(dtype: str, device: str) -> str:
     return "bf16" if device.startswith("cuda") else "fp32"
 
 
-def open_model(model: str | None, adapter: str | None, device: str,
-               dtype: str) -> tuple[llama.Llama, Tokenizer, dict]:
+def open_model(model: str | None, adapter: str | None, device: str, dtype: str,
+               template_args: str | None = None) -> tuple[llama.Llama, Tokenizer, dict]:
     """The model that --model and --adapter name, its tokenizer,
     and the settings that stand beside its numbers."""
     base, dtype = find_base(model, adapter), compute_dtype(dtype, device)
-    tokenizer = load_tokenizer(hub.local(base))
+    tokenizer = load_tokenizer(hub.local(base), template_args)
     print(f"loading {base}{f' with {adapter}' if adapter else ''}: {dtype} on {device}", flush=True)
     loaded = llama.load(base, device, DTYPES[dtype], adapter)
     settings = {"model": str(base), "model hash": weights_hash(hub.local(base)),
                 "adapter": adapter, "adapter hash": adapter and weights_hash(Path(adapter)),
-                "tokenizer and template": tokenizer.fingerprint[:HASH_DIGITS], "dtype": dtype,
-                "device": device, "torch": torch.__version__}
+                "tokenizer and template": tokenizer.fingerprint[:HASH_DIGITS], "template_args": template_args,
+                "dtype": dtype, "device": device, "torch": torch.__version__}
     return loaded, tokenizer, settings
 
 
@@ -91,11 +93,15 @@ def weights_hash(path: Path) -> str:
 
 def out_directory(system: str | None, *names: str) -> Path:
     """runs/eval/NAMES-SYSTEM: one directory for each evaluation of each model or adapter."""
-    system = Path(system or DEFAULT_MODEL).as_posix().strip("./").replace("/", "-")
-    name = re.sub(r"[\s/]+", "-", "-".join([*filter(None, names), system]))
+    return Path("runs/eval") / directory_name(*names, Path(system or DEFAULT_MODEL).as_posix().strip("./"))
+
+
+def directory_name(*names: str) -> str:
+    """The names that say something, joined; a long one is cut and gets a hash."""
+    name = re.sub(r"[\s/]+", "-", "-".join(filter(None, names)))
     if len(name) > LONGEST_NAME:
         name = f"{name[:LONGEST_NAME]}-{fingerprint(name)[:6]}"
-    return Path("runs/eval") / name
+    return name
 
 
 def finish(out: Path, settings: dict, figures: dict, **details) -> None:
@@ -109,6 +115,12 @@ def with_error(value: float, error: float | None, digits: int = 2) -> str:
 
 
 # -------------------------------------------------------------------------------------------------------- ask
+
+def tell_notes(tokenizer: Tokenizer) -> None:
+    """Where prompts and replies differ from the text the chat template itself would write."""
+    for note in tokenizer.chat.notes:
+        print(note, file=sys.stderr)
+
 
 def decoding(args) -> Decoding:
     return Decoding(args.system_prompt, args.max_tokens, args.temperature, args.top_p, args.seed)
@@ -125,7 +137,8 @@ def ask(args) -> None:
     systems = [None, *adapters] if args.beside or not adapters else adapters
     for system in systems:
         check_system(base, system)
-    tokenizer, dtype = load_tokenizer(base), DTYPES[compute_dtype(args.dtype, args.device)]
+    tokenizer, dtype = load_tokenizer(base, args.template_args), DTYPES[compute_dtype(args.dtype, args.device)]
+    tell_notes(tokenizer)
     models = {}
     for system in systems:
         print(f"loading {base}{f' with {system}' if system else ''}", file=sys.stderr, flush=True)
@@ -162,7 +175,7 @@ def answer_with_all(models: dict, tokenizer, question: str, how: Decoding) -> No
 def mc(args) -> None:
     """Score a multiple-choice benchmark: accuracies with their standard error,
     and every question's log-probs."""
-    subjects = sorted({name.strip() for name in (args.subjects or "").split(",") if name.strip()})
+    subjects = sorted({*split_commas(args.subjects or "")})
     benchmark = choice.read_benchmark(args.benchmark, args.files, args.shots, args.lang, subjects, args.split,
                                       args.limit)
     model, tokenizer, settings = open_model(args.model, args.adapter, args.device, args.dtype)
@@ -237,7 +250,9 @@ def perplexity(args) -> None:
     rows = [row for row in rows if row.get("split", args.split) == args.split] if args.split else rows
     if not rows:
         raise InputError(f"{args.data} has no row of split {args.split!r}: see --split")
-    model, tokenizer, settings = open_model(args.model, args.adapter, args.device, args.dtype)
+    model, tokenizer, settings = open_model(args.model, args.adapter, args.device, args.dtype,
+                                            args.template_args)
+    tell_notes(tokenizer)
     settings |= {"language": args.lang, "source": args.source, "data": args.data,
                  "data hash": choice.file_hash(args.data), "split": args.split, "rows": len(rows),
                  "system_prompt": args.system_prompt,
@@ -246,7 +261,7 @@ def perplexity(args) -> None:
             Path(args.data).with_suffix("").as_posix().strip("./"), args.split if args.split != "test" else "",
             fingerprint(args.system_prompt)[:6] if args.system_prompt else "", settings["dtype"]]
     out = args.out or out_directory(args.adapter or args.model, *name)
-    places = ((report.SOURCE, args.source), (report.TARGET, args.lang))
+    places = ((comparison.SOURCE, args.source), (comparison.TARGET, args.lang))
     keys = ("question", "place", "nll", "bytes", "tokens", "cut")
     with Journal(out / "answers.jsonl", settings, keys, args.fresh) as journal:
         for place, language in places:
@@ -254,9 +269,9 @@ def perplexity(args) -> None:
     figures, lines = {}, []
     for place, language in places:
         found = [line for line in journal.done if line["place"] == place]
-        nats = ratio([line["nll"] for line in found], [line["bytes"] for line in found])
+        nats = ratio([line["nll"] for line in found], [line["bytes"] for line in found]) | {"digits": 4}
         bits = nats | {key: nats[key] and nats[key] / math.log(2) for key in ("value", "stderr")}
-        exponential = {"value": math.exp(nats["value"]), "n": nats["n"]}
+        exponential = {"value": math.exp(nats["value"]), "n": nats["n"], "digits": 4}
         figures |= {f"bits/byte {place}": bits, f"nll/byte {place}": nats,
                     f"perplexity/byte {place}": exponential}
         per_token = sum(line["nll"] for line in found) / sum(line["tokens"] for line in found)
@@ -294,22 +309,6 @@ def score_responses(model, tokenizer, rows: list[dict], place: str, language: st
 
 
 # ------------------------------------------------------------------------------------------------- AlpacaEval
-
-def read_instructions(path, language: str) -> list[dict]:
-    """[{"instruction", "dataset"}] of a file in alpaca_eval's format,
-    or of parallel rows that hold the language."""
-    found = []
-    for where, record in read_records(path):
-        own = as_kind(record, dict, where).get(language)
-        text = own["prompt"] if isinstance(own, dict) and "prompt" in own else \
-            need(record, "instruction", where)
-        found.append((where, check_unicode({"instruction": as_kind(text, str, where),
-                                         "dataset": record.get("dataset")}, where)))
-    refuse_duplicates([(where, item["instruction"]) for where, item in found])
-    if not found:
-        raise InputError(f"{path}: the file holds no instruction")
-    return [item for _, item in found]
-
 
 def translate_instructions(items: list[dict], args) -> list[dict]:
     """The items in --lang. The translation is kept under a hash of what made it, so that every system gets
@@ -356,43 +355,32 @@ def keep_translated(items: list[dict], lines: list[dict]) -> list[dict]:
 
 def alpaca(args) -> None:
     """Answer a list of instructions; model_outputs.json is what alpaca_eval and `judge` read."""
-    items = read_instructions(args.instructions, args.source if args.translator else args.lang)[:args.limit]
+    language = args.source if args.translator else args.lang
+    items = read_instructions(args.instructions, language)[:args.limit]
     check_system(find_base(args.model, args.adapter), args.adapter)
     if args.translator:
         items = translate_instructions(items, args)
+    model, tokenizer, settings = open_model(args.model, args.adapter, args.device, args.dtype,
+                                            args.template_args)
+    tell_notes(tokenizer)
     how = decoding(args)
-    model, tokenizer, settings = open_model(args.model, args.adapter, args.device, args.dtype)
     settings |= {"language": args.lang, "instructions": args.instructions, "translator": args.translator,
                  "instructions hash": fingerprint([item["instruction"] for item in items]),
                  "batch": args.batch_size, **asdict(how)}
-    system = args.adapter or args.model
-    out = args.out or out_directory(system, "alpaca", args.lang)
-    with Journal(out / "answers.jsonl", settings, ("instruction", "output", "tokens"), args.fresh) as journal:
+    system, part = args.adapter or args.model, f"first {args.limit}" if args.limit else ""
+    out = args.out or out_directory(system, "alpaca", args.lang, part)
+    keys = ("instruction", "output", "tokens")
+    with Journal(out / "answers.jsonl", settings, keys, args.fresh) as journal:
         answer_instructions(model, tokenizer, items, how, args.batch_size, journal)
     name = args.name or Path(system or DEFAULT_MODEL).as_posix()
-    write_json(out / "model_outputs.json", [
-        {"dataset": item["dataset"], "instruction": item["instruction"], "output": line["output"],
-         "generator": name, "datasplit": "eval"} for item, line in zip(items, journal.done)])
+    write_json(out / "model_outputs.json", model_outputs(items, journal.done, name))
     length = sum(len(line["output"]) for line in journal.done) / len(items)
     cut = sum(line["tokens"] >= how.max_tokens for line in journal.done)
     empty = sum(not line["output"] for line in journal.done)
     print(f"{out}/model_outputs.json: {len(items)} answers of {length:.0f} characters on average, "
           f"{cut} of them cut at {how.max_tokens} tokens, {empty} empty")
-    finish(out, settings, {"answer characters": {"value": length, "n": len(items)}}, cut=cut, empty=empty)
-
-
-def answer_instructions(model, tokenizer, items: list[dict], how: Decoding, batch_size: int,
-                        journal: Journal) -> None:
-    """Add answers to the journal, a batch at a time. Sampling starts anew with each batch,
-    so that a resumed run equals an undisturbed one."""
-    done = len(journal.done)
-    with tqdm(total=len(items), initial=done, desc="answers", unit="answer") as bar:
-        for first in range(done // batch_size * batch_size, len(items), batch_size):
-            questions = [item["instruction"] for item in items[first:first + batch_size]]
-            replies = how.replies(model, tokenizer, questions, first)
-            for question, (text, tokens) in list(zip(questions, replies))[len(journal.done) - first:]:
-                journal.add({"instruction": question, "output": text, "tokens": tokens})
-                bar.update()
+    figures = {"answer characters": {"value": length, "n": len(items)}}
+    finish(out, settings, figures, cut=cut, empty=empty)
 
 
 # ------------------------------------------------------------------------------------------------------ judge
@@ -407,25 +395,33 @@ def judge_outputs(args) -> None:
                  "judge tokens": args.judge_tokens, "judge temperature": 0, "verdict": VERDICT,
                  "order": args.order, "order seed": args.seed,
                  "language": args.lang or settings.get("language")}
-    out = args.out or Path(args.outputs).parent / f"against-{Path(args.reference).parent.name}"
-    figure = f"win rate over {pairs[0]['generator_1']}"
+    out = args.out or judge_directory(args.outputs, args.reference, args.judge_model, args.order, args.limit)
+    model, reference = pairs[0]["generator_2"], pairs[0]["generator_1"]
+    figure = f"win rate over {reference}"
     keys = ("question", "preference", "reading", "refused", "prompt_tokens", "completion_tokens")
     with Journal(out / "answers.jsonl", settings, keys, args.fresh) as journal:
-        done = {line["question"] for line in journal.done}
-        left = [pair for pair in pairs if pair["instruction"] not in done]
-        verdicts = judge.annotate_all(left, asked, args.order, args.seed, args.lang, args.parallel,
-                                      known=bool(done))
+        left, known = left_to_judge(pairs, journal.done)
+        verdicts = judge.annotate_all(left, asked, args.order, args.seed, args.lang, args.parallel, known)
         failed = asyncio.run(keep_verdicts(verdicts, len(pairs), figure, journal))
     print(describe_failures(failed, len(pairs)), end="")
-    lines = {line["question"]: line for line in journal.done}
     annotator = f"{args.judge_model}, {args.order} order, prompt {judge.prompt_hash()}"
-    annotations = [annotation(pair, lines.get(pair["instruction"]), annotator) for pair in pairs]
+    annotations = annotation_records(pairs, journal.done, annotator)
     write_json(out / "annotations.json", annotations)
     rate = win_rate(annotations)
-    print(f"{pairs[0]['generator_2']} against {pairs[0]['generator_1']}: {describe_rate(rate)}")
+    print(f"{model} against {reference}: {describe_rate(rate)}")
     details = judge_details(journal.done, args.price_in, args.price_out)
+    kinds = Counter(fault.kind for fault in failed)
     figures = {figure: {"value": rate["win_rate"], "stderr": rate["standard_error"], "n": rate["n_total"]}}
-    finish(out, settings, figures, win_rate=rate, failed=Counter(fault.kind for fault in failed), **details)
+    finish(out, settings, figures, win_rate=rate, failed=kinds, **details)
+
+
+def judge_directory(outputs: str, reference: str, judge_model: str, order: str, limit: int | None) -> Path:
+    """Beside the answers; whatever is not the default has a directory of its own."""
+    name = ["against", Path(reference).parent.name]
+    name += [judge_model] if judge_model != JUDGE else []
+    name += [order] if order != "random" else []
+    name += [f"first {limit}"] if limit else []
+    return Path(outputs).parent / directory_name(*name)
 
 
 def winrate(args) -> None:
@@ -439,11 +435,16 @@ def winrate(args) -> None:
 
 def compare(args) -> None:
     """One table over runs and evaluations, paired differences from the baseline, and plots when asked."""
-    results = report.read_results(args.runs)
-    print(report.comparison(results, args.baseline))
-    print(report.settings_text(args.runs))
     if args.plot:
-        for path in report.plot(results, args.plot):
+        plots.import_pyplot()
+    directories, left_out = comparison.find_results(args.runs)
+    if left_out:
+        print(f"left out, no finished run or evaluation: {', '.join(map(str, left_out))}\n")
+    results = comparison.read_results(directories)
+    print(comparison.comparison_text(results, args.baseline))
+    print(comparison.settings_text(directories))
+    if args.plot:
+        for path in plots.plot(results, args.plot):
             print(f"plot: {path}")
 
 
@@ -467,6 +468,7 @@ def add_output_flags(parser) -> None:
 def add_answer_flags(parser, max_tokens: int) -> None:
     add = flags.group(parser, "answers")
     add("--system-prompt", str, None, "put before every question, in the model's chat template")
+    add("--template-args", str, None, "variables of the chat template: '{\"enable_thinking\": false}'")
     add("--temperature", flags.temperature, 0.0, "0 is greedy; higher is more varied")
     add("--top-p", flags.share, 1.0, "sample from the likeliest tokens that hold this probability")
     add("--max-tokens", flags.positive_int, max_tokens, "longest answer, in tokens")
@@ -485,7 +487,7 @@ def add_mc(parser) -> None:
     parser.add_argument("files", help="its directory as distributed (csv, tsv, jsonl), or hub id")
     add = flags.group(parser, "questions")
     add("--shots", flags.count, 0, "worked examples before each question; tables mostly use 5")
-    add("--lang", str, "", "of MMMLU, BELEBELE: sw, or its own code (SW-KE, swh_Latn)")
+    add("--lang", normal, "", "of MMMLU, BELEBELE: sw, or its own code (SW-KE, swh_Latn)")
     add("--subjects", str, None, "only these, joined by commas")
     add("--split", str, "test", "the split asked")
     add("--limit", flags.positive_int, None, "the first so many questions of every subject")
@@ -497,10 +499,11 @@ def add_mc(parser) -> None:
 def add_perplexity(parser) -> None:
     add = flags.group(parser, "responses")
     add("--data", str, "demo/eval.jsonl", "held-out parallel rows")
-    add("--lang", str, REQUIRED, "target language")
-    add("--source", str, "en", "source language")
+    add("--lang", normal, REQUIRED, "target language")
+    add("--source", normal, "en", "source language")
     add("--split", str, "test", 'rows of this split, and rows without one; "" takes all')
     add("--system-prompt", str, None, "put before every question, in the model's chat template")
+    add("--template-args", str, None, "variables of the chat template: '{\"enable_thinking\": false}'")
     add("--batch-tokens", flags.positive_int, 2048, "tokens of one forward pass")
     add_model_flags(parser)
     add_output_flags(parser)
@@ -509,9 +512,9 @@ def add_perplexity(parser) -> None:
 def add_alpaca(parser) -> None:
     add = flags.group(parser, "instructions")
     add("--instructions", str, REQUIRED, "JSON with \"instruction\"s (alpaca_eval's), or parallel rows")
-    add("--lang", str, REQUIRED, "their language; with --translator, the one translated into")
+    add("--lang", normal, REQUIRED, "their language; with --translator, the one translated into")
     add("--translator", str, None, "M2M100 or NLLB directory: translate the instructions first")
-    add("--source", str, "en", "language translated from")
+    add("--source", normal, "en", "language translated from")
     add("--beams", flags.positive_int, 5, "beam width of the translation")
     add("--name", str, None, "generator's name in the output; default: the adapter or model")
     add("--limit", flags.positive_int, None, "the first so many instructions")
@@ -525,8 +528,8 @@ def add_judge(parser) -> None:
     parser.add_argument("outputs", metavar="A.json", help="answers in question (model_outputs.json)")
     parser.add_argument("reference", metavar="B.json", help="answers they are compared with")
     add = flags.group(parser, "judge")
-    add("--judge-model", str, "gpt-4o", "name the server knows it by")
-    add("--lang", str, "", "language the answers should be in, named to the judge")
+    add("--judge-model", str, JUDGE, "name the server knows it by")
+    add("--lang", normal, "", "language the answers should be in, named to the judge")
     add("--order", ["random", "both"], "random", "alpaca_eval's coin, or each pair twice")
     add("--seed", flags.seed, 0, "of the coin")
     add("--limit", flags.positive_int, None, "the first so many pairs")
@@ -546,7 +549,7 @@ def add_winrate(parser) -> None:
 
 def add_compare(parser) -> None:
     parser.add_argument("runs", nargs="+", metavar="RUN",
-                        help="run directories of clo.py; directories of mc, perplexity, judge")
+                        help="run directories of clo.py, directories of mc, perplexity, judge, or what holds them")
     add = flags.group(parser, "table")
     add("--baseline", str, "sft", "method the others are compared with, question by question")
     add("--plot", str, None, "draw learning curves and the trade-off into this directory")

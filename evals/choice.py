@@ -26,7 +26,7 @@ import kernels
 import model as llama
 from engine.files import InputError, as_kind, fingerprint, need, read_records
 from formats import hub
-from formats.languages import nllb_code
+from formats.languages import nllb_code, normal, suggestion
 from formats.records import PARQUET, refuse_duplicates, table_cells
 
 LETTERS = ("A", "B", "C", "D")
@@ -238,12 +238,12 @@ def read_subjects(task: Task, root: Path, split: str) -> dict[Path, list[Documen
 
 
 def mmmlu_code(language: str) -> str:
-    """SW-KE for sw, SW_KE, SW-KE."""
-    wanted = language.upper().replace("_", "-")
-    codes = [code for code in MMMLU_LANGUAGES if wanted in (code, code[:2])]
-    if not codes:
-        raise InputError(f"--lang {language}: MMMLU has {', '.join(MMMLU_LANGUAGES)}")
-    return codes[0]
+    """SW-KE for any spelling of Swahili."""
+    for code in MMMLU_LANGUAGES:
+        if normal(code) == normal(language):
+            return code
+    near = suggestion(language, map(normal, MMMLU_LANGUAGES))
+    raise InputError(f"--lang {language}: MMMLU has {', '.join(MMMLU_LANGUAGES)}{near}")
 
 
 def read_mmmlu(root: Path, language: str) -> dict[Path, list[Document]]:

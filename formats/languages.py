@@ -4,10 +4,10 @@
     normal("zh-TW") == "zh_Hant";  normal("sr-Latn") == "sr_Latn";  normal("pt-BR") == "pt"
     script_of("te") == "TELUGU";  script_of("zho_Hant") == "CJK";  script_of("xx") is None
 
-A *normal code* is ISO 639-1's or, where that has none, ISO 639-3's; a script that is not the language's first one
-follows: a text in traditional characters is no answer to a question in simplified ones. Regions are dropped
+A *normal code* is ISO 639-1's or, where that has none, ISO 639-3's; a script that is not the language's usual
+one follows: a text in traditional characters is no answer to a question in simplified ones. Regions are dropped
 (pt-BR and pt-PT are one language here), but for those that mean a script: zh-TW, zh-HK and zh-MO. What the
-table lacks stays as it is: data may hold any key.
+table lacks stays as it is: data may hold any key, and the script of an unknown language is unknown.
 
 Sources: FLORES-200 and NLLB (Costa-jussa et al. 2022), ISO 639, IETF BCP 47, M2M100 (Fan et al. 2021).
 """
@@ -17,8 +17,10 @@ import re
 import unicodedata
 from functools import lru_cache
 
-# One entry a language and script: normal code, NLLB's code, other codes; then names, each with a capital. The
-# first entry of a language has its usual script. NLLB lacks br and fy, whose second codes are made like its own.
+from engine.files import InputError
+
+# One entry a language and script: normal code, NLLB's and FLORES's code, other codes, names with a capital. NLLB
+# lacks br and fy, whose second codes are made like its own, and calls Santali in Ol Chiki sat_Beng.
 TABLE = """
 ace ace_Latn Acehnese; ace_Arab ace_Arab; acm acm_Arab Mesopotamian_Arabic; acq acq_Arab Taizzi-Adeni_Arabic;
 aeb aeb_Arab Tunisian_Arabic; af afr_Latn afr Afrikaans; ajp ajp_Arab South_Levantine_Arabic;
@@ -59,7 +61,7 @@ mg plt_Latn plt mlg Malagasy Plateau_Malagasy; mi mri_Latn mri mao Maori; min mi
 min_Arab min_Arab; mk mkd_Cyrl mkd mac Macedonian; ml mal_Mlym mal Malayalam;
 mn khk_Cyrl khk mon Mongolian Halh_Mongolian; mni mni_Beng Meitei Manipuri; mos mos_Latn Mossi;
 mr mar_Deva mar Marathi; ms zsm_Latn zsm msa may Malay Standard_Malay; mt mlt_Latn mlt Maltese;
-my mya_Mymr mya bur Burmese; ne npi_Deva npi nep Nepali; nl nld_Latn nld dut Dutch Flemish;
+my mya_Mymr mya bur Burmese; ne npi_Deva npi nep Nepali; ne_Latn npi_Latn; nl nld_Latn nld dut Dutch Flemish;
 nn nno_Latn nno Nynorsk Norwegian_Nynorsk; no nob_Latn nob nb nor Norwegian Bokmal Norwegian_Bokmal;
 nso nso_Latn ns Northern_Sotho Sepedi; nus nus_Latn Nuer; ny nya_Latn nya Nyanja Chichewa Chewa;
 oc oci_Latn oci Occitan; om gaz_Latn gaz orm Oromo West_Central_Oromo; or ory_Orya ory ori Odia Oriya;
@@ -69,7 +71,7 @@ pt por_Latn por Portuguese Brazilian_Portuguese; qu quy_Latn quy que Quechua Aya
 rn run_Latn run Rundi Kirundi; ro ron_Latn ron rum mo Romanian Moldovan; ru rus_Cyrl rus Russian;
 rw kin_Latn kin Kinyarwanda; sa san_Deva san Sanskrit; sat sat_Olck sat_Beng Santali;
 sc srd_Latn srd Sardinian; scn scn_Latn Sicilian; sd snd_Arab snd Sindhi; sg sag_Latn sag Sango;
-shn shn_Mymr Shan; si sin_Sinh sin Sinhala Sinhalese; sk slk_Latn slk slo Slovak; sl slv_Latn slv Slovenian;
+shn shn_Mymr Shan; si sin_Sinh sin Sinhala Sinhalese; si_Latn sin_Latn; sk slk_Latn slk slo Slovak; sl slv_Latn slv Slovenian;
 sm smo_Latn smo Samoan; sn sna_Latn sna Shona; so som_Latn som Somali;
 sq als_Latn als sqi alb Albanian Tosk_Albanian; sr srp_Cyrl srp Serbian; sr_Latn srp_Latn;
 ss ssw_Latn ssw Swati Swazi; st sot_Latn sot Sotho Southern_Sotho Sesotho; su sun_Latn sun Sundanese;
@@ -121,7 +123,7 @@ def spellings() -> tuple[dict[str, str], dict[str, str]]:
         code, flores, *others = entry.split()
         nllb[code] = flores
         for spelling in (code, flores, *others):
-            assert known.setdefault(fold(spelling), code) == code, f"{spelling}: {code}, {known[fold(spelling)]}"
+            assert known.setdefault(fold(spelling), code) == code, f"{spelling} is {known[fold(spelling)]} too"
     return known, nllb
 
 
@@ -158,13 +160,16 @@ def suggestion(code: str, there) -> str:
 
 
 def split_commas(text: str) -> list[str]:
-    """The parts of "sw, yo," without the spaces around them, the empty ones and repetitions."""
-    return list(dict.fromkeys(part.strip() for part in text.split(",") if part.strip()))
+    """The parts of "sw, yo," without the spaces around them and without empty ones."""
+    return [part.strip() for part in text.split(",") if part.strip()]
 
 
 def language_list(text: str) -> list[str]:
-    """The normal codes that a flag names, joined by commas."""
-    return list(dict.fromkeys(map(normal, split_commas(text))))
+    """The normal codes that a flag names, joined by commas. InputError where there is none."""
+    codes = [normal(code) for code in split_commas(text)]
+    if not codes:
+        raise InputError(f"--lang {text!r}: a language was expected, or several joined by commas: sw,yo")
+    return codes
 
 
 def script_of(language: str) -> str | None:

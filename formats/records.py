@@ -33,7 +33,7 @@ from engine.files import HALF_A_CHARACTER, InputError, read_records, read_text, 
 from formats import hub
 from formats.conversations import (FORMATS, UNKNOWN, OddRecord, Skip, as_list, as_text, find_format, is_blank,
                                    named, read_conversation)
-from formats.languages import normal, script_of
+from formats.languages import normal, script_of, suggestion
 
 PARTS = ("prompt", "response")
 LANGUAGE_KEYS = ("language_code", "lang", "language")
@@ -439,8 +439,10 @@ def require_languages(rows, *wanted):
     """The rows that hold all wanted languages; if none does, a InputError that names those in the data."""
     have = [row for row in rows if set(wanted) <= set(languages_of(row))]
     if not have:
-        there = ", ".join(sorted({language for row in rows for language in languages_of(row)})) or "none"
-        raise InputError(f"no row holds {' and '.join(wanted)}; languages in the data: {there}")
+        there = sorted({language for row in rows for language in languages_of(row)})
+        near = "".join(suggestion(code, there) for code in wanted if code not in there)
+        raise InputError(f"no row holds {' and '.join(wanted)}{near}; "
+                         f"languages in the data: {', '.join(there) or 'none'}")
     return have
 
 

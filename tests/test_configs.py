@@ -8,9 +8,8 @@ import pytest
 import torch
 
 import model as llama
-from conftest import write_checkpoint
-from engine.files import InputError, read_json, write_json
-from formats.configs import DEFAULTS, Config, config_dict, read_config
+from engine.files import InputError, write_json
+from formats.configs import Config, DEFAULTS, config_dict, read_config
 
 LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
           "original_max_position_embeddings": 16}

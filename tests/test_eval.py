@@ -15,13 +15,10 @@ import pytest
 import eval as evaluation
 from conftest import write_checkpoint
 from engine import files
-from engine.files import InputError, Journal, read_records, write_jsonl
-from evals import answers
-from evals.answers import answer, answer_and_score, normalise, read_answers
-from evals.language import (INDEPENDENCE, SWITCH, UNSEEN, fit_languages, foreign_share, reply_language,
-                            texts_by_language)
-from formats.chat import load_tokenizer
+from engine.files import InputError, Journal
+from evals.language import INDEPENDENCE, SWITCH, UNSEEN, fit_languages, foreign_share, reply_language
 from formats import records
+from formats.chat import load_tokenizer
 from formats.records import read_rows
 from translate import Translation
 
@@ -29,20 +26,6 @@ LANGUAGES = ("de", "en", "id", "ko", "sw", "yo", "zh")
 TEXTS = {"en": ["The lion eats meat.", "What is the capital of France?", "The river is long."],
          "sw": ["Simba anakula nyama.", "Mji mkuu wa Ufaransa ni upi?", "Mto ni mrefu."],
          "ko": ["사자는 고기를 먹어요.", "프랑스의 수도는 어디예요?", "강은 길어요."]}
-
-
-@pytest.mark.parametrize("reply, expected", [
-    ("The lion eats meat", "The lion eats meat."), ("  the LION\n eats meat!", "The lion eats meat."),
-    ("狮子吃肉", "狮子吃肉。"), ("Kìnnìún ń jẹ ẹran".replace("ì", "i\u0300"), "Kìnnìún ń jẹ ẹran.")])
-def test_case_spaces_final_punctuation_and_unicode_form_do_not_count(reply, expected):
-    assert normalise(reply) == normalise(expected)
-
-
-@pytest.mark.parametrize("reply", ["The lion eats", "The lion, eats meat.", "Lion eats meat.",
-                                   "Kìnnìún n jẹ ẹran"])
-def test_anything_else_counts(reply):
-    assert normalise(reply) not in map(
-        normalise, ["The lion eats meat.", "Kìnnìún ń jẹ ẹran."])
 
 
 def test_reply_language_knows_scripts_and_words_and_abstains_without_letters():
@@ -123,43 +106,6 @@ def test_reply_language_on_real_news(shared, capsys):
                for text in mixtures) / len(mixtures) >= 0.9
 
 
-def test_scores_leave_equal_responses_out_of_the_language_figure(tmp_path, monkeypatch):
-    rows = [{"row_id": str(i), "en": {"prompt": p, "response": r}, "sw": {"prompt": q, "response": s}}
-            for i, (p, r, q, s) in enumerate([
-                ("a", "The lion eats meat.", "b", "Simba anakula nyama."), ("c", "Paris", "d", "paris."),
-                ("e", "The river is long.", "f", "Mto ni mrefu.")])]
-    replies = {"a": "The lion eats meat", "b": "The lion eats meat.", "c": "Paris", "d": "Paris",
-               "e": "Mto", "f": "Mto ni mrefu"}
-    monkeypatch.setattr(answers, "answer",
-                        lambda model, tokenizer, questions, *_: [replies[q] for q in questions])
-    tokenizer = SimpleNamespace(fingerprint="0123456789abcdef0")
-    scores = answer_and_score(None, tokenizer, rows, ("en", "sw"),
-                                         fit_languages(TEXTS), 8, None, tmp_path / "answers.jsonl")
-    assert (scores["en"]["correct"], scores["en"]["right_language"], scores["en"]["n_language"]) == (
-        66.67, 50.0, 2)
-    assert (scores["sw"]["correct"], scores["sw"]["right_language"], scores["sw"]["n"]) == (66.67, 50.0, 3)
-    assert len((tmp_path / "answers.jsonl").read_text().splitlines()) == 6
-
-
-ANSWER = {"row_id": "0", "language": "en", "prompt": "q", "reply": "r", "expected": "r", "correct": True,
-          "reply_language": "en", "judged": True}
-
-
-@pytest.mark.parametrize("text, told", [
-    (None, "holds 0 answers, 2 were written: delete the result.json"), ("", "holds 0 answers, 2 were"),
-    (json.dumps(ANSWER), "holds 1 answers, 2 were written"), ("{}\n", ':1: "row_id" is missing'),
-    (json.dumps(ANSWER) + '\n{"row', ":2: not valid JSON"), ("5\n", ":1: dict expected, found int")])
-def test_answers_that_are_not_all_there_are_one_clear_line(tmp_path, text, told):
-    path, scores = tmp_path / "answers.jsonl", {"en": {"n": 2, "n_language": 2}, "heldout": {}, "seconds": 3}
-    if text is not None:
-        path.write_text(text)
-    with pytest.raises(InputError) as error:
-        read_answers(path, scores)
-    assert str(error.value).startswith(str(path)) and told in str(error.value)
-    write_jsonl(path, [ANSWER] * 2)
-    assert read_answers(path, scores) == [ANSWER] * 2
-
-
 @pytest.mark.parametrize("lines, told", [
     (["{}"], ":1: damaged"), (["[]"], ":1: damaged"), (['{"settings": 5}'], ":1: dict expected"),
     (['{"settings": {"a": 1}}', "{}"], ":2: damaged"), (['{"settings": {"a": 1}}', "5"], ":2: damaged"),
@@ -174,34 +120,6 @@ def test_a_damaged_journal_is_named_with_its_line(tmp_path, lines, told):
     path.write_bytes(b'{"settings": {"a": 1}}\n{"question": 1}\n{"question": "\xc3')     # killed in a letter
     with Journal(path, {"a": 1}, ("question",)) as journal:
         assert journal.done == [{"question": 1}]
-
-
-def test_several_languages_are_answered_and_a_response_shared_by_two_is_not_judged(tmp_path, monkeypatch):
-    rows = [{"row_id": "0", **{code: {"prompt": f"{code} {TEXTS[code][0]}", "response": TEXTS[code][0]}
-                               for code in TEXTS}},
-            {"row_id": "1", **{code: {"prompt": f"{code} {TEXTS[code][1]}",
-                                      "response": TEXTS["en" if code == "sw" else code][1]}
-                               for code in TEXTS}}]
-    monkeypatch.setattr(answers, "answer",
-                        lambda model, tokenizer, questions, *_: [q.split(" ", 1)[1] for q in questions])
-    languages = tuple(TEXTS)
-    classifier = fit_languages(texts_by_language(rows, languages))
-    scores = answer_and_score(None, SimpleNamespace(fingerprint="0" * 64), rows, languages,
-                                         classifier, 8, None, tmp_path / "answers.jsonl")
-    assert {code: (scores[code]["n"], scores[code]["n_language"]) for code in TEXTS} == {
-        "en": (2, 1), "sw": (2, 1), "ko": (2, 2)}
-    assert ([scores[code]["correct"] for code in TEXTS] == [100, 50, 100]
-            and scores["ko"]["right_language"] == 100)
-    lines = [line["language"] for _, line in read_records(tmp_path / "answers.jsonl")]
-    assert lines == ["en"] * 2 + ["sw"] * 2 + ["ko"] * 2
-
-
-def test_answers_equal_generate_one_at_a_time(checkpoint):
-    import model as llama
-    model, tokenizer = llama.load(checkpoint), load_tokenizer(checkpoint)
-    questions = ["What is it?", "Mji mkuu wa Ufaransa ni upi?", "x"]
-    together = answer(model, tokenizer, questions, 9)
-    assert together == [answer(model, tokenizer, [question], 9)[0] for question in questions]
 
 
 def run(*arguments, typed=""):
@@ -243,8 +161,9 @@ def test_ask_shows_the_base_and_adapters_side_by_side_each_as_it_answers_alone(t
 
 
 @pytest.mark.parametrize("arguments", [
-    ["ask", "--top-p", "0", "Who?"], ["ask", "--temperature", "-1", "Who?"], ["ask", "--max-tokens", "0", "Who?"],
-    ["ask", "--seed", "-1", "Who?"], ["ask", "--temperature", "nan", "Who?"], ["mc", "mmlu", ".", "--limit", "-3"],
+    ["ask", "--top-p", "0", "Who?"], ["ask", "--temperature", "-1", "Who?"],
+    ["ask", "--max-tokens", "0", "Who?"], ["ask", "--seed", "-1", "Who?"],
+    ["ask", "--temperature", "nan", "Who?"], ["mc", "mmlu", ".", "--limit", "-3"],
     ["mc", "mmlu", ".", "--shots", "-1"], ["mc", "mmlu", ".", "--batch-tokens", "0"],
     ["perplexity", "--lang", "sw", "--batch-tokens", "x"],
     ["alpaca", "--lang", "sw", "--instructions", "x", "--batch-size", "0"],
@@ -271,7 +190,8 @@ def test_alpaca_misses_the_model_before_it_translates(tmp_path, monkeypatch):
     monkeypatch.setattr(evaluation.translate, "load", lambda *_: pytest.fail("hours of translation"))
     for flags in (["--adapter", tmp_path / "none", "--model", write_checkpoint(tmp_path / "base")],
                   ["--model", tmp_path / "none"]):
-        result = run("alpaca", "--instructions", tmp_path / "i.json", "--lang", "sw", "--translator", "t", *flags)
+        result = run("alpaca", "--instructions", tmp_path / "i.json", "--lang", "sw",
+                     "--translator", "t", *flags)
         assert result.returncode == 2 and str(tmp_path / "none") in result.stderr
 
 
@@ -421,12 +341,12 @@ def test_translated_instructions_are_the_same_for_every_system_and_what_failed_a
 
 def test_compare_prints_tables_settings_and_the_plots_it_drew(tmp_path):
     pytest.importorskip("matplotlib")
-    from test_report import write_run
+    from test_comparison import write_run
     runs = [write_run(tmp_path, f"r{seed}", seed=seed, right={"base": 0.0, "sft": 0.3, "clo": 0.7})
             for seed in range(2)]
     result = run("compare", *runs, "--baseline", "base", "--plot", tmp_path / "plots")
     assert result.returncode == 0, result.stderr
-    assert ("Difference from base in points" in result.stdout
+    assert ("Difference from base ± standard error" in result.stdout
             and result.stdout.count("| target correct |") == 2 + 1)
     assert f"- {runs[0]}, {runs[1]}: " in result.stdout and '"max_tokens": 64' in result.stdout
     assert [path.name for path in sorted((tmp_path / "plots").iterdir())] == ["learning.png", "tradeoff.png"]
@@ -442,7 +362,7 @@ def test_compare_prints_tables_settings_and_the_plots_it_drew(tmp_path):
     (["alpaca", "--instructions", "empty.json", "--lang", "en"], "holds no instruction"),
     (["alpaca", "--instructions", "half.json", "--lang", "en"], "half.json[0]: broken Unicode"),
     (["winrate", "rows.jsonl"], 'rows.jsonl:1: "preference" is missing'),
-    (["compare", "none"], "none: neither report.json"),
+    (["compare", "none"], "none: no such file or directory"),
     (["mc", "mmlu", "none"], "none: no such file or directory"),
     (["winrate", "odd.jsonl"], "odd.jsonl:1: the preference is 'M'"),
     (["ask", "--device", "quantum", "Who?"], "--device quantum cannot be used")])
