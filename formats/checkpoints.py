@@ -121,30 +121,35 @@ def write_tokenizer_config(directory: Path, tokenizer) -> None:
 
 
 def begins_with_space(tokenizer: dict) -> bool:
-    """Whether a SentencePiece tokenizer.json puts a space before every stretch of text between special tokens,
-    as Meta's code and transformers 4 do ("legacy"), and not before a text's start alone."""
+    """Whether a SentencePiece tokenizer.json puts a space before every stretch of text between special
+    tokens, as Meta's code and transformers 4 do ("legacy"), and not before a text's start alone."""
     parts = [tokenizer.get(name) or {} for name in ("normalizer", "pre_tokenizer")]
     parts += parts[0].get("normalizers", []) + parts[1].get("pretokenizers", [])
     return any(part.get("type") == "Prepend" or part.get("prepend_scheme") == "always" for part in parts)
 
 
 @torch.no_grad()
+def logits_of(model, tokens: Tensor) -> Tensor:
+    """(T, V) fp32 on the CPU, of tokens (1, T)."""
+    head = model.head.to(model.compute_dtype)
+    return (model(tokens)[0] @ head.T).float().cpu()
+
+
 def check_outputs(model, outputs: dict[Path, dict], ids: list[int], load=load) -> None:
     """Load what was written (`outputs`: path -> arguments of `load`, model's or ranks') and compare its
     logits of a text with the trained model's, on the same device in the same dtype. The model gives up its
     memory for that: it ends on the meta device."""
-    tokens = torch.tensor([ids], device=model.head.device)
     device, dtype = model.head.device, model.compute_dtype
-    expected = (model(tokens)[0] @ model.head.to(dtype).T).float().cpu()
+    tokens = torch.tensor([ids], device=device)
+    expected = logits_of(model, tokens)
     model.to("meta")
     for path, arguments in outputs.items():
-        again = load(device=device, dtype=dtype, **arguments)
-        found = (again(tokens)[0] @ again.head.T).float().cpu()
+        found = logits_of(load(device=device, dtype=dtype, **arguments), tokens)
         difference = ((found - expected).norm() / expected.norm()).item()
         weights = Weights(arguments["path"])
         stored = weights[next(iter(weights))].dtype
         if not difference < max(TOLERANCE[dtype], TOLERANCE[stored]):
             raise InputError(f"{path} was written, but its logits differ from the trained model's "
-                            f"by {difference:.1e} of their size: do not use it, and report this")
+                             f"by {difference:.1e} of their size: do not use it, and report this")
         print(f"{path}: written, loaded again; "
               f"its logits differ from the trained model's by {difference:.1e} of their size")
