@@ -275,8 +275,8 @@ def translate_instructions(items: list[dict], args) -> list[dict]:
 
 
 def keep_translated(items: list[dict], lines: list[dict]) -> list[dict]:
-    """The items with their translations; those that failed a check, are empty or equal an earlier one are left
-    out and counted."""
+    """The items with their translations; those that failed a check, are empty or equal an earlier one are
+    left out and counted."""
     kept, left_out = {}, Counter()
     for item, line in zip(items, lines):
         text = line["instruction"]
@@ -290,8 +290,8 @@ def keep_translated(items: list[dict], lines: list[dict]) -> list[dict]:
         reasons = ", ".join(f"{number} {reason}" for reason, number in left_out.most_common())
         print(f"{len(items) - len(kept)} of {len(items)} translated instructions are left out: {reasons}")
     if not kept:
-        raise InputError("no translated instruction is left: see the reasons above, or give instructions that are "
-                         "in the language already, without --translator")
+        raise InputError("no translated instruction is left, for the reasons above: give instructions in the "
+                         "language, without --translator")
     return list(kept.values())
 
 

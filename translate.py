@@ -4,16 +4,16 @@
     python translate.py --lang de,ko --text "The capital of France is Paris."
     torchrun --nproc-per-node 2 translate.py --lang sw ...       # rows are dealt to processes; the same file
 
-A document is split into segments (lines, then sentences); code, links, formulas and markup are set aside and
-come back untouched. Segments are translated in batches by beam search and checked; what fails is tried again,
-then marked. The row of a marked segment is left out of training, its translation is kept in the file.
+A document is split into segments (lines, then sentences); code, links, formulas and markup are set aside
+and come back untouched. Segments are translated in batches by beam search and checked; what fails is tried
+again, then marked. The row of a marked segment is left out of training, its translation is kept in the file.
 
-The same command goes on where a killed one stopped. A file holds one set of languages: another one is refused.
+The same command goes on where a killed one stopped. A file holds one set of languages: others are refused.
 Lines whose row, translator or settings have changed are made anew, and the old file is kept beside the new.
 """
 
 import contextlib
-import os
+import itertools
 import re
 import sys
 import time
@@ -132,7 +132,8 @@ def translate_sentences(texts: list[str], job: Job, beams: int, no_repeat: int =
     waiting = sorted(range(len(texts)), key=lambda i: -len(sources[i]))
     drafts: list[Draft] = [("", None)] * len(texts)
     while waiting:
-        size = max(1, min(job.batch_tokens // len(sources[waiting[0]]), most))
+        longest_source = len(sources[waiting[0]])
+        size = max(1, min(job.batch_tokens // longest_source, most))
         batch, waiting = waiting[:size], waiting[size:]
         limits = [min(2 * len(sources[i]) + 50, longest) for i in batch]
         outputs = beam_search(model, [sources[i] for i in batch], target, limits, beams, no_repeat=no_repeat)
@@ -171,18 +172,22 @@ def translate_segments(segments: list[str], job: Job) -> dict[str, Draft]:
 
 def translate_around_spans(segments: list[str], job: Job) -> dict[str, Draft]:
     """Where the model loses a span, the texts around the spans are translated on their own."""
-    parts = {segment: split_spans(segment) for segment in segments}
-    cores = {split_edges(text)[1] for texts in parts.values() for text in texts[::2]}
-    known = translate_segments(sorted(core for core in cores if WORD.search(core)), job)
-    done = {}
-    for segment, texts in parts.items():
+    texts, done = set(), {}
+    for segment in segments:
+        cores = [split_edges(text)[1] for text in split_spans(segment)[::2]]
+        texts.update(core for core in cores if WORD.search(core))
+    known = translate_segments(sorted(texts), job)
+    for segment in segments:
         out, faults = [], []
-        for i, text in enumerate(texts):
-            before, core, after = split_edges(text) if i % 2 == 0 else ("", text, "")
-            translation, fault = known.get(core, (core, None)) if i % 2 == 0 else (core, None)
-            out += [before, translation, after]
-            faults += [fault] if fault else []
-        done[segment] = "".join(out), next(iter(faults), None)
+        for i, part in enumerate(split_spans(segment)):
+            if i % 2:
+                out.append(part)
+                continue
+            before, core, after = split_edges(part)
+            text, fault = known.get(core, (core, None))
+            out += [before, text, after]
+            faults.append(fault)
+        done[segment] = "".join(out), next(filter(None, faults), None)
     return done
 
 
@@ -192,7 +197,7 @@ class Translation(str):
     """A translated text. faults: how many of its segments failed which check."""
     faults: Counter
 
-    def __new__(cls, text: str, faults: Counter):
+    def __new__(cls, text: str, faults: Counter = Counter()):  # pickle gives the text alone
         translation = super().__new__(cls, text)
         translation.faults = faults
         return translation
@@ -208,7 +213,8 @@ def translate_documents(texts: list[str], job: Job) -> list[Translation]:
 
 def put_together(parts: list[tuple[str, str]], known: dict[str, Draft], job: Job) -> Translation:
     """A document of its parts (formats.markup.parse) and their translations."""
-    from_unspaced, to_unspaced = (script_of(code) in UNSPACED for code in (job.source, job.target))
+    from_unspaced = script_of(job.source) in UNSPACED
+    to_unspaced = script_of(job.target) in UNSPACED
     out, faults, before = [], Counter(), KEEP
     for kind, string in parts:
         if kind == TEXT:
@@ -225,8 +231,8 @@ def put_together(parts: list[tuple[str, str]], known: dict[str, Draft], job: Job
 
 def translate(texts: list[str], source: str, target: str, translator: Translator, beams: int = 5,
               batch_tokens: int = 2048, progress: Callable[[int], None] | None = None) -> list[Translation]:
-    """Each document in `target`, its lines, code, links and markup as they were: a str whose `faults` count the
-    segments that failed their checks. InputError unless the translator knows both languages."""
+    """Each document in `target`, its lines, code, links and markup as they were: a str whose `faults` count
+    the segments that failed their checks. InputError unless the translator knows both languages."""
     translator.check(source, [target])
     return translate_documents(texts, Job(translator, source, target, beams, batch_tokens, progress))
 
@@ -235,10 +241,11 @@ def translate(texts: list[str], source: str, target: str, translator: Translator
 
 def row_key(row: dict, targets: list[str], job: Job) -> Key:
     """What the translation of a row is known by: another text, translator or setting gives another one."""
-    translator, languages = job.translator, sorted(targets)
-    sides = [row.get(code) for code in [job.source, *languages]]  # what people have translated is kept
-    return row["row_id"], fingerprint(sides, job.source, languages, job.beams, translator.fingerprint,
-                                      str(translator.model.head.dtype))
+    languages = sorted(targets)
+    own = {code: row.get(code) for code in (job.source, *languages)}  # what people have translated stays
+    dtype = str(job.translator.model.head.dtype)
+    made_by = job.translator.fingerprint, dtype, job.beams
+    return row["row_id"], fingerprint(own, job.source, languages, made_by)
 
 
 def new_record(row: dict, key: Key, targets: list[str]) -> dict:
@@ -284,9 +291,10 @@ def translate_chunks(todo: list[tuple[dict, Key]], targets: list[str], job: Job,
     for first in range(0, len(todo), chunk * ranks.size()):
         dealt = todo[first:first + chunk * ranks.size()]
         parts = [dealt[i:i + chunk] for i in range(0, len(dealt), chunk)]
-        own = [translate_chunk(part, targets, job) for part in parts[ranks.rank():ranks.rank() + 1]]
-        records = [record for part in ranks.gather(own) for record in part]
-        yield [(key, record) for (_, key), record in zip(dealt, records)]
+        own = parts[ranks.rank():ranks.rank() + 1]  # none where the last round has fewer chunks than ranks
+        found = ranks.gather([translate_chunk(part, targets, job) for part in own])
+        keys = [key for _, key in dealt]
+        yield list(zip(keys, itertools.chain(*found)))
 
 
 def translate_rows(rows: list[dict], translator: Translator, source: str, target: str | list[str], path,
@@ -294,9 +302,9 @@ def translate_rows(rows: list[dict], translator: Translator, source: str, target
                    chunk: int = 32) -> list[dict]:
     """The rows with their translation into `target` (a code or several), through the JSONL file `path`.
 
-    Every `chunk` rows their lines are appended; a run killed at any moment goes on from there. Ranks take a chunk
-    each and the first one writes: the file is that of one process. A row of which a segment failed is left out
-    of the result, and its translation is filed under "clo", unless keep_failed.
+    Every `chunk` rows their lines are appended; a run killed at any moment goes on from there. Ranks take a
+    chunk each and the first one writes: the file is that of one process. A row of which a segment failed is
+    left out of the result, and its translation is filed under "clo", unless keep_failed.
     """
     path, targets = Path(path), [target] if isinstance(target, str) else list(target)
     translator.check(source, targets)
@@ -320,9 +328,13 @@ def translate_rows(rows: list[dict], translator: Translator, source: str, target
                     append_jsonl(path, [record for _, record in found])
                 done |= dict(found)
                 bar.update(len(found))
-    print(describe_faults([done[key] for key in keys], targets, keep_failed))
-    return [row | {code: done[key][code] for code in targets} for row, key in zip(rows, keys)
-            if all(code in done[key] for code in targets)]
+    records = [done[key] for key in keys]
+    print(describe_faults(records, targets, keep_failed))
+    translated = []
+    for row, record in zip(rows, records):
+        if set(targets) <= record.keys():
+            translated.append(row | {code: record[code] for code in targets})
+    return translated
 
 
 def translator_for(rows: list[dict], targets: list[str], path, device) -> Translator:
@@ -331,8 +343,8 @@ def translator_for(rows: list[dict], targets: list[str], path, device) -> Transl
     for target in targets:
         if target not in translator.languages:
             held = sorted({language for row in rows for language in languages_of(row)})
-            raise InputError(f"--lang {target}: the data hold {', '.join(held)} and the translator {path} knows "
-                             f"{', '.join(translator.languages)}")
+            raise InputError(f"--lang {target}: the data hold {', '.join(held)} and the translator {path} "
+                             f"knows {', '.join(translator.languages)}")
     return translator
 
 
@@ -376,7 +388,8 @@ def print_translations(args, targets: list[str], translator: Translator) -> None
     """--text in each language; what the checks say goes to stderr."""
     translator.check(args.source, targets)
     for target in targets:
-        text, = translate([args.text], args.source, target, translator, args.beams, args.batch_tokens)
+        done = translate([args.text], args.source, target, translator, args.beams, args.batch_tokens)
+        text = done[0]
         print(text)
         for fault, number in text.faults.items():
             print(f"{target}: {number} of the text's segments failed a check: {fault}", file=sys.stderr)
@@ -384,8 +397,10 @@ def print_translations(args, targets: list[str], translator: Translator) -> None
 
 def check_out(out: Path, data: Path) -> None:
     """InputError if writing the file, or what lies beside it meanwhile, would overwrite the data."""
-    for name in (out, out.with_name(out.name + ".tmp"), out.with_name(out.name + ".lock")):
-        if name.resolve() == data.resolve() or name.exists() and data.exists() and os.path.samefile(name, data):
+    for suffix in ("", ".tmp", ".lock"):
+        name = out.with_name(out.name + suffix)
+        linked = name.exists() and data.exists() and name.samefile(data)
+        if linked or name.resolve() == data.resolve():
             raise InputError(f"--out {out} would overwrite --data {data}: choose another name")
 
 

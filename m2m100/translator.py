@@ -22,7 +22,8 @@ class Translator:
 
     def check(self, source: str, targets: list[str]) -> None:
         """InputError unless it reads the source and writes every target."""
-        for code, known in [(source, self.tokenizer.languages), *((code, self.languages) for code in targets)]:
+        for code in (source, *targets):
+            known = self.tokenizer.languages if code == source else self.languages
             if code not in known:
                 raise InputError(f"the translator does not know the language {code!r}; "
                                  f"it knows {', '.join(sorted(known))}")
@@ -31,8 +32,8 @@ class Translator:
 
 
 def load(path, device="cpu", dtype: torch.dtype | None = None) -> Translator:
-    """The translator of an M2M100 or NLLB directory or hub id; dtype: bf16 on CUDA and fp32 elsewhere if none
-    is given. InputError says what is wrong with it."""
+    """The translator of an M2M100 or NLLB directory or hub id; dtype: bf16 on CUDA and fp32 elsewhere if
+    none is given. InputError says what is wrong with it."""
     path = hub.local(path, hub.TRANSLATOR_SETTINGS, hub.TRANSLATOR_WEIGHTS)
     if not path.is_dir():
         raise InputError(f"{path} is not a directory: give that of an M2M100 or NLLB checkpoint")
