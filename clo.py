@@ -21,6 +21,7 @@ References: CLO (ACL 2025, arXiv 2505.14297), DPO (arXiv 2305.18290), LoRA (arXi
 """
 
 import argparse
+import contextlib
 import importlib.util
 import math
 import os
@@ -41,16 +42,17 @@ import kernels
 import model as llama
 import translate
 from engine import flags, ranks, runs, scale
-from engine.files import InputError, fill_directory, fingerprint, write_json, write_text
+from engine.files import InputError, fill_directory, fingerprint, locked, write_json, write_text
 from engine.progress import progress
 from evals import heldout
 from evals.answers import answer_and_score, read_answers
 from evals.language import LanguageModel, fit_languages, texts_by_language
-from evals.report import report_text
+from evals.report import closing_lines, report_text
 from formats import hub
 from formats.chat import Tokenizer
 from formats.checkpoints import check_outputs, save_adapter, save_merged, save_model
 from formats.configs import read_config
+from formats.languages import language_list, normal
 from formats.records import describe_counts
 from formats.weights import DTYPES, add_update, lora_product
 
@@ -147,6 +149,9 @@ class Objective:
             fallen = anchor_loss(logp[batch.english], ref[batch.english], step.english_tokens)
             loss = loss + self.anchor * fallen
         return loss
+
+
+PAIRS = Objective(0.5, ("tgt",))    # reads every pair: what held-out figures are made of
 
 
 # ------------------------------------------------------------------------------------------------------- step
@@ -254,7 +259,7 @@ def train(model: llama.Llama, parameters: dict[str, nn.Parameter], name: str, pa
                 group["lr"] = schedule.rate * learning_rate(i, len(order), schedule.warmup)
             result = train_step(model, batches, objective, optimizer, schedule.clip)
             if i == 0 and objective.prefers:
-                check_first_rewards(result["rewards"], bar)
+                check_first_rewards(result["rewards"])
             metrics = step_metrics(i + 1, result, group["lr"], batches, targets, started)
             stop_unless_finite(metrics, name, schedule.rate)
             if last or (i + 1) % schedule.eval_every == 0:
@@ -292,7 +297,7 @@ def stop_unless_finite(metrics: dict, name: str, rate: float) -> None:
                          f"try a lower --lr than {rate:.2g}")
 
 
-def check_first_rewards(rewards: Tensor, bar) -> None:
+def check_first_rewards(rewards: Tensor) -> None:
     """Before the first update policy and reference are one model:
     any reward is an error in one of the two paths."""
     if not rewards.numel():                                      # of this step's samples none has a pair
@@ -301,8 +306,8 @@ def check_first_rewards(rewards: Tensor, bar) -> None:
     if not worst < 1e-2:
         raise InputError(f"rewards before the first update reach {worst:.3g} and should be 0: "
                          f"the reference log-probs do not belong to this model; start over with --fresh")
-    bar.write("rewards before the first update: "
-              + (f"at most {worst:.1g} (rounding)" if worst else "0, as they should be"))
+    tqdm.write("rewards before the first update: "
+               + (f"at most {worst:.1g} (rounding)" if worst else "0, as they should be"))
 
 
 # ------------------------------------------------------------------------------------------------------- LoRA
@@ -362,7 +367,6 @@ def make_trainable(model: llama.Llama, train: str, rank: int, alpha: float, seed
 
     Returns {name: parameter}; those are fp32 (fp64 stays), everything else is frozen in the model's dtype.
     """
-    model.compute_dtype = model.head.dtype
     if train == "lora":
         add_lora(model, rank, alpha, seed, device)
     for name, parameter in model.named_parameters():
@@ -383,10 +387,20 @@ def trainable(model: llama.Llama) -> dict[str, nn.Parameter]:
 # Flags that decide what a run gives: with other ones it is another run.
 IDENTITY = (
     "lang", "model", "data", "eval_data", "translator", "method", "baseline", "lam", "nll", "preference", "beta",
-    "anchor", "train", "lora_rank", "lora_alpha", "source", "samples", "holdout", "turns", "system_prompt",
+    "anchor", "train", "lora_rank", "lora_alpha", "source", "samples", "holdout", "turns", "system_prompt", "template_args",
     "beams", "keep_failed", "row_tokens", "lr", "epochs", "baseline_epochs", "batch_size", "micro_rows", "warmup",
     "weight_decay", "clip", "seed", "eval_split", "answers", "max_new_tokens", "eval_every", "merge", "save_every",
     "device", "dtype", "shard")
+
+
+@dataclass(frozen=True)
+class Packing:
+    """How samples become micro-batches. trim: drop padding that all rows of one share; on CUDA rows keep one
+    length, since its attention is compiled for a shape."""
+    batch_size: int = 8
+    row_tokens: int = 1024
+    micro_rows: int = 1
+    trim: bool = True
 
 
 @dataclass
@@ -396,13 +410,13 @@ class Job:
     run: Path
     device: torch.device
     dtype: str                       # "auto" resolved
-    micro_rows: int                  # packed rows per forward pass
+    packing: Packing
     tokenizer: Tokenizer
     identity: str                    # hash of the flags in IDENTITY and of the files the run reads
     groups: list[list[data.Fork]]    # a group of forks for every training row
     heldout: list[data.Batch]
     samples: list[data.Fork]         # held-out questions whose answers every validation shows
-    answered: list[dict]             # rows answered at the end
+    answered: list[dict]             # rows of which --answers are answered at the end
     classifier: LanguageModel
     untrained: list[dict] | None = None     # the untrained model's answers to the samples, once known
 
@@ -416,9 +430,14 @@ def stages_of(method: str, args) -> list[tuple[str, Objective]]:
     stages = []
     for name, (lam, nll) in zip(method.split("+"), METHODS.get(method, [])):
         if lam is None:
-            lam, nll = args.lam, args.nll
+            lam, nll = args.lam, tuple(args.nll.split(","))
         stages.append((name, Objective(lam, nll, args.beta, args.preference, args.anchor)))
     return stages
+
+
+def wanted_objectives(args) -> dict[str, list[Objective]]:
+    """The objectives of the stages of the baseline and of the method."""
+    return {name: [objective for _, objective in stages_of(name, args)] for name in (args.baseline, args.method)}
 
 
 def stage_forks(group: list[data.Fork], objective: Objective) -> list[data.Fork]:
@@ -434,32 +453,31 @@ def stage_forks(group: list[data.Fork], objective: Objective) -> list[data.Fork]
     return forks
 
 
-def make_steps(groups: list[list[data.Fork]], objective: Objective, args, micro_rows: int,
+def make_steps(groups: list[list[data.Fork]], objective: Objective, packing: Packing,
                seed: int | None) -> list[list[data.Batch]]:
-    """Optimiser steps of args.batch_size rows, each a list of micro-batches. Packed once: reference and
-    training see the same rows (a GEMM row's bits depend on the row count). On CUDA rows keep one length,
-    since its attention is compiled for a shape; elsewhere they are trimmed. seed None keeps the order."""
-    trim = not args.device.startswith("cuda")
+    """Optimiser steps of packing.batch_size samples, each a list of micro-batches. Packed once: reference and
+    training see the same rows (a GEMM row's bits depend on the row count). seed None keeps the order."""
     order = list(range(len(groups)))
     if seed is not None:
         order = torch.randperm(len(groups), generator=torch.Generator().manual_seed(seed)).tolist()
     steps = []
-    for first in range(0, len(order), args.batch_size):
+    for first in range(0, len(order), packing.batch_size):
         forks = []
-        for i in order[first:first + args.batch_size]:
+        for i in order[first:first + packing.batch_size]:
             forks += stage_forks(groups[i], objective)
         if forks:
-            steps.append(data.micro_batches(forks, args.row_tokens, micro_rows, trim, ends=False))
+            steps.append(data.micro_batches(forks, packing.row_tokens, packing.micro_rows, packing.trim,
+                                            ends=False))
     return steps
 
 
-def check_pairs(groups: list[list[data.Fork]], args) -> None:
-    """InputError when a wanted method prefers and no row gives it a pair."""
-    for name in (args.baseline, args.method):
-        for _, objective in stages_of(name, args):
-            if objective.prefers and all(fork.equal for group in groups for fork in group):
-                raise InputError(f"{args.data}: every row has the same response in all languages, so {name} "
-                                 f"finds nothing to prefer: give other rows, or --method sft")
+def check_pairs(groups: list[list[data.Fork]], path: str, methods: dict[str, list[Objective]]) -> None:
+    """InputError when a method has a stage that prefers and no sample of the file gives it a pair."""
+    for name, objectives in methods.items():
+        prefers = any(objective.prefers for objective in objectives)
+        if prefers and all(fork.equal for group in groups for fork in group):
+            raise InputError(f"{path}: every row has the same response in all languages, so {name} finds nothing "
+                             f"to prefer: give other rows, or --method sft")
 
 
 @torch.no_grad()
@@ -497,14 +515,13 @@ def load_model(job: Job, learns: bool) -> tuple[llama.Llama, dict[str, nn.Parame
     def learn(model):
         if learns:
             make_trainable(model, args.train, args.lora_rank, args.lora_alpha, args.seed, job.device)
+    dtype = DTYPES[job.dtype]
     if args.shard:
-        model = ranks.load(args.model, job.device, DTYPES[job.dtype], prepare=learn)
+        model = ranks.load(args.model, job.device, dtype, prepare=learn, recompute=args.recompute)
     else:
-        model = llama.load(args.model, job.device, DTYPES[job.dtype])
+        compiler = "inductor" if learns and job.device.type == "cuda" else None   # breaks at every hook of FSDP
+        model = llama.load(args.model, job.device, dtype, recompute=args.recompute, compiler=compiler)
         learn(model)
-    model.recompute = args.recompute
-    if learns and job.device.type == "cuda" and not args.shard:   # torch.compile breaks at every hook of FSDP
-        llama.compile_blocks_(model)
     return model, trainable(model)
 
 
@@ -540,7 +557,7 @@ def run_method(name: str, job: Job) -> dict:
     base = reference_logps(model, job.heldout, job, "", "reference held-out")
     policy = base
     for number, (part, objective) in enumerate(stages):
-        packed = make_steps(job.groups, objective, args, job.micro_rows, args.seed)
+        packed = make_steps(job.groups, objective, job.packing, args.seed)
         history = "" if number == 0 else fingerprint(job.identity, name, number)
         if objective.prefers:
             batches = [batch for step in packed for batch in step]
@@ -567,7 +584,7 @@ def run_method(name: str, job: Job) -> dict:
             policy = summed_logps(model, job.heldout, "held-out")
     scores = answer_and_score(model, job.tokenizer, job.answered, job.languages, job.classifier,
                               args.max_new_tokens, args.system_prompt,
-                              directory / "answers.jsonl" if ranks.rank() == 0 else None)
+                              directory / "answers.jsonl" if ranks.rank() == 0 else None, args.answers)
     scores["heldout"] = heldout.score(job.heldout, policy, base, args.beta, args.targets)
     scores["train_seconds"] = round(seconds, 2)
     if stages:
@@ -611,7 +628,7 @@ def read_split(args) -> data.Split:
     if args.eval_found:
         print(f"{args.eval_data} lies beside the data: it is used for validation and answers (see --eval-data)")
     if args.eval_data:
-        if fingerprint(hub.data_file(args.data)) == fingerprint(Path(args.eval_data)):
+        if fingerprint(hub.data_file(args.data)) == fingerprint(hub.data_file(args.eval_data)):
             raise InputError(f"--eval-data {args.eval_data} is the same as --data: the run would train on its "
                              f"test; leave it out, and rows are held out of --data")
         evaluated = data.evaluation_rows(args.eval_data, args.source, args.targets, rows)
@@ -632,7 +649,7 @@ def open_run(args, tokenizer: Tokenizer, device: torch.device) -> tuple[Path, di
     flags = {name: getattr(args, name) for name in IDENTITY}
     inputs = {"model": runs.model_fingerprint(args.model), "tokenizer": tokenizer.fingerprint,
               "data": fingerprint(hub.data_file(args.data)),
-              "eval_data": args.eval_data and fingerprint(Path(args.eval_data))}
+              "eval_data": args.eval_data and fingerprint(hub.data_file(args.eval_data))}
     run, chosen = ranks.on_first(lambda: runs.open_run(args.out, flags, inputs, choose(args, device), args.fresh))
     return run, chosen, fingerprint(flags, inputs)
 
@@ -653,10 +670,12 @@ def choose(args, device: torch.device) -> dict:
 def make_job(args, device: torch.device) -> Job:
     """Read, translate and pack all that a run needs; its directory is claimed once the input was found usable."""
     print(f"reading the tokenizer of {args.base}")
-    tokenizer, config = data.load_tokenizer(args.model), read_config(args.model)
+    tokenizer, config = data.load_tokenizer(args.model, args.template_args), read_config(args.model)
     args.row_tokens = min(args.row_tokens, config.max_position_embeddings)
     print(f"device {device}; model {args.base}: {config.model_type}, {config.num_hidden_layers} layers, "
           f"width {config.hidden_size}; run directory {args.out}")
+    for note in tokenizer.chat.notes:
+        print(note)
 
     print(f"\n1. Rows: {args.source} and {', '.join(args.targets)}")
     split = ranks.on_first(lambda: read_split(args))
@@ -673,20 +692,22 @@ def make_job(args, device: torch.device) -> Job:
 
     print("\n2. Forks")
     options = tokenizer, args.source, args.targets, args.row_tokens, args.system_prompt
-    groups, counts = data.make_forks(rows, *options)
+    with data.naming(args.data):
+        groups, counts = data.make_forks(rows, *options)
     print(describe_counts(counts))
-    heldout_groups, _ = data.make_forks(heldout_rows, *options)
-    check_pairs(groups, args)
+    with data.naming(args.eval_data if split.heldout else args.data):
+        heldout_groups, _ = data.make_forks(heldout_rows, *options)
+    check_pairs(groups, args.data, wanted_objectives(args))
     if not missing:
         run, chosen, identity = open_run(args, tokenizer, device)
     print(f"compute type {chosen['dtype']}, {chosen['micro_rows']} packed rows per forward pass")
-    pairs = Objective(args.lam, ("tgt",))
-    heldout_steps = make_steps(heldout_groups, replace(pairs, lam=0.5), args, chosen["micro_rows"], None)
+    packing = Packing(args.batch_size, args.row_tokens, chosen["micro_rows"], trim=device.type != "cuda")
+    heldout_steps = make_steps(heldout_groups, PAIRS, packing, None)
     languages = (args.source, *args.targets)
-    return Job(args, run, device, chosen["dtype"], chosen["micro_rows"], tokenizer, identity, groups,
+    return Job(args, run, device, chosen["dtype"], packing, tokenizer, identity, groups,
                [batch for step in heldout_steps for batch in step],
                [fork for group in heldout_groups[:heldout.SAMPLE_ANSWERS] for fork in group],
-               answered[:args.answers], fit_languages(texts_by_language(rows, languages)))
+               answered, fit_languages(texts_by_language(rows, languages)))
 
 
 def main(argv=None) -> None:
@@ -696,12 +717,15 @@ def main(argv=None) -> None:
         raise InputError("--tensorboard needs the tensorboard package: pip install tensorboard")
     device = ranks.start(ranks.pick_device(args.device))
     args.device = device.type
+    if device.type == "cuda":
+        ranks.fix_order_of_sums()
     args.base = args.model                                             # what the adapter names
     if args.dry_run:
         dry_run(args, device)
         return
     args.model = str(hub.local(args.model))                            # where it lies
-    with scale.memory_advice(args.device, advice(args)):
+    with scale.memory_advice(args.device, advice(args)), contextlib.ExitStack() as lock:
+        ranks.on_first(lambda: lock.enter_context(locked(args.out)))
         job = make_job(args, device)
         methods, answers = {}, {}
         for number, name in enumerate(dict.fromkeys(["base", args.baseline, args.method]), 3):
@@ -715,6 +739,7 @@ def main(argv=None) -> None:
     ranks.on_first(lambda: (write_json(job.run / "report.json", report),
                             write_text(job.run / "report.md", text)))
     print("\n" + text)
+    print("\n".join(closing_lines(answers)))
     print_ending(job, time.perf_counter() - began)
     ranks.stop()
 
@@ -757,7 +782,7 @@ def dry_run(args, device: torch.device) -> None:
     print(scale.describe(config, plan, memory))
     if args.lang is None:
         return
-    tokenizer = data.load_tokenizer(args.model)
+    tokenizer = data.load_tokenizer(args.model, args.template_args)
     split = read_split(args)
     rows, missing = split.rows[split.apart:], data.missing_targets(split.rows, args.targets)
     count = len(rows)
@@ -768,13 +793,14 @@ def dry_run(args, device: torch.device) -> None:
                                      args.system_prompt)
     print(f"of {len(rows)} rows: {describe_counts(counts)}")
     if len(rows) == count:                                       # else the rows not looked at may have pairs
-        check_pairs(groups, args)
+        check_pairs(groups, args.data, wanted_objectives(args))
+    packing = Packing(args.batch_size, args.row_tokens, chosen["micro_rows"], trim=plan.device != "cuda")
     if here:
         print(f"timing one and two layers on {device} in {chosen['dtype']}")
     total, each = 0.0, math.ceil(count / args.batch_size)
     for name in dict.fromkeys((args.baseline, args.method)):
         for part, objective in stages_of(name, args):
-            steps = make_steps(groups, objective, args, chosen["micro_rows"], args.seed)
+            steps = make_steps(groups, objective, packing, args.seed)
             tokens = sum(batch.used for step in steps for batch in step) / len(groups) * min(args.batch_size, count)
             took = scale.step_seconds(config, plan, tokens)
             if here:
@@ -822,15 +848,14 @@ def parse_args(argv=None) -> argparse.Namespace:
     add_where(parser)
     args = parser.parse_args(argv)
     check_args(parser, args)
-    args.targets = [] if args.lang is None else [code.strip() for code in args.lang.split(",")]
+    args.targets = [] if args.lang is None else language_list(args.lang)
     args.lang = None if args.lang is None else ",".join(args.targets)
-    if not all(args.targets) or len({args.source, *args.targets}) <= len(args.targets):
+    if len({args.source, *args.targets}) <= len(args.targets):
         parser.error(f"--lang {args.lang}: different languages joined by commas were expected, "
                      f"{args.source} not among them")
-    args.nll = tuple(args.nll.split(","))
     args.out = args.out or f"runs/{args.lang}"
     beside = Path(args.data).with_name("eval.jsonl")
-    args.eval_found = args.eval_data is None and beside.is_file() and beside != Path(args.data)
+    args.eval_found = args.eval_data is None and hub.find(beside).is_file() and beside != Path(args.data)
     if args.eval_found:
         args.eval_data = str(beside)
     return args
@@ -875,7 +900,7 @@ def add_what(parser) -> None:
 
 def add_how(parser) -> None:
     add = parser.add_argument_group("data").add_argument
-    add("--source", default="en", help="language the model knows")
+    add("--source", type=normal, default="en", help="language the model knows")
     add("--samples", type=flags.positive_int, default=None,
         help="train on this many rows, drawn by --seed; default: all")
     add("--holdout", type=flags.positive_int, default=100,
@@ -884,6 +909,8 @@ def add_how(parser) -> None:
     add("--turns", default="first", choices=["first", "all"],
         help="of conversations: the first exchange, or each one")
     add("--system-prompt", default=None, help="put before every question, in the checkpoint's chat template")
+    add("--template-args", default=None,
+        help="""variables of the chat template, as JSON: '{"enable_thinking": false}'""")
     add("--beams", type=flags.positive_int, default=5, help="beam width of the translation")
     add("--keep-failed", action="store_true",
         help="train on rows of which a translated segment failed its checks, too")

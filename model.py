@@ -3,10 +3,11 @@
     model = load("demo/llama")                        # a Hugging Face directory
     hidden = model(tokens)                            # (B, T) -> (B, T, H), after the final norm
     logits = hidden @ model.head.T                    # (B, T, V)
+    logps = continuation_logps(model, batch)          # (S,): packed forks, see data.py
     replies = generate(model, [[1, 17, 5]], max_tokens=32, stop_ids={2})
 
 Shapes: B rows, T tokens, N predicted tokens, H hidden width, V vocabulary, Q query heads, G kv heads,
-D head width, F mlp width, R LoRA rank, P pairs.
+D head width, F mlp width, R LoRA rank, P pairs, S continuations.
 
 Every parameter carries the name it has in the checkpoint, so loading needs no rename map. `forward`
 returns hidden states, not logits: training needs the head on few of the rows, and kernels/ computes
@@ -19,6 +20,9 @@ prompt and do not see each other. With `fork` and `branch` (both (B, T)), token 
 
 and, for a sliding window of w (Mistral), positions[q] - positions[k] < w. A header that all forks begin with
 (few-shot examples) is left out of them and given as `prefix`, its keys and values: every token sees them too.
+Three ways to compute that attention, and one place that chooses (`fork_attention`): FlexAttention, which skips
+what the predicate hides, on CUDA; the dense mask, for what FlexAttention does not take; on the CPU one plain
+causal sequence for each continuation.
 
 References: LLaMA (arXiv 2302.13971), RoPE (arXiv 2104.09864), GQA (arXiv 2305.13245),
 RMSNorm (arXiv 1910.07467), FlexAttention (arXiv 2412.05496), LoRA (arXiv 2106.09685).
@@ -36,10 +40,7 @@ import kernels
 from engine.files import InputError
 from formats import hub
 from formats.configs import Config, read_config
-from formats.weights import Weights, add_update, open_weights, read_adapter
-
-# ---------------------------------------------------------------------------------------------- configuration
-
+from formats.weights import EMBEDDING, HEAD, Weights, add_update, read_adapter
 
 # ----------------------------------------------------------------------------------------------------- layers
 
@@ -52,7 +53,8 @@ class Linear(nn.Module):
         self.bias = nn.Parameter(torch.empty(out_features)) if bias else None
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.weight.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
+        bias = None if self.bias is None else self.bias.to(x.dtype)
+        return F.linear(x, self.weight.to(x.dtype), bias)
 
 
 class Embedding(nn.Embedding):
@@ -68,7 +70,8 @@ class RMSNorm(nn.Module):
 
     def __init__(self, width: int, eps: float):
         super().__init__()
-        self.weight, self.eps = nn.Parameter(torch.empty(width)), eps
+        self.weight = nn.Parameter(torch.empty(width))
+        self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
         weight = self.weight.to(x.dtype)
@@ -82,10 +85,12 @@ class Attention(nn.Module):
     def __init__(self, c: Config):
         super().__init__()
         self.head_dim = c.head_dim
-        self.q_proj = Linear(c.hidden_size, c.num_attention_heads * c.head_dim, c.qkv_bias)
-        self.k_proj = Linear(c.hidden_size, c.num_key_value_heads * c.head_dim, c.qkv_bias)
-        self.v_proj = Linear(c.hidden_size, c.num_key_value_heads * c.head_dim, c.qkv_bias)
-        self.o_proj = Linear(c.num_attention_heads * c.head_dim, c.hidden_size, c.o_bias)
+        query_width = c.num_attention_heads * c.head_dim
+        kv_width = c.num_key_value_heads * c.head_dim
+        self.q_proj = Linear(c.hidden_size, query_width, c.qkv_bias)
+        self.k_proj = Linear(c.hidden_size, kv_width, c.qkv_bias)
+        self.v_proj = Linear(c.hidden_size, kv_width, c.qkv_bias)
+        self.o_proj = Linear(query_width, c.hidden_size, c.o_bias)
         self.q_norm = RMSNorm(c.head_dim, c.rms_norm_eps) if c.qk_norm else None
         self.k_norm = RMSNorm(c.head_dim, c.rms_norm_eps) if c.qk_norm else None
 
@@ -95,8 +100,10 @@ class Attention(nn.Module):
         k = self.k_proj(x).view(B, T, -1, self.head_dim)                         # (B, T, G, D)
         v = self.v_proj(x).view(B, T, -1, self.head_dim)
         if self.q_norm is not None:
-            q, k = self.q_norm(q), self.k_norm(k)
-        q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+            q = self.q_norm(q)
+            k = self.k_norm(k)
+        q = rotate(q, cos, sin)
+        k = rotate(k, cos, sin)
         if cache is not None:
             k, v = cache.append_(k, v)                                           # (B, S, G, D), S = past + T
         return self.o_proj(attend(q, k, v).reshape(B, T, -1))
@@ -109,7 +116,8 @@ class SwiGLU(torch.autograd.Function):
     @staticmethod
     def forward(ctx, gate: Tensor, up: Tensor) -> Tensor:
         ctx.save_for_backward(gate, up)
-        return F.silu(gate).mul_(up)
+        # Not in place: the compiler of torch 2.11 would give `gate` and `up` a gradient of zero (issue 180642).
+        return F.silu(gate) * up
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -162,10 +170,18 @@ def rope_frequencies(config: Config, device=None) -> Tensor:
     return (1 - keep) * frequency / factor + keep * frequency
 
 
+def rotation(c: Config, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """cos and sin of `rotate` at positions (B, T): each (B, T, 1, D), the first half of sin negated."""
+    angles = positions[..., None] * rope_frequencies(c, positions.device)                # (B, T, D/2)
+    cos = angles.cos().to(dtype)[:, :, None]
+    sin = angles.sin().to(dtype)[:, :, None]
+    return torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1)
+
+
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """RoPE in the half-split layout of Hugging Face checkpoints: channel i turns with channel i + D/2.
 
-    x (B, T, heads, D); cos, sin (B, T, 1, D), the first half of sin negated.
+    x (B, T, heads, D); cos, sin (B, T, 1, D) of `rotation`.
     """
     return x * cos + x.roll(x.shape[-1] // 2, dims=-1) * sin
 
@@ -180,35 +196,15 @@ def sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, causal: bo
     k, v = k.transpose(1, 2), v.transpose(1, 2)                                  # (B, G, S, D)
     G = k.shape[1]
     if T == 1:          # the query heads of a group become its queries: no key is copied for each of them
-        return F.scaled_dot_product_attention(q.reshape(B, G, Q // G, D), k, v, mask).reshape(B, T, Q, D)
+        q = q.reshape(B, G, Q // G, D)
+        return F.scaled_dot_product_attention(q, k, v, mask).reshape(B, T, Q, D)
     q = q.transpose(1, 2)                                                        # (B, Q, T, D)
-    return F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal, enable_gqa=Q != G).transpose(1, 2)
-
-
-def visible(fork: Tensor, branch: Tensor, positions: Tensor, window: int | None = None,
-            header: int = 0) -> Tensor:
-    """Eq. 1 as a boolean mask (B, 1, T, header + T).
-    A padding token sees itself, so that no row of it is empty."""
-    T = fork.shape[1]
-    order = torch.arange(T, device=fork.device)
-    seen = (fork[:, :, None] == fork[:, None, :]) & (order[:, None] >= order[None, :])
-    seen &= (branch[:, None, :] == 0) | (branch[:, None, :] == branch[:, :, None])
-    if window is not None:
-        seen &= positions[:, :, None] - positions[:, None, :] < window
-    seen &= (fork[:, :, None] >= 0) | (order[:, None] == order[None, :])
-    ago = positions[:, :, None] - torch.arange(header, device=fork.device)
-    return torch.cat((ago < (window or math.inf), seen), dim=-1)[:, None]
-
-
-def behind(prefix: tuple[Tensor, Tensor], k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-    """Keys and values (B, S, G, D) with those of the header, (1, P, G, D), before them: (B, P + S, G, D)."""
-    return tuple(torch.cat((header.expand(len(x), -1, -1, -1), x), dim=1)
-                 for header, x in zip(prefix, (k, v)))
-
-
-def attend_dense(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, prefix=None) -> Tensor:
-    """The reference for packed forks: SDPA under the full mask. Pays for every pair the mask hides."""
-    return sdpa(q, *((k, v) if prefix is None else behind(prefix, k, v)), mask)
+    if mask is not None and q.is_cuda and Q != G:
+        # CUDA's memory-efficient kernel takes masks or groups; without it all scores, (B, Q, T, S), are stored.
+        k = k.repeat_interleave(Q // G, dim=1)
+        v = v.repeat_interleave(Q // G, dim=1)
+    grouped = k.shape[1] != Q
+    return F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal, enable_gqa=grouped).transpose(1, 2)
 
 
 def attend_causal(q: Tensor, k: Tensor, v: Tensor, window: int | None = None) -> Tensor:
@@ -216,66 +212,98 @@ def attend_causal(q: Tensor, k: Tensor, v: Tensor, window: int | None = None) ->
     T, S = q.shape[1], k.shape[1]
     if T == S and (window is None or T <= window):
         return sdpa(q, k, v, causal=True)
-    ago = torch.arange(S - T, S, device=q.device)[:, None] - torch.arange(S, device=q.device)[None, :]
-    return sdpa(q, k, v, mask=((ago >= 0) & (ago < (window or math.inf)))[None, None])
+    query = torch.arange(S - T, S, device=q.device)[:, None]
+    key = torch.arange(S, device=q.device)[None, :]
+    seen = (key <= query) & (query - key < (window or math.inf))
+    return sdpa(q, k, v, mask=seen[None, None])
+
+
+def fork_predicate(fork: Tensor, branch: Tensor, positions: Tensor, window: int | None = None):
+    """Eq. 1 in the form FlexAttention asks: (row, head, query, key) -> may see. On grids of indices it is the
+    dense mask. Padding sees itself, so that no softmax is empty."""
+    def sees(b, _, q, k):
+        seen = (fork[b, q] == fork[b, k]) & (k <= q)
+        seen = seen & ((branch[b, k] == 0) | (branch[b, k] == branch[b, q]))
+        seen = seen & ((fork[b, q] >= 0) | (q == k))
+        if window is not None:
+            seen = seen & (positions[b, q] - positions[b, k] < window)
+        return seen
+    return sees
+
+
+def dense_mask(fork: Tensor, branch: Tensor, positions: Tensor, window: int | None = None,
+               header: int = 0) -> Tensor:
+    """Eq. 1 as a boolean mask (B, 1, T, header + T). With a header, positions count from its start."""
+    B, T = fork.shape
+    rows = torch.arange(B, device=fork.device)[:, None, None]
+    order = torch.arange(T, device=fork.device)
+    seen = fork_predicate(fork, branch, positions, window)(rows, None, order[:, None], order)
+    distance = positions[:, :, None] - torch.arange(header, device=fork.device)
+    return torch.cat((distance < (window or math.inf), seen), dim=-1)[:, None]
+
+
+def fork_lines(fork: Tensor, branch: Tensor) -> list[list[int]]:
+    """Every continuation behind its prompt, and every prompt without one, as flat indices of their tokens;
+    the shortest first."""
+    parts: dict[tuple[int, int], list[int]] = {}
+    for index, part in enumerate(zip(fork.reshape(-1).tolist(), branch.reshape(-1).tolist())):
+        parts.setdefault(part, []).append(index)
+    parts = {(f, b): indices for (f, b), indices in parts.items() if f >= 0}
+    branched = {f for f, b in parts if b > 0}
+    lines = [parts.get((f, 0), []) + indices for (f, b), indices in parts.items() if b > 0]
+    lines += [indices for (f, b), indices in parts.items() if f not in branched]
+    return sorted(lines, key=len)
 
 
 def unfold_forks(fork: Tensor, branch: Tensor) -> tuple[list[Tensor], Tensor]:
     """How to turn packed rows into one plain causal sequence per continuation, for attention alone.
 
-    Returns gathers, each (S, L) int64 of flat token indices (prompt + one continuation a line, right-padded;
-    lines of like length share a gather, so padding stays small), and restore (B*T,) int64: where each token's
-    output lies in the concatenation of the flattened gathers (a prompt's is read from its first
-    continuation). Padding restores line 0.
+    Returns gathers, each (S, L) int64 of flat token indices (a line of `fork_lines` a row, right-padded; lines
+    of like length share a gather, so padding stays small), and restore (B*T,) int64: where each token's output
+    lies in the concatenation of the flattened gathers (a prompt's is read from its first continuation).
+    Padding restores line 0.
     """
-    flat_fork, flat_branch = fork.reshape(-1).tolist(), branch.reshape(-1).tolist()
-    prompts, continuations = {}, {}
-    for index, (f, b) in enumerate(zip(flat_fork, flat_branch)):
-        if f >= 0:
-            (prompts.setdefault(f, []) if b == 0 else continuations.setdefault((f, b), [])).append(index)
-    lines = [(prompts.get(f, []), own) for (f, _), own in continuations.items()]
-    branched = {f for f, _ in continuations}
-    lines += [(prompt, []) for f, prompt in prompts.items() if f not in branched]
-    lines.sort(key=lambda line: len(line[0]) + len(line[1]))
-    restore, gathers, offset, bucket, seen = [0] * len(flat_fork), [], 0, [], set()
-    for line, after in zip(lines, lines[1:] + [None]):
-        bucket.append(line)
-        length = len(line[0]) + len(line[1])
-        shortest = len(bucket[0][0]) + len(bucket[0][1])
-        if after is not None and len(after[0]) + len(after[1]) <= max(1.1 * shortest, shortest + 8):
-            continue
-        rows = torch.zeros(len(bucket), length, dtype=torch.int64)
-        for i, (prompt, own) in enumerate(bucket):
-            indices = prompt + own
-            rows[i, :len(indices)] = torch.tensor(indices)
-            start = offset + i * length
-            first = 0 if not prompt or prompt[0] not in seen else len(prompt)
-            seen.update(prompt[:1])
-            for column in range(first, len(indices)):
-                restore[indices[column]] = start + column
+    groups: list[list[list[int]]] = []
+    for line in fork_lines(fork, branch):
+        shortest = len(groups[-1][0]) if groups else 0
+        if shortest and len(line) <= max(1.1 * shortest, shortest + 8):
+            groups[-1].append(line)
+        else:
+            groups.append([line])
+    gathers, places, offset = [], {}, 0
+    for group in groups:
+        width = len(group[-1])
+        rows = torch.zeros(len(group), width, dtype=torch.int64)
+        for row, line in zip(rows, group):
+            row[:len(line)] = torch.tensor(line)
+            for column, index in enumerate(line):
+                places.setdefault(index, offset + column)
+            offset += width
         gathers.append(rows.to(fork.device))
-        offset += rows.numel()
-        bucket = []
+    restore = [places.get(index, 0) for index in range(fork.numel())]
     return gathers, torch.tensor(restore, device=fork.device)
 
 
 def attend_unfolded(q: Tensor, k: Tensor, v: Tensor, gathers: list[Tensor], restore: Tensor,
-                    window: int | None = None, prefix=None) -> Tensor:
-    """Packed forks on the CPU: gather each continuation behind its prompt, attend causally,
-    put the rows back.
+                    window: int | None = None) -> Tensor:
+    """Packed forks on the CPU: gather each continuation behind its prompt (and the header, of which k and v
+    have S - T tokens more than q), attend causally, put the rows back.
 
-    Only attention sees the prompt once per continuation;
-    projections and MLP, nearly all the work, see it once.
+    Only attention sees the prompt once per continuation; projections and MLP, nearly all the work, see it once.
     """
     B, T, Q, D = q.shape
-    q, k, v = q.reshape(B * T, -1), k.reshape(B * T, -1), v.reshape(B * T, -1)
+    header = k.shape[1] - T
+    q, k, v = (x.reshape(x.shape[0] * x.shape[1], -1) for x in (q, k, v))
     outputs = []
     for rows in gathers:
-        S, L = rows.shape
-        lines = [x.index_select(0, rows.view(-1)).view(S, L, -1, D) for x in (q, k, v)]
-        if prefix is not None:
-            lines[1:] = behind(prefix, *lines[1:])
-        outputs.append(attend_causal(*lines, window=window).reshape(S * L, Q * D))
+        lines, length = rows.shape
+        keys = rows
+        if header:
+            shared = torch.arange(header, device=rows.device).expand(lines, -1)
+            keys = torch.cat((shared, rows + header * (rows // T + 1)), dim=1)
+        queries = q.index_select(0, rows.view(-1)).view(lines, length, -1, D)
+        own_k, own_v = (x.index_select(0, keys.view(-1)).view(lines, header + length, -1, D) for x in (k, v))
+        outputs.append(attend_causal(queries, own_k, own_v, window).reshape(lines * length, Q * D))
     return torch.cat(outputs).index_select(0, restore).view(B, T, Q, D)
 
 
@@ -286,20 +314,11 @@ def compiled_flex():
     return torch.compile(flex_attention, dynamic=False), torch.compile(create_block_mask, dynamic=False)
 
 
-def fork_predicate(fork: Tensor, branch: Tensor, positions: Tensor, window: int | None = None):
-    """Eq. 1 in the form FlexAttention asks: (row, head, query, key) -> may see."""
-    def sees(b, _, q, k):
-        seen = (fork[b, q] == fork[b, k]) & (k <= q) & ((branch[b, k] == 0) | (branch[b, k] == branch[b, q]))
-        seen = seen & ((fork[b, q] >= 0) | (q == k))              # padding sees itself: its tiles are skipped
-        return seen if window is None else seen & (positions[b, q] - positions[b, k] < window)
-    return sees
-
-
 def flex_mask(fork: Tensor, branch: Tensor, positions: Tensor, window: int | None = None):
     """Eq. 1 as a block-sparse mask: tiles that nobody may see are skipped, forward and backward."""
     B, T = fork.shape
-    return compiled_flex()[1](fork_predicate(fork, branch, positions, window), B, None, T, T,
-                              device=fork.device)
+    predicate = fork_predicate(fork, branch, positions, window)
+    return compiled_flex()[1](predicate, B, None, T, T, device=fork.device)
 
 
 def attend_flex(q: Tensor, k: Tensor, v: Tensor, mask, flex) -> Tensor:
@@ -308,15 +327,27 @@ def attend_flex(q: Tensor, k: Tensor, v: Tensor, mask, flex) -> Tensor:
     return flex(q, k, v, block_mask=mask, enable_gqa=q.shape[1] != k.shape[1]).transpose(1, 2)
 
 
-def fork_attention(fork: Tensor, branch: Tensor, positions: Tensor, window: int | None,
+def attention_for(device: str, tokens: int, head_dim: int, header: bool) -> str:
+    """Which attention packed rows of so many tokens take: "unfolded", "flex" or "dense".
+
+    FlexAttention's kernels want heads of 16 channels at least, and a tile of 128 queries. With a header
+    (scoring) row lengths differ, and each would compile it anew.
+    """
+    if device != "cuda":
+        return "unfolded"
+    return "flex" if head_dim >= 16 and tokens >= 128 and not header else "dense"
+
+
+def fork_attention(fork: Tensor, branch: Tensor, positions: Tensor, head_dim: int, window: int | None = None,
                    header: int | None = None):
-    """The attention function for packed forks that suits the device; compared with attend_dense by the tests.
-    With a header of so many tokens (scoring: row lengths differ, each would compile FlexAttention anew)
-    CUDA takes the mask."""
-    if fork.is_cuda and header is not None:
-        return partial(attend_dense, mask=visible(fork, branch, positions, window, header))
-    if fork.is_cuda:
-        return partial(attend_flex, mask=flex_mask(fork, branch, positions, window), flex=compiled_flex()[0])
+    """The attention function of packed forks, after a header of so many tokens if there is one (then positions
+    count from its start); all three kinds are compared by the tests."""
+    kind = attention_for(fork.device.type, fork.shape[1], head_dim, header is not None)
+    if kind == "flex":
+        mask = flex_mask(fork, branch, positions, window)
+        return partial(attend_flex, mask=mask, flex=compiled_flex()[0])
+    if kind == "dense":
+        return partial(sdpa, mask=dense_mask(fork, branch, positions, window, header or 0))
     gathers, restore = unfold_forks(fork, branch)
     return partial(attend_unfolded, gathers=gathers, restore=restore, window=window)
 
@@ -330,31 +361,42 @@ class LayerCache:
     """
 
     def __init__(self, B: int, capacity: int, G: int, D: int, device, dtype):
-        self.k, self.v = (torch.empty(B, G, capacity, D, device=device, dtype=dtype).transpose(1, 2)
-                          for _ in range(2))
+        shape = (B, G, capacity, D)
+        self.k = torch.empty(shape, device=device, dtype=dtype).transpose(1, 2)
+        self.v = torch.empty(shape, device=device, dtype=dtype).transpose(1, 2)
         self.length = 0
 
     def append_(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """k and v (B, T, G, D) behind what is there; all of it, (B, length, G, D)."""
         end = self.length + k.shape[1]
-        self.k[:, self.length:end], self.v[:, self.length:end] = k, v
+        self.k[:, self.length:end] = k
+        self.v[:, self.length:end] = v
         self.length = end
         return self.k[:, :end], self.v[:, :end]
+
+    def keep_(self, rows: Tensor) -> None:
+        self.k = self.k.transpose(1, 2)[rows].transpose(1, 2)
+        self.v = self.v.transpose(1, 2)[rows].transpose(1, 2)
 
 
 class Cache:
     """KV cache of a left-padded batch. `start` (B,) is each row's number of padding columns."""
 
-    def __init__(self, config: Config, start: Tensor, capacity: int, dtype):
-        self.layers = [LayerCache(len(start), capacity, config.num_key_value_heads, config.head_dim,
-                                  start.device, dtype) for _ in range(config.num_hidden_layers)]
-        self.start, self.padded, self.window = start, bool(start.any()), config.sliding_window
+    def __init__(self, c: Config, start: Tensor, capacity: int, dtype):
+        shape = (len(start), capacity, c.num_key_value_heads, c.head_dim)
+        self.layers = [LayerCache(*shape, start.device, dtype) for _ in range(c.num_hidden_layers)]
+        self.start = start
+        self.padded = bool(start.any())
+        self.window = c.sliding_window
 
     def attention(self, T: int):
         """Attention of T new tokens over everything cached,
         the new ones included (which `append_` adds first)."""
-        past, device, dtype = self.layers[0].length, self.start.device, self.layers[0].k.dtype
-        if not self.padded and (self.window is None or past + T <= self.window) and (T == 1 or past == 0):
+        past = self.layers[0].length
+        reaches = self.window is None or past + T <= self.window
+        if not self.padded and reaches and (T == 1 or past == 0):
             return partial(sdpa, causal=True)
+        device, dtype = self.start.device, self.layers[0].k.dtype
         query = past + torch.arange(T, device=device)[:, None]
         key = torch.arange(past + T, device=device)[None, :]
         seen = (key <= query) & (key >= self.start[:, None, None])
@@ -369,7 +411,20 @@ class Cache:
         self.start = self.start[rows]
         self.padded = bool(self.start.any())
         for layer in self.layers:
-            layer.k, layer.v = (x.transpose(1, 2)[rows].transpose(1, 2) for x in (layer.k, layer.v))
+            layer.keep_(rows)
+
+
+class Header:
+    """Keys and values (1, P, G, D) of one layer for P tokens that every row continues."""
+
+    def __init__(self, k: Tensor, v: Tensor):
+        self.k, self.v = k, v
+
+    def append_(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """k and v (B, T, G, D) behind the header's, (B, P + T, G, D)."""
+        B = len(k)
+        return (torch.cat((self.k.expand(B, -1, -1, -1), k), dim=1),
+                torch.cat((self.v.expand(B, -1, -1, -1), v), dim=1))
 
 
 # ------------------------------------------------------------------------------------------------------ model
@@ -380,14 +435,21 @@ def run_block(block: Block, x: Tensor, cos: Tensor, sin: Tensor, attend, cache=N
 
 
 class Llama(nn.Module):
-    """Embedding, blocks, final norm. `head` is the output matrix (V, H), which is the embedding when tied."""
+    """Embedding, blocks, final norm. `head` is the output matrix (V, H), which is the embedding when tied.
 
-    def __init__(self, config: Config):
+    compute_dtype: of the activations; None is that of the embedding (trainable weights may be wider).
+    recompute: keep a block's input alone, and run the block again in the backward.
+    compiler: a backend of torch.compile for the blocks of packed forks, whose rows must then keep one length.
+    """
+
+    def __init__(self, config: Config, compute_dtype=None, recompute: bool = False, compiler=None):
         super().__init__()
         self.config = config
-        self.compute_dtype = None   # None: that of the embedding; set when trainables are wider
-        self.recompute = False      # keep a block's input alone, and run the block again in the backward
-        self.compiled = None        # run_block for packed forks, set by compile_blocks_
+        self.given_dtype = compute_dtype
+        self.recompute = recompute
+        self.run_forks = run_block
+        if compiler is not None:        # a graph for all blocks
+            self.run_forks = torch.compile(run_block, dynamic=False, fullgraph=True, backend=compiler)
         self.model = nn.ModuleDict({
             "embed_tokens": Embedding(config.vocab_size, config.hidden_size),
             "layers": nn.ModuleList(Block(config) for _ in range(config.num_hidden_layers)),
@@ -398,6 +460,10 @@ class Llama(nn.Module):
     def head(self) -> Tensor:
         return self.model["embed_tokens"].weight if self.lm_head is None else self.lm_head.weight
 
+    @property
+    def compute_dtype(self) -> torch.dtype:
+        return self.given_dtype or self.model["embed_tokens"].weight.dtype
+
     def forward(self, tokens: Tensor, positions: Tensor | None = None, fork: Tensor | None = None,
                 branch: Tensor | None = None, cache: Cache | None = None, prefix=None) -> Tensor:
         """Hidden states (B, T, H) of tokens (B, T) int64. Alone: causal. With fork and branch: eq. 1.
@@ -405,60 +471,63 @@ class Llama(nn.Module):
         prefix, only with fork and branch: `keys_and_values` of the header every fork continues;
         positions count from its end."""
         B, T = tokens.shape
-        window = self.config.sliding_window
-        run, gradient = run_block, torch.is_grad_enabled()
-        if self.compiled is not None and fork is not None and prefix is None:
-            run = self.compiled
-        if self.recompute and gradient:
-            run = partial(checkpoint, run, use_reentrant=False, preserve_rng_state=False)
         if positions is None:
             positions = torch.arange(T, device=tokens.device).expand(B, T)
+        layers = [None] * self.config.num_hidden_layers
+        run = run_block
         if cache is not None:
             attend = cache.attention(T)
-        elif fork is not None:
-            header = None if prefix is None else prefix[0][0].shape[1]
-            positions = positions + (header or 0)
-            attend = fork_attention(fork, branch, positions, window, header)
+            layers = cache.layers
+        elif fork is None:
+            attend = partial(attend_causal, window=self.config.sliding_window)
         else:
-            attend = partial(attend_causal, window=window)
-        x = self.model["embed_tokens"](tokens)
-        x = x.to(self.compute_dtype or x.dtype)
-        angles = positions[..., None] * rope_frequencies(self.config, tokens.device)       # (B, T, D/2)
-        cos, sin = angles.cos().to(x.dtype)[:, :, None], angles.sin().to(x.dtype)[:, :, None]
-        cos, sin = torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1)           # (B, T, 1, D)
-        # Without a gradient another graph would be compiled, which rounds otherwise:
-        # then no reference equals the policy.
-        with torch.set_grad_enabled(gradient or run is self.compiled):
-            for i, block in enumerate(self.model["layers"]):
-                seen = attend if prefix is None else partial(attend, prefix=prefix[i])
-                x = run(block, x, cos, sin, seen, None if cache is None else cache.layers[i])
-        return self.model["norm"](x if gradient else x.detach())
+            header = None
+            if prefix is None:
+                run = self.run_forks
+            else:
+                header = prefix[0].k.shape[1]
+                positions = positions + header
+                layers = prefix
+            attend = fork_attention(fork, branch, positions, self.config.head_dim,
+                                    self.config.sliding_window, header)
+        x = self.model["embed_tokens"](tokens).to(self.compute_dtype)
+        cos, sin = rotation(self.config, positions, x.dtype)
+        return self.model["norm"](self.run_blocks(run, x, cos, sin, attend, layers))
+
+    def run_blocks(self, run, x: Tensor, cos: Tensor, sin: Tensor, attend, layers) -> Tensor:
+        gradient, compiled = torch.is_grad_enabled(), run is not run_block
+        if self.recompute and gradient:
+            run = partial(checkpoint, run, use_reentrant=False, preserve_rng_state=False)
+        # A compiled block runs as if for a gradient even where none is wanted: else another graph would be
+        # compiled, which rounds otherwise, and then no reference equals the policy.
+        with torch.set_grad_enabled(gradient or compiled):
+            for block, layer in zip(self.model["layers"], layers):
+                x = run(block, x, cos, sin, attend, layer)
+                if not gradient:        # what this block kept goes now, and not after the last one
+                    x = x.detach().requires_grad_(x.requires_grad)
+        return x
+
+
+def keys_and_values(model: Llama, tokens: list[int]) -> list[Header]:
+    """Per layer the keys and values of P header tokens, for `forward(prefix=...)`. P may be 0."""
+    device = model.head.device
+    start = torch.zeros(1, dtype=torch.int64, device=device)
+    cache = Cache(model.config, start, len(tokens), model.compute_dtype)
+    if tokens:
+        with torch.no_grad():
+            model(torch.tensor([tokens], device=device), cache=cache)
+    return [Header(layer.k, layer.v) for layer in cache.layers]
 
 
 def continuation_logps(model: Llama, batch, prefix=None) -> Tensor:
-    """Log-prob of each of the S continuations of a data.Batch, summed over its tokens, (S,): the one walk that
-    training, reference, validation, multiple choice and perplexity share. prefix as in `forward`."""
+    """Log-prob of each of the S continuations of a data.Batch, summed over its tokens, (S,).
+
+    The walk that training, reference pass, validation and scoring all take. prefix as in `forward`.
+    """
     hidden = model(batch.tokens, batch.positions, batch.fork, batch.branch, prefix=prefix)       # (B, T, H)
-    predicted = hidden.reshape(-1, hidden.shape[-1]).index_select(0, batch.row_index)            # (N, H)
-    token_logp = kernels.token_logp(predicted, model.head.to(predicted.dtype), batch.targets)    # (N,)
-    return token_logp.new_zeros(len(batch.length)).index_add(0, batch.sequence, token_logp)
-
-
-def compile_blocks_(model: Llama, backend: str = "inductor") -> None:
-    """Let the forward pass of packed forks run through torch.compile, a graph for all blocks;
-    rows must keep one length."""
-    model.compiled = torch.compile(run_block, dynamic=False, fullgraph=True, backend=backend)
-
-
-@torch.no_grad()
-def keys_and_values(model: Llama, tokens: list[int]) -> list[tuple[Tensor, Tensor]]:
-    """Per layer the keys and values (1, P, G, D) of P header tokens,
-    for `forward(prefix=...)`. P may be 0."""
-    device, dtype = model.head.device, model.compute_dtype or model.head.dtype
-    cache = Cache(model.config, torch.zeros(1, dtype=torch.int64, device=device), len(tokens), dtype)
-    if tokens:
-        model(torch.tensor([tokens], device=device), cache=cache)
-    return [(layer.k[:, :layer.length], layer.v[:, :layer.length]) for layer in cache.layers]
+    predicted = hidden.flatten(0, 1).index_select(0, batch.row_index)                            # (N, H)
+    logp = kernels.token_logp(predicted, model.head.to(predicted.dtype), batch.targets)          # (N,)
+    return logp.new_zeros(len(batch.length)).index_add(0, batch.sequence, logp)
 
 
 # ---------------------------------------------------------------------------------------------------- loading
@@ -469,54 +538,60 @@ def check_tensors(weights: Weights, shapes: dict[str, tuple]) -> None:
     missing = [key for key in shapes if key not in weights]
     if missing:
         raise InputError(f"{weights.directory}: tensor {missing[0]} is missing ({len(missing)} in all): "
-                              f"the weights do not belong to this config.json")
+                         f"the weights do not belong to this config.json")
     surplus = [key for key in weights if key not in shapes]
     if surplus:
         raise InputError(f"{weights.directory}: tensor {surplus[0]} is unknown to this architecture "
-                              f"({len(surplus)} in all): the weights do not belong to this config.json")
+                         f"({len(surplus)} in all): the weights do not belong to this config.json")
     for key, shape in shapes.items():
         if weights.shape(key) != tuple(shape):
             raise InputError(f"{weights.directory}: tensor {key} has shape {list(weights.shape(key))}, "
-                                  f"config.json asks for {list(shape)}")
+                             f"config.json asks for {list(shape)}")
 
 
 def checkpoint_names(model: Llama, weights: Weights) -> dict[str, str]:
     """Parameter name -> tensor name. They are equal but for a tied head,
     which files hold under one or both names."""
     names = {name: name for name, _ in model.named_parameters()}
-    embed, head = "model.embed_tokens.weight", "lm_head.weight"
-    if model.lm_head is None and head in weights:
-        if embed not in weights:
-            names[embed] = head
-        elif weights.shape(embed) != weights.shape(head) or not torch.equal(weights[embed], weights[head]):
-            raise InputError(f"{weights.directory}: tie_word_embeddings is true, "
-                                  f"yet {embed} and {head} differ")
+    if model.lm_head is not None and HEAD not in weights:
+        raise InputError(f"{weights.directory}: tie_word_embeddings is false, yet there is no {HEAD}: if the "
+                         f"embedding is the head too, write tie_word_embeddings true in config.json")
+    if model.lm_head is not None or HEAD not in weights:
+        return names
+    if EMBEDDING not in weights:
+        return names | {EMBEDDING: HEAD}
+    if weights.shape(EMBEDDING) != weights.shape(HEAD) or not torch.equal(weights[EMBEDDING], weights[HEAD]):
+        raise InputError(f"{weights.directory}: tie_word_embeddings is true, yet {EMBEDDING} and {HEAD} "
+                         f"differ: if both were trained, write tie_word_embeddings false in config.json; "
+                         f"if the head is a leftover, take {HEAD} out of the file")
     return names
 
 
-def open_checkpoint(directory) -> tuple[Llama, Weights, dict[str, str]]:
+def open_checkpoint(directory, compute_dtype=None, recompute: bool = False,
+                    compiler=None) -> tuple[Llama, Weights, dict[str, str]]:
     """The model without memory (on the meta device), its tensors, and parameter name -> tensor name
     in the order of the files. InputError when anything is missing, surplus or of another shape."""
-    config, weights = read_config(directory), open_weights(directory)
+    config, weights = read_config(directory), Weights(directory)
     last = f"model.layers.{config.num_hidden_layers - 1}.input_layernorm.weight"
     if last not in weights:                                        # before any number of layers is built
         raise InputError(f"{directory}: tensor {last} is missing, though num_hidden_layers is "
-                              f"{config.num_hidden_layers}: the weights do not belong to this config.json")
+                         f"{config.num_hidden_layers}: the weights do not belong to this config.json")
     with torch.device("meta"):
-        model = Llama(config)
+        model = Llama(config, compute_dtype, recompute, compiler)
     names = checkpoint_names(model, weights)
     shapes = {names[name]: parameter.shape for name, parameter in model.named_parameters()}
     ignored = {key for key in weights if key.endswith("rotary_emb.inv_freq")}
     if model.lm_head is None:
-        ignored |= {"model.embed_tokens.weight", "lm_head.weight"} - set(shapes)
+        ignored |= {EMBEDDING, HEAD} - set(shapes)
     weights.where = {key: file for key, file in weights.where.items() if key not in ignored}
     check_tensors(weights, shapes)
     return model, weights, dict(sorted(names.items(), key=lambda pair: weights.where[pair[1]]))
 
 
-def load(path, device="cpu", dtype: torch.dtype = torch.float32, adapter=None) -> Llama:
+def load(path, device="cpu", dtype: torch.dtype = torch.float32, adapter=None, recompute: bool = False,
+         compiler=None) -> Llama:
     """The model in a Hugging Face directory or on the hub, on `device` in `dtype`, with a PEFT LoRA adapter
-    or an attn_delta.safetensors added if given.
+    added if given; recompute and compiler as in `Llama`.
 
     What is on the CPU in the dtype of the files stays memory-mapped, privately: changing it changes no file,
     but a file must not be overwritten in place meanwhile (renaming another one over it, as `save` does, is
@@ -524,8 +599,8 @@ def load(path, device="cpu", dtype: torch.dtype = torch.float32, adapter=None) -
     damaged or of another shape.
     """
     path = hub.local(path)
-    model, weights, names = open_checkpoint(path)
-    updates = {} if adapter is None else read_adapter(adapter, set(names))
+    model, weights, names = open_checkpoint(path, dtype, recompute, compiler)
+    updates = {} if adapter is None else read_adapter(adapter, weights, names)
     state = {}
     for name, key in names.items():
         tensor = weights[key]
@@ -538,7 +613,7 @@ def load(path, device="cpu", dtype: torch.dtype = torch.float32, adapter=None) -
 
 def initialise_(model: Llama, seed: int = 0) -> Llama:
     """Fresh weights: normal(0, 0.02), norms one, biases zero."""
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator(device=model.head.device).manual_seed(seed)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if parameter.ndim == 2:
@@ -559,15 +634,14 @@ def generate(model: Llama, prompts: list[list[int]], max_tokens: int, stop_ids, 
     Prompts of like length share a batch. `progress(n)` is called with the number of replies a batch finished.
     """
     assert all(prompts), "every prompt needs a token"
-    device = model.head.device
-    generator = torch.Generator(device=device).manual_seed(seed)
+    generator = torch.Generator(device=model.head.device).manual_seed(seed)
+    pick = partial(pick_token, temperature=temperature, top_p=top_p, generator=generator)
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
-    replies = [[] for _ in prompts]
+    replies: list[list[int]] = [[] for _ in prompts]
     for first in range(0, len(order), batch_size):
         batch = order[first:first + batch_size]
-        pick = partial(pick_token, temperature=temperature, top_p=top_p, generator=generator)
-        for i, reply in zip(batch, generate_batch(
-                model, [prompts[i] for i in batch], max_tokens, stop_ids, pick)):
+        found = generate_batch(model, [prompts[i] for i in batch], max_tokens, stop_ids, pick)
+        for i, reply in zip(batch, found):
             replies[i] = reply
         if progress:
             progress(len(batch))
@@ -578,17 +652,21 @@ def generate_batch(model: Llama, prompts: list[list[int]], max_tokens: int, stop
                    pick) -> list[list[int]]:
     """One left-padded batch: a pass over the prompts,
     then one token a step for the replies not yet finished."""
-    device, width = model.head.device, max(map(len, prompts))
-    start = torch.tensor([width - len(prompt) for prompt in prompts], device=device)
-    tokens = torch.tensor([[0] * (width - len(prompt)) + prompt for prompt in prompts], device=device)
+    device = model.head.device
+    width = max(map(len, prompts))
+    padding = [width - len(prompt) for prompt in prompts]
+    start = torch.tensor(padding, device=device)
+    tokens = torch.tensor([[0] * pad + prompt for pad, prompt in zip(padding, prompts)], device=device)
     positions = (torch.arange(width, device=device) - start[:, None]).clamp(min=0)
-    dtype = model.compute_dtype or model.head.dtype
-    cache, head = Cache(model.config, start, width + max_tokens, dtype), None
+    cache = Cache(model.config, start, width + max_tokens, model.compute_dtype)
     stops = torch.tensor(sorted(stop_ids), device=device)
-    replies, rows = [[] for _ in prompts], list(range(len(prompts)))    # rows: which prompt each line is
+    head = None
+    replies: list[list[int]] = [[] for _ in prompts]
+    rows = list(range(len(prompts)))                              # which prompt each line is
     for step in range(max_tokens):
         hidden = model(tokens, positions, cache=cache)[:, -1]
-        head = model.head.to(dtype) if head is None else head     # a sharded one is whole only after forward
+        if head is None:                                          # a sharded one is whole only after forward
+            head = model.head.to(hidden.dtype)
         chosen = pick((head @ hidden.T).T)  # (B,); with few rows twice as fast on the CPU as hidden @ head.T
         going = ~torch.isin(chosen, stops)
         for row, token, goes in zip(rows, chosen.tolist(), going.tolist()):
@@ -596,11 +674,14 @@ def generate_batch(model: Llama, prompts: list[list[int]], max_tokens: int, stop
                 replies[row].append(token)
         if not going.all():
             kept = going.nonzero()[:, 0]
-            rows, chosen, positions = [rows[i] for i in kept.tolist()], chosen[kept], positions[kept]
+            rows = [rows[i] for i in kept.tolist()]
+            chosen = chosen[kept]
+            positions = positions[kept]
             cache.keep_(kept)
         if not rows:
             break
-        tokens, positions = chosen[:, None], positions[:, -1:] + 1
+        tokens = chosen[:, None]
+        positions = positions[:, -1:] + 1
     return replies
 
 
@@ -608,6 +689,11 @@ def pick_token(logits: Tensor, temperature: float, top_p: float, generator) -> T
     """Next token (B,) from logits (B, V)."""
     if temperature == 0:
         return logits.argmax(-1)
-    probs, tokens = (logits.float() / temperature).softmax(-1).sort(-1, descending=True)
-    probs = probs.masked_fill(probs.cumsum(-1) - probs >= top_p, 0.0)   # the first token is always kept
-    return tokens.gather(-1, torch.multinomial(probs, 1, generator=generator))[:, 0]
+    logits = logits.float()
+    logits = logits - logits.amax(-1, keepdim=True)              # at most 0: no temperature makes it overflow
+    logits = logits / max(temperature, torch.finfo(torch.float32).tiny)
+    probs, tokens = logits.softmax(-1).sort(-1, descending=True)
+    dropped = probs.cumsum(-1) - probs >= top_p
+    dropped[:, 0] = False                                        # the most probable token is always kept
+    choice = torch.multinomial(probs.masked_fill(dropped, 0.0), 1, generator=generator)
+    return tokens.gather(-1, choice)[:, 0]

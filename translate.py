@@ -17,7 +17,6 @@ import itertools
 import re
 import sys
 import time
-import unicodedata
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -30,8 +29,8 @@ from engine.files import InputError, append_jsonl, fingerprint, locked
 from engine.flags import Parser, count, positive_int
 from engine.progress import progress
 from formats import hub
-from formats.languages import KANA, UNSPACED, script_of
-from formats.markup import GAP, KEEP, TEXT, WORD, hide, parse, show, split_edges, split_spans
+from formats.languages import UNSPACED, language_list, letter_script, normal, script_of, suggestion
+from formats.markup import KEEP, TEXT, WORD, hide, parse, prose, show, split_edges, split_spans
 from formats.records import languages_of, read_rows, require_languages
 from formats.translated import Key, describe_faults, file_failed_, read_done
 from formats.weights import DTYPES
@@ -44,6 +43,9 @@ MAX_LOGITS = 2**26    # elements of the largest logits matrix: bounds the batch 
 NO_REPEAT = 4         # the second try of a segment bans every repeated n-gram of this length
 UNKNOWN_SHARE = 0.1   # a source with more unknown tokens than this cannot be translated
 LENGTH_RATIO = {"CJK": 0.35, "KANA": 0.45, "HANGUL": 0.55, "yo": 1.5, "en": 1.0}  # characters, English 1
+LETTER_WEIGHT = {"CJK": 3, "KANA": 2, "HANGUL": 2}      # Latin letters that say as much as one of these
+LONGEST_ACRONYM = 5
+WORDS = re.compile(r"[^\W\d_]+")
 LENGTH_BOUNDS = 0.4, 2.5  # of a translation over what is expected; people's go from 0.55 to 2.05 (NTREX)
 LENGTH_SLACK = 15         # characters added to both, so that short segments are not judged by their length
 
@@ -62,12 +64,23 @@ def loops(ids: list[int]) -> bool:
     return False
 
 
+def is_name(word: str) -> bool:
+    """Whether a word may be a name or an acronym: it has a capital, and is not shouted."""
+    return word[0].isupper() and (len(word) <= LONGEST_ACRONYM or not word.isupper())
+
+
 def wrong_script(text: str, language: str) -> bool:
-    """Whether fewer than three letters in ten are of the language's script. Names may stay Latin."""
-    script = script_of(language)
-    names = [unicodedata.name(char, "") for char in text if char.isalpha()]
-    right = sum(name.startswith(KANA if script == "KANA" else script) for name in names)
-    return len(names) > 8 and right < 0.3 * len(names)
+    """Whether less than three tenths of the text are in the language's script; False where that is not known.
+    Code does not count, nor do names in another script."""
+    script, words = script_of(language), WORDS.findall(prose(text))
+    own = ("KANA", "CJK") if script == "KANA" else (script,)
+    right = wrong = 0
+    for word in words:
+        inside = sum(letter_script(char) in own for char in word)
+        right += LETTER_WEIGHT.get(script, 1) * inside
+        wrong += 0 if is_name(word) else len(word) - inside
+    enough = wrong > 8 or wrong > 3 and not right and sum(map(len, words)) > 8
+    return script is not None and enough and right < 0.3 * (right + wrong)
 
 
 def copied(source: str, text: str) -> bool:
@@ -78,8 +91,13 @@ def copied(source: str, text: str) -> bool:
 
 
 def odd_length(source: str, text: str, languages: tuple[str, str]) -> bool:
-    """Whether a translation is far shorter or longer than its language would have it."""
-    own, other = (LENGTH_RATIO.get(code[:2]) or LENGTH_RATIO.get(script_of(code), 1.15) for code in languages)
+    """Whether a translation is far shorter or longer than its language would have it; False for a
+    language of unknown script."""
+    scripts = [script_of(code) for code in languages]
+    if None in scripts:
+        return False
+    own, other = (LENGTH_RATIO.get(normal(code), LENGTH_RATIO.get(script, 1.15))
+                  for code, script in zip(languages, scripts))
     ratio = (len(text) + LENGTH_SLACK) / (len(source) * other / own + LENGTH_SLACK)
     return not LENGTH_BOUNDS[0] <= ratio <= LENGTH_BOUNDS[1]
 
@@ -233,6 +251,7 @@ def translate(texts: list[str], source: str, target: str, translator: Translator
               batch_tokens: int = 2048, progress: Callable[[int], None] | None = None) -> list[Translation]:
     """Each document in `target`, its lines, code, links and markup as they were: a str whose `faults` count
     the segments that failed their checks. InputError unless the translator knows both languages."""
+    source, target = normal(source), normal(target)
     translator.check(source, [target])
     return translate_documents(texts, Job(translator, source, target, beams, batch_tokens, progress))
 
@@ -343,8 +362,9 @@ def translator_for(rows: list[dict], targets: list[str], path, device) -> Transl
     for target in targets:
         if target not in translator.languages:
             held = sorted({language for row in rows for language in languages_of(row)})
-            raise InputError(f"--lang {target}: the data hold {', '.join(held)} and the translator {path} "
-                             f"knows {', '.join(translator.languages)}")
+            near = suggestion(target, [*held, *translator.languages])
+            raise InputError(f"--lang {target}{near}: the data hold {', '.join(held)} and the translator "
+                             f"{path} knows {', '.join(translator.languages)}")
     return translator
 
 
@@ -365,7 +385,7 @@ def parse_args(argv=None):
     parser = Parser(description=__doc__)
     add = parser.add_argument_group("what").add_argument
     add("--lang", required=True, help="target language, or several: sw,yo")
-    add("--source", default="en", help="language of the data")
+    add("--source", type=normal, default="en", help="language of the data")
     add("--data", default="demo/english.jsonl", help="rows in any format that data.py reads")
     add("--turns", choices=("first", "all"), default="first", help="exchanges of a conversation to take")
     add("--samples", type=count, default=0, help="how many rows, from the first; 0: all")
@@ -407,7 +427,7 @@ def check_out(out: Path, data: Path) -> None:
 def main():
     args = parse_args()
     device = ranks.start(ranks.pick_device(args.device))
-    targets = args.lang.split(",")
+    targets = language_list(args.lang)
     dtype = DTYPES.get(args.dtype)
     if args.text is not None:
         print_translations(args, targets, load(args.translator, device, dtype))

@@ -59,6 +59,20 @@ def start(device: str) -> torch.device:
     return torch.device(f"cuda:{os.environ['LOCAL_RANK']}" if cuda else device)
 
 
+def fix_order_of_sums() -> None:
+    """Have CUDA add in one order every time, so that a resumed run equals an undisturbed one
+    and the first rewards are 0.
+
+    Otherwise two of our ops add by atomics, in any order: `index_add` (log-probs of a continuation) and the
+    gradient of `index_select` (the last prompt token predicts the first of every continuation).
+    FlexAttention, the products and the kernels use none. Known to differ all the same: FlexAttention compiled
+    with max-autotune, which is not asked for here.
+    """
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")       # read when cuBLAS starts
+    torch.utils.deterministic.fill_uninitialized_memory = False       # memory nobody wrote is never read here
+    torch.use_deterministic_algorithms(True, warn_only=True)
+
+
 def stop() -> None:
     if dist.is_initialized():
         dist.destroy_process_group()
@@ -153,8 +167,8 @@ def full(tensor: Tensor) -> Tensor:
     return tensor.full_tensor() if is_sharded(tensor) else tensor
 
 
-def load(path, device, dtype: torch.dtype, adapter=None,
-         prepare: Callable = lambda model: None) -> llama.Llama:
+def load(path, device, dtype: torch.dtype, adapter=None, prepare: Callable = lambda model: None,
+         recompute: bool = False) -> llama.Llama:
     """model.load of a directory with the parameters spread over all ranks, of which none ever holds more than
     its share and one tensor: the model is made without memory, sharded, and each rank then reads its own rows
     from the files.
@@ -163,8 +177,8 @@ def load(path, device, dtype: torch.dtype, adapter=None,
     which are small), stays whole on every rank.
     """
     assert dist.is_initialized(), "there are no ranks to share the model: torchrun starts them"
-    model, weights, names = llama.open_checkpoint(path)
-    updates = {} if adapter is None else read_adapter(adapter, set(names))
+    model, weights, names = llama.open_checkpoint(path, dtype, recompute)
+    updates = {} if adapter is None else read_adapter(adapter, weights, names)
     model.requires_grad_(False).eval().to(dtype)
     prepare(model)
     shard_(model)
@@ -208,7 +222,7 @@ def shard_(model: llama.Llama) -> None:
     from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
     mesh = init_device_mesh("cuda" if dist.get_backend() == "nccl" else "cpu", (size(),))
     replicated = {parameter for parameter in model.parameters() if not parameter.is_meta}
-    compute = model.compute_dtype or model.head.dtype
+    compute = model.compute_dtype
     policy = MixedPrecisionPolicy(param_dtype=compute, cast_forward_inputs=False,
                                   reduce_dtype=torch.promote_types(compute, torch.float32))
     for block in model.model["layers"]:

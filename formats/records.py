@@ -33,7 +33,7 @@ from engine.files import HALF_A_CHARACTER, InputError, read_records, read_text, 
 from formats import hub
 from formats.conversations import (FORMATS, UNKNOWN, OddRecord, Skip, as_list, as_text, find_format, is_blank,
                                    named, read_conversation)
-from formats.languages import NLLB_CODES
+from formats.languages import normal, script_of, suggestion
 
 PARTS = ("prompt", "response")
 LANGUAGE_KEYS = ("language_code", "lang", "language")
@@ -84,6 +84,17 @@ def unwrap(where, record, path):
     if len(lists) > 1:
         raise InputError(f"{path}: lists of records under {named(lists)}: write the one wanted to a file")
     return [(f"{path}[{lists[0]}][{item}]", inner) for item, inner in enumerate(record[lists[0]])]
+
+
+def clean_records(path):
+    """read_data with null for every NaN. InputError when there is nothing."""
+    records = read_data(path)
+    if not records:
+        raise InputError(f"{path}: the file is empty")
+    try:
+        return [(where, without_nan(record)) for where, record in records]
+    except RecursionError:
+        raise InputError(f"{path}: lists or objects nested too deeply") from None
 
 
 def without_nan(value):
@@ -162,22 +173,14 @@ def conversation_rows(record, where, asked, counts):
 
 # ---- languages that records name ----
 
-def code_of(label):
-    """The short code of a language by its code in two or three letters, with or without a region or script;
-    None for what names no language, such as Python."""
-    first = re.split("[-_]", label.strip().lower())[0]
-    long = {code.split("_")[0]: short for short, code in NLLB_CODES.items()}
-    return first if len(first) == 2 else long.get(first)
-
-
 def refuse_other_language(record, language, counts):
     """Skip a record that says it is in another language."""
     label = next((record[key] for key in LANGUAGE_KEYS if isinstance(record.get(key), str)), None)
     if label is None:
         return
-    if code_of(label) is None:
+    if script_of(label) is None:
         counts[f"in the language {label!r:.40}, which is unknown: taken for {language}"] += 1
-    elif code_of(label) != code_of(language):
+    elif normal(label) != normal(language):
         raise Skip(f"not in {language}")
 
 
@@ -262,17 +265,20 @@ def tree_rows(record, asked, counts):
 
 # ---- parallel ----
 
-def parallel_row(record, where, codes, counts):
-    """A row of our own format. A language that is null is not translated yet; keys that are neither one of
-    the languages `codes` nor the identifier stay as they are."""
+def parallel_row(record, where, asked, counts):
+    """A row of our own format, whose languages are spelt as they were asked for: "zh" for "zh-CN". A language
+    that is null is not translated yet; keys that are neither a language nor the identifier stay as they are."""
     row = {"row_id": identifier(record, where)}
     for key, value in record.items():
-        spelt = key in codes or isinstance(value, dict) and value.keys() & {*PARTS}
         if key == "row_id" or key == "id" and not isinstance(value, dict):
             continue
-        if not spelt:
+        if key not in asked.codes and not (isinstance(value, dict) and value.keys() & {*PARTS}):
             row[key] = value
         elif value is not None:
+            name = asked.spellings.get(normal(key), key)
+            if name != key and name not in record:
+                counts[f"{key!r:.40} taken for {name}"] += 1
+                key = name
             row[key] = language_side(value, key, counts)
     if not languages_of(row):
         raise OddRecord("no language with a prompt and a response")
@@ -291,10 +297,12 @@ def language_side(value, language, counts):
 
 @dataclass(frozen=True)
 class Asked:
-    """What is wanted of a file; see read_rows. codes: the languages that its parallel rows are in."""
+    """What is wanted of a file; see read_rows. codes: the languages that its parallel rows are in.
+    spellings: {normal code: code} of the languages asked for."""
     language: str
     turns: str
     codes: set
+    spellings: dict
 
 
 def record_rows(record, where, asked, counts):
@@ -302,7 +310,7 @@ def record_rows(record, where, asked, counts):
     if not isinstance(record, dict):
         raise OddRecord("no object")
     if any(code in record and (code != "id" or isinstance(record["id"], dict)) for code in asked.codes):
-        return [parallel_row(record, where, asked.codes, counts)]
+        return [parallel_row(record, where, asked, counts)]
     if is_message(record) or is_message(record.get("prompt")):
         return tree_rows(record, asked, counts)
     return conversation_rows(record, where, asked, counts)
@@ -319,6 +327,17 @@ def row_fault(row):
     return None
 
 
+def usable_rows(record, where, asked, counts):
+    """(rows of a record, why others of its rows cannot be used). Skip or OddRecord where it has none."""
+    try:
+        rows = record_rows(record, where, asked, counts)
+        faults = [row_fault(row) for row in rows]
+    except RecursionError:
+        raise OddRecord("lists or objects nested too deeply") from None
+    kept = [row for row, fault in zip(rows, faults) if fault is None]
+    return kept, [fault for fault in faults if fault]
+
+
 def read_rows(path, language="en", turns="first", counts=None, targets=(), unique=False):
     """Rows of a file in any of FORMATS, or of a data set that hub.py knows by name.
 
@@ -330,29 +349,21 @@ def read_rows(path, language="en", turns="first", counts=None, targets=(), uniqu
     """
     assert turns in ("first", "all"), f"turns {turns!r} is neither first nor all"
     counts = Counter() if counts is None else counts
-    try:
-        records = [(where, without_nan(record)) for where, record in read_data(path)]
-    except RecursionError:
-        raise InputError(f"{path}: lists or objects nested too deeply") from None
-    if not records:
-        raise InputError(f"{path}: the file is empty")
+    records = clean_records(path)
     codes = {*targets}.union(*(languages_of(record) for _, record in records if isinstance(record, dict)))
+    asked = Asked(language, turns, codes, {normal(code): code for code in (language, *targets)})
     counts.update({"read": len(records), "kept": 0})
     found, skipped, odd = [], {}, {}              # the last two: {reason: [where]}
     for where, record in hang_messages(records, skipped):
         try:
-            rows = record_rows(record, where, Asked(language, turns, codes), counts)
-            faults = list(map(row_fault, rows))
-        except RecursionError:
-            odd.setdefault("lists or objects nested too deeply", []).append(where)
-        except OddRecord as error:
-            odd.setdefault(str(error), []).append(where)
-        except Skip as error:
-            skipped.setdefault(str(error), []).append(where)
-        else:
-            found += [(where, row) for row, fault in zip(rows, faults) if fault is None]
-            for fault in filter(None, faults):
-                skipped.setdefault(fault, []).append(where)
+            rows, faults = usable_rows(record, where, asked, counts)
+        except Skip as skip:
+            reasons = odd if isinstance(skip, OddRecord) else skipped
+            reasons.setdefault(str(skip), []).append(where)
+            continue
+        found += [(where, row) for row in rows]
+        for fault in faults:
+            skipped.setdefault(fault, []).append(where)
     refuse_mostly_odd(odd, len(records))
     counts["kept"] = len(found)
     for reason, places in [*skipped.items(), *odd.items()]:
@@ -428,8 +439,10 @@ def require_languages(rows, *wanted):
     """The rows that hold all wanted languages; if none does, a InputError that names those in the data."""
     have = [row for row in rows if set(wanted) <= set(languages_of(row))]
     if not have:
-        there = ", ".join(sorted({language for row in rows for language in languages_of(row)})) or "none"
-        raise InputError(f"no row holds {' and '.join(wanted)}; languages in the data: {there}")
+        there = sorted({language for row in rows for language in languages_of(row)})
+        near = "".join(suggestion(code, there) for code in wanted if code not in there)
+        raise InputError(f"no row holds {' and '.join(wanted)}{near}; "
+                         f"languages in the data: {', '.join(there) or 'none'}")
     return have
 
 
