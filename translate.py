@@ -14,7 +14,6 @@ Lines whose row, translator or settings have changed are made anew, and the old 
 
 import contextlib
 import itertools
-import re
 import sys
 import time
 from collections import Counter
@@ -29,12 +28,13 @@ from engine.files import InputError, append_jsonl, fingerprint, locked
 from engine.flags import Parser, count, positive_int
 from engine.progress import progress
 from formats import hub
-from formats.languages import UNSPACED, language_list, letter_script, normal, script_of, suggestion
-from formats.markup import KEEP, TEXT, WORD, hide, parse, prose, show, split_edges, split_spans
+from formats.languages import UNSPACED, language_list, normal, script_of, suggestion
+from formats.markup import KEEP, TEXT, WORD, hide, parse, show, split_edges, split_spans
 from formats.records import languages_of, read_rows, require_languages
 from formats.translated import Key, describe_faults, file_failed_, read_done
 from formats.weights import DTYPES
 from m2m100.beam import beam_search
+from m2m100.checks import copied, loops, odd_length, wrong_script
 from m2m100.translator import Translator, load
 
 MAX_SOURCE = 150      # tokens of a segment: the models were trained on sentences
@@ -42,64 +42,6 @@ LONGEST_TOKEN = 16    # characters; a text of more than MAX_SOURCE such tokens i
 MAX_LOGITS = 2**26    # elements of the largest logits matrix: bounds the batch when the vocabulary is large
 NO_REPEAT = 4         # the second try of a segment bans every repeated n-gram of this length
 UNKNOWN_SHARE = 0.1   # a source with more unknown tokens than this cannot be translated
-LENGTH_RATIO = {"CJK": 0.35, "KANA": 0.45, "HANGUL": 0.55, "yo": 1.5, "en": 1.0}  # characters, English 1
-LETTER_WEIGHT = {"CJK": 3, "KANA": 2, "HANGUL": 2}      # Latin letters that say as much as one of these
-LONGEST_ACRONYM = 5
-WORDS = re.compile(r"[^\W\d_]+")
-LENGTH_BOUNDS = 0.4, 2.5  # of a translation over what is expected; people's go from 0.55 to 2.05 (NTREX)
-LENGTH_SLACK = 15         # characters added to both, so that short segments are not judged by their length
-
-
-# ---- checks ----
-
-
-def loops(ids: list[int]) -> bool:
-    """Whether a stretch repeats itself: tokens equal to those n before, 2n of them in a row, at least 8."""
-    for n in range(1, len(ids) // 3 + 1):
-        run = 0
-        for a, b in zip(ids, ids[n:]):
-            run = run + 1 if a == b else 0
-            if run >= max(8, 2 * n):
-                return True
-    return False
-
-
-def is_name(word: str) -> bool:
-    """Whether a word may be a name or an acronym: it has a capital, and is not shouted."""
-    return word[0].isupper() and (len(word) <= LONGEST_ACRONYM or not word.isupper())
-
-
-def wrong_script(text: str, language: str) -> bool:
-    """Whether less than three tenths of the text are in the language's script; False where that is not known.
-    Code does not count, nor do names in another script."""
-    script, words = script_of(language), WORDS.findall(prose(text))
-    own = ("KANA", "CJK") if script == "KANA" else (script,)
-    right = wrong = 0
-    for word in words:
-        inside = sum(letter_script(char) in own for char in word)
-        right += LETTER_WEIGHT.get(script, 1) * inside
-        wrong += 0 if is_name(word) else len(word) - inside
-    enough = wrong > 8 or wrong > 3 and not right and sum(map(len, words)) > 8
-    return script is not None and enough and right < 0.3 * (right + wrong)
-
-
-def copied(source: str, text: str) -> bool:
-    """Whether four in five of the source's words, names left out, came back as they were."""
-    words = [word for word in re.findall(r"[^\W\d_]{3,}", source) if word.islower()]
-    there = set(re.findall(r"[^\W\d_]{3,}", text))
-    return len(words) > 3 and sum(word in there for word in words) >= 0.8 * len(words)
-
-
-def odd_length(source: str, text: str, languages: tuple[str, str]) -> bool:
-    """Whether a translation is far shorter or longer than its language would have it; False for a
-    language of unknown script."""
-    scripts = [script_of(code) for code in languages]
-    if None in scripts:
-        return False
-    own, other = (LENGTH_RATIO.get(normal(code), LENGTH_RATIO.get(script, 1.15))
-                  for code, script in zip(languages, scripts))
-    ratio = (len(text) + LENGTH_SLACK) / (len(source) * other / own + LENGTH_SLACK)
-    return not LENGTH_BOUNDS[0] <= ratio <= LENGTH_BOUNDS[1]
 
 
 # ---- segments ----

@@ -16,6 +16,7 @@ import translate
 from engine.files import InputError, locked
 from formats import markup, translated
 from formats.records import languages_of, read_rows, write_rows
+from m2m100.checks import loops
 from test_m2m100 import END, make_checkpoint, write_nllb_tokenizer
 
 ROOT = Path(__file__).parents[1]
@@ -209,9 +210,9 @@ def test_people_s_translations_raise_no_alarm(translator):
 
 
 def test_loops_are_seen_at_any_period_and_plain_text_is_not_one():
-    assert translate.loops([7] * 9 + [1, 2]) and translate.loops([1, 2, 3] * 4)
-    assert translate.loops(list(range(20)) * 3)
-    assert not translate.loops([5, 5, 5, 5, 1, 2, 3, 1, 2, 3, 4]) and not translate.loops([])
+    assert loops([7] * 9 + [1, 2]) and loops([1, 2, 3] * 4)
+    assert loops(list(range(20)) * 3)
+    assert not loops([5, 5, 5, 5, 1, 2, 3, 1, 2, 3, 4]) and not loops([])
 
 
 def test_a_failed_segment_is_tried_again_and_then_marked(translator, monkeypatch):
