@@ -24,9 +24,11 @@ TEXT, KEEP, GAP = "text", "keep", "gap"  # to translate; as it is; white space b
 
 RAW = "script|style|pre|code|samp|kbd|textarea|svg|math"   # elements whose content is no prose
 # Symbols that are pictures: arrows, clocks, boxes, stars, dingbats, emoji, flags, skin tones.
-PICTURE = (r"\u2190-\u21FF\u2300-\u23FF\u2460-\u24FF\u25A0-\u27BF\u2900-\u297F\u2B00-\u2BFF"
+PICTURE = (r"\u2190-\u21FF\u2300-\u23FF\u2460-\u24FF\u2500-\u27BF\u2900-\u297F\u2B00-\u2BFF"
            r"\U0001F000-\U0001FAFF")
+LETTERLIKE = "©®‼⁉™ℹ〰〽㊗㊙"   # pictures only with U+FE0F behind them
 JOINED = "\uFE0E\uFE0F\u200D\u20E3\U000E0020-\U000E007F"   # what follows a picture and belongs to it
+MONEY = r"\d[\d.,]*[A-Za-z]{0,2}\s+[A-Za-z]{2}"              # behind a $: an amount and a word
 URL_STOP = r"\s<>()\[\]|\\\"`“”‘’«»、。，；：！？（）「」『』【】《》"
 
 # What begins a span. A named one lasts until a place that `span_end` looks up; the others are whole.
@@ -37,21 +39,22 @@ OPENER = re.compile(rf"""
   | (?P<bracket> \\[\[(])
   | (?P<environment> \\begin\{{(?P<name>\w+\*?)\}})
   | (?P<comment> <!--)
+  | (?P<data> <!\[CDATA\[)
   | (?P<program> <\?(?:php|xml|=))
   | (?P<element> <(?P<tag>(?i:{RAW}))(?:\s[^<>]*)?>)
   | <[A-Za-z][\w:-]*(?:\s+[\w:@.-]+\s*=\s*(?:"[^"]*"|'[^']*'))+\s*/?>    # a tag, perhaps on several lines
-  | <[A-Za-z/!|][^<>\n]*>                                                # any other, and <placeholders>
+  | <[A-Za-z/!|%][^<>\n]*>                                               # any other, and <placeholders>
   | &(?:\#\d{{1,7}}|\#[xX][\da-fA-F]{{1,6}}|[A-Za-z][A-Za-z\d]{{1,31}});
-  | (?<![A-Za-z0-9$\\])\$(?![\s$]|\d[\d.,]*\s+[A-Za-z]{{2}})[^$\\\n]*(?:\\.[^$\\\n]*)*(?<!\s)\$(?![\d$])
+  | (?<![A-Za-z0-9$\\])\$(?![\s$]|{MONEY})[^$\\\n]*(?:\\.[^$\\\n]*)*(?<!\s)\$(?![\d$])
   | (?<![A-Za-z0-9])(?i:https?://|ftp://|mailto:|www\.)
     [^{URL_STOP}]*(?:\([^\s<>()]*\)[^{URL_STOP}]*)*(?<![.,;:!?'*])        # no stop at its end, ( ) in pairs
   | \]\((?:[^()\s]|\([^()\s]*\))+(?:[ \t]+"[^"\n]*")?\)               # the second half of [text](url "title")
   | (?<![A-Za-z0-9_.+-])[A-Za-z0-9_.+-]+@[A-Za-z0-9-]+(?:\.[A-Za-z0-9-]+)+
-  | \{{\{{?[\w .-]+\}}?\}} | \[\d{{1,6}}\] | %[sd]\b | \\\|
-  | (?:[0-9\#*]\uFE0F?\u20E3|[{PICTURE}][{JOINED}]*)+
+  | \{{\{{[^{{}}\n]*\}}\}} | \{{%[^{{}}\n]*%\}} | \$?\{{[\w .-]+\}} | \[\d{{1,6}}\] | %[sd]\b | \\\|
+  | (?:[0-9\#*]\uFE0F?\u20E3|[{LETTERLIKE}]\uFE0F|[{PICTURE}][{JOINED}]*)+
 """, re.VERBOSE | re.MULTILINE)
 # What may end one.
-CLOSER = re.compile(rf"\n|`+|\$\$|\\[\])]|-->|\?>|\\end\{{(\w+\*?)\}}|</({RAW})\s*>", re.IGNORECASE)
+CLOSER = re.compile(rf"\n|`+|\$\$|\\[\])]|-->|\]\]>|\?>|\\end\{{(\w+\*?)\}}|</({RAW})\s*>", re.IGNORECASE)
 BLANK_LINE = re.compile(r"\n[ \t]*(?=\r?\n)")
 
 NEWLINE, PIPE = re.compile(r"\r?\n"), re.compile(r"(?<!\\)\|")
@@ -94,10 +97,15 @@ def find_closers(text: str) -> dict[str, Places]:
     return closers
 
 
-def fence_end(text: str, mark: str, start: int) -> int:
-    """The end of the line that closes a fence: a fence of the same character, at least as long."""
-    closing = re.compile(rf"^[ \t>]*{mark[0]}{{{len(mark)},}}[ \t\r]*$", re.MULTILINE).search(text, start)
-    return closing.end() if closing else len(text)
+def fence_end(opener: re.Match) -> int:
+    """The end of the line that closes a fence: a fence of the same character, at least as long. One in a
+    quote ends with the quote."""
+    mark = opener["mark"]
+    closing = rf"^[ \t>]*{mark[0]}{{{len(mark)},}}[ \t\r]*$"
+    if opener[0].lstrip().startswith(">"):
+        closing += r"|\n(?![ \t]*>)"
+    found = re.compile(closing, re.MULTILINE).search(opener.string, opener.end())
+    return found.end() if found else len(opener.string)
 
 
 def span_end(match: re.Match, closers: dict[str, Places]) -> int | None:
@@ -106,7 +114,7 @@ def span_end(match: re.Match, closers: dict[str, Places]) -> int | None:
     if kind is None:
         return start
     if kind == "fence":
-        return fence_end(text, match["mark"], start)
+        return fence_end(match)
     limit, unclosed = None, None        # what the span may not cross; where it ends if nothing closes it
     if kind == "ticks":
         key, long = match[0], len(match[0]) > 2
@@ -122,7 +130,7 @@ def span_end(match: re.Match, closers: dict[str, Places]) -> int | None:
         block = key in ("script", "style", "pre") and NEWLINE.match(text, start)
         unclosed = len(text) if block else start    # "the <pre> tag" is a word in a sentence
     else:
-        key, unclosed = {"comment": "-->", "program": "?>"}[kind], len(text)
+        key, unclosed = {"comment": "-->", "data": "]]>", "program": "?>"}[kind], len(text)
     closing = from_place(closers[key], start)
     border = from_place(closers[limit], start) if limit else None
     if closing is None or border and border < closing:
@@ -232,16 +240,21 @@ def is_rule(document: Document, line: Place) -> bool:
     return "|" in document.text[slice(*line)] and bool(TABLE_RULE.fullmatch(document.text, *line))
 
 
-def is_boxed_row(document: Document, line: Place) -> bool:
-    """Whether a line is | a row | without a rule nearby: pipes at both ends, spaces around each of several
-    cells, and words in all that are not empty. |x| + |y| and Haskell's guards are none."""
+def boxed_row(document: Document, line: Place) -> str | None:
+    """Whether a line may be a row without a rule nearby: pipes at both ends, several cells, words in all that
+    are not empty. "padded" if | all | cells | have spaces around them, "tight" if |none|begins|with one|,
+    else None: |x| + |y| and |x| and |y| and Haskell's guards are no rows."""
     text, pipes = document.text, document.pipes(*line)
     start = QUOTED.match(text, *line).end()
     if len(pipes) < 3 or pipes[0] != start or text[pipes[-1] + 1:line[1]].strip():
-        return False
+        return None
     cells = [text[first + 1:last] for first, last in zip(pipes, pipes[1:])]
     filled = [cell for cell in cells if cell.strip()]
-    return all(cell[0] == cell[-1] == " " and LETTER_OR_DIGIT.search(cell) for cell in filled)
+    if not all(LETTER_OR_DIGIT.search(cell) for cell in filled):
+        return None
+    if all(cell[0] == cell[-1] == " " for cell in filled):
+        return "padded"
+    return None if any(cell[0] == " " for cell in filled) else "tight"
 
 
 def find_rows(document: Document) -> set[int]:
@@ -256,10 +269,14 @@ def find_rows(document: Document) -> set[int]:
         return NEWLINE.fullmatch(between) is not None  # and no code in between
 
     for i, line in enumerate(lines):
-        if i in rows or not has_pipe[i]:
+        if not has_pipe[i]:
             continue
-        if is_boxed_row(document, line):
+        style = boxed_row(document, line)
+        below = style == "tight" and row_follows(i) and boxed_row(document, lines[i + 1]) == "tight"
+        if style == "padded":
             rows.add(i)
+        elif below and cell_count(document, line) == cell_count(document, lines[i + 1]):
+            rows.update((i, i + 1))
         heading = i > 0 and has_pipe[i - 1] and row_follows(i - 1)
         if heading and is_rule(document, line) and (
                 cell_count(document, lines[i - 1]) == cell_count(document, line)):

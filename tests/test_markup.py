@@ -47,6 +47,11 @@ def spans(segment):
     ("mail me@a-b.example.com.", ["me@a-b.example.com"]), ("a@b is none, nor x@ y", []),
     ("1️⃣ ⭐ ⏰ ▶ → ▶️ #️⃣", ["1️⃣", "⭐", "⏰", "▶", "→", "▶️", "#️⃣"]),
     ("🇩🇪🇰🇪 👍🏽 👨‍👩‍👧 ❤️‍🔥 🏴󠁧󠁢󠁥󠁮󠁧󠁿", ["🇩🇪🇰🇪", "👍🏽", "👨‍👩‍👧", "❤️‍🔥", "🏴󠁧󠁢󠁥󠁮󠁧󠁿"]),
+    ("©️ and © ✅ ☎️ ㊗️ ├── src", ["©️", "✅", "☎️", "㊗️", "├──"]),
+    ("<![CDATA[ a < b\n]]> and <%= name %>", ["<![CDATA[ a < b\n]]>", "<%= name %>"]),
+    ('{{ user["name"] | upper }} {% if a %} ${HOME}',
+     ['{{ user["name"] | upper }}', "{% if a %}", "${HOME}"]),
+    ("It costs $3bn to the US$ holder", []), ("$2x + 3$ and $5 \\bmod 3$", ["$2x + 3$", "$5 \\bmod 3$"]),
     ("क्‍षत्रिय and می‌خواهم", []), ("12 * 3 # 4", []),
     ("a &lt;b&gt; &#39;c&#x27; d&nbsp;e, AT&T; R&D", ["&lt;", "&gt;", "&#39;", "&#x27;", "&nbsp;"]),
     ("x < y and y > z, a<b", []),
@@ -69,7 +74,8 @@ def test_spans_are_found_whole(text, found):
 @pytest.mark.parametrize("text, after", [
     ("```\na\n```\nafter", "after"), ("````\n```\nin\n```\nin\n````\nafter", "after"),
     ("~~~~ md\n~~~\n```\n~~~~~  \nafter", "after"), ("```\nin\n~~~\n``` no\n```\nafter", "after"),
-    ("> ```sh\n> in\n> ```\nafter", "after"), ("1. ```\n   in\n   ```\n2. after", "after"),
+    ("> ```sh\n> in\n> ```\nafter", "after"), ("> ```\n> in\n\nafter", "after"),
+    ("1. ```\n   in\n   ```\n2. after", "after"),
     ("```r\r\nin\r\n```\r\nafter", "after"), ("   ```\n   in\n   ```\nafter", "after"),
     ("```\nnever closed\n", None), ("~~~\nin\n```\n", None), ("`````\nin\n````\nin", None),
 ])
@@ -92,7 +98,9 @@ def test_spans_hide_behind_marks_and_come_back():
 @pytest.mark.parametrize("line", [
     "|x| is never negative", "a || b, and so on", "||x|| <= |a| + |b|", "|a + b| ≤ |a| + |b|", "|a| and |b|",
     "the state |0⟩ + |1⟩", "| x > 0 = one", "| otherwise = zero", "cat file | sort | uniq -c",
-    "| x | + | y |", "P(A|B) and P(B|A)", "either | or", "f :: a -> b | c -> d", "{ x | x in A | x > 0 }"])
+    "| x | + | y |", "string | number | null", "expr ::= term | factor | <x>", "(foo|bar|baz)",
+    "|x|·|y| = |xy|",
+    "P(A|B) and P(B|A)", "either | or", "f :: a -> b | c -> d", "{ x | x in A | x > 0 }"])
 def test_a_line_with_pipes_is_no_table(line):
     assert texts(line) == [line]
     assert texts(f"first\n{line}\nlast") == ["first", line, "last"]
@@ -107,6 +115,9 @@ def test_a_line_with_pipes_is_no_table(line):
     ("before\n| one |\n|---|\n| two |\nafter", ["before", "one", "two", "after"]),
     ("| one | two |\n|---|---|\n|| three |\r\nafter", ["one", "two", "three", "after"]),
     ("| the lion | is big |", ["the lion", "is big"]),
+    ("|one|two|\n|three|four|\n|five||\n\n|six|seven|",
+     ["one", "two", "three", "four", "five", "|six|seven|"]),
+    ("|Name |Value |\n|lion |big |", ["Name", "Value", "lion", "big"]),
     ("one | two\n---\nthree | four", ["one | two", "three | four"]),
     ("one\n---|---\nthree | four", ["one", "three | four"]),
 ])
