@@ -1,5 +1,5 @@
-"""What shows that a translation cannot be trusted, to one who does not know the language: it `loops`, is in the
-`wrong_script`, is `copied`, has an `odd_length`.
+"""What shows that a translation cannot be trusted, to one who does not know the language: it `loops`, is in
+the `wrong_script`, is `copied`, has an `odd_length`.
 """
 
 import re
