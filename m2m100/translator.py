@@ -23,7 +23,8 @@ class Translator:
 
     def check(self, source: str, targets: list[str]) -> None:
         """InputError unless it reads the source and writes every target."""
-        for code, known in [(source, self.tokenizer.languages), *((code, self.languages) for code in targets)]:
+        for code in (source, *targets):
+            known = self.tokenizer.languages if code == source else self.languages
             if code not in known:
                 raise InputError(f"the translator does not know the language {code!r}{suggestion(code, known)}; "
                                  f"it knows {', '.join(sorted(known))}")
@@ -32,8 +33,8 @@ class Translator:
 
 
 def load(path, device="cpu", dtype: torch.dtype | None = None) -> Translator:
-    """The translator of an M2M100 or NLLB directory or hub id; dtype: bf16 on CUDA and fp32 elsewhere if none
-    is given. InputError says what is wrong with it."""
+    """The translator of an M2M100 or NLLB directory or hub id; dtype: bf16 on CUDA and fp32 elsewhere if
+    none is given. InputError says what is wrong with it."""
     path = hub.local(path, hub.TRANSLATOR_SETTINGS, hub.TRANSLATOR_WEIGHTS)
     if dtype is None:
         dtype = torch.bfloat16 if torch.device(device).type == "cuda" else torch.float32
