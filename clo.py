@@ -542,6 +542,26 @@ def sample_answers(model: llama.Llama, job: Job) -> list[dict]:
              "expected": decode(fork.continuations[0]).strip()} for fork, reply in zip(job.samples, replies)]
 
 
+def reference_nll(model: llama.Llama, job: Job) -> dict[str, list[float]]:
+    """Nats of the expected answer, stop token included, to each question that is answered, by language."""
+    nats = {}
+    for language in job.languages:
+        forks = [data.Fork(job.tokenizer.prompt_ids(row[language]["prompt"], job.args.system_prompt),
+                           [job.tokenizer.response_ids(row[language]["response"])], language, row["row_id"])
+                 for row in job.answered[:job.args.answers]]
+        longest = max(fork.length for fork in forks)
+        if longest > model.config.max_position_embeddings:
+            print(f"a question with its answer in {language} has {longest} tokens, the model was made for "
+                  f"{model.config.max_position_embeddings}: its bits per byte say little")
+        batches = data.micro_batches(forks, max(job.packing.row_tokens, longest), job.packing.micro_rows,
+                                     job.packing.trim, ends=False)
+        nats[language] = [0.0] * len(forks)
+        for batch, sums in zip(batches, summed_logps(model, batches, f"expected answers {language}")):
+            for i, logp in zip(batch.order, sums.tolist()):
+                nats[language][i] = -logp
+    return nats
+
+
 def run_method(name: str, job: Job) -> dict:
     """Load the base model, train it by one method (or not at all: 'base'), export it and score it. A finished
     method is read back from its result.json."""
@@ -584,7 +604,9 @@ def run_method(name: str, job: Job) -> dict:
             policy = summed_logps(model, job.heldout, "held-out")
     scores = answer_and_score(model, job.tokenizer, job.answered, job.languages, job.classifier,
                               args.max_new_tokens, args.system_prompt,
-                              directory / "answers.jsonl" if ranks.rank() == 0 else None, args.answers)
+                              directory / "answers.jsonl" if ranks.rank() == 0 else None,
+                              args.answers,
+                              reference_nll(model, job))
     scores["heldout"] = heldout.score(job.heldout, policy, base, args.beta, args.targets)
     scores["train_seconds"] = round(seconds, 2)
     if stages:
