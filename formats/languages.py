@@ -155,7 +155,7 @@ def suggestion(code: str, there) -> str:
     """Of the languages `there`, the one that `code` may have meant: " (did you mean sw?)", or nothing."""
     names = {fold(name): name for name in there}
     names |= {spelling: names[own] for spelling, own in spellings()[0].items() if own in names}
-    near = difflib.get_close_matches(fold(code), names, 1)
+    near = difflib.get_close_matches(fold(normal(code)), names, 1)
     return f" (did you mean {names[near[0]]}?)" if near else ""
 
 

@@ -15,7 +15,8 @@ from m2m100.tokenizer import Tokenizer, load_tokenizer
 
 @dataclass
 class Translator:
-    """A model and its tokenizer. languages: those it can write, by their normal codes. fingerprint: hash of its files."""
+    """A model and its tokenizer. languages: the normal codes of those it can write. fingerprint: hash of its
+    files."""
     model: M2M100
     tokenizer: Tokenizer
     languages: list[str]
@@ -25,7 +26,8 @@ class Translator:
         """InputError unless it reads the source and writes every target."""
         for code, known in [(source, self.tokenizer.languages), *((code, self.languages) for code in targets)]:
             if code not in known:
-                raise InputError(f"the translator does not know the language {code!r}{suggestion(code, known)}; "
+                near = suggestion(code, known)
+                raise InputError(f"the translator does not know the language {code!r}{near}; "
                                  f"it knows {', '.join(sorted(known))}")
         if source in targets:
             raise InputError(f"{source!r} is to be translated into itself: give another language")
