@@ -21,6 +21,7 @@ References: CLO (ACL 2025, arXiv 2505.14297), DPO (arXiv 2305.18290), LoRA (arXi
 """
 
 import argparse
+import contextlib
 import importlib.util
 import math
 import os
@@ -41,12 +42,12 @@ import kernels
 import model as llama
 import translate
 from engine import flags, ranks, runs, scale
-from engine.files import InputError, fill_directory, fingerprint, write_json, write_text
+from engine.files import InputError, fill_directory, fingerprint, locked, write_json, write_text
 from engine.progress import progress
 from evals import heldout
 from evals.answers import answer_and_score, read_answers
 from evals.language import LanguageModel, fit_languages, texts_by_language
-from evals.report import report_text
+from evals.report import closing_lines, report_text
 from formats import hub
 from formats.chat import Tokenizer
 from formats.checkpoints import check_outputs, save_adapter, save_merged, save_model
@@ -258,7 +259,7 @@ def train(model: llama.Llama, parameters: dict[str, nn.Parameter], name: str, pa
                 group["lr"] = schedule.rate * learning_rate(i, len(order), schedule.warmup)
             result = train_step(model, batches, objective, optimizer, schedule.clip)
             if i == 0 and objective.prefers:
-                check_first_rewards(result["rewards"], bar)
+                check_first_rewards(result["rewards"])
             metrics = step_metrics(i + 1, result, group["lr"], batches, targets, started)
             stop_unless_finite(metrics, name, schedule.rate)
             if last or (i + 1) % schedule.eval_every == 0:
@@ -296,7 +297,7 @@ def stop_unless_finite(metrics: dict, name: str, rate: float) -> None:
                          f"try a lower --lr than {rate:.2g}")
 
 
-def check_first_rewards(rewards: Tensor, bar) -> None:
+def check_first_rewards(rewards: Tensor) -> None:
     """Before the first update policy and reference are one model:
     any reward is an error in one of the two paths."""
     if not rewards.numel():                                      # of this step's samples none has a pair
@@ -305,8 +306,8 @@ def check_first_rewards(rewards: Tensor, bar) -> None:
     if not worst < 1e-2:
         raise InputError(f"rewards before the first update reach {worst:.3g} and should be 0: "
                          f"the reference log-probs do not belong to this model; start over with --fresh")
-    bar.write("rewards before the first update: "
-              + (f"at most {worst:.1g} (rounding)" if worst else "0, as they should be"))
+    tqdm.write("rewards before the first update: "
+               + (f"at most {worst:.1g} (rounding)" if worst else "0, as they should be"))
 
 
 # ------------------------------------------------------------------------------------------------------- LoRA
@@ -386,7 +387,7 @@ def trainable(model: llama.Llama) -> dict[str, nn.Parameter]:
 # Flags that decide what a run gives: with other ones it is another run.
 IDENTITY = (
     "lang", "model", "data", "eval_data", "translator", "method", "baseline", "lam", "nll", "preference", "beta",
-    "anchor", "train", "lora_rank", "lora_alpha", "source", "samples", "holdout", "turns", "system_prompt",
+    "anchor", "train", "lora_rank", "lora_alpha", "source", "samples", "holdout", "turns", "system_prompt", "template_args",
     "beams", "keep_failed", "row_tokens", "lr", "epochs", "baseline_epochs", "batch_size", "micro_rows", "warmup",
     "weight_decay", "clip", "seed", "eval_split", "answers", "max_new_tokens", "eval_every", "merge", "save_every",
     "device", "dtype", "shard")
@@ -415,7 +416,7 @@ class Job:
     groups: list[list[data.Fork]]    # a group of forks for every training row
     heldout: list[data.Batch]
     samples: list[data.Fork]         # held-out questions whose answers every validation shows
-    answered: list[dict]             # rows answered at the end
+    answered: list[dict]             # rows of which --answers are answered at the end
     classifier: LanguageModel
     untrained: list[dict] | None = None     # the untrained model's answers to the samples, once known
 
@@ -432,6 +433,11 @@ def stages_of(method: str, args) -> list[tuple[str, Objective]]:
             lam, nll = args.lam, tuple(args.nll.split(","))
         stages.append((name, Objective(lam, nll, args.beta, args.preference, args.anchor)))
     return stages
+
+
+def wanted_objectives(args) -> dict[str, list[Objective]]:
+    """The objectives of the stages of the baseline and of the method."""
+    return {name: [objective for _, objective in stages_of(name, args)] for name in (args.baseline, args.method)}
 
 
 def stage_forks(group: list[data.Fork], objective: Objective) -> list[data.Fork]:
@@ -465,13 +471,13 @@ def make_steps(groups: list[list[data.Fork]], objective: Objective, packing: Pac
     return steps
 
 
-def check_pairs(groups: list[list[data.Fork]], args) -> None:
-    """InputError when a wanted method prefers and no row gives it a pair."""
-    for name in (args.baseline, args.method):
-        for _, objective in stages_of(name, args):
-            if objective.prefers and all(fork.equal for group in groups for fork in group):
-                raise InputError(f"{args.data}: every row has the same response in all languages, so {name} "
-                                 f"finds nothing to prefer: give other rows, or --method sft")
+def check_pairs(groups: list[list[data.Fork]], path: str, methods: dict[str, list[Objective]]) -> None:
+    """InputError when a method has a stage that prefers and no sample of the file gives it a pair."""
+    for name, objectives in methods.items():
+        prefers = any(objective.prefers for objective in objectives)
+        if prefers and all(fork.equal for group in groups for fork in group):
+            raise InputError(f"{path}: every row has the same response in all languages, so {name} finds nothing "
+                             f"to prefer: give other rows, or --method sft")
 
 
 @torch.no_grad()
@@ -578,7 +584,7 @@ def run_method(name: str, job: Job) -> dict:
             policy = summed_logps(model, job.heldout, "held-out")
     scores = answer_and_score(model, job.tokenizer, job.answered, job.languages, job.classifier,
                               args.max_new_tokens, args.system_prompt,
-                              directory / "answers.jsonl" if ranks.rank() == 0 else None)
+                              directory / "answers.jsonl" if ranks.rank() == 0 else None, args.answers)
     scores["heldout"] = heldout.score(job.heldout, policy, base, args.beta, args.targets)
     scores["train_seconds"] = round(seconds, 2)
     if stages:
@@ -622,7 +628,7 @@ def read_split(args) -> data.Split:
     if args.eval_found:
         print(f"{args.eval_data} lies beside the data: it is used for validation and answers (see --eval-data)")
     if args.eval_data:
-        if fingerprint(hub.data_file(args.data)) == fingerprint(Path(args.eval_data)):
+        if fingerprint(hub.data_file(args.data)) == fingerprint(hub.data_file(args.eval_data)):
             raise InputError(f"--eval-data {args.eval_data} is the same as --data: the run would train on its "
                              f"test; leave it out, and rows are held out of --data")
         evaluated = data.evaluation_rows(args.eval_data, args.source, args.targets, rows)
@@ -643,7 +649,7 @@ def open_run(args, tokenizer: Tokenizer, device: torch.device) -> tuple[Path, di
     flags = {name: getattr(args, name) for name in IDENTITY}
     inputs = {"model": runs.model_fingerprint(args.model), "tokenizer": tokenizer.fingerprint,
               "data": fingerprint(hub.data_file(args.data)),
-              "eval_data": args.eval_data and fingerprint(Path(args.eval_data))}
+              "eval_data": args.eval_data and fingerprint(hub.data_file(args.eval_data))}
     run, chosen = ranks.on_first(lambda: runs.open_run(args.out, flags, inputs, choose(args, device), args.fresh))
     return run, chosen, fingerprint(flags, inputs)
 
@@ -664,10 +670,12 @@ def choose(args, device: torch.device) -> dict:
 def make_job(args, device: torch.device) -> Job:
     """Read, translate and pack all that a run needs; its directory is claimed once the input was found usable."""
     print(f"reading the tokenizer of {args.base}")
-    tokenizer, config = data.load_tokenizer(args.model), read_config(args.model)
+    tokenizer, config = data.load_tokenizer(args.model, args.template_args), read_config(args.model)
     args.row_tokens = min(args.row_tokens, config.max_position_embeddings)
     print(f"device {device}; model {args.base}: {config.model_type}, {config.num_hidden_layers} layers, "
           f"width {config.hidden_size}; run directory {args.out}")
+    for note in tokenizer.chat.notes:
+        print(note)
 
     print(f"\n1. Rows: {args.source} and {', '.join(args.targets)}")
     split = ranks.on_first(lambda: read_split(args))
@@ -689,7 +697,7 @@ def make_job(args, device: torch.device) -> Job:
     print(describe_counts(counts))
     with data.naming(args.eval_data if split.heldout else args.data):
         heldout_groups, _ = data.make_forks(heldout_rows, *options)
-    check_pairs(groups, args)
+    check_pairs(groups, args.data, wanted_objectives(args))
     if not missing:
         run, chosen, identity = open_run(args, tokenizer, device)
     print(f"compute type {chosen['dtype']}, {chosen['micro_rows']} packed rows per forward pass")
@@ -699,7 +707,7 @@ def make_job(args, device: torch.device) -> Job:
     return Job(args, run, device, chosen["dtype"], packing, tokenizer, identity, groups,
                [batch for step in heldout_steps for batch in step],
                [fork for group in heldout_groups[:heldout.SAMPLE_ANSWERS] for fork in group],
-               answered[:args.answers], fit_languages(texts_by_language(rows, languages)))
+               answered, fit_languages(texts_by_language(rows, languages)))
 
 
 def main(argv=None) -> None:
@@ -709,12 +717,15 @@ def main(argv=None) -> None:
         raise InputError("--tensorboard needs the tensorboard package: pip install tensorboard")
     device = ranks.start(ranks.pick_device(args.device))
     args.device = device.type
+    if device.type == "cuda":
+        ranks.fix_order_of_sums()
     args.base = args.model                                             # what the adapter names
     if args.dry_run:
         dry_run(args, device)
         return
     args.model = str(hub.local(args.model))                            # where it lies
-    with scale.memory_advice(args.device, advice(args)):
+    with scale.memory_advice(args.device, advice(args)), contextlib.ExitStack() as lock:
+        ranks.on_first(lambda: lock.enter_context(locked(args.out)))
         job = make_job(args, device)
         methods, answers = {}, {}
         for number, name in enumerate(dict.fromkeys(["base", args.baseline, args.method]), 3):
@@ -728,6 +739,7 @@ def main(argv=None) -> None:
     ranks.on_first(lambda: (write_json(job.run / "report.json", report),
                             write_text(job.run / "report.md", text)))
     print("\n" + text)
+    print("\n".join(closing_lines(answers)))
     print_ending(job, time.perf_counter() - began)
     ranks.stop()
 
@@ -770,7 +782,7 @@ def dry_run(args, device: torch.device) -> None:
     print(scale.describe(config, plan, memory))
     if args.lang is None:
         return
-    tokenizer = data.load_tokenizer(args.model)
+    tokenizer = data.load_tokenizer(args.model, args.template_args)
     split = read_split(args)
     rows, missing = split.rows[split.apart:], data.missing_targets(split.rows, args.targets)
     count = len(rows)
@@ -781,7 +793,7 @@ def dry_run(args, device: torch.device) -> None:
                                      args.system_prompt)
     print(f"of {len(rows)} rows: {describe_counts(counts)}")
     if len(rows) == count:                                       # else the rows not looked at may have pairs
-        check_pairs(groups, args)
+        check_pairs(groups, args.data, wanted_objectives(args))
     packing = Packing(args.batch_size, args.row_tokens, chosen["micro_rows"], trim=plan.device != "cuda")
     if here:
         print(f"timing one and two layers on {device} in {chosen['dtype']}")
@@ -843,7 +855,7 @@ def parse_args(argv=None) -> argparse.Namespace:
                      f"{args.source} not among them")
     args.out = args.out or f"runs/{args.lang}"
     beside = Path(args.data).with_name("eval.jsonl")
-    args.eval_found = args.eval_data is None and beside.is_file() and beside != Path(args.data)
+    args.eval_found = args.eval_data is None and hub.find(beside).is_file() and beside != Path(args.data)
     if args.eval_found:
         args.eval_data = str(beside)
     return args
@@ -897,6 +909,8 @@ def add_how(parser) -> None:
     add("--turns", default="first", choices=["first", "all"],
         help="of conversations: the first exchange, or each one")
     add("--system-prompt", default=None, help="put before every question, in the checkpoint's chat template")
+    add("--template-args", default=None,
+        help="""variables of the chat template, as JSON: '{"enable_thinking": false}'""")
     add("--beams", type=flags.positive_int, default=5, help="beam width of the translation")
     add("--keep-failed", action="store_true",
         help="train on rows of which a translated segment failed its checks, too")

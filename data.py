@@ -23,8 +23,8 @@ import torch
 from engine.files import InputError, run
 from formats.chat import load_tokenizer
 from formats.languages import normal
-from formats.records import (FORMATS, describe_counts, languages_of, read_rows, refuse_duplicates,
-                             require_languages, write_preferences)
+from formats.records import (FORMATS, describe_counts, languages_of, read_rows, require_languages,
+                             write_preferences)
 
 # ---- which rows train, validate and answer ----
 
@@ -52,10 +52,10 @@ def naming(path):
         raise InputError(str(error) if str(path) in str(error) else f"{path}: {error}") from None
 
 
-def read_counted(path, source, turns, targets):
+def read_counted(path, source, turns, targets, unique=False):
     """read_rows, saying what was read and left out."""
     counts = Counter()
-    rows = read_rows(path, source, turns, counts, targets)
+    rows = read_rows(path, source, turns, counts, targets, unique)
     print(f"{path}: {describe_counts(counts)}")
     return rows
 
@@ -76,8 +76,7 @@ def evaluation_rows(path, source, targets, trained):
     """The rows of a file that hold every language. trained: the training rows; questions that are among them are
     counted and said. InputError when two rows have one identifier."""
     with naming(path):
-        rows = require_languages(read_counted(path, source, "first", targets), source, *targets)
-        refuse_duplicates([(f"{path}, row {number}", row["row_id"]) for number, row in enumerate(rows, 1)])
+        rows = require_languages(read_counted(path, source, "first", targets, unique=True), source, *targets)
     known = {row[source]["prompt"] for row in trained}
     shared = sum(row[source]["prompt"] in known for row in rows)
     if shared:
@@ -333,6 +332,8 @@ def show(fork, tokenizer, colour):
 
 def show_forks(rows, tokenizer, args):
     """Print what training would see of the rows: counts, packing, unknown tokens, samples."""
+    for note in tokenizer.chat.notes:
+        print(note)
     groups, counts = make_forks(rows, tokenizer, args.source, args.lang or [], args.row_tokens, args.system)
     forks = [fork for group in groups for fork in group]
     batch = pack(forks, args.row_tokens)
@@ -352,11 +353,15 @@ def parse_args(argv=None):
     parser = argparse.ArgumentParser(description="Count a data file and show what training would see of it.",
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("file", help=f"{FORMATS}; JSONL or one JSON list, .gz too")
-    parser.add_argument("--source", type=normal, default="en", help="source language, and that of one-language files")
-    parser.add_argument("--lang", type=normal, help="target language; without it each prompt has its own response only")
+    parser.add_argument("--source", type=normal, default="en",
+                        help="source language, and that of one-language files")
+    parser.add_argument("--lang", type=normal,
+                        help="target language; without it each prompt has its own response only")
     parser.add_argument("--turns", choices=("first", "all"), default="first", help="turns of a conversation")
     parser.add_argument("--model", help="Hugging Face directory whose tokenizer and template make the forks")
     parser.add_argument("--system", help="system prompt before every prompt")
+    parser.add_argument("--template-args", help="variables of the chat template, as JSON: "
+                                                '{"enable_thinking": false}')
     parser.add_argument("--row-tokens", type=int, default=1024, help="length of a packed row, in tokens")
     parser.add_argument("--show", type=int, default=0, help="rows to print as forks (needs --model)")
     parser.add_argument("--trl", metavar="OUT", help="write TRL preference rows here (needs --lang)")
@@ -366,6 +371,7 @@ def parse_args(argv=None):
 def main(argv=None):
     args, counts = parse_args(argv), Counter()
     for given, other, needed in ((args.show, args.model, "--show needs --model DIR"),
+                                 (args.template_args, args.model, "--template-args needs --model DIR"),
                                  (args.trl, args.lang, "--trl needs --lang CODE")):
         if given and not other:
             raise InputError(needed)
@@ -375,7 +381,7 @@ def main(argv=None):
     if args.trl:
         print(f"{args.trl}: {write_preferences(args.trl, rows, args.source, args.lang):,} preference rows")
     if args.model:
-        show_forks(rows, load_tokenizer(args.model), args)
+        show_forks(rows, load_tokenizer(args.model, args.template_args), args)
 
 
 if __name__ == "__main__":

@@ -18,80 +18,33 @@ from collections import Counter
 from dataclasses import asdict
 from pathlib import Path
 
-import torch
 from tqdm import tqdm
 
 import model as llama
-import translate
 from engine import flags, ranks
-from engine.files import (InputError, Journal, as_kind, check_unicode, fingerprint, need, read_records, run,
-                          write_json)
+from engine.files import InputError, Journal, check_unicode, fingerprint, run, write_json
 from engine.flags import REQUIRED
-from evals import choice, judge, report
-from evals.answers import HASH_DIGITS, Decoding
+from evals import choice, comparison, judge, plots
+from evals.answers import Decoding
+from evals.instructions import (answer_instructions, model_outputs, read_instructions,
+                                translate_instructions)
 from evals.report import table
+from evals.systems import (DEFAULT_MODEL, check_system, compute_dtype, directory_name, find_base, open_model,
+                           out_directory)
 from evals.verdict import VERDICT
-from evals.winrate import (annotation, answer_settings, describe_failures, describe_rate, judge_details,
-                           keep_verdicts, pair_outputs, read_annotations, win_rate)
+from evals.winrate import (annotation_records, answer_settings, describe_failures, describe_rate,
+                           judge_details, keep_verdicts, left_to_judge, pair_outputs, read_annotations,
+                           win_rate)
 from formats import hub
 from formats.chat import Tokenizer, load_tokenizer
 from formats.languages import normal, split_commas
-from formats.records import describe_counts, identifier, read_rows, require_languages
-from formats.weights import DTYPES, adapter_base, read_adapter
+from formats.records import describe_counts, read_rows, require_languages
+from formats.weights import DTYPES, adapter_base
 
-DEFAULT_MODEL = "demo/llama"
-TRANSLATED_AT_ONCE = 16     # instructions between two writes
-
-
-# -------------------------------------------------------------------------------------------- model and files
-
-def find_base(model: str | None, adapter: str | None) -> str:
-    """The checkpoint that --model or else the adapter names."""
-    if model or not adapter:
-        return model or DEFAULT_MODEL
-    return adapter_base(adapter)
+JUDGE = "gpt-4o"
 
 
-def check_system(base: str, adapter: str | None) -> None:
-    """Fetch what is not on this machine, and refuse a checkpoint or an adapter that will not load, before
-    hours of other work."""
-    load_tokenizer(base)
-    _, _, names = llama.open_checkpoint(hub.local(base))
-    if adapter:
-        read_adapter(adapter, set(names))
-
-
-def compute_dtype(dtype: str, device: str) -> str:
-    if dtype != "auto":
-        return dtype
-    return "bf16" if device.startswith("cuda") else "fp32"
-
-
-def open_model(model: str | None, adapter: str | None, device: str,
-               dtype: str) -> tuple[llama.Llama, Tokenizer, dict]:
-    """The model that --model and --adapter name, its tokenizer,
-    and the settings that stand beside its numbers."""
-    base, dtype = find_base(model, adapter), compute_dtype(dtype, device)
-    tokenizer = load_tokenizer(base)
-    print(f"loading {base}{f' with {adapter}' if adapter else ''}: {dtype} on {device}", flush=True)
-    loaded = llama.load(base, device, DTYPES[dtype], adapter)
-    settings = {"model": str(base), "model hash": weights_hash(hub.local(base)),
-                "adapter": adapter, "adapter hash": adapter and weights_hash(Path(adapter)),
-                "tokenizer and template": tokenizer.fingerprint[:HASH_DIGITS], "dtype": dtype,
-                "device": device, "torch": torch.__version__}
-    return loaded, tokenizer, settings
-
-
-def weights_hash(path: Path) -> str:
-    """Of the contents of a checkpoint's or adapter's weight files."""
-    return fingerprint(*([path] if path.is_file() else sorted(path.glob("*.safetensors"))))[:HASH_DIGITS]
-
-
-def out_directory(system: str | None, *names: str) -> Path:
-    """runs/eval/NAMES-SYSTEM: one directory for each evaluation of each model or adapter."""
-    name = Path(system or DEFAULT_MODEL).as_posix().strip("./").replace("/", "-")
-    return Path("runs/eval") / "-".join([*filter(None, names), name])
-
+# ---------------------------------------------------------------------------------------------------- figures
 
 def finish(out: Path, settings: dict, figures: dict, **details) -> None:
     """result.json: the figures and everything they depend on. `compare` reads it."""
@@ -100,10 +53,18 @@ def finish(out: Path, settings: dict, figures: dict, **details) -> None:
 
 
 def with_error(value: float, error: float | None, digits: int = 2) -> str:
-    return f"{value:.{digits}f}" + ("" if error is None else f" ± {error:.{digits}f}")
+    if error is None:
+        return f"{value:.{digits}f}"
+    return f"{value:.{digits}f} ± {error:.{digits}f}"
 
 
 # -------------------------------------------------------------------------------------------------------- ask
+
+def tell_notes(tokenizer: Tokenizer) -> None:
+    """Where prompts and replies differ from the text the chat template itself would write."""
+    for note in tokenizer.chat.notes:
+        print(note, file=sys.stderr)
+
 
 def decoding(args) -> Decoding:
     return Decoding(args.system_prompt, args.max_tokens, args.temperature, args.top_p, args.seed)
@@ -120,7 +81,9 @@ def ask(args) -> None:
     systems = [None, *adapters] if args.beside or not adapters else adapters
     for system in systems:
         check_system(base, system)
-    tokenizer, dtype = load_tokenizer(base), DTYPES[compute_dtype(args.dtype, args.device)]
+    tokenizer = load_tokenizer(base, args.template_args)
+    dtype = DTYPES[compute_dtype(args.dtype, args.device)]
+    tell_notes(tokenizer)
     models = {}
     for system in systems:
         print(f"loading {base}{f' with {system}' if system else ''}", file=sys.stderr, flush=True)
@@ -146,6 +109,7 @@ def answer_with_all(models: dict, tokenizer, question: str, how: Decoding) -> No
     for name, model in models.items():
         if len(models) > 1:
             print(f"{name}:", flush=True)
+        print(f"answering, at most {how.max_tokens} tokens", file=sys.stderr, flush=True)
         (text, tokens), = how.replies(model, tokenizer, [question])
         print(text or "(an empty reply)")
         if tokens >= how.max_tokens:
@@ -157,31 +121,39 @@ def answer_with_all(models: dict, tokenizer, question: str, how: Decoding) -> No
 def mc(args) -> None:
     """Score a multiple-choice benchmark: accuracies with their standard error,
     and every question's log-probs."""
-    benchmark = choice.read_benchmark(args.benchmark, args.files, args.shots, args.lang,
-                                          split_commas(args.subjects or ""), args.split, args.limit)
+    subjects = sorted({*split_commas(args.subjects or "")})
+    benchmark = choice.read_benchmark(args.benchmark, args.files, args.shots, args.lang, subjects, args.split,
+                                      args.limit)
     model, tokenizer, settings = open_model(args.model, args.adapter, args.device, args.dtype)
-    settings |= benchmark.settings
-    system, shots = args.adapter or args.model, f"{args.shots}shot"
-    out = args.out or out_directory(system, args.benchmark, args.lang, shots)
-    part = [args.split != "test" and args.split, args.subjects, args.limit and f"first {args.limit}"]
-    figure = " ".join(filter(None, [args.benchmark, args.lang, f"{args.shots}-shot", *part]))
-    numbers = Counter()
-    names = [f"{question.subject} {numbers.update([question.subject]) or numbers[question.subject]}"
-             for question in benchmark.questions]
+    del settings["tokenizer and template"]         # a question is plain text: a template has no part in it
+    settings |= {"tokenizer": fingerprint(tokenizer.full.to_str(), tokenizer.names)} | benchmark.settings
+    name = [args.benchmark, args.lang, f"{args.shots}-shot", args.split if args.split != "test" else "",
+            short(subjects), f"first {args.limit}" if args.limit else ""]
+    figure = " ".join(filter(None, name))
+    out = args.out or out_directory(args.adapter or args.model, *name, settings["dtype"])
+    questions, numbers = {}, Counter()
+    for question in benchmark.questions:
+        numbers[question.subject] += 1
+        questions[f"{question.subject} {numbers[question.subject]}"] = question
     keys = ("question", "correct", "choice", "cut", "scores")
     with Journal(out / "answers.jsonl", settings, keys, args.fresh) as journal:
-        score_questions(model, tokenizer, dict(zip(names, benchmark.questions)), figure, journal,
-                        args.batch_tokens)
+        score_questions(model, tokenizer, questions, figure, journal, args.batch_tokens)
     answers = {line["question"]: line for line in journal.done}
-    summary = choice.summarise(benchmark, [answers[name] for name in names])
-    total, categories = summary["all"], {f"all of {name}": part
-                                         for name, part in summary["categories"].items()}
+    summary = choice.summarise(benchmark, [answers[name] for name in questions])
+    total = summary["all"]
+    categories = {f"all of {name}": part for name, part in summary["categories"].items()}
     print(table([figure, "accuracy %", "questions"],
                 [[name, with_error(part["accuracy"], part["stderr"]), str(part["n"])]
                  for name, part in {**summary["subjects"], **categories, "all": total}.items()]))
     cut = tell_cut(journal)
     finish(out, settings, {figure: {"value": total["accuracy"], "stderr": total["stderr"], "n": total["n"]}},
            **summary, cut=cut)
+
+
+def short(subjects: list[str]) -> str:
+    """Names of subjects for a figure and a directory; of many, how many and a hash."""
+    text = ",".join(subjects)
+    return text if len(text) <= 60 else f"{len(subjects)} subjects {fingerprint(subjects)[:6]}"
 
 
 def tell_cut(journal: Journal) -> int:
@@ -214,21 +186,28 @@ def ratio(nll: list[float], sizes: list[int]) -> dict:
 
 
 def perplexity(args) -> None:
-    """NLL of held-out responses per UTF-8 byte (the stop token's too),
-    which models with other tokenizers can be compared with, and its exponential."""
-    rows = require_languages(read_rows(args.data), args.source, args.lang)
+    """NLL of held-out responses per UTF-8 byte (the stop token's too), in nats and in bits, which models with
+    other tokenizers can be compared with, and its exponential."""
+    counts = Counter()
+    args.data = str(hub.data_file(args.data))
+    rows = read_rows(args.data, args.source, counts=counts, targets=[args.lang], unique=True)
+    rows = require_languages(rows, args.source, args.lang)
+    print(f"{args.data}: {describe_counts(counts)}")
     rows = [row for row in rows if row.get("split", args.split) == args.split] if args.split else rows
-    choice.refuse_duplicates([(where, identifier(record, where))
-                                  for where, record in read_records(args.data)])
     if not rows:
         raise InputError(f"{args.data} has no row of split {args.split!r}: see --split")
-    model, tokenizer, settings = open_model(args.model, args.adapter, args.device, args.dtype)
+    model, tokenizer, settings = open_model(args.model, args.adapter, args.device, args.dtype,
+                                            args.template_args)
+    tell_notes(tokenizer)
     settings |= {"language": args.lang, "source": args.source, "data": args.data,
                  "data hash": choice.file_hash(args.data), "split": args.split, "rows": len(rows),
                  "system_prompt": args.system_prompt,
                  "scored": "the response and its stop token, after the prompt"}
-    out = args.out or out_directory(args.adapter or args.model, "perplexity", args.lang)
-    places = ((report.SOURCE, args.source), (report.TARGET, args.lang))
+    name = ["perplexity", args.lang, args.source if args.source != "en" else "",
+            Path(args.data).with_suffix("").as_posix().strip("./"), args.split if args.split != "test" else "",
+            fingerprint(args.system_prompt)[:6] if args.system_prompt else "", settings["dtype"]]
+    out = args.out or out_directory(args.adapter or args.model, *name)
+    places = ((comparison.SOURCE, args.source), (comparison.TARGET, args.lang))
     keys = ("question", "place", "nll", "bytes", "tokens", "cut")
     with Journal(out / "answers.jsonl", settings, keys, args.fresh) as journal:
         for place, language in places:
@@ -236,14 +215,16 @@ def perplexity(args) -> None:
     figures, lines = {}, []
     for place, language in places:
         found = [line for line in journal.done if line["place"] == place]
-        figure = ratio([line["nll"] for line in found], [line["bytes"] for line in found])
-        tokens = sum(line["tokens"] for line in found)
-        exponential = {"value": math.exp(figure["value"]), "n": figure["n"]}
-        figures |= {f"nll/byte {place}": figure, f"perplexity/byte {place}": exponential}
-        lines.append([language, with_error(figure["value"], figure["stderr"], 4),
-                      f"{exponential['value']:.4f}", f"{sum(line['nll'] for line in found) / tokens:.4f}",
-                      str(figure["n"])])
-    print(table(["", "nll per byte", "perplexity per byte", "nll per token", "rows"], lines))
+        nats = ratio([line["nll"] for line in found], [line["bytes"] for line in found]) | {"digits": 4}
+        bits = nats | {key: nats[key] and nats[key] / math.log(2) for key in ("value", "stderr")}
+        exponential = {"value": math.exp(nats["value"]), "n": nats["n"], "digits": 4}
+        figures |= {f"bits/byte {place}": bits, f"nll/byte {place}": nats,
+                    f"perplexity/byte {place}": exponential}
+        per_token = sum(line["nll"] for line in found) / sum(line["tokens"] for line in found)
+        lines.append([language, with_error(bits["value"], bits["stderr"], 4),
+                      with_error(nats["value"], nats["stderr"], 4), f"{exponential['value']:.4f}",
+                      f"{per_token:.4f}", str(nats["n"])])
+    print(table(["", "bits per byte", "nll per byte", "perplexity per byte", "nll per token", "rows"], lines))
     finish(out, settings, figures, cut=tell_cut(journal))
 
 
@@ -275,104 +256,40 @@ def score_responses(model, tokenizer, rows: list[dict], place: str, language: st
 
 # ------------------------------------------------------------------------------------------------- AlpacaEval
 
-def read_instructions(path, language: str) -> list[dict]:
-    """[{"instruction", "dataset"}] of a file in alpaca_eval's format,
-    or of parallel rows that hold the language."""
-    found = []
-    for where, record in read_records(path):
-        own = {normal(key): side for key, side in as_kind(record, dict, where).items()}.get(language)
-        text = own["prompt"] if isinstance(own, dict) and "prompt" in own else \
-            need(record, "instruction", where)
-        found.append((where, check_unicode({"instruction": as_kind(text, str, where),
-                                         "dataset": record.get("dataset")}, where)))
-    choice.refuse_duplicates([(where, item["instruction"]) for where, item in found])
-    if not found:
-        raise InputError(f"{path}: the file holds no instruction")
-    return [item for _, item in found]
-
-
-def translate_instructions(items: list[dict], args) -> list[dict]:
-    """The items in --lang. The translation is kept under a hash of what made it, so that every system gets
-    the same strings, byte for byte: alpaca_eval joins answers on them."""
-    translator = translate.load(args.translator, args.device)
-    translator.check(args.source, [args.lang])
-    settings = {"translator": translator.fingerprint, "source": args.source, "lang": args.lang,
-                "beams": args.beams}
-    key = fingerprint([item["instruction"] for item in items], settings)[:HASH_DIGITS]
-    path = Path("runs/eval") / f"instructions-{args.lang}-{key}.jsonl"
-    with Journal(path, settings, ("source", "instruction", "faults")) as journal, \
-            tqdm(total=len(items), initial=len(journal.done), desc=f"translate to {args.lang}",
-                 unit="instruction") as bar:
-        for first in range(len(journal.done), len(items), TRANSLATED_AT_ONCE):
-            texts = [item["instruction"] for item in items[first:first + TRANSLATED_AT_ONCE]]
-            for text, drawn in zip(texts, translate.translate(
-                    texts, args.source, args.lang, translator, args.beams)):
-                journal.add({"source": text, "instruction": drawn, "faults": drawn.faults})
-            bar.update(len(texts))
-    print(f"translated instructions, the same for every system: {path}")
-    return keep_translated(items, journal.done)
-
-
-def keep_translated(items: list[dict], lines: list[dict]) -> list[dict]:
-    """The items with their translations; those that failed a check, are empty or equal an earlier one are left
-    out and counted."""
-    kept, left_out = {}, Counter()
-    for item, line in zip(items, lines):
-        text = line["instruction"]
-        if line["faults"]:
-            left_out.update(line["faults"].keys())
-        elif not text.strip() or text in kept:
-            left_out["empty" if not text.strip() else "equal to an earlier one"] += 1
-        else:
-            kept[text] = item | {"instruction": text}
-    if len(kept) < len(items):
-        reasons = ", ".join(f"{number} {reason}" for reason, number in left_out.most_common())
-        print(f"{len(items) - len(kept)} of {len(items)} translated instructions are left out: {reasons}")
-    if not kept:
-        raise InputError("no translated instruction is left: see the reasons above, or give instructions that are "
-                         "in the language already, without --translator")
-    return list(kept.values())
-
-
 def alpaca(args) -> None:
     """Answer a list of instructions; model_outputs.json is what alpaca_eval and `judge` read."""
-    items = read_instructions(args.instructions, args.source if args.translator else args.lang)[:args.limit]
+    language = args.source if args.translator else args.lang
+    items = read_instructions(args.instructions, language)[:args.limit]
     check_system(find_base(args.model, args.adapter), args.adapter)
     if args.translator:
-        items = translate_instructions(items, args)
+        items = translate_instructions(items, args.translator, args.device, args.source, args.lang,
+                                       args.beams)
+    model, tokenizer, settings = open_model(args.model, args.adapter, args.device, args.dtype,
+                                            args.template_args)
+    tell_notes(tokenizer)
     how = decoding(args)
-    model, tokenizer, settings = open_model(args.model, args.adapter, args.device, args.dtype)
-    settings |= {"language": args.lang, "instructions": args.instructions, "translator": args.translator,
-                 "instructions hash": fingerprint([item["instruction"] for item in items]),
-                 "batch": args.batch_size, **asdict(how)}
+    settings |= {
+        "language": args.lang,
+        "instructions": args.instructions,
+        "translator": args.translator,
+        "instructions hash": fingerprint([item["instruction"] for item in items]),
+        "batch": args.batch_size,
+        **asdict(how)}
     system = args.adapter or args.model
-    out = args.out or out_directory(system, "alpaca", args.lang)
-    with Journal(out / "answers.jsonl", settings, ("instruction", "output", "tokens"), args.fresh) as journal:
+    part = f"first {args.limit}" if args.limit else ""
+    out = args.out or out_directory(system, "alpaca", args.lang, part)
+    keys = ("instruction", "output", "tokens")
+    with Journal(out / "answers.jsonl", settings, keys, args.fresh) as journal:
         answer_instructions(model, tokenizer, items, how, args.batch_size, journal)
     name = args.name or Path(system or DEFAULT_MODEL).as_posix()
-    write_json(out / "model_outputs.json", [
-        {"dataset": item["dataset"], "instruction": item["instruction"], "output": line["output"],
-         "generator": name, "datasplit": "eval"} for item, line in zip(items, journal.done)])
+    write_json(out / "model_outputs.json", model_outputs(items, journal.done, name))
     length = sum(len(line["output"]) for line in journal.done) / len(items)
     cut = sum(line["tokens"] >= how.max_tokens for line in journal.done)
     empty = sum(not line["output"] for line in journal.done)
     print(f"{out}/model_outputs.json: {len(items)} answers of {length:.0f} characters on average, "
           f"{cut} of them cut at {how.max_tokens} tokens, {empty} empty")
-    finish(out, settings, {"answer characters": {"value": length, "n": len(items)}}, cut=cut, empty=empty)
-
-
-def answer_instructions(model, tokenizer, items: list[dict], how: Decoding, batch_size: int,
-                        journal: Journal) -> None:
-    """Add answers to the journal, a batch at a time. Sampling starts anew with each batch,
-    so that a resumed run equals an undisturbed one."""
-    done = len(journal.done)
-    with tqdm(total=len(items), initial=done, desc="answers", unit="answer") as bar:
-        for first in range(done // batch_size * batch_size, len(items), batch_size):
-            questions = [item["instruction"] for item in items[first:first + batch_size]]
-            replies = how.replies(model, tokenizer, questions, first)
-            for question, (text, tokens) in list(zip(questions, replies))[len(journal.done) - first:]:
-                journal.add({"instruction": question, "output": text, "tokens": tokens})
-                bar.update()
+    figures = {"answer characters": {"value": length, "n": len(items)}}
+    finish(out, settings, figures, cut=cut, empty=empty)
 
 
 # ------------------------------------------------------------------------------------------------------ judge
@@ -383,29 +300,43 @@ def judge_outputs(args) -> None:
     asked = judge.connect(args.judge_model, args.judge_tokens, args.timeout, args.attempts)
     pairs = pair_outputs(args.outputs, args.reference)[:args.limit]
     settings = answer_settings(args.outputs, args.reference)
-    settings |= {"pairs": len(pairs), "judge": args.judge_model, "judge prompt": judge.prompt_hash(),
-                 "judge tokens": args.judge_tokens, "judge temperature": 0, "verdict": VERDICT,
-                 "order": args.order, "order seed": args.seed,
-                 "language": args.lang or settings.get("language")}
-    out = args.out or Path(args.outputs).parent / f"against-{Path(args.reference).parent.name}"
-    figure = f"win rate over {pairs[0]['generator_1']}"
+    settings |= {
+        "pairs": len(pairs),
+        "judge": args.judge_model,
+        "judge prompt": judge.prompt_hash(),
+        "judge tokens": args.judge_tokens,
+        "judge temperature": 0,
+        "verdict": VERDICT,
+        "order": args.order,
+        "order seed": args.seed,
+        "language": args.lang or settings.get("language")}
+    out = args.out or judge_directory(args.outputs, args.reference, args.judge_model, args.order, args.limit)
+    model, reference = pairs[0]["generator_2"], pairs[0]["generator_1"]
+    figure = f"win rate over {reference}"
     keys = ("question", "preference", "reading", "refused", "prompt_tokens", "completion_tokens")
     with Journal(out / "answers.jsonl", settings, keys, args.fresh) as journal:
-        done = {line["question"] for line in journal.done}
-        left = [pair for pair in pairs if pair["instruction"] not in done]
-        verdicts = judge.annotate_all(left, asked, args.order, args.seed, args.lang, args.parallel,
-                                      known=bool(done))
+        left, known = left_to_judge(pairs, journal.done)
+        verdicts = judge.annotate_all(left, asked, args.order, args.seed, args.lang, args.parallel, known)
         failed = asyncio.run(keep_verdicts(verdicts, len(pairs), figure, journal))
     print(describe_failures(failed, len(pairs)), end="")
-    lines = {line["question"]: line for line in journal.done}
     annotator = f"{args.judge_model}, {args.order} order, prompt {judge.prompt_hash()}"
-    annotations = [annotation(pair, lines.get(pair["instruction"]), annotator) for pair in pairs]
+    annotations = annotation_records(pairs, journal.done, annotator)
     write_json(out / "annotations.json", annotations)
     rate = win_rate(annotations)
-    print(f"{pairs[0]['generator_2']} against {pairs[0]['generator_1']}: {describe_rate(rate)}")
+    print(f"{model} against {reference}: {describe_rate(rate)}")
     details = judge_details(journal.done, args.price_in, args.price_out)
-    figures = {figure: {"value": rate["win_rate"], "stderr": rate["standard_error"], "n": rate["n_total"]}}
-    finish(out, settings, figures, win_rate=rate, failed=Counter(fault.kind for fault in failed), **details)
+    kinds = Counter(fault.kind for fault in failed)
+    value = {"value": rate["win_rate"], "stderr": rate["standard_error"], "n": rate["n_total"]}
+    finish(out, settings, {figure: value}, win_rate=rate, failed=kinds, **details)
+
+
+def judge_directory(outputs: str, reference: str, judge_model: str, order: str, limit: int | None) -> Path:
+    """Beside the answers; whatever is not the default has a directory of its own."""
+    name = ["against", Path(reference).parent.name]
+    name += [judge_model] if judge_model != JUDGE else []
+    name += [order] if order != "random" else []
+    name += [f"first {limit}"] if limit else []
+    return Path(outputs).parent / directory_name(*name)
 
 
 def winrate(args) -> None:
@@ -419,11 +350,16 @@ def winrate(args) -> None:
 
 def compare(args) -> None:
     """One table over runs and evaluations, paired differences from the baseline, and plots when asked."""
-    results = report.read_results(args.runs)
-    print(report.comparison(results, args.baseline))
-    print(report.settings_text(args.runs))
     if args.plot:
-        for path in report.plot(results, args.plot):
+        plots.import_pyplot()
+    directories, left_out = comparison.find_results(args.runs)
+    if left_out:
+        print(f"left out, no finished run or evaluation: {', '.join(map(str, left_out))}\n")
+    results = comparison.read_results(directories)
+    print(comparison.comparison_text(results, args.baseline))
+    print(comparison.settings_text(directories))
+    if args.plot:
+        for path in plots.plot(results, args.plot):
             print(f"plot: {path}")
 
 
@@ -432,7 +368,7 @@ def compare(args) -> None:
 def add_model_flags(parser, adapter_kind=str, more: str = ""):
     add = flags.group(parser, "model")
     add("--model", str, None, "directory or hub id; default: the adapter's base, else demo/llama")
-    add("--adapter", adapter_kind, None, f"PEFT LoRA directory or attn_delta.safetensors{more}")
+    add("--adapter", adapter_kind, None, f"PEFT LoRA adapter, a directory or hub id{more}")
     add("--device", str, "auto", "auto, cpu, cuda, cuda:1, mps")
     add("--dtype", ["auto", *DTYPES], "auto", "compute type; auto: bf16 on CUDA, else fp32")
     return add
@@ -447,6 +383,7 @@ def add_output_flags(parser) -> None:
 def add_answer_flags(parser, max_tokens: int) -> None:
     add = flags.group(parser, "answers")
     add("--system-prompt", str, None, "put before every question, in the model's chat template")
+    add("--template-args", str, None, "variables of the chat template: '{\"enable_thinking\": false}'")
     add("--temperature", flags.temperature, 0.0, "0 is greedy; higher is more varied")
     add("--top-p", flags.share, 1.0, "sample from the likeliest tokens that hold this probability")
     add("--max-tokens", flags.positive_int, max_tokens, "longest answer, in tokens")
@@ -465,7 +402,7 @@ def add_mc(parser) -> None:
     parser.add_argument("files", help="its directory as distributed (csv, tsv, jsonl), or hub id")
     add = flags.group(parser, "questions")
     add("--shots", flags.count, 0, "worked examples before each question; tables mostly use 5")
-    add("--lang", normal, "", "of MMMLU, BELEBELE, AfriMMLU: sw, or its own code (SW-KE, swh_Latn, swa)")
+    add("--lang", normal, "", "of MMMLU, BELEBELE: sw, or its own code (SW-KE, swh_Latn)")
     add("--subjects", str, None, "only these, joined by commas")
     add("--split", str, "test", "the split asked")
     add("--limit", flags.positive_int, None, "the first so many questions of every subject")
@@ -481,6 +418,7 @@ def add_perplexity(parser) -> None:
     add("--source", normal, "en", "source language")
     add("--split", str, "test", 'rows of this split, and rows without one; "" takes all')
     add("--system-prompt", str, None, "put before every question, in the model's chat template")
+    add("--template-args", str, None, "variables of the chat template: '{\"enable_thinking\": false}'")
     add("--batch-tokens", flags.positive_int, 2048, "tokens of one forward pass")
     add_model_flags(parser)
     add_output_flags(parser)
@@ -505,7 +443,7 @@ def add_judge(parser) -> None:
     parser.add_argument("outputs", metavar="A.json", help="answers in question (model_outputs.json)")
     parser.add_argument("reference", metavar="B.json", help="answers they are compared with")
     add = flags.group(parser, "judge")
-    add("--judge-model", str, "gpt-4o", "name the server knows it by")
+    add("--judge-model", str, JUDGE, "name the server knows it by")
     add("--lang", normal, "", "language the answers should be in, named to the judge")
     add("--order", ["random", "both"], "random", "alpaca_eval's coin, or each pair twice")
     add("--seed", flags.seed, 0, "of the coin")
@@ -526,7 +464,7 @@ def add_winrate(parser) -> None:
 
 def add_compare(parser) -> None:
     parser.add_argument("runs", nargs="+", metavar="RUN",
-                        help="run directories of clo.py; directories of mc, perplexity, judge")
+                        help="directories of clo.py, mc, perplexity and judge, or what holds them")
     add = flags.group(parser, "table")
     add("--baseline", str, "sft", "method the others are compared with, question by question")
     add("--plot", str, None, "draw learning curves and the trade-off into this directory")
@@ -535,7 +473,7 @@ def add_compare(parser) -> None:
 COMMANDS = {                     # name: (flags, function, what it is, an example)
     "ask": (add_ask, ask, "one answer, or a small terminal conversation",
             'ask --adapter runs/sw/clo/adapter --beside "Mji mkuu wa Ufaransa ni upi?"'),
-    "mc": (add_mc, mc, "multiple choice: MMLU, MMMLU, CMMLU, BELEBELE, AfriMMLU",
+    "mc": (add_mc, mc, "multiple choice: MMLU, MMMLU, CMMLU, BELEBELE",
            "mc belebele data/belebele --lang sw --shots 5 --adapter runs/sw/clo/adapter"),
     "perplexity": (add_perplexity, perplexity, "NLL of held-out responses per byte, in both languages",
                    "perplexity --lang sw --adapter runs/sw/clo/adapter"),
@@ -568,6 +506,10 @@ def main(argv=None) -> None:
     args = parse_args(argv)
     if "device" in args:
         args.device = ranks.pick_device(args.device)
+    if isinstance(getattr(args, "adapter", None), list):
+        args.adapter = [str(hub.local_adapter(name)) for name in args.adapter]
+    elif getattr(args, "adapter", None):
+        args.adapter = str(hub.local_adapter(args.adapter))
     args.run(args)
 
 

@@ -30,7 +30,7 @@ from engine.flags import Parser, count, positive_int
 from engine.progress import progress
 from formats import hub
 from formats.languages import UNSPACED, language_list, letter_script, normal, script_of, suggestion
-from formats.markup import GAP, KEEP, TEXT, WORD, hide, parse, prose, show, split_edges, split_spans
+from formats.markup import KEEP, TEXT, WORD, hide, parse, prose, show, split_edges, split_spans
 from formats.records import languages_of, read_rows, require_languages
 from formats.translated import Key, describe_faults, file_failed_, read_done
 from formats.weights import DTYPES

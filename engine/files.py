@@ -2,6 +2,7 @@
 
 import contextlib
 import fcntl
+import functools
 import gzip
 import hashlib
 import io
@@ -40,6 +41,12 @@ def run(main):
             raise
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
+
+
+@functools.cache
+def say_once(line: str) -> None:
+    """Print a line, the first time it is said: a run opens most of what it reads several times."""
+    print(line)
 
 
 def read_text(path):

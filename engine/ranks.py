@@ -59,6 +59,20 @@ def start(device: str) -> torch.device:
     return torch.device(f"cuda:{os.environ['LOCAL_RANK']}" if cuda else device)
 
 
+def fix_order_of_sums() -> None:
+    """Have CUDA add in one order every time, so that a resumed run equals an undisturbed one
+    and the first rewards are 0.
+
+    Otherwise two of our ops add by atomics, in any order: `index_add` (log-probs of a continuation) and the
+    gradient of `index_select` (the last prompt token predicts the first of every continuation).
+    FlexAttention, the products and the kernels use none. Known to differ all the same: FlexAttention compiled
+    with max-autotune, which is not asked for here.
+    """
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")       # read when cuBLAS starts
+    torch.utils.deterministic.fill_uninitialized_memory = False       # memory nobody wrote is never read here
+    torch.use_deterministic_algorithms(True, warn_only=True)
+
+
 def stop() -> None:
     if dist.is_initialized():
         dist.destroy_process_group()
@@ -164,7 +178,7 @@ def load(path, device, dtype: torch.dtype, adapter=None, prepare: Callable = lam
     """
     assert dist.is_initialized(), "there are no ranks to share the model: torchrun starts them"
     model, weights, names = llama.open_checkpoint(path, dtype, recompute)
-    updates = {} if adapter is None else read_adapter(adapter, set(names))
+    updates = {} if adapter is None else read_adapter(adapter, weights, names)
     model.requires_grad_(False).eval().to(dtype)
     prepare(model)
     shard_(model)

@@ -16,8 +16,7 @@ lm_eval/tasks.
 """
 
 import math
-from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -90,10 +89,10 @@ CHINA_SPECIFIC = set(
     "high_school_politics modern_chinese traditional_chinese_medicine chinese_civil_service_exam "
     "chinese_driving_rule chinese_food_culture chinese_foreign_policy chinese_history chinese_literature "
     "chinese_teacher_qualification".split())
-MMMLU_LANGUAGES = {"AR-XY": "Arabic", "BN-BD": "Bengali", "DE-DE": "German", "ES-LA": "Spanish",
-                   "FR-FR": "French", "HI-IN": "Hindi", "ID-ID": "Indonesian", "IT-IT": "Italian",
-                   "JA-JP": "Japanese", "KO-KR": "Korean", "PT-BR": "Brazilian Portuguese",
-                   "SW-KE": "Swahili", "YO-NG": "Yoruba", "ZH-CN": "Simplified Chinese"}
+MMMLU_LANGUAGES = dict(pair.split(":") for pair in (
+    "AR-XY:Arabic,BN-BD:Bengali,DE-DE:German,ES-LA:Spanish,FR-FR:French,HI-IN:Hindi,ID-ID:Indonesian,"
+    "IT-IT:Italian,JA-JP:Japanese,KO-KR:Korean,PT-BR:Brazilian Portuguese,SW-KE:Swahili,YO-NG:Yoruba,"
+    "ZH-CN:Simplified Chinese").split(","))
 
 
 @dataclass(frozen=True)
@@ -109,9 +108,9 @@ class Question:
 
 @dataclass(frozen=True)
 class Document:
-    """One question as a file has it."""
+    """One question as a file has it; a copy of it elsewhere is equal."""
     subject: str
-    where: str
+    where: str = field(compare=False)
     passage: str
     question: str
     options: tuple[str, str, str, str]
@@ -263,7 +262,7 @@ def read_mmmlu(root: Path, language: str) -> dict[Path, list[Document]]:
 
 
 def read_belebele(root: Path, language: str) -> dict[Path, list[Document]]:
-    """BELEBELE: one jsonl a language, named by its FLORES code."""
+    """BELEBELE: one jsonl a language, named by its FLORES code, which is NLLB's."""
     code = nllb_code(language)
     path = root if root.is_file() else listed(root, ["", "data"], [f"{code}.jsonl", f"{code}_*.jsonl"])[0]
     rows = table_rows(path, ())
@@ -305,7 +304,7 @@ def description_of(task: Task, subject: str, language: str) -> str:
     """What stands before the examples, with the subject named in the benchmark's language."""
     spaced = subject.replace("_", " ")
     if task.name == "cmmlu":
-        names = {name: chinese for part in CMMLU_SUBJECTS.values() for name, chinese in part.items()}
+        names = dict(pair for part in CMMLU_SUBJECTS.values() for pair in part.items())
         if subject not in names:
             raise InputError(f"CMMLU has no subject {subject!r}: "
                             f"the file's name must be one of {', '.join(sorted(names))}")
@@ -318,8 +317,7 @@ def description_of(task: Task, subject: str, language: str) -> str:
 def examples_for(task: Task, document: Document, pool: list[Document], shots: int) -> list[Document]:
     """The worked examples of a question, the first of the pool: never the question itself, nor its copy."""
     if shots and not task.examples:
-        own = (document.passage, document.question, document.options, document.gold)
-        pool = [other for other in pool if (other.passage, other.question, other.options, other.gold) != own]
+        pool = [other for other in pool if other != document]
     if shots > len(pool):
         raise InputError(f"{document.where}: --shots {shots}, "
                          f"but {document.subject} has only {len(pool)} examples")
@@ -364,8 +362,10 @@ def read_benchmark(name: str, path, shots: int = 0, language: str = "", subjects
                          f"it has {', '.join(sorted(groups))}")
     examples = read_split(task, root, language, task.examples) if shots and task.examples else files
     pools = by_subject(examples)
-    questions = [make_question(task, document, pools.get(subject, []), shots, language)
-                 for subject in subjects or groups for document in groups[subject][:limit]]
+    asked = [document for subject, documents in groups.items() if not subjects or subject in subjects
+             for document in documents[:limit]]
+    questions = [make_question(task, document, pools.get(document.subject, []), shots, language)
+                 for document in asked]
     used = {str(path.relative_to(root) if root.is_dir() else path.name): file_hash(path)
             for path in {**files, **examples}}
     settings = {"benchmark": name, "language": language, "split": split, "shots": shots,
@@ -378,10 +378,13 @@ def read_benchmark(name: str, path, shots: int = 0, language: str = "", subjects
 
 
 def categories_of(task: Task) -> dict[str, set[str]]:
+    """{category: its subjects}."""
     if task.name == "cmmlu":
-        return {name: set(part) for name, part in CMMLU_SUBJECTS.items()} | {"china_specific": CHINA_SPECIFIC}
-    return {name: set(part.split()) for name, part in MMLU_CATEGORIES.items()} \
-        if task.name in ("mmlu", "mmmlu") else {}
+        categories = {name: set(part) for name, part in CMMLU_SUBJECTS.items()}
+        return categories | {"china_specific": CHINA_SPECIFIC}
+    if task.name == "belebele":
+        return {}
+    return {name: set(part.split()) for name, part in MMLU_CATEGORIES.items()}
 
 
 def file_hash(path) -> str:
@@ -394,10 +397,9 @@ def encode(tokenizer, texts: list[str]) -> list[list[int]]:
     """Ids as the tokenizer itself adds special tokens: Llama's one BOS, none of Qwen;
     none where the text brings it."""
     bos = tokenizer.names.get("bos_token")
-    bare = [bool(bos) and text.startswith(bos) for text in texts]
-    if not any(bare):
+    if not bos or not any(text.startswith(bos) for text in texts):
         return [encoding.ids for encoding in tokenizer.full.encode_batch(texts)]
-    return [tokenizer.full.encode(text, add_special_tokens=not has).ids for text, has in zip(texts, bare)]
+    return [tokenizer.full.encode(text, add_special_tokens=not text.startswith(bos)).ids for text in texts]
 
 
 def encode_questions(tokenizer, questions: list[Question]) -> list[tuple[list[int], list[list[int]]]]:
@@ -406,19 +408,16 @@ def encode_questions(tokenizer, questions: list[Question]) -> list[tuple[list[in
     What follows the prompt's own tokens in the joint text is the choice's;
     spaces at the prompt's end go over to it.
     """
-    prompts, joint = [], []
-    for question in questions:
-        whole = question.header + question.text
-        prompt = whole.rstrip()
-        prompts.append(prompt)
-        joint += [f"{prompt}{whole[len(prompt):]} {choice}" for choice in question.choices]
-    prompts, joint = encode(tokenizer, prompts), iter(encode(tokenizer, joint))
+    texts = [question.header + question.text for question in questions]
+    prompts = encode(tokenizer, [text.rstrip() for text in texts])
+    joint = iter(encode(tokenizer, [f"{text} {choice}" for text, question in zip(texts, questions)
+                                    for choice in question.choices]))
     pairs = []
     for question, prompt in zip(questions, prompts):
         choices = [next(joint)[len(prompt):] for _ in question.choices]
         if not all(choices):
-            raise InputError(f"{question.where}: the tokenizer merges choice "
-                            f"{question.choices[choices.index([])]!r} with the prompt")
+            merged = question.choices[choices.index([])]
+            raise InputError(f"{question.where}: the tokenizer merges choice {merged!r} with the prompt")
         pairs.append((prompt, choices))
     return pairs
 
@@ -443,7 +442,8 @@ def make_parts(index: int, where: str, prompt: list[int], choices: list[list[int
             raise InputError(f"{where}: {len(choice)} tokens to be scored, the model reads {max_tokens}: "
                             f"leave it out")
         if kept not in parts:
-            parts[kept] = Part(data.Fork(list(kept), [], "", where), index, [], len(kept) < len(prompt))
+            fork = data.Fork(list(kept), [], "", where)
+            parts[kept] = Part(fork, index, [], cut=len(kept) < len(prompt))
         parts[kept].fork.continuations.append(choice)
         parts[kept].choices.append(number)
     return list(parts.values())
@@ -452,24 +452,26 @@ def make_parts(index: int, where: str, prompt: list[int], choices: list[list[int
 def common_prefix(prompts: list[list[int]]) -> list[int]:
     """The tokens all prompts begin with, short of the last one of any."""
     first, last = min(prompts), max(prompts)          # in lexical order, all others lie between these two
-    shared = next((i for i, (a, b) in enumerate(zip(first, last)) if a != b), min(len(first), len(last)))
-    return first[:min(shared, min(map(len, prompts)) - 1)]
+    size = min(map(len, prompts)) - 1
+    while first[:size] != last[:size]:
+        size -= 1
+    return first[:size]
 
 
 def buckets(tokenizer, questions: list[Question], max_tokens: int):
     """Lists of Parts that share their header: those of each header that several questions have,
     then all others."""
-    headers, others = Counter(question.header for question in questions), []
-    for header, count in headers.items():
-        indices = [i for i, question in enumerate(questions) if question.header == header]
-        parts = []
-        for i, (prompt, choices) in zip(indices, encode_questions(
-                tokenizer, [questions[i] for i in indices])):
-            parts += make_parts(i, questions[i].where, prompt, choices, max_tokens)
-        whole = [part for part in parts if not part.cut] if count > 1 else []
-        others += [part for part in parts if part.cut or count == 1]
-        if whole:
-            yield whole
+    headers, others = {}, []
+    for index, question in enumerate(questions):
+        headers.setdefault(question.header, []).append(index)
+    for indices in headers.values():
+        parts, pairs = [], encode_questions(tokenizer, [questions[i] for i in indices])
+        for index, (prompt, choices) in zip(indices, pairs):
+            parts += make_parts(index, questions[index].where, prompt, choices, max_tokens)
+        shared = [part for part in parts if not part.cut and len(indices) > 1]
+        others += [part for part in parts if part.cut or len(indices) == 1]
+        if shared:
+            yield shared
     if others:
         yield others
 
@@ -538,11 +540,12 @@ def accuracy(correct: list[bool]) -> dict:
 def pooled(parts: list[dict]) -> dict:
     """The accuracy over all questions of several subjects, with the pooled standard error of the harness:
     the questions' variance within subjects, so that differences between subjects do not count."""
-    sizes = [part["n"] for part in parts]
-    n = sum(sizes)
-    squares = sum((size - 1) * size * part["stderr"] ** 2 for size, part in zip(sizes, parts) if size > 1)
-    error = math.sqrt(squares / (n - len(parts)) / n) if n > len(parts) else None
-    return {"accuracy": sum(part["n"] * part["accuracy"] for part in parts) / n, "stderr": error, "n": n}
+    n = sum(part["n"] for part in parts)
+    mean = sum(part["n"] * part["accuracy"] for part in parts) / n
+    if n == len(parts):
+        return {"accuracy": mean, "stderr": None, "n": n}
+    squares = sum(part["n"] * (part["n"] - 1) * part["stderr"] ** 2 for part in parts if part["n"] > 1)
+    return {"accuracy": mean, "stderr": math.sqrt(squares / (n - len(parts)) / n), "n": n}
 
 
 def summarise(benchmark: Benchmark, verdicts: list[dict]) -> dict:

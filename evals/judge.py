@@ -218,8 +218,9 @@ async def annotate_all(pairs: list[dict], judge: Judge, order: str, seed: int, l
             if isinstance(found, NoVerdict) and not (known and found.about_one_pair):
                 not_failed.discard(pair["instruction"])
                 if not not_failed:
-                    raise InputError(f"the judge {judge.model} gave no verdict on the first {len(first)} pairs: "
-                                     f"{found.kind}: {found.message}")
+                    raise InputError(f"{judge.model} gave no verdict on the first {len(first)} pairs: "
+                                     f"{found.kind}: {found.message} (OPENAI_BASE_URL, OPENAI_API_KEY and "
+                                     f"--judge-model say who is asked; what is done is kept)")
     finally:
         for task in tasks:
             task.cancel()

@@ -3,12 +3,12 @@
     languages = fit_languages({"en": ["The lion eats meat.", ...], "sw": ["Simba anakula nyama.", ...]})
     reply_language("Simba anakula nyama.", languages)                       # ("sw", 0.999)
 
-A word's *gain* under a language says, in nats, how much better the language explains it than its script does:
+A word's *gain* under a language is how much better the language explains it than its script does, in nats:
 
     gain = sum of log P(script) + log((1 - BLEND) P(letter | letters before) / Q(letter | script) + BLEND)  # 1
 
-over its letters and its end. Q, the background, is how often a letter stands in any of the texts: what a text
-in any language of that script may look like. A text is in the language of the largest gain if
+over its letters and its end. Q, the background, is how often a letter stands in any text: what a text in any
+language of that script may look like. A text is in the language of the largest gain if
 
     gain >= floor * letters - TOLERANCE                                                                     # 2
 

@@ -10,7 +10,8 @@ LONGEST_MESSAGE = 400            # characters kept of what a server or a judge w
 # the end of what a model says to itself, in the templates that mark it
 REASONING = re.compile(r".*(</[\w:]*(think|thought|reason)\w*>|\[/THINK]|END_THINKING\|>|/think▷"
                        r"|<\|channel\|>final|<channel\|>)", re.S | re.I)
-UNFINISHED = re.compile(r"<[\w:]*(think|thought|reason)\w*>|\[THINK]|START_THINKING|◁think▷|<\|?channel", re.I)
+UNFINISHED = re.compile(r"<[\w:]*(think|thought|reason)\w*>|\[THINK]|START_THINKING|◁think▷|<\|?channel",
+                        re.I)
 PART = "0-9A-Za-z_\u00c0-\u024f\u0300-\u036f\u1e00-\u1eff'’&/-"         # of a word, for a letter beside it
 LETTER = rf"(?:(?<![{PART}])(?<!\d )|(?<=answer_))([mM])(?![{PART}])"       # alone, and no unit of measure
 # all of a sentence, or announced as the end of one

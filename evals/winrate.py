@@ -109,14 +109,23 @@ def describe_rate(rate: dict) -> str:
 def answer_settings(outputs: str, reference: str) -> dict:
     """What made the answers, from the result.json beside them if there is one, and their hashes."""
     beside = Path(outputs).with_name("result.json")
-    settings = read_json(beside)["settings"] if beside.is_file() else {"model": outputs}
+    settings = need(read_json(beside), "settings", beside) if beside.is_file() else {"model": outputs}
     return settings | {"outputs hash": file_hash(outputs), "reference": reference,
                        "reference hash": file_hash(reference)}
 
 
-def annotation(pair: dict, found: dict | None, annotator: str) -> dict:
-    """A line of annotations.json in alpaca_eval's format; its preference null without a verdict."""
-    return pair | {"annotator": annotator, "preference": found and found["preference"]}
+def left_to_judge(pairs: list[dict], done: list[dict]) -> tuple[list[dict], bool]:
+    """The pairs without a verdict yet, and whether the judge gave any before."""
+    names = {line["question"] for line in done}
+    asked = any(line["reading"] != "equal answers" for line in done)
+    return [pair for pair in pairs if pair["instruction"] not in names], asked
+
+
+def annotation_records(pairs: list[dict], done: list[dict], annotator: str) -> list[dict]:
+    """annotations.json in alpaca_eval's format; the preference is null where there is no verdict."""
+    preferences = {line["question"]: line["preference"] for line in done}
+    return [pair | {"annotator": annotator, "preference": preferences.get(pair["instruction"])}
+            for pair in pairs]
 
 
 async def keep_verdicts(verdicts, total: int, figure: str, journal: Journal) -> list[NoVerdict]:

@@ -17,14 +17,14 @@ ROLES = {name: role for role, names in {
     "user": "user human prompter",
     "assistant": "assistant gpt chatgpt model bot chatbot ai bing bard claude llm",
     "system": "system developer",
-    "tool": "tool function function_call function_response observation ipython environment",
+    "tool": "tool tool_call tool_response function function_call function_response observation ipython",
 }.items() for name in names.split()}
 ROLE_KEYS = ("role", "from")
 TEXT_KEYS = ("content", "value", "text")
 UNKNOWN = "unknown format"
 # Letters and symbols that print nothing: fillers of Hangul syllables, the empty Braille pattern.
 BLANK_LETTERS = "\u115f\u1160\u3164\uffa0\u2800"
-BLANK_CATEGORIES = ("Z", "M", "Cc", "Cf", "Cs")      # spaces, marks on no letter, controls, formats, halves
+BLANK_CATEGORIES = ("Z", "M", "Cc", "Cf")        # spaces, marks on no letter, controls, formats
 
 
 class Skip(Exception):
@@ -170,7 +170,7 @@ def implicit_prompt(record, keys, counts):
         return chosen
     texts = chosen[0][1], rejected[0][1] if rejected else ""
     shared = os.path.commonprefix(texts)
-    prompt = re.sub(r"\s\S*$", "", shared)
+    prompt = re.sub(r"\s\S*\Z", "", shared)
     if is_blank(prompt) or shared in texts:
         raise OddRecord("chosen and rejected do not begin with one prompt")
     return [("user", prompt.strip()), ("assistant", texts[0][len(prompt):].strip())]

@@ -86,6 +86,17 @@ def unwrap(where, record, path):
     return [(f"{path}[{lists[0]}][{item}]", inner) for item, inner in enumerate(record[lists[0]])]
 
 
+def clean_records(path):
+    """read_data with null for every NaN. InputError when there is nothing."""
+    records = read_data(path)
+    if not records:
+        raise InputError(f"{path}: the file is empty")
+    try:
+        return [(where, without_nan(record)) for where, record in records]
+    except RecursionError:
+        raise InputError(f"{path}: lists or objects nested too deeply") from None
+
+
 def without_nan(value):
     """The value with null for every NaN, which pandas writes for it."""
     if isinstance(value, dict):
@@ -127,6 +138,8 @@ def table_cells(path):
         line = reader.line_num + 1
 
 
+# ---- what records say about themselves ----
+
 def identifier(record, where):
     """row_id, or id (an object under "id" is Indonesian, no identifier), or file name and line."""
     for key in ("row_id", "id"):
@@ -140,6 +153,19 @@ def languages_of(row):
     return [key for key, value in row.items() if isinstance(value, dict) and {*PARTS} <= value.keys()]
 
 
+def refuse_other_language(record, language, counts):
+    """Skip a record that says it is in another language."""
+    label = next((record[key] for key in LANGUAGE_KEYS if isinstance(record.get(key), str)), None)
+    if label is None or normal(label) == normal(language):
+        return
+    if script_of(label) is None:
+        counts[f"in the language {label!r:.40}, which is unknown: taken for {language}"] += 1
+        return
+    raise Skip(f"not in {language}")
+
+
+# ---- conversations ----
+
 def conversation_rows(record, where, asked, counts):
     """One row (the first exchange), or with turns="all" one for each user message with a reply."""
     refuse_other_language(record, asked.language, counts)
@@ -147,8 +173,8 @@ def conversation_rows(record, where, asked, counts):
     counts["system prompts left out"] += sum(role == "system" for role, _ in messages)
     counts["messages of tools left out"] += sum(role == "tool" for role, _ in messages)
     messages = [message for message in messages if message[0] != "system"]
-    pairs = [(asked[1], reply[1]) for asked, reply in zip(messages, messages[1:])
-             if (asked[0], reply[0]) == ("user", "assistant")]
+    pairs = [(question, reply) for (role, question), (other, reply) in zip(messages, messages[1:])
+             if (role, other) == ("user", "assistant")]
     if asked.turns == "first":
         opens = [role for role, _ in messages[:2]] == ["user", "assistant"]
         counts["later turns left out"] += len(pairs[1:] if opens else pairs)
@@ -158,37 +184,6 @@ def conversation_rows(record, where, asked, counts):
     name = identifier(record, where)
     return [{"row_id": f"{name}#{turn}" if turn > 1 else name, asked.language: dict(zip(PARTS, pair))}
             for turn, pair in enumerate(pairs, 1)]
-
-
-# ---- languages that records name ----
-
-def with_normal_codes(record, where, targets):
-    """The record with its languages, and those of `targets` that are null, under their normal codes. A text or
-    number under "in" is no Indonesian."""
-    names = {}
-    for key, value in record.items():
-        sides = isinstance(value, dict) and value.keys() & {*PARTS}
-        named = normal(key) in targets and not (normal(key) == "id" and isinstance(value, (str, int)))
-        if sides or named:
-            names[key] = normal(key)
-    for code, number in Counter(names.values()).items():
-        if number > 1:
-            keys = " and ".join(repr(key) for key in names if names[key] == code)
-            raise InputError(f"{where}: {keys} are the same language, {code}: leave one")
-    if "id" in names.values() and "id" not in names:
-        names["id"] = "row_id"                               # the identifier makes room for Indonesian
-    return {names.get(key, key): value for key, value in record.items()}
-
-
-def refuse_other_language(record, language, counts):
-    """Skip a record that says it is in another language."""
-    label = next((record[key] for key in LANGUAGE_KEYS if isinstance(record.get(key), str)), None)
-    if label is None:
-        return
-    if script_of(label) is None and normal(label) != language:
-        counts[f"in the language {label!r:.40}, which is unknown: taken for {language}"] += 1
-    elif normal(label) != language:
-        raise Skip(f"not in {language}")
 
 
 # ---- OpenAssistant ----
@@ -272,17 +267,20 @@ def tree_rows(record, asked, counts):
 
 # ---- parallel ----
 
-def parallel_row(record, where, codes, counts):
-    """A row of our own format. A language that is null is not translated yet; keys that are neither one of
-    the languages `codes` nor the identifier stay as they are."""
+def parallel_row(record, where, asked, counts):
+    """A row of our own format, whose languages are spelt as they were asked for: "zh" for "zh-CN". A language
+    that is null is not translated yet; keys that are neither a language nor the identifier stay as they are."""
     row = {"row_id": identifier(record, where)}
     for key, value in record.items():
-        spelt = key in codes or isinstance(value, dict) and value.keys() & {*PARTS}
         if key == "row_id" or key == "id" and not isinstance(value, dict):
             continue
-        if not spelt:
+        if key not in asked.codes and not (isinstance(value, dict) and value.keys() & {*PARTS}):
             row[key] = value
         elif value is not None:
+            name = asked.spellings.get(normal(key), key)
+            if name != key and name not in record:
+                counts[f"{key!r:.40} taken for {name}"] += 1
+                key = name
             row[key] = language_side(value, key, counts)
     if not languages_of(row):
         raise OddRecord("no language with a prompt and a response")
@@ -301,10 +299,12 @@ def language_side(value, language, counts):
 
 @dataclass(frozen=True)
 class Asked:
-    """What is wanted of a file; see read_rows. codes: the languages that its parallel rows are in."""
+    """What is wanted of a file; see read_rows. codes: the languages that its parallel rows are in.
+    spellings: {normal code: code} of the languages asked for."""
     language: str
     turns: str
     codes: set
+    spellings: dict
 
 
 def record_rows(record, where, asked, counts):
@@ -312,7 +312,7 @@ def record_rows(record, where, asked, counts):
     if not isinstance(record, dict):
         raise OddRecord("no object")
     if any(code in record and (code != "id" or isinstance(record["id"], dict)) for code in asked.codes):
-        return [parallel_row(record, where, asked.codes, counts)]
+        return [parallel_row(record, where, asked, counts)]
     if is_message(record) or is_message(record.get("prompt")):
         return tree_rows(record, asked, counts)
     return conversation_rows(record, where, asked, counts)
@@ -329,6 +329,17 @@ def row_fault(row):
     return None
 
 
+def usable_rows(record, where, asked, counts):
+    """(rows of a record, why others of its rows cannot be used). Skip or OddRecord where it has none."""
+    try:
+        rows = record_rows(record, where, asked, counts)
+        faults = [row_fault(row) for row in rows]
+    except RecursionError:
+        raise OddRecord("lists or objects nested too deeply") from None
+    kept = [row for row, fault in zip(rows, faults) if fault is None]
+    return kept, [fault for fault in faults if fault]
+
+
 def read_rows(path, language="en", turns="first", counts=None, targets=(), unique=False):
     """Rows of a file in any of FORMATS, or of a data set that hub.py knows by name.
 
@@ -340,32 +351,21 @@ def read_rows(path, language="en", turns="first", counts=None, targets=(), uniqu
     """
     assert turns in ("first", "all"), f"turns {turns!r} is neither first nor all"
     counts = Counter() if counts is None else counts
-    language, targets = normal(language), {*map(normal, targets)}
-    try:
-        records = [(where, without_nan(record)) for where, record in read_data(path)]
-    except RecursionError:
-        raise InputError(f"{path}: lists or objects nested too deeply") from None
-    if not records:
-        raise InputError(f"{path}: the file is empty")
-    records = [(where, with_normal_codes(record, where, targets) if isinstance(record, dict) else record)
-               for where, record in records]
-    codes = targets.union(*(languages_of(record) for _, record in records if isinstance(record, dict)))
+    records = clean_records(path)
+    codes = {*targets}.union(*(languages_of(record) for _, record in records if isinstance(record, dict)))
+    asked = Asked(language, turns, codes, {normal(code): code for code in (language, *targets)})
     counts.update({"read": len(records), "kept": 0})
     found, skipped, odd = [], {}, {}              # the last two: {reason: [where]}
     for where, record in hang_messages(records, skipped):
         try:
-            rows = record_rows(record, where, Asked(language, turns, codes), counts)
-            faults = list(map(row_fault, rows))
-        except RecursionError:
-            odd.setdefault("lists or objects nested too deeply", []).append(where)
-        except OddRecord as error:
-            odd.setdefault(str(error), []).append(where)
-        except Skip as error:
-            skipped.setdefault(str(error), []).append(where)
-        else:
-            found += [(where, row) for row, fault in zip(rows, faults) if fault is None]
-            for fault in filter(None, faults):
-                skipped.setdefault(fault, []).append(where)
+            rows, faults = usable_rows(record, where, asked, counts)
+        except Skip as skip:
+            reasons = odd if isinstance(skip, OddRecord) else skipped
+            reasons.setdefault(str(skip), []).append(where)
+            continue
+        found += [(where, row) for row in rows]
+        for fault in faults:
+            skipped.setdefault(fault, []).append(where)
     refuse_mostly_odd(odd, len(records))
     counts["kept"] = len(found)
     for reason, places in [*skipped.items(), *odd.items()]:
@@ -410,7 +410,7 @@ def number_duplicates(rows, counts):
             times[name] += 1
         row["row_id"] = f"{name}#{times[name]}"
         names.add(row["row_id"])
-        counts["identifiers that an earlier row has, numbered"] += 1
+        counts["repeated identifiers numbered"] += 1
     return rows
 
 

@@ -24,7 +24,8 @@ class Translator:
 
     def check(self, source: str, targets: list[str]) -> None:
         """InputError unless it reads the source and writes every target."""
-        for code, known in [(source, self.tokenizer.languages), *((code, self.languages) for code in targets)]:
+        asked = [(source, self.tokenizer.languages), *((code, self.languages) for code in targets)]
+        for code, known in asked:
             if code not in known:
                 near = suggestion(code, known)
                 raise InputError(f"the translator does not know the language {code!r}{near}; "
@@ -37,8 +38,6 @@ def load(path, device="cpu", dtype: torch.dtype | None = None) -> Translator:
     """The translator of an M2M100 or NLLB directory or hub id; dtype: bf16 on CUDA and fp32 elsewhere if none
     is given. InputError says what is wrong with it."""
     path = hub.local(path, hub.TRANSLATOR_SETTINGS, hub.TRANSLATOR_WEIGHTS)
-    if not path.is_dir():
-        raise InputError(f"{path} is not a directory: give that of an M2M100 or NLLB checkpoint")
     if dtype is None:
         dtype = torch.bfloat16 if torch.device(device).type == "cuda" else torch.float32
     if ranks.rank() == 0:

@@ -14,7 +14,6 @@ import time
 from collections import Counter
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 
@@ -194,13 +193,16 @@ def test_a_preference_is_the_share_of_the_two_letters_probabilities():
     ("<seed:think>M</seed:think>m", 1), ("<reasoning>M M</reasoning> m", 1), ("[THINK]M[/THINK]m", 1),
     ("<think>a</think>M<think>b</think>m", 1),
     ("<|channel|>analysis<|message|>M is longer<|end|><|start|>assistant<|channel|>final<|message|>m", 1),
-    ("m answers in English, M in Swahili.\nFinal answer: M", 2), ("I weighed m and M. Final verdict: **m**.", 1),
+    ("m answers in English, M in Swahili.\nFinal answer: M", 2),
+    ("I weighed m and M. Final verdict: **m**.", 1),
     ("M\n\nm mixes two languages.", 2), ("**m**. M is in the wrong language.", 1), ("The answer is M", 2),
     ("Both are fine. Answer: answer_M", 2), ("answer_m", 1), ("I'm sure: m's text is fine. Verdict: M", 2),
     ("The bridge is 300 m long, so M", 2), ('{"reason": "m is short", "answer": "M"}', 2),
     ('{"answer": "M"}', 2), ("\\boxed{M}", 2), ("答案是M。", 2), ("答案：m", 1),
-    ("M is better than m", None), ("Either m or M.", None), ("both are fine", None), ("", None), ("I'm", None),
-    ("<think>m is", None), ("[THINK]M", None), ("<|channel|>analysis<|message|>m", None), ("m/M", None), ("more", None), ("Mm", None), ("M&M's", None), ("em tudo ém", None)])
+    ("M is better than m", None), ("Either m or M.", None), ("both are fine", None), ("", None),
+    ("I'm", None),
+    ("<think>m is", None), ("[THINK]M", None), ("<|channel|>analysis<|message|>m", None),
+    ("m/M", None), ("more", None), ("Mm", None), ("M&M's", None), ("em tudo ém", None)])
 def test_a_text_names_a_letter_after_its_reasoning_or_none(text, letter):
     named = named_letter(text)
     assert named == (None if letter is None else " mM"[letter])
@@ -272,7 +274,8 @@ def test_a_passing_fault_is_tried_again(serve, connect, fault):
 
 
 @pytest.mark.parametrize("fault, told", [
-    (500, "HTTP 500"), (400, "HTTP 400"), (401, "HTTP 401"), (b"", "no chat"), (b"<html>busy</html>", "no chat"),
+    (500, "HTTP 500"), (400, "HTTP 400"), (401, "HTTP 401"), (b"", "no chat"),
+    (b"<html>busy</html>", "no chat"),
     (b"[1]", "no chat"), (b"\xff\xfe", "no chat"), (b"null", "no chat"), ({"choices": []}, "no chat"),
     (0.6, "no connection")])
 def test_a_lasting_fault_gives_no_verdict_and_shows_no_key(serve, connect, fault, told):
@@ -283,8 +286,10 @@ def test_a_lasting_fault_gives_no_verdict_and_shows_no_key(serve, connect, fault
 
 @pytest.mark.parametrize("body, told", [
     ({"error": {"message": "flagged\n by policy", "code": "content_filter"}}, "flagged by policy"),
-    ({"error": "flagged by policy"}, "flagged by policy"), ({"message": "flagged by policy"}, "flagged by policy"),
-    ({"detail": [{"msg": "flagged by policy"}]}, "flagged by policy"), (b"flagged by policy", "flagged by policy"),
+    ({"error": "flagged by policy"}, "flagged by policy"),
+    ({"message": "flagged by policy"}, "flagged by policy"),
+    ({"detail": [{"msg": "flagged by policy"}]}, "flagged by policy"),
+    (b"flagged by policy", "flagged by policy"),
     ({"object": "error", "message": "flagged by policy", "code": 400}, "flagged by policy")])
 def test_a_refused_pair_keeps_the_servers_own_words(serve, connect, body, told):
     with pytest.raises(judge.NoVerdict, match="^HTTP 400") as error:
@@ -364,7 +369,7 @@ def test_servers_refuse_options_in_their_own_words(serve, connect, status, word)
 
 
 def test_a_filter_that_speaks_of_the_options_changes_nothing_for_other_pairs(serve, connect):
-    server = serve(lambda body: (400, {"error": {"message": "we filter temperature and logprobs of max_tokens"}}))
+    server = serve((400, {"error": {"message": "we filter temperature and logprobs of max_tokens"}}))
     asked = connect(server)
     with pytest.raises(judge.NoVerdict, match="HTTP 400"):
         verdict(asked)
@@ -543,6 +548,12 @@ def test_refused_pairs_are_counted_again_in_every_rerun_and_the_win_rate_stands(
     assert first == second and first["failed"] == {"HTTP 400": 5}
     assert first["win_rate"]["n_total"] == 3 and first["win_rate"]["no_preference"] == 5
     assert capsys.readouterr().out.count("5 of 8 pairs have no verdict") == 2
+
+
+def test_draws_of_equal_answers_do_not_prove_that_the_judge_answers(serve, tmp_path, monkeypatch):
+    for _ in range(2):
+        with pytest.raises(InputError, match="no verdict on the first 5 pairs: HTTP 400"):
+            judged(serve(400), tmp_path, monkeypatch)
 
 
 def test_options_the_server_refused_are_said_and_recorded(serve, tmp_path, monkeypatch, capsys):

@@ -3,7 +3,6 @@
 import itertools
 import random
 import time
-from pathlib import Path
 
 import pytest
 
