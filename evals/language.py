@@ -5,12 +5,12 @@
 
 A word's *gain* under a language is how much better the language explains it than its script does, in nats:
 
-    gain = sum of log P(script) + log((1 - BLEND) P(letter | letters before) / Q(letter | script) + BLEND)  # 1
+    gain = sum of log P(script) + log((1 - BLEND) P(letter | letters before) / Q(letter | script) + BLEND) # 1
 
 over its letters and its end. Q, the background, is how often a letter stands in any text: what a text in any
 language of that script may look like. A text is in the language of the largest gain if
 
-    gain >= floor * letters - TOLERANCE                                                                     # 2
+    gain >= floor * letters - TOLERANCE                                                                    # 2
 
 and else in none of them: OTHER. Words are weighted by the root of how often they are said, since one word
 over and over tells little. Names (words with a capital) do not count.
