@@ -4,17 +4,16 @@
     python translate.py --lang de,ko --text "The capital of France is Paris."
     torchrun --nproc-per-node 2 translate.py --lang sw ...       # rows are dealt to processes; the same file
 
-A document is split into segments (lines, then sentences); code, links, formulas and markup are set aside and
-come back untouched. Segments are translated in batches by beam search and checked; what fails is tried again,
-then marked. The row of a marked segment is left out of training, its translation is kept in the file.
+A document is split into segments (lines, then sentences); code, links, formulas and markup are set aside
+and come back untouched. Segments are translated in batches by beam search and checked; what fails is tried
+again, then marked. The row of a marked segment is left out of training, its translation is kept in the file.
 
-The same command goes on where a killed one stopped. A file holds one set of languages: another one is refused.
+The same command goes on where a killed one stopped. A file holds one set of languages: others are refused.
 Lines whose row, translator or settings have changed are made anew, and the old file is kept beside the new.
 """
 
 import contextlib
-import os
-import re
+import itertools
 import sys
 import time
 from collections import Counter
@@ -29,12 +28,13 @@ from engine.files import InputError, append_jsonl, fingerprint, locked
 from engine.flags import Parser, count, positive_int
 from engine.progress import progress
 from formats import hub
-from formats.languages import UNSPACED, language_list, letter_script, normal, script_of, suggestion
-from formats.markup import KEEP, TEXT, WORD, hide, parse, prose, show, split_edges, split_spans
+from formats.languages import UNSPACED, language_list, normal, script_of, suggestion
+from formats.markup import KEEP, TEXT, WORD, hide, parse, show, split_edges, split_spans
 from formats.records import languages_of, read_rows, require_languages
 from formats.translated import Key, describe_faults, file_failed_, read_done
 from formats.weights import DTYPES
 from m2m100.beam import beam_search
+from m2m100.checks import copied, loops, odd_length, wrong_script
 from m2m100.translator import Translator, load
 
 MAX_SOURCE = 150      # tokens of a segment: the models were trained on sentences
@@ -42,64 +42,6 @@ LONGEST_TOKEN = 16    # characters; a text of more than MAX_SOURCE such tokens i
 MAX_LOGITS = 2**26    # elements of the largest logits matrix: bounds the batch when the vocabulary is large
 NO_REPEAT = 4         # the second try of a segment bans every repeated n-gram of this length
 UNKNOWN_SHARE = 0.1   # a source with more unknown tokens than this cannot be translated
-LENGTH_RATIO = {"CJK": 0.35, "KANA": 0.45, "HANGUL": 0.55, "yo": 1.5, "en": 1.0}  # characters, English 1
-LETTER_WEIGHT = {"CJK": 3, "KANA": 2, "HANGUL": 2}      # Latin letters that say as much as one of these
-LONGEST_ACRONYM = 5
-WORDS = re.compile(r"[^\W\d_]+")
-LENGTH_BOUNDS = 0.4, 2.5  # of a translation over what is expected; people's go from 0.55 to 2.05 (NTREX)
-LENGTH_SLACK = 15         # characters added to both, so that short segments are not judged by their length
-
-
-# ---- checks ----
-
-
-def loops(ids: list[int]) -> bool:
-    """Whether a stretch repeats itself: tokens equal to those n before, 2n of them in a row, at least 8."""
-    for n in range(1, len(ids) // 3 + 1):
-        run = 0
-        for a, b in zip(ids, ids[n:]):
-            run = run + 1 if a == b else 0
-            if run >= max(8, 2 * n):
-                return True
-    return False
-
-
-def is_name(word: str) -> bool:
-    """Whether a word may be a name or an acronym: it has a capital, and is not shouted."""
-    return word[0].isupper() and (len(word) <= LONGEST_ACRONYM or not word.isupper())
-
-
-def wrong_script(text: str, language: str) -> bool:
-    """Whether less than three tenths of the text are in the language's script; False where that is not known.
-    Code does not count, nor do names in another script."""
-    script, words = script_of(language), WORDS.findall(prose(text))
-    own = ("KANA", "CJK") if script == "KANA" else (script,)
-    right = wrong = 0
-    for word in words:
-        inside = sum(letter_script(char) in own for char in word)
-        right += LETTER_WEIGHT.get(script, 1) * inside
-        wrong += 0 if is_name(word) else len(word) - inside
-    enough = wrong > 8 or wrong > 3 and not right and sum(map(len, words)) > 8
-    return script is not None and enough and right < 0.3 * (right + wrong)
-
-
-def copied(source: str, text: str) -> bool:
-    """Whether four in five of the source's words, names left out, came back as they were."""
-    words = [word for word in re.findall(r"[^\W\d_]{3,}", source) if word.islower()]
-    there = set(re.findall(r"[^\W\d_]{3,}", text))
-    return len(words) > 3 and sum(word in there for word in words) >= 0.8 * len(words)
-
-
-def odd_length(source: str, text: str, languages: tuple[str, str]) -> bool:
-    """Whether a translation is far shorter or longer than its language would have it; False for a
-    language of unknown script."""
-    scripts = [script_of(code) for code in languages]
-    if None in scripts:
-        return False
-    own, other = (LENGTH_RATIO.get(normal(code), LENGTH_RATIO.get(script, 1.15))
-                  for code, script in zip(languages, scripts))
-    ratio = (len(text) + LENGTH_SLACK) / (len(source) * other / own + LENGTH_SLACK)
-    return not LENGTH_BOUNDS[0] <= ratio <= LENGTH_BOUNDS[1]
 
 
 # ---- segments ----
@@ -150,7 +92,8 @@ def translate_sentences(texts: list[str], job: Job, beams: int, no_repeat: int =
     waiting = sorted(range(len(texts)), key=lambda i: -len(sources[i]))
     drafts: list[Draft] = [("", None)] * len(texts)
     while waiting:
-        size = max(1, min(job.batch_tokens // len(sources[waiting[0]]), most))
+        longest_source = len(sources[waiting[0]])
+        size = max(1, min(job.batch_tokens // longest_source, most))
         batch, waiting = waiting[:size], waiting[size:]
         limits = [min(2 * len(sources[i]) + 50, longest) for i in batch]
         outputs = beam_search(model, [sources[i] for i in batch], target, limits, beams, no_repeat=no_repeat)
@@ -189,18 +132,22 @@ def translate_segments(segments: list[str], job: Job) -> dict[str, Draft]:
 
 def translate_around_spans(segments: list[str], job: Job) -> dict[str, Draft]:
     """Where the model loses a span, the texts around the spans are translated on their own."""
-    parts = {segment: split_spans(segment) for segment in segments}
-    cores = {split_edges(text)[1] for texts in parts.values() for text in texts[::2]}
-    known = translate_segments(sorted(core for core in cores if WORD.search(core)), job)
-    done = {}
-    for segment, texts in parts.items():
+    texts, done = set(), {}
+    for segment in segments:
+        cores = [split_edges(text)[1] for text in split_spans(segment)[::2]]
+        texts.update(core for core in cores if WORD.search(core))
+    known = translate_segments(sorted(texts), job)
+    for segment in segments:
         out, faults = [], []
-        for i, text in enumerate(texts):
-            before, core, after = split_edges(text) if i % 2 == 0 else ("", text, "")
-            translation, fault = known.get(core, (core, None)) if i % 2 == 0 else (core, None)
-            out += [before, translation, after]
-            faults += [fault] if fault else []
-        done[segment] = "".join(out), next(iter(faults), None)
+        for i, part in enumerate(split_spans(segment)):
+            if i % 2:
+                out.append(part)
+                continue
+            before, core, after = split_edges(part)
+            text, fault = known.get(core, (core, None))
+            out += [before, text, after]
+            faults.append(fault)
+        done[segment] = "".join(out), next(filter(None, faults), None)
     return done
 
 
@@ -210,7 +157,7 @@ class Translation(str):
     """A translated text. faults: how many of its segments failed which check."""
     faults: Counter
 
-    def __new__(cls, text: str, faults: Counter):
+    def __new__(cls, text: str, faults: Counter = Counter()):  # pickle gives the text alone
         translation = super().__new__(cls, text)
         translation.faults = faults
         return translation
@@ -226,7 +173,8 @@ def translate_documents(texts: list[str], job: Job) -> list[Translation]:
 
 def put_together(parts: list[tuple[str, str]], known: dict[str, Draft], job: Job) -> Translation:
     """A document of its parts (formats.markup.parse) and their translations."""
-    from_unspaced, to_unspaced = (script_of(code) in UNSPACED for code in (job.source, job.target))
+    from_unspaced = script_of(job.source) in UNSPACED
+    to_unspaced = script_of(job.target) in UNSPACED
     out, faults, before = [], Counter(), KEEP
     for kind, string in parts:
         if kind == TEXT:
@@ -243,8 +191,8 @@ def put_together(parts: list[tuple[str, str]], known: dict[str, Draft], job: Job
 
 def translate(texts: list[str], source: str, target: str, translator: Translator, beams: int = 5,
               batch_tokens: int = 2048, progress: Callable[[int], None] | None = None) -> list[Translation]:
-    """Each document in `target`, its lines, code, links and markup as they were: a str whose `faults` count the
-    segments that failed their checks. InputError unless the translator knows both languages."""
+    """Each document in `target`, its lines, code, links and markup as they were: a str whose `faults` count
+    the segments that failed their checks. InputError unless the translator knows both languages."""
     source, target = normal(source), normal(target)
     translator.check(source, [target])
     return translate_documents(texts, Job(translator, source, target, beams, batch_tokens, progress))
@@ -254,10 +202,11 @@ def translate(texts: list[str], source: str, target: str, translator: Translator
 
 def row_key(row: dict, targets: list[str], job: Job) -> Key:
     """What the translation of a row is known by: another text, translator or setting gives another one."""
-    translator, languages = job.translator, sorted(targets)
-    sides = [row.get(code) for code in [job.source, *languages]]  # what people have translated is kept
-    return row["row_id"], fingerprint(sides, job.source, languages, job.beams, translator.fingerprint,
-                                      str(translator.model.head.dtype))
+    languages = sorted(targets)
+    own = {code: row.get(code) for code in (job.source, *languages)}  # what people have translated stays
+    dtype = str(job.translator.model.head.dtype)
+    made_by = job.translator.fingerprint, dtype, job.beams
+    return row["row_id"], fingerprint(own, job.source, languages, made_by)
 
 
 def new_record(row: dict, key: Key, targets: list[str]) -> dict:
@@ -303,9 +252,10 @@ def translate_chunks(todo: list[tuple[dict, Key]], targets: list[str], job: Job,
     for first in range(0, len(todo), chunk * ranks.size()):
         dealt = todo[first:first + chunk * ranks.size()]
         parts = [dealt[i:i + chunk] for i in range(0, len(dealt), chunk)]
-        own = [translate_chunk(part, targets, job) for part in parts[ranks.rank():ranks.rank() + 1]]
-        records = [record for part in ranks.gather(own) for record in part]
-        yield [(key, record) for (_, key), record in zip(dealt, records)]
+        own = parts[ranks.rank():ranks.rank() + 1]  # none where the last round has fewer chunks than ranks
+        found = ranks.gather([translate_chunk(part, targets, job) for part in own])
+        keys = [key for _, key in dealt]
+        yield list(zip(keys, itertools.chain(*found)))
 
 
 def translate_rows(rows: list[dict], translator: Translator, source: str, target: str | list[str], path,
@@ -313,9 +263,9 @@ def translate_rows(rows: list[dict], translator: Translator, source: str, target
                    chunk: int = 32) -> list[dict]:
     """The rows with their translation into `target` (a code or several), through the JSONL file `path`.
 
-    Every `chunk` rows their lines are appended; a run killed at any moment goes on from there. Ranks take a chunk
-    each and the first one writes: the file is that of one process. A row of which a segment failed is left out
-    of the result, and its translation is filed under "clo", unless keep_failed.
+    Every `chunk` rows their lines are appended; a run killed at any moment goes on from there. Ranks take a
+    chunk each and the first one writes: the file is that of one process. A row of which a segment failed is
+    left out of the result, and its translation is filed under "clo", unless keep_failed.
     """
     path, source = Path(path), normal(source)
     targets = [normal(code) for code in ([target] if isinstance(target, str) else target)]
@@ -340,9 +290,13 @@ def translate_rows(rows: list[dict], translator: Translator, source: str, target
                     append_jsonl(path, [record for _, record in found])
                 done |= dict(found)
                 bar.update(len(found))
-    print(describe_faults([done[key] for key in keys], targets, keep_failed))
-    return [row | {code: done[key][code] for code in targets} for row, key in zip(rows, keys)
-            if all(code in done[key] for code in targets)]
+    records = [done[key] for key in keys]
+    print(describe_faults(records, targets, keep_failed))
+    translated = []
+    for row, record in zip(rows, records):
+        if set(targets) <= record.keys():
+            translated.append(row | {code: record[code] for code in targets})
+    return translated
 
 
 def translator_for(rows: list[dict], targets: list[str], path, device) -> Translator:
@@ -397,7 +351,8 @@ def print_translations(args, targets: list[str], translator: Translator) -> None
     """--text in each language; what the checks say goes to stderr."""
     translator.check(args.source, targets)
     for target in targets:
-        text, = translate([args.text], args.source, target, translator, args.beams, args.batch_tokens)
+        done = translate([args.text], args.source, target, translator, args.beams, args.batch_tokens)
+        text = done[0]
         print(text)
         for fault, number in text.faults.items():
             print(f"{target}: {number} of the text's segments failed a check: {fault}", file=sys.stderr)
@@ -405,8 +360,10 @@ def print_translations(args, targets: list[str], translator: Translator) -> None
 
 def check_out(out: Path, data: Path) -> None:
     """InputError if writing the file, or what lies beside it meanwhile, would overwrite the data."""
-    for name in (out, out.with_name(out.name + ".tmp"), out.with_name(out.name + ".lock")):
-        if name.resolve() == data.resolve() or name.exists() and data.exists() and os.path.samefile(name, data):
+    for suffix in ("", ".tmp", ".lock"):
+        name = out.with_name(out.name + suffix)
+        linked = name.exists() and data.exists() and name.samefile(data)
+        if linked or name.resolve() == data.resolve():
             raise InputError(f"--out {out} would overwrite --data {data}: choose another name")
 
 

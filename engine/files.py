@@ -1,4 +1,4 @@
-"""The user's files: one error, one reader, one writer that never leaves half a file, one journal, one hash."""
+"""The user's files: one error, reader, writer that never leaves half a file, journal, lock and hash."""
 
 import contextlib
 import fcntl
@@ -189,14 +189,15 @@ def writing(path: Path):
 
 @contextlib.contextmanager
 def locked(path: Path):
-    """Nobody else writes this file or directory meanwhile; InputError says who does. The lock is a file beside
-    it that the system lets go when its process ends, however it ends."""
+    """Nobody else writes this file or directory meanwhile; InputError says who does. The lock is a file
+    beside it that the system lets go when its process ends, however it ends."""
     path = Path(path).resolve()
     path.parent.mkdir(parents=True, exist_ok=True)
     with claim(path) as file:
         file.truncate(0)
-        file.write(f"process {os.getpid()} on {socket.gethostname()} since {time.strftime('%d %b %H:%M:%S')}: "
-                   f"{' '.join([Path(sys.argv[0]).name, *sys.argv[1:]])}")
+        command = " ".join([Path(sys.argv[0]).name, *sys.argv[1:]])
+        since = time.strftime("%d %b %H:%M:%S")
+        file.write(f"process {os.getpid()} on {socket.gethostname()} since {since}: {command}")
         file.flush()
         try:
             yield
@@ -239,8 +240,8 @@ def whole_lines(path: Path) -> list[bytes]:
 
 
 def directory_fingerprint(path: Path) -> str:
-    """Hash of a checkpoint: the names and sizes of its files, small ones whole, of large ones SAMPLES blocks spread
-    evenly (to read gigabytes would take a minute; training changes a tensor all over)."""
+    """Hash of a checkpoint: the names and sizes of its files, small ones whole, of large ones SAMPLES blocks
+    spread evenly (to read gigabytes would take a minute; training changes a tensor all over)."""
     digest = hashlib.sha256()
     for file in sorted(path.iterdir()):
         if file.suffix in (".json", ".model", ".safetensors", ".bin"):

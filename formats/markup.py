@@ -4,8 +4,10 @@ r"""What of a document is prose, and what is code, a formula, a link, markup or 
     hide(segment)          "see `ls -l` now" -> "see [0] now" and ["`ls -l`"]; show() puts them back
     prose(text)            what a reader reads: no code, links, formulas, tags, table rules
 
-First the *spans* are found that come back as they are, from left to right. Then what is between them is split:
-lines, table cells, sentences. Rules: CommonMark 0.31 for code, GitHub's for tables, pandoc's for $ x $.
+First the *spans* are found that come back as they are, from left to right. Then what is between them is
+split: lines, table cells, sentences. Rules: CommonMark 0.31 for code, GitHub's for tables, pandoc's for $x$.
+
+Indented lines are prose, not code: of ten indented paragraphs in real replies nine are items of a list.
 
 Documents are written by strangers, so every step takes time linear in the text: no pattern reads the same
 stretch from many starts, and the places where a span may end are listed once, before any span begins.
@@ -22,8 +24,11 @@ TEXT, KEEP, GAP = "text", "keep", "gap"  # to translate; as it is; white space b
 
 RAW = "script|style|pre|code|samp|kbd|textarea|svg|math"   # elements whose content is no prose
 # Symbols that are pictures: arrows, clocks, boxes, stars, dingbats, emoji, flags, skin tones.
-PICTURE = "\u2190-\u21FF\u2300-\u23FF\u2460-\u24FF\u25A0-\u27BF\u2900-\u297F\u2B00-\u2BFF\U0001F000-\U0001FAFF"
+PICTURE = (r"\u2190-\u21FF\u2300-\u23FF\u2460-\u24FF\u2500-\u27BF\u2900-\u297F\u2B00-\u2BFF"
+           r"\U0001F000-\U0001FAFF")
+LETTERLIKE = "©®‼⁉™ℹ〰〽㊗㊙"   # pictures only with U+FE0F behind them
 JOINED = "\uFE0E\uFE0F\u200D\u20E3\U000E0020-\U000E007F"   # what follows a picture and belongs to it
+MONEY = r"\d[\d.,]*[A-Za-z]{0,2}\s+[A-Za-z]{2}"              # behind a $: an amount and a word
 URL_STOP = r"\s<>()\[\]|\\\"`“”‘’«»、。，；：！？（）「」『』【】《》"
 
 # What begins a span. A named one lasts until a place that `span_end` looks up; the others are whole.
@@ -34,20 +39,22 @@ OPENER = re.compile(rf"""
   | (?P<bracket> \\[\[(])
   | (?P<environment> \\begin\{{(?P<name>\w+\*?)\}})
   | (?P<comment> <!--)
+  | (?P<data> <!\[CDATA\[)
   | (?P<program> <\?(?:php|xml|=))
   | (?P<element> <(?P<tag>(?i:{RAW}))(?:\s[^<>]*)?>)
   | <[A-Za-z][\w:-]*(?:\s+[\w:@.-]+\s*=\s*(?:"[^"]*"|'[^']*'))+\s*/?>    # a tag, perhaps on several lines
-  | <[A-Za-z/!|][^<>\n]*>                                                # any other, and <placeholders>
+  | <[A-Za-z/!|%][^<>\n]*>                                               # any other, and <placeholders>
   | &(?:\#\d{{1,7}}|\#[xX][\da-fA-F]{{1,6}}|[A-Za-z][A-Za-z\d]{{1,31}});
-  | (?<![A-Za-z0-9$\\])\$(?![\s$]|\d[\d.,]*\s+[A-Za-z]{{2}})[^$\\\n]*(?:\\.[^$\\\n]*)*(?<!\s)\$(?![\d$])
-  | (?<![A-Za-z0-9])(?i:https?://|ftp://|mailto:|www\.)[^{URL_STOP}]*(?:\([^\s<>()]*\)[^{URL_STOP}]*)*(?<![.,;:!?'*])
-  | \]\((?:[^()\s]|\([^()\s]*\))+(?:[ \t]+"[^"\n]*")?\)                  # the second half of [text](url "title")
+  | (?<![A-Za-z0-9$\\])\$(?![\s$]|{MONEY})[^$\\\n]*(?:\\.[^$\\\n]*)*(?<!\s)\$(?![\d$])
+  | (?<![A-Za-z0-9])(?i:https?://|ftp://|mailto:|www\.)
+    [^{URL_STOP}]*(?:\([^\s<>()]*\)[^{URL_STOP}]*)*(?<![.,;:!?'*])        # no stop at its end, ( ) in pairs
+  | \]\((?:[^()\s]|\([^()\s]*\))+(?:[ \t]+"[^"\n]*")?\)               # the second half of [text](url "title")
   | (?<![A-Za-z0-9_.+-])[A-Za-z0-9_.+-]+@[A-Za-z0-9-]+(?:\.[A-Za-z0-9-]+)+
-  | \{{\{{?[\w .-]+\}}?\}} | \[\d{{1,6}}\] | %[sd]\b | \\\|
-  | (?:[0-9\#*]\uFE0F?\u20E3|[{PICTURE}][{JOINED}]*)+
+  | \{{\{{[^{{}}\n]*\}}\}} | \{{%[^{{}}\n]*%\}} | \$?\{{[\w .-]+\}} | \[\d{{1,6}}\] | %[sd]\b | \\\|
+  | (?:[0-9\#*]\uFE0F?\u20E3|[{LETTERLIKE}]\uFE0F|[{PICTURE}][{JOINED}]*)+
 """, re.VERBOSE | re.MULTILINE)
 # What may end one.
-CLOSER = re.compile(rf"\n|`+|\$\$|\\[\])]|-->|\?>|\\end\{{(\w+\*?)\}}|</({RAW})\s*>", re.IGNORECASE)
+CLOSER = re.compile(rf"\n|`+|\$\$|\\[\])]|-->|\]\]>|\?>|\\end\{{(\w+\*?)\}}|</({RAW})\s*>", re.IGNORECASE)
 BLANK_LINE = re.compile(r"\n[ \t]*(?=\r?\n)")
 
 NEWLINE, PIPE = re.compile(r"\r?\n"), re.compile(r"(?<!\\)\|")
@@ -66,12 +73,15 @@ CLAUSE_END, SPACE = re.compile(r"[;:,，、；：]\s*"), re.compile(r"\s+")
 EDGES = string.whitespace + string.punctuation + "\u00a0\u3000«»‘’‚‛“”„‟…、。〈〉《》「」『』【】〔〕！（），．：；？"
 MARK = re.compile(r"[\[［【]\s*(\d{1,6})\s*[\]］】]")
 
-Places = list[tuple[int, int]]  # (start, end), in order
+Place = tuple[int, int]      # start, end
+Places = list[Place]         # in order
+Piece = tuple[str, int, int]  # kind, start, end
+Fits = Callable[[str], bool]  # is a segment short enough? Its spans are marks
 
 
 # ---- spans ----
 
-def from_place(places: Places, start: int) -> tuple[int, int] | None:
+def from_place(places: Places, start: int) -> Place | None:
     """The first of the places that begins at `start` or later."""
     i = bisect_left(places, (start,))
     return places[i] if i < len(places) else None
@@ -87,10 +97,15 @@ def find_closers(text: str) -> dict[str, Places]:
     return closers
 
 
-def fence_end(text: str, mark: str, start: int) -> int:
-    """The end of the line that closes a fence: a fence of the same character, at least as long."""
-    closing = re.compile(rf"^[ \t>]*{mark[0]}{{{len(mark)},}}[ \t\r]*$", re.MULTILINE).search(text, start)
-    return closing.end() if closing else len(text)
+def fence_end(opener: re.Match) -> int:
+    """The end of the line that closes a fence: a fence of the same character, at least as long. One in a
+    quote ends with the quote."""
+    mark = opener["mark"]
+    closing = rf"^[ \t>]*{mark[0]}{{{len(mark)},}}[ \t\r]*$"
+    if opener[0].lstrip().startswith(">"):
+        closing += r"|\n(?![ \t]*>)"
+    found = re.compile(closing, re.MULTILINE).search(opener.string, opener.end())
+    return found.end() if found else len(opener.string)
 
 
 def span_end(match: re.Match, closers: dict[str, Places]) -> int | None:
@@ -99,7 +114,7 @@ def span_end(match: re.Match, closers: dict[str, Places]) -> int | None:
     if kind is None:
         return start
     if kind == "fence":
-        return fence_end(text, match["mark"], start)
+        return fence_end(match)
     limit, unclosed = None, None        # what the span may not cross; where it ends if nothing closes it
     if kind == "ticks":
         key, long = match[0], len(match[0]) > 2
@@ -115,8 +130,9 @@ def span_end(match: re.Match, closers: dict[str, Places]) -> int | None:
         block = key in ("script", "style", "pre") and NEWLINE.match(text, start)
         unclosed = len(text) if block else start    # "the <pre> tag" is a word in a sentence
     else:
-        key, unclosed = {"comment": "-->", "program": "?>"}[kind], len(text)
-    closing, border = from_place(closers[key], start), from_place(closers[limit], start) if limit else None
+        key, unclosed = {"comment": "-->", "data": "]]>", "program": "?>"}[kind], len(text)
+    closing = from_place(closers[key], start)
+    border = from_place(closers[limit], start) if limit else None
     if closing is None or border and border < closing:
         return unclosed
     return closing[1]
@@ -143,7 +159,7 @@ class Document:
     def __init__(self, text: str):
         self.text, self.spans = text, find_spans(text)
 
-    def cover(self, place: int) -> tuple[int, int] | None:
+    def cover(self, place: int) -> Place | None:
         """The span that has this place in its inside: one may not cut there."""
         i = bisect_left(self.spans, (place,)) - 1
         return self.spans[i] if i >= 0 and place < self.spans[i][1] else None
@@ -151,8 +167,8 @@ class Document:
     def split(self, start: int, end: int) -> list[str]:
         """[text, span, text, ..., text] of a stretch."""
         parts, at = [], start
-        for i in range(bisect_left(self.spans, (start,)), bisect_left(self.spans, (end,))):
-            first, last = self.spans[i]
+        inside = slice(bisect_left(self.spans, (start,)), bisect_left(self.spans, (end,)))
+        for first, last in self.spans[inside]:
             parts += [self.text[at:first], self.text[first:last]]
             at = last
         return [*parts, self.text[at:end]]
@@ -212,27 +228,33 @@ def show(text: str, spans: list[str]) -> str | None:
 
 # ---- tables ----
 
-def cell_count(document: Document, line: tuple[int, int]) -> int:
+def cell_count(document: Document, line: Place) -> int:
     """Cells of a line if it is a table's row; the pipes at its ends make none."""
     inner = document.text[slice(*line)].strip(" \t>\r")
     pipes = document.pipes(*line)
     return len(pipes) + 1 - inner.startswith("|") - (inner.endswith("|") and len(pipes) > 1)
 
 
-def is_rule(document: Document, line: tuple[int, int]) -> bool:
+def is_rule(document: Document, line: Place) -> bool:
     """Whether a line is |---|:--:|, which makes a table of the line above and those below."""
     return "|" in document.text[slice(*line)] and bool(TABLE_RULE.fullmatch(document.text, *line))
 
 
-def is_boxed_row(document: Document, line: tuple[int, int]) -> bool:
-    """Whether a line is | a row | without a rule nearby: pipes at both ends, spaces around each of several cells,
-    and words in all that are not empty. |x| + |y| and Haskell's guards are none."""
+def boxed_row(document: Document, line: Place) -> str | None:
+    """Whether a line may be a row without a rule nearby: pipes at both ends, several cells, words in all that
+    are not empty. "padded" if | all | cells | have spaces around them, "tight" if |none|begins|with one|,
+    else None: |x| + |y| and |x| and |y| and Haskell's guards are no rows."""
     text, pipes = document.text, document.pipes(*line)
     start = QUOTED.match(text, *line).end()
     if len(pipes) < 3 or pipes[0] != start or text[pipes[-1] + 1:line[1]].strip():
-        return False
+        return None
     cells = [text[first + 1:last] for first, last in zip(pipes, pipes[1:])]
-    return all(not cell.strip() or cell[0] == cell[-1] == " " and LETTER_OR_DIGIT.search(cell) for cell in cells)
+    filled = [cell for cell in cells if cell.strip()]
+    if not all(LETTER_OR_DIGIT.search(cell) for cell in filled):
+        return None
+    if all(cell[0] == cell[-1] == " " for cell in filled):
+        return "padded"
+    return None if any(cell[0] == " " for cell in filled) else "tight"
 
 
 def find_rows(document: Document) -> set[int]:
@@ -240,18 +262,26 @@ def find_rows(document: Document) -> set[int]:
     lines, rows = document.lines, set()
     has_pipe = [bool(document.pipes(*line)) for line in lines]
 
-    def below(i: int) -> bool:
-        return i + 1 < len(lines) and "\n" == document.text[lines[i][1]:lines[i + 1][0]].strip("\r")
+    def row_follows(i: int) -> bool:
+        if i + 1 == len(lines) or not has_pipe[i + 1]:
+            return False
+        between = document.text[lines[i][1]:lines[i + 1][0]]
+        return NEWLINE.fullmatch(between) is not None  # and no code in between
 
     for i, line in enumerate(lines):
-        if not has_pipe[i] or i in rows:
+        if not has_pipe[i]:
             continue
-        if is_boxed_row(document, line):
+        style = boxed_row(document, line)
+        below = style == "tight" and row_follows(i) and boxed_row(document, lines[i + 1]) == "tight"
+        if style == "padded":
             rows.add(i)
-        if is_rule(document, line) and i and below(i - 1) and has_pipe[i - 1] and (
+        elif below and cell_count(document, line) == cell_count(document, lines[i + 1]):
+            rows.update((i, i + 1))
+        heading = i > 0 and has_pipe[i - 1] and row_follows(i - 1)
+        if heading and is_rule(document, line) and (
                 cell_count(document, lines[i - 1]) == cell_count(document, line)):
             last = i
-            while below(last) and has_pipe[last + 1]:
+            while row_follows(last):
                 last += 1
             rows.update(range(i - 1, last + 1))
     return rows
@@ -264,20 +294,22 @@ def sentence_ends(document: Document, start: int, end: int) -> Iterator[int]:
     or an initial, or before a small letter."""
     text, first = document.text, start
     for match in SENTENCE_END.finditer(text, start, end):
-        before = text[max(first, match.start() - LONGEST_ABBREVIATION):match.start()].split() or [""]
-        word = before[-1].lstrip("\"'“‘([")
+        stop = match.end()
+        window = text[max(first, match.start() - LONGEST_ABBREVIATION):match.start()]
+        word = window.split()[-1].lstrip("\"'“‘([") if window.strip() else ""
         initial = len(word) == 1 and word.isupper() and word != "I"
         short = match[0].strip() == "." and (initial or word in NOT_AN_END)
-        small = FIRST_LETTER.match(text, match.end(), end)
-        if not short and not (small and small[1].islower()) and not document.cover(match.end()):
-            yield match.end()
-            first = match.end()
+        after = FIRST_LETTER.match(text, stop, end)
+        small = after and after[1].islower()
+        if not (short or small or document.cover(stop)):
+            yield stop
+            first = stop
     yield end
 
 
-def cut(document: Document, start: int, end: int, fits: Callable[[str], bool]) -> list[int]:
-    """Ends of the parts of a sentence, which is halved at the clause or word end nearest its middle until every
-    part fits."""
+def cut(document: Document, start: int, end: int, fits: Fits) -> list[int]:
+    """Ends of the parts of a sentence, which is halved at the clause or word end nearest its middle until
+    every part fits."""
     if end - start < 2 or fits(document.masked(start, end)):
         return [end]
     middle, half = (start + end) // 2, (end - start) // 2
@@ -304,8 +336,8 @@ def nearest(document: Document, pattern: re.Pattern, middle: int, reach: int) ->
 
 # ---- documents ----
 
-def pieces(document: Document, fits: Callable[[str], bool]) -> Iterator[tuple[str, int, int]]:
-    """(kind, start, end) of everything in a document."""
+def pieces(document: Document, fits: Fits) -> Iterator[Piece]:
+    """Everything in a document, in order."""
     rows, at = find_rows(document), 0
     for i, (start, end) in enumerate(document.lines):
         yield KEEP, at, start
@@ -319,7 +351,7 @@ def pieces(document: Document, fits: Callable[[str], bool]) -> Iterator[tuple[st
     yield KEEP, at, len(document.text)
 
 
-def pieces_of_line(document: Document, start: int, end: int, fits) -> Iterator[tuple[str, int, int]]:
+def pieces_of_line(document: Document, start: int, end: int, fits: Fits) -> Iterator[Piece]:
     """The same of a line or a table's cell: what it begins with, its sentences, the spaces behind them."""
     text = document.text
     if not WORD.search(text, start, end):
@@ -341,7 +373,7 @@ def pieces_of_line(document: Document, start: int, end: int, fits) -> Iterator[t
     yield KEEP, last, end
 
 
-def parse(text: str, fits: Callable[[str], bool]) -> list[tuple[str, str]]:
+def parse(text: str, fits: Fits) -> list[tuple[str, str]]:
     """[(kind, string)], whose strings joined are `text`. fits(segment, with marks for its spans): is it short
     enough?"""
     return [(kind, text[start:end]) for kind, start, end in pieces(Document(text), fits) if end > start]

@@ -13,7 +13,7 @@ import shutil
 from collections import Counter
 from pathlib import Path
 
-from engine.files import InputError, whole_lines, write_jsonl
+from engine.files import InputError, check_unicode, whole_lines, write_jsonl
 from formats.records import identifier
 
 Key = tuple[str, str]  # of a row: its id, and the hash of what its translation depends on
@@ -40,11 +40,12 @@ def check_draft(record: dict, targets: list[str]) -> None:
 
 
 def read_record(line: bytes, where: str, targets: list[str], keep_failed: bool) -> tuple[Key, dict, bool]:
-    """(key, record, whether a failed translation changed its place) of a line. InputError for a foreign one, and
-    for one in other languages."""
+    """(key, record, whether a failed translation changed its place) of a line. InputError for a foreign one,
+    and for one in other languages."""
     try:
         record = json.loads(line)
-        key, made = (identifier(record, where), record["clo"]["hash"]), ",".join(sorted(record["clo"]["into"]))
+        key = check_unicode(identifier(record, where), where), record["clo"]["hash"]
+        made = ",".join(sorted(record["clo"]["into"]))
         hash(key)
         if made == ",".join(sorted(targets)):
             moved = file_failed_(record, keep_failed)
@@ -53,8 +54,8 @@ def read_record(line: bytes, where: str, targets: list[str], keep_failed: bool) 
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         raise InputError(f"{where}: not written by translate.py, or damaged: choose another file, "
                          f"or delete the line to have its row translated again") from None
-    raise InputError(f"{where} is a translation into {made}, this command translates into {','.join(targets)}: "
-                     f"give another file name (--out)")
+    raise InputError(f"{where} is a translation into {made}, this command translates into "
+                     f"{','.join(targets)}: give another file name (--out)")
 
 
 def read_done(path: Path, keys: list[Key], targets: list[str], keep_failed: bool) -> dict[Key, dict]:
@@ -79,7 +80,7 @@ def read_done(path: Path, keys: list[Key], targets: list[str], keep_failed: bool
         print(f"{stale:,} of {len(lines):,} lines of {path} are of other text, another translator or other "
               f"settings: they are made anew; the file as it was is kept as {old}")
     if stale or moved or path.exists() and path.stat().st_size > sum(len(line) + 1 for line in lines):
-        write_jsonl(path, done.values())
+        write_jsonl(path.resolve(), done.values())  # a link stays one
     return done
 
 

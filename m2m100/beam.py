@@ -15,7 +15,7 @@ import math
 from dataclasses import dataclass, fields
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from m2m100.network import M2M100
 
@@ -182,7 +182,8 @@ def extend(state: Beams, logp: Tensor, token: Tensor, alpha: float, end: int, an
     A sentence's 2K best extensions are looked at: those that end among the first K are finished hypotheses,
     the best of which goes to `answers`; of the others K go on, and there are K, since a parent ends but once.
     """
-    T, K = state.history.shape[2] + 1, logp.shape[2] // 2
+    T = state.history.shape[2] + 1
+    K = logp.shape[2] // 2
     total, place = (logp + state.score[..., None]).flatten(1).topk(2 * K)
     parent = place // (2 * K)  # (B, 2K)
     token = token.flatten(1).gather(1, place)
@@ -192,14 +193,17 @@ def extend(state: Beams, logp: Tensor, token: Tensor, alpha: float, end: int, an
     ends = ends[:, :K] & (state.finished < K)[:, None]
     best, which = (total[:, :K] / T**alpha).masked_fill(~ends, -math.inf).max(1)  # eq. 4
     which = which[:, None]
-    ended = torch.cat([follow(state.history, parent.gather(1, which))[:, 0], token.gather(1, which)], dim=1)
+    ended = follow(state.history, parent.gather(1, which))[:, 0]  # (B, T - 1)
+    ended = torch.cat([ended, token.gather(1, which)], dim=1)
     answers.replace_(state.row, best > state.best, ended)
 
     score, alive = total.masked_fill(token == end, -math.inf).topk(K)
-    parent, token = parent.gather(1, alive), token.gather(1, alive)  # (B, K)
+    parent = parent.gather(1, alive)  # (B, K)
+    token = token.gather(1, alive)
+    history = follow(state.history, parent)
     return Beams(row=state.row,
                  limit=state.limit,
-                 history=torch.cat([follow(state.history, parent), token[..., None]], dim=2),
+                 history=torch.cat([history, token[..., None]], dim=2),
                  visible=follow(state.visible, parent),
                  score=score,
                  finished=state.finished + ends.sum(1) + K * last,
@@ -212,8 +216,8 @@ def follow(x: Tensor, parent: Tensor) -> Tensor:
 
 
 def repeats(history: Tensor, n: int) -> tuple[Tensor, Tensor] | None:
-    """The tokens that have followed an (n - 1)-gram of a hypothesis of history (R, T), and which of them would
-    follow it again, since the hypothesis ends in it: two (R, T - n + 1); None while there is none. n > 1."""
+    """The tokens that have followed an (n - 1)-gram of a hypothesis of history (R, T), and which of them
+    would follow it again, since the hypothesis ends in it: two (R, T - n + 1), or None. n > 1."""
     R, T = history.shape
     if T < n:
         return None
@@ -226,17 +230,19 @@ def repeats(history: Tensor, n: int) -> tuple[Tensor, Tensor] | None:
 def remember(model: M2M100, sources: list[list[int]]) -> tuple[list[tuple[Tensor, Tensor]], Tensor]:
     """The decoder's memory of the sources, longest first, and its mask (B, S). Encoded in groups of like
     length, so that little of the work is padding."""
-    c, B, S = model.config, len(sources), len(sources[0])
-    heads, device = c.decoder_attention_heads, model.head.device
-    memory = [model.head.new_zeros(2, B, heads, S, c.d_model // heads) for _ in model.model.decoder.layers]
+    c, device = model.config, model.head.device
+    B, S = len(sources), len(sources[0])
+    heads = c.decoder_attention_heads
+    D = c.d_model // heads
+    memory = [model.head.new_zeros(2, B, heads, S, D) for _ in model.model.decoder.layers]
     mask = torch.zeros(B, S, dtype=torch.bool, device=device)
     first = 0
     while first < B:
         length = len(sources[first])
-        group = [torch.tensor(ids, device=device) for ids in sources[first:] if 4 * len(ids) >= 3 * length]
-        real = [torch.ones_like(ids, dtype=torch.bool) for ids in group]
-        tokens = nn.utils.rnn.pad_sequence(group, batch_first=True, padding_value=c.pad_token_id)
-        group_mask = nn.utils.rnn.pad_sequence(real, batch_first=True)
+        group = [ids for ids in sources[first:] if 4 * len(ids) >= 3 * length]
+        tokens = torch.tensor([ids + [c.pad_token_id] * (length - len(ids)) for ids in group], device=device)
+        lengths = torch.tensor([len(ids) for ids in group], device=device)
+        group_mask = torch.arange(length, device=device) < lengths[:, None]
         rows = slice(first, first + len(group))
         mask[rows, :length] = group_mask
         encoded = model.encode(tokens, group_mask)
@@ -263,17 +269,19 @@ def beam_search(model: M2M100, sources: list[list[int]], language: int, limits: 
     caches = [Cache(key) for key, _ in memory]
     room = head.new_empty(B * beams * (len(head) + BLOCK), dtype=exact)
     answers = Answers.start(B, max(limits), head.device)
-    state = Beams.start(order, language, [limits[i] for i in order], head.new_zeros(B, dtype=exact))
-    first = torch.full((B, 1), c.decoder_start_token_id, device=head.device)
-    model.decode(first, 0, memory, mask, caches)
+    zeros = head.new_zeros(B, dtype=exact)
+    state = Beams.start(order, language, [limits[i] for i in order], zeros)
+    start = torch.full((B, 1), c.decoder_start_token_id, device=head.device)
+    model.decode(start, 0, memory, mask, caches)
     while True:
         B, K, place = state.history.shape
         state.see_themselves_()
-        hidden = model.decode(state.history[:, :, -1], place, memory, mask, caches, state.visible)
+        newest = state.history[:, :, -1]
+        hidden = model.decode(newest, place, memory, mask, caches, state.visible)
         banned = repeats(state.history.flatten(0, 1), no_repeat) if no_repeat else None
         logp, token = best_tokens(hidden.flatten(0, 1), head, 2 * beams, room, banned)
-        logp, token = logp.view(B, K, 2 * beams), token.view(B, K, 2 * beams)
-        state = extend(state, logp, token, alpha, c.eos_token_id, answers)
+        shape = B, K, 2 * beams
+        state = extend(state, logp.view(shape), token.view(shape), alpha, c.eos_token_id, answers)
 
         going = (state.finished < beams).nonzero()[:, 0]  # waits for the device, once a step
         if len(going) == 0:
@@ -281,8 +289,9 @@ def beam_search(model: M2M100, sources: list[list[int]], language: int, limits: 
         if 8 * len(going) > 7 * B and caches[0].has_room(beams):
             continue  # tidying copies the caches: only when it pays
         used = state.visible[going].any(1)
-        in_front = used.sort(descending=True, stable=True).indices
-        slots = in_front[:, :int(used.sum(1).max())]
+        used_first = used.sort(descending=True, stable=True).indices
+        most = int(used.sum(1).max())
+        slots = used_first[:, :most]
         if len(going) < B:
             mask = mask[going]
             memory = [(key[going], value[going]) for key, value in memory]

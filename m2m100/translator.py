@@ -15,8 +15,7 @@ from m2m100.tokenizer import Tokenizer, load_tokenizer
 
 @dataclass
 class Translator:
-    """A model and its tokenizer. languages: the normal codes of those it can write. fingerprint: hash of its
-    files."""
+    """A model and its tokenizer. languages: those it can write, by their normal codes. fingerprint: hash of its files."""
     model: M2M100
     tokenizer: Tokenizer
     languages: list[str]
@@ -24,19 +23,18 @@ class Translator:
 
     def check(self, source: str, targets: list[str]) -> None:
         """InputError unless it reads the source and writes every target."""
-        asked = [(source, self.tokenizer.languages), *((code, self.languages) for code in targets)]
-        for code, known in asked:
+        for code in (source, *targets):
+            known = self.tokenizer.languages if code == source else self.languages
             if code not in known:
-                near = suggestion(code, known)
-                raise InputError(f"the translator does not know the language {code!r}{near}; "
+                raise InputError(f"the translator does not know the language {code!r}{suggestion(code, known)}; "
                                  f"it knows {', '.join(sorted(known))}")
         if source in targets:
             raise InputError(f"{source!r} is to be translated into itself: give another language")
 
 
 def load(path, device="cpu", dtype: torch.dtype | None = None) -> Translator:
-    """The translator of an M2M100 or NLLB directory or hub id; dtype: bf16 on CUDA and fp32 elsewhere if none
-    is given. InputError says what is wrong with it."""
+    """The translator of an M2M100 or NLLB directory or hub id; dtype: bf16 on CUDA and fp32 elsewhere if
+    none is given. InputError says what is wrong with it."""
     path = hub.local(path, hub.TRANSLATOR_SETTINGS, hub.TRANSLATOR_WEIGHTS)
     if dtype is None:
         dtype = torch.bfloat16 if torch.device(device).type == "cuda" else torch.float32

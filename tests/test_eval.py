@@ -242,7 +242,8 @@ def test_translated_instructions_are_the_same_for_every_system_and_what_failed_a
     def translate(texts, *_):
         calls.append(len(texts))
         odd = {"Say 3": " ", "Say 5": "Say 1 1"}
-        return [Translation(odd.get(text, f"{text} {len(calls)}"), Counter(length=2) if text == "Say 7" else Counter())
+        faults = {"Say 7": Counter(length=2)}
+        return [Translation(odd.get(text, f"{text} {len(calls)}"), faults.get(text, Counter()))
                 for text in texts]
 
     monkeypatch.setattr(instructions.translate, "translate", translate)

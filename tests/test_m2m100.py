@@ -1,4 +1,4 @@
-"""The translator by hand: its network and search against transformers, its tokenizers against sentencepiece."""
+"""The translator by hand: network and search against transformers, tokenizers against sentencepiece."""
 
 import json
 import random
@@ -252,8 +252,8 @@ class Syncs(TorchDispatchMode):
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         self.waits += function in (torch.ops.aten.nonzero.default, torch.ops.aten._local_scalar_dense.default)
-        masks = [index for index in args[1] if index is not None] if function is torch.ops.aten.index.Tensor else []
-        self.waits += any(index.dtype == torch.bool for index in masks)
+        if function is torch.ops.aten.index.Tensor:
+            self.waits += any(index is not None and index.dtype == torch.bool for index in args[1])
         return function(*args, **(kwargs or {}))
 
 

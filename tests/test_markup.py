@@ -28,24 +28,42 @@ def spans(segment):
 @pytest.mark.parametrize("text, found", [
     (r"$P(A|B) = \frac{P(B|A)P(A)}{P(B)}$ is Bayes' rule", [r"$P(A|B) = \frac{P(B|A)P(A)}{P(B)}$"]),
     (r"so $\$5 + x$ and \(a | b\) and \[c\] and $$d$$", [r"$\$5 + x$", r"\(a | b\)", r"\[c\]", "$$d$$"]),
-    ("面积是$x^2$的", ["$x^2$"]), ("the $n$th one", ["$n$"]), (r"\begin{pmatrix*}1\end{pmatrix*}!", [r"\begin{pmatrix*}1\end{pmatrix*}"]),
-    ("It costs $5 and $10, or 5$ in all. US$ and CA$ too", []), ("from $HOME to $PATH", []), (r"\$5 and \$6", []),
-    ("run `cat a | grep b | wc` now", ["`cat a | grep b | wc`"]), ("``a ` b`` and `` ` ``", ["``a ` b``", "`` ` ``"]),
-    ("a lone ` tick", []), ("a\n`b\nc` d", []), ("text: ```python\nx = 1\n``` more", ["```python\nx = 1\n```"]),
-    ("See [the page](https://a.example/x_(y)?z=1 \"A title\").", ['](https://a.example/x_(y)?z=1 "A title")']),
-    ("at https://en.wikipedia.org/wiki/Foo_(bar), and (www.a.example).", ["https://en.wikipedia.org/wiki/Foo_(bar)", "www.a.example"]),
+    ("面积是$x^2$的", ["$x^2$"]),
+    ("the $n$th one", ["$n$"]),
+    (r"\begin{pmatrix*}1\end{pmatrix*}!", [r"\begin{pmatrix*}1\end{pmatrix*}"]),
+    ("It costs $5 and $10, or 5$ in all. US$ and CA$ too", []),
+    ("from $HOME to $PATH", []),
+    (r"\$5 and \$6", []),
+    ("run `cat a | grep b | wc` now", ["`cat a | grep b | wc`"]),
+    ("``a ` b`` and `` ` ``", ["``a ` b``", "`` ` ``"]),
+    ("a lone ` tick", []),
+    ("a\n`b\nc` d", []),
+    ("text: ```python\nx = 1\n``` more", ["```python\nx = 1\n```"]),
+    ("See [the page](https://a.example/x_(y)?z=1 \"A title\").",
+     ['](https://a.example/x_(y)?z=1 "A title")']),
+    ("at https://en.wikipedia.org/wiki/Foo_(bar), and (www.a.example).",
+     ["https://en.wikipedia.org/wiki/Foo_(bar)", "www.a.example"]),
     ("请看https://a.example/x。然后请联系a.b@c.example谢谢", ["https://a.example/x", "a.b@c.example"]),
     ("mail me@a-b.example.com.", ["me@a-b.example.com"]), ("a@b is none, nor x@ y", []),
     ("1️⃣ ⭐ ⏰ ▶ → ▶️ #️⃣", ["1️⃣", "⭐", "⏰", "▶", "→", "▶️", "#️⃣"]),
     ("🇩🇪🇰🇪 👍🏽 👨‍👩‍👧 ❤️‍🔥 🏴󠁧󠁢󠁥󠁮󠁧󠁿", ["🇩🇪🇰🇪", "👍🏽", "👨‍👩‍👧", "❤️‍🔥", "🏴󠁧󠁢󠁥󠁮󠁧󠁿"]),
+    ("©️ and © ✅ ☎️ ㊗️ ├── src", ["©️", "✅", "☎️", "㊗️", "├──"]),
+    ("<![CDATA[ a < b\n]]> and <%= name %>", ["<![CDATA[ a < b\n]]>", "<%= name %>"]),
+    ('{{ user["name"] | upper }} {% if a %} ${HOME}',
+     ['{{ user["name"] | upper }}', "{% if a %}", "${HOME}"]),
+    ("It costs $3bn to the US$ holder", []), ("$2x + 3$ and $5 \\bmod 3$", ["$2x + 3$", "$5 \\bmod 3$"]),
     ("क्‍षत्रिय and می‌خواهم", []), ("12 * 3 # 4", []),
     ("a &lt;b&gt; &#39;c&#x27; d&nbsp;e, AT&T; R&D", ["&lt;", "&gt;", "&#39;", "&#x27;", "&nbsp;"]),
-    ("x < y and y > z, a<b", []), ("I <3 you > all", []), ("<br><br/> <YOUR_KEY> <!DOCTYPE html>", ["<br><br/>", "<YOUR_KEY>", "<!DOCTYPE html>"]),
+    ("x < y and y > z, a<b", []),
+    ("I <3 you > all", []),
+    ("<br><br/> <YOUR_KEY> <!DOCTYPE html>", ["<br><br/>", "<YOUR_KEY>", "<!DOCTYPE html>"]),
     ('<img\n  alt="a > b"\n  src="x">!', ['<img\n  alt="a > b"\n  src="x">']),
     ("the <code> tag", ["<code>"]), ("so <CODE class=a>x y</code> is code", ["<CODE class=a>x y</code>"]),
-    ("<script async>\nlet word = 1;\n</script> and <style>p {color: red}</style>", ["<script async>\nlet word = 1;\n</script>", "<style>p {color: red}</style>"]),
+    ("<script async>\nlet word = 1;\n</script> and <style>p {color: red}</style>",
+     ["<script async>\nlet word = 1;\n</script>", "<style>p {color: red}</style>"]),
     ("<pre>\nnever closed", ["<pre>\nnever closed"]), ("the <pre> tag is a word", ["<pre>"]),
-    ("<!-- a\n\nb --> c <!-- d", ["<!-- a\n\nb -->", "<!-- d"]), ("<?php echo 'the words';", ["<?php echo 'the words';"]),
+    ("<!-- a\n\nb --> c <!-- d", ["<!-- a\n\nb -->", "<!-- d"]),
+    ("<?php echo 'the words';", ["<?php echo 'the words';"]),
     ("Hello {name}, {{ user.name }}, %s, [1] and [12]", ["{name}", "{{ user.name }}", "%s", "[1]", "[12]"]),
     ("$$\n\nis slang, so is $$", []), ("\\[\nx\n\\] y", ["\\[\nx\n\\]"]),
 ])
@@ -56,7 +74,8 @@ def test_spans_are_found_whole(text, found):
 @pytest.mark.parametrize("text, after", [
     ("```\na\n```\nafter", "after"), ("````\n```\nin\n```\nin\n````\nafter", "after"),
     ("~~~~ md\n~~~\n```\n~~~~~  \nafter", "after"), ("```\nin\n~~~\n``` no\n```\nafter", "after"),
-    ("> ```sh\n> in\n> ```\nafter", "after"), ("1. ```\n   in\n   ```\n2. after", "after"),
+    ("> ```sh\n> in\n> ```\nafter", "after"), ("> ```\n> in\n\nafter", "after"),
+    ("1. ```\n   in\n   ```\n2. after", "after"),
     ("```r\r\nin\r\n```\r\nafter", "after"), ("   ```\n   in\n   ```\nafter", "after"),
     ("```\nnever closed\n", None), ("~~~\nin\n```\n", None), ("`````\nin\n````\nin", None),
 ])
@@ -78,7 +97,9 @@ def test_spans_hide_behind_marks_and_come_back():
 
 @pytest.mark.parametrize("line", [
     "|x| is never negative", "a || b, and so on", "||x|| <= |a| + |b|", "|a + b| ≤ |a| + |b|", "|a| and |b|",
-    "the state |0⟩ + |1⟩", "| x > 0 = one", "| otherwise = zero", "cat file | sort | uniq -c", "| x | + | y |",
+    "the state |0⟩ + |1⟩", "| x > 0 = one", "| otherwise = zero", "cat file | sort | uniq -c",
+    "| x | + | y |", "string | number | null", "expr ::= term | factor | <x>", "(foo|bar|baz)",
+    "|x|·|y| = |xy|",
     "P(A|B) and P(B|A)", "either | or", "f :: a -> b | c -> d", "{ x | x in A | x > 0 }"])
 def test_a_line_with_pipes_is_no_table(line):
     assert texts(line) == [line]
@@ -87,12 +108,16 @@ def test_a_line_with_pipes_is_no_table(line):
 
 @pytest.mark.parametrize("table, cells", [
     ("| Name | The value |\n|:---|---:|\n| the lion | big |", ["Name", "The value", "the lion", "big"]),
-    ("Name | The value\n--- | :-:\nthe lion | big\n\na | b", ["Name", "The value", "the lion", "big", "a | b"]),
+    ("Name | The value\n--- | :-:\nthe lion | big\n\na | b",
+     ["Name", "The value", "the lion", "big", "a | b"]),
     ("| a \\| b | c |\n|---|---|\n| `x|y` is | $P(A|B)$ |", ["a \\| b", "c", "`x|y` is"]),
     ("> | one | two |\n> |---|---|\n> |three|four|", ["one", "two", "three", "four"]),
     ("before\n| one |\n|---|\n| two |\nafter", ["before", "one", "two", "after"]),
     ("| one | two |\n|---|---|\n|| three |\r\nafter", ["one", "two", "three", "after"]),
     ("| the lion | is big |", ["the lion", "is big"]),
+    ("|one|two|\n|three|four|\n|five||\n\n|six|seven|",
+     ["one", "two", "three", "four", "five", "|six|seven|"]),
+    ("|Name |Value |\n|lion |big |", ["Name", "Value", "lion", "big"]),
     ("one | two\n---\nthree | four", ["one | two", "three | four"]),
     ("one\n---|---\nthree | four", ["one", "three | four"]),
 ])
@@ -142,10 +167,12 @@ def test_no_span_is_cut_and_marks_count_for_their_spans():
 # ---- prose ----
 
 def test_prose_is_what_a_reader_reads():
-    document = ("# Kichwa\n\nHabari `print(x)` ya [dunia](https://a.example) leo, $x^2$ na me@a.example &amp; <b>wewe</b>.\n"
-                "```python\nthe = code\n```\n| jina | thamani |\n|---|---|\n| simba | 5 |\n<script>the = 1</script>\n")
+    document = ("# Kichwa\n\nHabari `print(x)` ya [dunia](https://a.example) leo, $x^2$ na me@a.example "
+                "&amp; <b>wewe</b>.\n```python\nthe = code\n```\n| jina | thamani |\n|---|---|\n"
+                "| simba | 5 |\n<script>the = 1</script>\n")
     assert prose(document).split() == "Kichwa Habari ya [dunia leo, na wewe . jina thamani simba".split()
-    assert prose("One. Two.\n\nThree") == "One. Two.\n\nThree" and prose("") == "" and not prose("`a` 5").strip()
+    assert prose("One. Two.\n\nThree") == "One. Two.\n\nThree"
+    assert prose("") == "" and not prose("`a` 5").strip()
 
 
 # ---- nothing is lost, and no text takes long ----
@@ -157,17 +184,20 @@ def test_the_parts_of_real_replies_joined_are_the_replies(shared):
             assert "".join(part for _, part in parse(text, lambda s: len(s) < 200)) == text
 
 
-PIECES = ["|", "||", "\\|", "`", "``", "```", "````", "~~~", "\n", "\n\n", "\r\n", " ", "    ", "\t", "$", "$$", "\\(", "\\)",
-          "\\[", "\\]", "<", ">", "<pre>", "</pre>", "<script>", "<!--", "-->", "](", ")", "[", "[0]", "{", "}", "&amp;",
-          "\\begin{a}", "\\end{a}", "|---|---|", "--- | ---", "- ", "1. ", "> ", "# ", "word", "The lion. ", "狮子。", "😀",
-          "1️⃣", "\u200d", "\ufe0f", "a@b.c", "https://a.b/c", "www.", "...", "e.g. ", "%s", "\\", "\0", "\u2028"]
+PIECES = [
+    "|", "||", "\\|", "`", "``", "```", "````", "~~~", "\n", "\n\n", "\r\n", " ", "    ", "\t", "$", "$$",
+    "\\(", "\\)", "\\[", "\\]", "<", ">", "<pre>", "</pre>", "<script>", "<!--", "-->", "](", ")", "[",
+    "[0]", "{", "}", "&amp;", "\\begin{a}", "\\end{a}", "|---|---|", "--- | ---", "- ", "1. ", "> ", "# ",
+    "word", "The lion. ", "狮子。", "😀", "1️⃣", "\u200d", "\ufe0f", "a@b.c", "https://a.b/c", "www.", "...",
+    "e.g. ", "%s", "\\", "\0", "\u2028",
+]
 
 
 def check_nothing_lost(text):
     for size in (3, 40):
         parts = parse(text, lambda s: len(s) < size)
         assert "".join(string for _, string in parts) == text
-        assert all(kind == KEEP or "\n" not in string or string in "".join(spans(text)) for kind, string in parts)
+        assert all(kind == KEEP or "\n" not in string for kind, string in parts)
     hidden, found = hide(text)
     assert "[" in text or show(hidden, found) == text
     assert prose(text).count("\n") <= text.count("\n")
@@ -195,11 +225,14 @@ def test_nothing_is_lost_of_any_text():
 
 
 SIZE = 200_000
-REPEATED = ["a", ".", " ", "`", "$", "<", "[", "(", "*", "{", "\\", "|", "-", "_", "~", "&", "%", "@", "#", "\t", "\n", "。", "狮",
-            "😀", "\u200d", "` ", "$a ", "$ a ", "<a", "<a ", "<a b=\"", "<a x=", "](", "](a", "](a(", "\\(", "\\[", "(a", "[a",
-            "\\begin{a}", "<pre>", "<pre\n", "<!--", "<!-", "<?php ", "a@", "www.", "http://", "{a ", "&a", "| ", "|\n", "|-",
-            "|-|-|\n", "- ", "> ", "1. ", "a. ", "e.g. ", ".\"", ".. a", ".)", "a, ", "a ", "a\n", "\r\n", "````\n", "~~~\n",
-            "`a` b. ", "😀 a ", "<code>a</code> b. ", "|x| ", "1\ufe0f", "\"", ' ](a "', "狮子。", "The lion, he said. "]
+REPEATED = [
+    "a", ".", " ", "`", "$", "<", "[", "(", "*", "{", "\\", "|", "-", "_", "~", "&", "%", "@", "#", "\t",
+    "\n", "。", "狮", "😀", "\u200d", "` ", "$a ", "$ a ", "<a", "<a ", "<a b=\"", "<a x=", "](", "](a",
+    "](a(", "\\(", "\\[", "(a", "[a", "\\begin{a}", "<pre>", "<pre\n", "<!--", "<!-", "<?php ", "a@",
+    "www.", "http://", "{a ", "&a", "| ", "|\n", "|-", "|-|-|\n", "- ", "> ", "1. ", "a. ", "e.g. ", ".\"",
+    ".. a", ".)", "a, ", "a ", "a\n", "\r\n", "````\n", "~~~\n", "`a` b. ", "😀 a ", "<code>a</code> b. ",
+    "|x| ", "1\ufe0f", "\"", ' ](a "', "狮子。", "The lion, he said. ",
+]
 
 
 def nasty_texts():
@@ -227,8 +260,9 @@ def check_time(text, most):
     assert took < most, f"{text[:30]!r}... ({len(text):,} characters): {took:.1f} s"
 
 
-@pytest.mark.parametrize("text", ["a" * 32_000, "." * 40_000, "a" + " " * 100_000 + "b", "$" * 20_000, "<a" * 10_000,
-                                  "[" * 20_000, "(" * 20_000, "*" * 20_000, "` " * 10_000, "e.g. " * 10_000, "a. B " * 10_000])
+@pytest.mark.parametrize("text", [
+    "a" * 32_000, "." * 40_000, "a" + " " * 100_000 + "b", "$" * 20_000, "<a" * 10_000, "[" * 20_000,
+    "(" * 20_000, "*" * 20_000, "` " * 10_000, "e.g. " * 10_000, "a. B " * 10_000])
 def test_no_document_takes_long(text):
     """A quadratic step takes minutes where these take parts of a second."""
     check_time(text, 1)
