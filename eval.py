@@ -13,96 +13,38 @@ import argparse
 import asyncio
 import json
 import math
-import re
 import sys
 from collections import Counter
 from dataclasses import asdict
 from pathlib import Path
 
-import torch
 from tqdm import tqdm
 
 import model as llama
-import translate
 from engine import flags, ranks
 from engine.files import InputError, Journal, check_unicode, fingerprint, run, write_json
 from engine.flags import REQUIRED
 from evals import choice, comparison, judge, plots
-from evals.answers import HASH_DIGITS, Decoding
-from evals.instructions import answer_instructions, model_outputs, read_instructions
+from evals.answers import Decoding
+from evals.instructions import (answer_instructions, model_outputs, read_instructions,
+                                translate_instructions)
 from evals.report import table
+from evals.systems import (DEFAULT_MODEL, check_system, compute_dtype, directory_name, find_base, open_model,
+                           out_directory)
 from evals.verdict import VERDICT
-from evals.winrate import (annotation_records, answer_settings, describe_failures, describe_rate, judge_details,
-                           keep_verdicts, left_to_judge, pair_outputs, read_annotations, win_rate)
+from evals.winrate import (annotation_records, answer_settings, describe_failures, describe_rate,
+                           judge_details, keep_verdicts, left_to_judge, pair_outputs, read_annotations,
+                           win_rate)
 from formats import hub
 from formats.chat import Tokenizer, load_tokenizer
 from formats.languages import normal, split_commas
 from formats.records import describe_counts, read_rows, require_languages
-from formats.weights import DTYPES, adapter_base, read_adapter
+from formats.weights import DTYPES, adapter_base
 
-DEFAULT_MODEL = "demo/llama"
 JUDGE = "gpt-4o"
-LONGEST_NAME = 120          # characters of a directory's name; file systems hold 255 bytes
-TRANSLATED_AT_ONCE = 16     # instructions between two writes
 
 
-# -------------------------------------------------------------------------------------------- model and files
-
-def find_base(model: str | None, adapter: str | None) -> str:
-    """The checkpoint that --model or else the adapter names."""
-    if model or not adapter:
-        return model or DEFAULT_MODEL
-    return adapter_base(adapter)
-
-
-def check_system(base: str, adapter: str | None) -> None:
-    """Fetch what is not on this machine, and refuse a checkpoint or an adapter that will not load, before
-    hours of other work."""
-    directory = hub.local(base)
-    load_tokenizer(directory)
-    _, weights, names = llama.open_checkpoint(directory)
-    if adapter:
-        read_adapter(adapter, weights, names)
-
-
-def compute_dtype(dtype: str, device: str) -> str:
-    if dtype != "auto":
-        return dtype
-    return "bf16" if device.startswith("cuda") else "fp32"
-
-
-def open_model(model: str | None, adapter: str | None, device: str, dtype: str,
-               template_args: str | None = None) -> tuple[llama.Llama, Tokenizer, dict]:
-    """The model that --model and --adapter name, its tokenizer,
-    and the settings that stand beside its numbers."""
-    base, dtype = find_base(model, adapter), compute_dtype(dtype, device)
-    tokenizer = load_tokenizer(hub.local(base), template_args)
-    print(f"loading {base}{f' with {adapter}' if adapter else ''}: {dtype} on {device}", flush=True)
-    loaded = llama.load(base, device, DTYPES[dtype], adapter)
-    settings = {"model": str(base), "model hash": weights_hash(hub.local(base)),
-                "adapter": adapter, "adapter hash": adapter and weights_hash(Path(adapter)),
-                "tokenizer and template": tokenizer.fingerprint[:HASH_DIGITS], "template_args": template_args,
-                "dtype": dtype, "device": device, "torch": torch.__version__}
-    return loaded, tokenizer, settings
-
-
-def weights_hash(path: Path) -> str:
-    """Of the contents of a checkpoint's or adapter's weight files."""
-    return fingerprint(*sorted(path.glob("*.safetensors")))[:HASH_DIGITS]
-
-
-def out_directory(system: str | None, *names: str) -> Path:
-    """runs/eval/NAMES-SYSTEM: one directory for each evaluation of each model or adapter."""
-    return Path("runs/eval") / directory_name(*names, Path(system or DEFAULT_MODEL).as_posix().strip("./"))
-
-
-def directory_name(*names: str) -> str:
-    """The names that say something, joined; a long one is cut and gets a hash."""
-    name = re.sub(r"[\s/]+", "-", "-".join(filter(None, names)))
-    if len(name) > LONGEST_NAME:
-        name = f"{name[:LONGEST_NAME]}-{fingerprint(name)[:6]}"
-    return name
-
+# ---------------------------------------------------------------------------------------------------- figures
 
 def finish(out: Path, settings: dict, figures: dict, **details) -> None:
     """result.json: the figures and everything they depend on. `compare` reads it."""
@@ -111,7 +53,9 @@ def finish(out: Path, settings: dict, figures: dict, **details) -> None:
 
 
 def with_error(value: float, error: float | None, digits: int = 2) -> str:
-    return f"{value:.{digits}f}" + ("" if error is None else f" ± {error:.{digits}f}")
+    if error is None:
+        return f"{value:.{digits}f}"
+    return f"{value:.{digits}f} ± {error:.{digits}f}"
 
 
 # -------------------------------------------------------------------------------------------------------- ask
@@ -137,7 +81,8 @@ def ask(args) -> None:
     systems = [None, *adapters] if args.beside or not adapters else adapters
     for system in systems:
         check_system(base, system)
-    tokenizer, dtype = load_tokenizer(base, args.template_args), DTYPES[compute_dtype(args.dtype, args.device)]
+    tokenizer = load_tokenizer(base, args.template_args)
+    dtype = DTYPES[compute_dtype(args.dtype, args.device)]
     tell_notes(tokenizer)
     models = {}
     for system in systems:
@@ -164,6 +109,7 @@ def answer_with_all(models: dict, tokenizer, question: str, how: Decoding) -> No
     for name, model in models.items():
         if len(models) > 1:
             print(f"{name}:", flush=True)
+        print(f"answering, at most {how.max_tokens} tokens", file=sys.stderr, flush=True)
         (text, tokens), = how.replies(model, tokenizer, [question])
         print(text or "(an empty reply)")
         if tokens >= how.max_tokens:
@@ -244,8 +190,8 @@ def perplexity(args) -> None:
     other tokenizers can be compared with, and its exponential."""
     counts = Counter()
     args.data = str(hub.data_file(args.data))
-    rows = require_languages(read_rows(args.data, args.source, counts=counts, targets=[args.lang], unique=True),
-                             args.source, args.lang)
+    rows = read_rows(args.data, args.source, counts=counts, targets=[args.lang], unique=True)
+    rows = require_languages(rows, args.source, args.lang)
     print(f"{args.data}: {describe_counts(counts)}")
     rows = [row for row in rows if row.get("split", args.split) == args.split] if args.split else rows
     if not rows:
@@ -310,64 +256,27 @@ def score_responses(model, tokenizer, rows: list[dict], place: str, language: st
 
 # ------------------------------------------------------------------------------------------------- AlpacaEval
 
-def translate_instructions(items: list[dict], args) -> list[dict]:
-    """The items in --lang. The translation is kept under a hash of what made it, so that every system gets
-    the same strings, byte for byte: alpaca_eval joins answers on them."""
-    translator = translate.load(args.translator, args.device)
-    translator.check(args.source, [args.lang])
-    settings = {"translator": translator.fingerprint, "source": args.source, "lang": args.lang,
-                "beams": args.beams}
-    key = fingerprint([item["instruction"] for item in items], settings)[:HASH_DIGITS]
-    path = Path("runs/eval") / f"instructions-{args.lang}-{key}.jsonl"
-    with Journal(path, settings, ("source", "instruction", "faults")) as journal, \
-            tqdm(total=len(items), initial=len(journal.done), desc=f"translate to {args.lang}",
-                 unit="instruction") as bar:
-        for first in range(len(journal.done), len(items), TRANSLATED_AT_ONCE):
-            texts = [item["instruction"] for item in items[first:first + TRANSLATED_AT_ONCE]]
-            for text, drawn in zip(texts, translate.translate(
-                    texts, args.source, args.lang, translator, args.beams)):
-                journal.add({"source": text, "instruction": drawn, "faults": drawn.faults})
-            bar.update(len(texts))
-    print(f"translated instructions, the same for every system: {path}")
-    return keep_translated(items, journal.done)
-
-
-def keep_translated(items: list[dict], lines: list[dict]) -> list[dict]:
-    """The items with their translations; those that failed a check, are empty or equal an earlier one are
-    left out and counted."""
-    kept, left_out = {}, Counter()
-    for item, line in zip(items, lines):
-        text = line["instruction"]
-        if line["faults"]:
-            left_out.update(line["faults"].keys())
-        elif not text.strip() or text in kept:
-            left_out["empty" if not text.strip() else "equal to an earlier one"] += 1
-        else:
-            kept[text] = item | {"instruction": text}
-    if len(kept) < len(items):
-        reasons = ", ".join(f"{number} {reason}" for reason, number in left_out.most_common())
-        print(f"{len(items) - len(kept)} of {len(items)} translated instructions are left out: {reasons}")
-    if not kept:
-        raise InputError("no translated instruction is left, for the reasons above: give instructions in the "
-                         "language, without --translator")
-    return list(kept.values())
-
-
 def alpaca(args) -> None:
     """Answer a list of instructions; model_outputs.json is what alpaca_eval and `judge` read."""
     language = args.source if args.translator else args.lang
     items = read_instructions(args.instructions, language)[:args.limit]
     check_system(find_base(args.model, args.adapter), args.adapter)
     if args.translator:
-        items = translate_instructions(items, args)
+        items = translate_instructions(items, args.translator, args.device, args.source, args.lang,
+                                       args.beams)
     model, tokenizer, settings = open_model(args.model, args.adapter, args.device, args.dtype,
                                             args.template_args)
     tell_notes(tokenizer)
     how = decoding(args)
-    settings |= {"language": args.lang, "instructions": args.instructions, "translator": args.translator,
-                 "instructions hash": fingerprint([item["instruction"] for item in items]),
-                 "batch": args.batch_size, **asdict(how)}
-    system, part = args.adapter or args.model, f"first {args.limit}" if args.limit else ""
+    settings |= {
+        "language": args.lang,
+        "instructions": args.instructions,
+        "translator": args.translator,
+        "instructions hash": fingerprint([item["instruction"] for item in items]),
+        "batch": args.batch_size,
+        **asdict(how)}
+    system = args.adapter or args.model
+    part = f"first {args.limit}" if args.limit else ""
     out = args.out or out_directory(system, "alpaca", args.lang, part)
     keys = ("instruction", "output", "tokens")
     with Journal(out / "answers.jsonl", settings, keys, args.fresh) as journal:
@@ -391,10 +300,16 @@ def judge_outputs(args) -> None:
     asked = judge.connect(args.judge_model, args.judge_tokens, args.timeout, args.attempts)
     pairs = pair_outputs(args.outputs, args.reference)[:args.limit]
     settings = answer_settings(args.outputs, args.reference)
-    settings |= {"pairs": len(pairs), "judge": args.judge_model, "judge prompt": judge.prompt_hash(),
-                 "judge tokens": args.judge_tokens, "judge temperature": 0, "verdict": VERDICT,
-                 "order": args.order, "order seed": args.seed,
-                 "language": args.lang or settings.get("language")}
+    settings |= {
+        "pairs": len(pairs),
+        "judge": args.judge_model,
+        "judge prompt": judge.prompt_hash(),
+        "judge tokens": args.judge_tokens,
+        "judge temperature": 0,
+        "verdict": VERDICT,
+        "order": args.order,
+        "order seed": args.seed,
+        "language": args.lang or settings.get("language")}
     out = args.out or judge_directory(args.outputs, args.reference, args.judge_model, args.order, args.limit)
     model, reference = pairs[0]["generator_2"], pairs[0]["generator_1"]
     figure = f"win rate over {reference}"
@@ -411,8 +326,8 @@ def judge_outputs(args) -> None:
     print(f"{model} against {reference}: {describe_rate(rate)}")
     details = judge_details(journal.done, args.price_in, args.price_out)
     kinds = Counter(fault.kind for fault in failed)
-    figures = {figure: {"value": rate["win_rate"], "stderr": rate["standard_error"], "n": rate["n_total"]}}
-    finish(out, settings, figures, win_rate=rate, failed=kinds, **details)
+    value = {"value": rate["win_rate"], "stderr": rate["standard_error"], "n": rate["n_total"]}
+    finish(out, settings, {figure: value}, win_rate=rate, failed=kinds, **details)
 
 
 def judge_directory(outputs: str, reference: str, judge_model: str, order: str, limit: int | None) -> Path:
@@ -549,7 +464,7 @@ def add_winrate(parser) -> None:
 
 def add_compare(parser) -> None:
     parser.add_argument("runs", nargs="+", metavar="RUN",
-                        help="run directories of clo.py, directories of mc, perplexity, judge, or what holds them")
+                        help="directories of clo.py, mc, perplexity and judge, or what holds them")
     add = flags.group(parser, "table")
     add("--baseline", str, "sft", "method the others are compared with, question by question")
     add("--plot", str, None, "draw learning curves and the trade-off into this directory")

@@ -1,7 +1,7 @@
 """Replies to held-out questions: made greedily, compared with the expected answers, kept on disk.
 
-A reply is *correct* when it equals the row's response in the language of the question but for case, spaces and
-final punctuation (`normalise`). That is asked only where every expected answer is short; what open-ended
+A reply is *correct* when it equals the row's response in the language of the question but for case, spaces
+and final punctuation (`normalise`). That is asked only where every expected answer is short; what open-ended
 replies are worth is told by the other figures (figures.py).
 """
 
@@ -21,8 +21,8 @@ from evals.language import LanguageModel, reply_language
 
 HASH_DIGITS = 16
 
-# Unicode's punctuation that is part of an answer: "C#", "50%", "A*", "6'", "[0, 1)" and "A-" are not "C", "50",
-# "A", "6", "[0, 1" and "A". Dashes (Pd), connectors (Pc) and opening brackets (Ps) are kept by their category.
+# Unicode's punctuation that is part of an answer: "C#", "50%", "A*", "[0, 1)" are not "C", "50", "A", "[0, 1".
+# Dashes (Pd, as in "A-"), connectors (Pc) and opening brackets (Ps) are kept by their category.
 PART_OF_ANSWER = set("#%&*@/\\)]}†‡‰‱′″‴٪؉؊׳״")
 FINAL_CATEGORIES = ("Po", "Pe", "Pi", "Pf")
 # Spaces without width, soft hyphens, marks of direction and of an emoji's style. Joiners and flags are text.
@@ -34,8 +34,8 @@ DOTTED = {"tr", "tur", "az", "aze", "azj"}      # languages whose small I is ı,
 
 def normalise(text: str, language: str = "") -> str:
     """What of a text has to be equal: small letters, one space between words, no final punctuation; Unicode's
-    composed form and one width, without invisible marks (zero-width spaces, soft hyphens, marks of direction).
-    Accents, other punctuation, superscripts and the script of digits are part of an answer."""
+    composed form and one width, without invisible marks (zero-width spaces, soft hyphens, direction). Accents,
+    other punctuation, superscripts and the script of digits are part of an answer."""
     text = re.sub(f"[{INVISIBLE}]", "", text)
     text = unicodedata.normalize("NFC", text)
     text = "".join(map(one_width, text))
@@ -120,7 +120,8 @@ def answer_and_score(model, tokenizer, rows: list[dict], languages: tuple[str, .
     for language in languages:
         questions = [row[language]["prompt"] for row in asked]
         replies = answer(model, tokenizer, questions, max_tokens, system, f"answer {language}")
-        own = [answer_line(row, language, languages, *reply, classifier) for row, reply in zip(asked, replies)]
+        own = [answer_line(row, language, languages, reply, ends, classifier)
+               for row, (reply, ends) in zip(asked, replies)]
         if reference_nll is not None:
             for line, nats in zip(own, reference_nll[language], strict=True):
                 line["reference_nll"] = nats

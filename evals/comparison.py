@@ -3,8 +3,9 @@
     python eval.py compare runs/sw-0 runs/sw-1 runs/sw-2 --baseline sft --plot plots
 
 It puts runs over methods, seeds, sample sizes and languages into one table: mean and standard error over
-seeds, and for what was answered question by question a paired bootstrap against a named baseline. Directories
-that `eval.py mc`, `perplexity` and `judge` wrote for a run's adapter add their figures to the row of that run.
+seeds, and for what was answered question by question a paired bootstrap against a named baseline.
+Directories that `eval.py mc`, `perplexity` and `judge` wrote for a run's adapter add their figures to the row
+of that run.
 """
 
 import json
@@ -141,8 +142,8 @@ class Run:
         return self.report["lang"].split(",")
 
     def result(self, method: str, target: str) -> Result:
-        """What is known of a method before anything is read. A target language is called "sw", or "sw (sw,yo)"
-        where the run had several."""
+        """What is known of a method before anything is read. A target language is called "sw", or
+        "sw (sw,yo)" where the run had several."""
         lang = self.report["lang"]
         language = target if target == lang else f"{target} ({lang})"
         size, seed = str(self.report["samples"]), str(self.report["seed"])
@@ -166,10 +167,13 @@ def label_methods_(runs: list[Run]) -> None:
             for name in run.flags.keys() - unread_flags(method, run.flags):
                 found = values.setdefault((method, run.report["lang"], name), set())
                 found.add(json.dumps(run.flags[name]))
-    differing = {(method, name) for (method, _, name), found in values.items() if len(found) > 1}
+    differing = {}
+    for (method, _, name), found in values.items():
+        if len(found) > 1:
+            differing.setdefault(method, set()).add(name)
     for run in runs:
         for method in run.report["methods"]:
-            names = sorted(name for other, name in differing if other == method)
+            names = sorted(differing.get(method, ()))
             told = [f"{name.replace('_', '-')}={run.flags.get(name)}" for name in names]
             run.labels[method] = " ".join([method, *told])
 
@@ -218,7 +222,8 @@ def origins(settings: dict, runs: list[Run]) -> list[tuple[Run, str]]:
             return [(run, trained.name)]
     if settings.get("adapter") or not named:
         return []
-    return [(run, "base") for run in runs if named in (run.flags.get("base"), run.flags.get("model"))]
+    return [(run, "base") for run in runs
+            if named in (run.flags.get("base"), run.flags.get("model"))]
 
 
 def read_evaluation(directory: Path, runs: list[Run]) -> list[Result]:
@@ -238,7 +243,8 @@ def read_evaluation(directory: Path, runs: list[Run]) -> list[Result]:
         results = [Result(language, "-", str(model), "-")]
     lines = [line for line in load_lines(directory / "answers.jsonl", ()) if "scores" in line]
     for name, figure in figures.items():
-        scores = {line["question"]: line["scores"][name] for line in lines if name in line["scores"]}
+        scores = {line["question"]: line["scores"][name]
+                  for line in lines if name in line["scores"]}
         value = Value(figure["value"], figure.get("stderr"), figure.get("digits", 2))
         for result in results:
             result.figures[name] = value
@@ -271,7 +277,7 @@ def read_results(directories: list[Path]) -> list[Result]:
 
 
 def merge_(known: Result, other: Result, directory: Path) -> None:
-    """Add the figures of `other` to those of the same model; InputError when both have one and they differ."""
+    """Add the figures of `other` to those of the same model; InputError when both have one that differs."""
     for name, figure in other.figures.items():
         if known.figures.setdefault(name, figure).value != figure.value:
             raise InputError(f"{directory}: a second, different {name!r} for {' '.join(known.row)}, "
@@ -287,8 +293,10 @@ Rows = dict[tuple[str, str, str], list[Result]]     # {(language, samples, metho
 
 def mean_and_error(values: list[float]) -> tuple[float, float | None]:
     """Mean, and its standard error over the values (None for a single one)."""
-    n, mean = len(values), statistics.fmean(values)
-    return mean, statistics.stdev(values) / math.sqrt(n) if n > 1 else None
+    mean = statistics.fmean(values)
+    if len(values) == 1:
+        return mean, None
+    return mean, statistics.stdev(values) / math.sqrt(len(values))
 
 
 def by_row(results: list[Result]) -> Rows:

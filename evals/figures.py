@@ -1,9 +1,9 @@
 """What a set of replies amounts to: each figure with its standard error, and the difference of two models.
 
-A *figure* is a function of sums over questions: a share is right / asked, bits per byte are bits / bytes, chrF
-is a formula over n-gram counts. So one line of answers.jsonl gives a few *counts*, shape (K,), and everything
-else follows from their sums: the figure, its error (one question left out at a time) and the difference of
-two models on the same questions (paired bootstrap over questions).
+A *figure* is a function of sums over questions: a share is right / asked, bits per byte are bits / bytes,
+chrF is a formula over n-gram counts. So one line of answers.jsonl gives a few *counts*, shape (K,), and
+everything else follows from their sums: the figure, its error (one question left out at a time) and the
+difference of two models on the same questions (paired bootstrap over questions).
 
 References: chrF (Popović 2015, W15-3049; Post 2018, W18-6319, whose numbers these are), Wilson's centre
 (Wilson 1927), jackknife and bootstrap (Efron and Tibshirani 1993, ch. 11 and 16), paired bootstrap (Koehn
@@ -42,7 +42,7 @@ def character_ngrams(text: str, n: int) -> Counter:
     return Counter(text[start:start + n] for start in starts)
 
 
-@lru_cache(maxsize=1 << 16)         # the report, its closing sentence and result.json ask for the same replies
+@lru_cache(maxsize=1 << 14)         # the report, its closing sentence and result.json ask for the same ones
 def chrf_counts(reply: str, expected: str) -> Counts:
     """For each n-gram length: n-grams of the reply, of the expected answer, and common to both. White space
     does not count; lengths that the expected answer lacks count for nothing."""
@@ -158,7 +158,7 @@ class Sample:
 
     @property
     def error(self) -> float | None:
-        """Standard error over questions: binomial for a share, else the jackknife's; None for one question."""
+        """Standard error over questions: binomial for a share, else the jackknife's; None for one."""
         n = len(self.counts)
         if self.figure.is_share:
             return binomial_error(self.value, n)
@@ -184,8 +184,8 @@ def is_short(expected: str) -> bool:
 
 
 def question_keys(lines: list[dict]) -> list[Key]:
-    """What identifies each answer's question in other runs, too: its row and texts, and where a file holds the
-    very same question again, the how manieth it is."""
+    """What identifies each answer's question in other runs, too: its row and texts, and where a file holds
+    the very same question again, its number among them."""
     seen, keys = Counter(), []
     for line in lines:
         question = line["row_id"], line["prompt"], line["expected"]
@@ -299,6 +299,7 @@ def with_questions(counts: np.ndarray, *more: Counts) -> np.ndarray:
 
 
 def of_seeds(figure: Figure, counts: np.ndarray, weights: np.ndarray) -> np.ndarray:
-    """The figure under weights of the questions, (..., n) -> (...), averaged over seeds; counts (seeds, n, K)."""
+    """The figure under weights of the questions, (..., n) -> (...), averaged over seeds.
+    counts (seeds, n, K)."""
     values = [figure.of_sums(weights @ table) for table in counts]
     return np.mean(values, axis=0)

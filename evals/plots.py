@@ -132,13 +132,15 @@ def plot_curves(results: list[Result], path: Path) -> bool:
     across = 2 if len(languages) <= 2 else PANELS_ACROSS
     figure, axes = panels(plt, across, len(places))
     for axis, (language, place) in zip(axes, places):
-        for row, group in rows.items():
-            if row[0] == language:
-                _, size, method = row
-                line = LINES[sizes.index(size) % len(LINES)]
-                axis.plot(*mean_curve(group, place), **style(methods.index(method)), linestyle=line,
-                          label=f"{method}, {size} samples")
-        finish_panel(axis, f"{language}: held out, {place} language", "optimiser step", "NLL (nats per token)")
+        for (own, size, method), group in rows.items():
+            if own != language:
+                continue
+            steps, means = mean_curve(group, place)
+            line = LINES[sizes.index(size) % len(LINES)]
+            axis.plot(steps, means, **style(methods.index(method)), linestyle=line,
+                      label=f"{method}, {size} samples")
+        finish_panel(axis, f"{language}: held out, {place} language",
+                     "optimiser step", "NLL (nats per token)")
         axis.xaxis.get_major_locator().set_params(integer=True)
     add_legend(figure, axes, "mean over seeds")
     save(plt, figure, path)
@@ -160,7 +162,8 @@ def plot_tradeoff(results: list[Result], path: Path) -> bool:
     figure, axes = panels(plt, min(len(languages), PANELS_ACROSS), len(languages))
     for axis, language in zip(axes, languages):
         for i, method in enumerate(methods):
-            groups = {row[1]: group for row, group in rows.items() if row[::2] == (language, method)}
+            of_sizes = {size: rows.get((language, size, method)) for size in sizes}
+            groups = {size: group for size, group in of_sizes.items() if group}
             if groups:
                 draw_points(axis, i, method, groups, traded[0], numbered=len(sizes) > 1)
         finish_panel(axis, f"{language}, {', '.join(sizes)} samples",
@@ -209,7 +212,8 @@ def draw_points(axis, i: int, method: str, groups: dict[str, list[Result]], trad
     sizes = {}
     for size, *place in zip(groups, x, y):
         sizes.setdefault(tuple(place), []).append(size)
-    right, up, across, along = CORNERS[i % len(CORNERS)]
+    *offset, across, along = CORNERS[i % len(CORNERS)]
     for place, found in sizes.items():
-        axis.annotate(", ".join(found), place, textcoords="offset points", xytext=(right, up),
-                      fontsize=LEGEND_SIZE, ha=across, va=along)
+        text = ", ".join(found)
+        axis.annotate(text, place, xytext=offset, textcoords="offset points", ha=across, va=along,
+                      fontsize=LEGEND_SIZE)

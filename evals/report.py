@@ -173,7 +173,7 @@ def on_one_line(text: str) -> str:
     return text[:EXAMPLE_WIDTH] + "…"
 
 
-# -------------------------------------------------------------------------------------------- what has changed
+# ------------------------------------------------------------------------------------------- what has changed
 
 CHANGES = {"right_language": "replies in {}", "correct": "correct", "chrf": "chrF",
            "bits_per_byte": "bits per byte"}

@@ -109,7 +109,7 @@ def describe_rate(rate: dict) -> str:
 def answer_settings(outputs: str, reference: str) -> dict:
     """What made the answers, from the result.json beside them if there is one, and their hashes."""
     beside = Path(outputs).with_name("result.json")
-    settings = read_json(beside)["settings"] if beside.is_file() else {"model": outputs}
+    settings = need(read_json(beside), "settings", beside) if beside.is_file() else {"model": outputs}
     return settings | {"outputs hash": file_hash(outputs), "reference": reference,
                        "reference hash": file_hash(reference)}
 

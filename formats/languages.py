@@ -127,6 +127,7 @@ def spellings() -> tuple[dict[str, str], dict[str, str]]:
     return known, nllb
 
 
+@lru_cache(maxsize=1 << 12)
 def normal(code: str) -> str:
     """The normal code of a language's code or English name, in any case, with "-" or "_", with or without
     script and region. What is no known language stays as it is."""

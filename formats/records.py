@@ -138,6 +138,8 @@ def table_cells(path):
         line = reader.line_num + 1
 
 
+# ---- what records say about themselves ----
+
 def identifier(record, where):
     """row_id, or id (an object under "id" is Indonesian, no identifier), or file name and line."""
     for key in ("row_id", "id"):
@@ -151,6 +153,19 @@ def languages_of(row):
     return [key for key, value in row.items() if isinstance(value, dict) and {*PARTS} <= value.keys()]
 
 
+def refuse_other_language(record, language, counts):
+    """Skip a record that says it is in another language."""
+    label = next((record[key] for key in LANGUAGE_KEYS if isinstance(record.get(key), str)), None)
+    if label is None or normal(label) == normal(language):
+        return
+    if script_of(label) is None:
+        counts[f"in the language {label!r:.40}, which is unknown: taken for {language}"] += 1
+        return
+    raise Skip(f"not in {language}")
+
+
+# ---- conversations ----
+
 def conversation_rows(record, where, asked, counts):
     """One row (the first exchange), or with turns="all" one for each user message with a reply."""
     refuse_other_language(record, asked.language, counts)
@@ -158,8 +173,8 @@ def conversation_rows(record, where, asked, counts):
     counts["system prompts left out"] += sum(role == "system" for role, _ in messages)
     counts["messages of tools left out"] += sum(role == "tool" for role, _ in messages)
     messages = [message for message in messages if message[0] != "system"]
-    pairs = [(asked[1], reply[1]) for asked, reply in zip(messages, messages[1:])
-             if (asked[0], reply[0]) == ("user", "assistant")]
+    pairs = [(question, reply) for (role, question), (other, reply) in zip(messages, messages[1:])
+             if (role, other) == ("user", "assistant")]
     if asked.turns == "first":
         opens = [role for role, _ in messages[:2]] == ["user", "assistant"]
         counts["later turns left out"] += len(pairs[1:] if opens else pairs)
@@ -169,19 +184,6 @@ def conversation_rows(record, where, asked, counts):
     name = identifier(record, where)
     return [{"row_id": f"{name}#{turn}" if turn > 1 else name, asked.language: dict(zip(PARTS, pair))}
             for turn, pair in enumerate(pairs, 1)]
-
-
-# ---- languages that records name ----
-
-def refuse_other_language(record, language, counts):
-    """Skip a record that says it is in another language."""
-    label = next((record[key] for key in LANGUAGE_KEYS if isinstance(record.get(key), str)), None)
-    if label is None:
-        return
-    if script_of(label) is None:
-        counts[f"in the language {label!r:.40}, which is unknown: taken for {language}"] += 1
-    elif normal(label) != normal(language):
-        raise Skip(f"not in {language}")
 
 
 # ---- OpenAssistant ----
@@ -408,7 +410,7 @@ def number_duplicates(rows, counts):
             times[name] += 1
         row["row_id"] = f"{name}#{times[name]}"
         names.add(row["row_id"])
-        counts["identifiers that an earlier row has, numbered"] += 1
+        counts["repeated identifiers numbered"] += 1
     return rows
 
 

@@ -24,10 +24,13 @@ TOKENIZER = SimpleNamespace(fingerprint="0123456789abcdef0")
 @pytest.mark.parametrize("reply, expected", [
     ("The lion eats meat", "The lion eats meat."), ("  the LION\n eats meat!", "The lion eats meat."),
     ("狮子吃肉", "狮子吃肉。"), ("Kìnnìún ń jẹ ẹran".replace("ì", "i\u0300"), "Kìnnìún ń jẹ ẹran."),
-    ("शेर मांस खाता है।", "शेर मांस खाता है"), ("هل هذا أسد؟", "هل هذا أسد"), ("አንበሳ ሥጋ ይበላል።", "አንበሳ ሥጋ ይበላል"),
-    ("یہ شیر ہے۔", "یہ شیر ہے"), ("առյուծ։", "առյուծ"), ("ခြင်္သေ့။", "ခြင်္သေ့"), ("狮子｡", "狮子"), ("狮子！？", "狮子"),
+    ("शेर मांस खाता है।", "शेर मांस खाता है"), ("هل هذا أسد؟", "هل هذا أسد"),
+    ("አንበሳ ሥጋ ይበላል።", "አንበሳ ሥጋ ይበላል"),
+    ("یہ شیر ہے۔", "یہ شیر ہے"), ("առյուծ։", "առյուծ"), ("ခြင်္သေ့။", "ခြင်္သေ့"), ("狮子｡", "狮子"),
+    ("狮子！？", "狮子"),
     ("El león…", "El león"), ("Se llama «León»", "Se llama «León».”"), ("『ライオン』", "『ライオン"),
-    ("Paris\u00a0est\u202fbelle !", "Paris est belle"), ("Pa\u200bris\ufeff", "Paris"), ("co\u00adop", "coop"),
+    ("Paris\u00a0est\u202fbelle !", "Paris est belle"), ("Pa\u200bris\ufeff", "Paris"),
+    ("co\u00adop", "coop"),
     ("ＡＢＣ　１２", "abc 12"), ("ﾗｲｵﾝ", "ライオン"), ("\u200fאריה\u200e.", "אריה"), ("ΟΔΟΣ", "οδος"), ("ΟΔΟΣ", "οδοσ"),
     ("İstanbul", "istanbul"), ("e\u0301tE\u0301", "été"), ("C++.", "c++"), ("It is 3.5.", "it is 3.5")])
 def test_case_spaces_final_punctuation_and_unicode_form_do_not_count(reply, expected):
@@ -38,7 +41,8 @@ def test_case_spaces_final_punctuation_and_unicode_form_do_not_count(reply, expe
     ("The lion eats", "The lion eats meat."), ("The lion, eats meat.", "The lion eats meat."),
     ("Lion eats meat.", "The lion eats meat."), ("Kìnnìún n jẹ ẹran", "Kìnnìún ń jẹ ẹran."),
     ("-5", "5"), ("−5", "5"), ("C++", "C"), ("C#", "C"), ("C＃", "C"), ("3.5", "35"), ("3.5", "3"),
-    ("50%", "50"), ("50٪", "50"), ("A*", "A"), ("A-", "A"), ("A+", "A"), ("5²", "52"), ("½", "1/2"), ("①", "1"),
+    ("50%", "50"), ("50٪", "50"), ("A*", "A"), ("A-", "A"), ("A+", "A"), ("5²", "52"), ("½", "1/2"),
+    ("①", "1"),
     ("[0, 1)", "[0, 1]"), ("f′", "f"), ("6'", "6"), ('12"', "12"), ("12＂", "12"), ("1914–", "1914"),
     ("?", "!"), ("…", ""), (".", ","), ("Maße", "Masse"), ("५", "5"), ("🏴\U000e0067\U000e007f", "🏴"),
     ("ıssız", "issiz"), ("می\u200cخورد", "میخورد"), ("a b", "ab"), ("año", "ano"), ("", "Paris")])
@@ -105,7 +109,8 @@ def test_the_first_rows_alone_are_answered_when_a_limit_is_given(tmp_path, monke
     lines = read_answers(path, scores)
     assert [line["row_id"] for line in lines] == ["0", "1"] * 2
     assert [line.get("reference_nll") for line in lines] == [3.0, 4.0, 1.0, 2.0]
-    assert scores["sw"]["bits_per_byte"] == pytest.approx(3 / math.log(2) / len("Simba anakula nyama.paris."), abs=1e-4)
+    bits, size = (1 + 2) / math.log(2), len("Simba anakula nyama.paris.")
+    assert scores["sw"]["bits_per_byte"] == pytest.approx(bits / size, abs=1e-4)
 
 
 def test_a_score_says_whether_its_exact_answers_mean_something():

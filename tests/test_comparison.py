@@ -81,7 +81,8 @@ def test_an_older_runs_missing_figures_are_shown_as_a_line(tmp_path):
     text = comparison.comparison_text(comparison.read_results([old, new]), "sft")
     rows = [line.split("|")[1:-1] for line in text.splitlines() if "|    clo |" in line]
     header = next(line for line in text.splitlines() if "target bits/byte" in line).split("|")[1:-1]
-    cells = [dict(zip(map(str.strip, header), map(str.strip, row))) for row in rows if len(row) == len(header)]
+    header = [cell.strip() for cell in header]
+    cells = [dict(zip(header, map(str.strip, row))) for row in rows if len(row) == len(header)]
     assert [cell["target ends"] for cell in cells][-2:] == ["-", "100.0 ± 1.2"]
     assert [cell["target bits/byte"] for cell in cells][-2:] == ["-", f"{2 / math.log(2):.3f} ± 0.000"]
 
@@ -130,7 +131,7 @@ def test_a_run_on_several_targets_has_rows_for_each(tmp_path):
     run = write_run(tmp_path, "both", "sw,yo")
     written = json.loads((run / "report.json").read_text())
     results = comparison.read_results([run, write_run(tmp_path, "one", "sw")])
-    assert [row[0] for row in comparison.by_row(results)] == ["sw"] * 3 + ["sw (sw,yo)"] * 3 + ["yo (sw,yo)"] * 3
+    assert [row[0] for row in comparison.by_row(results)][::3] == ["sw", "sw (sw,yo)", "yo (sw,yo)"]
     clo = {result.language: result for result in results if result.method == "clo"}
     assert clo["yo (sw,yo)"].figures["target nll"].value == 5.0
     assert clo["yo (sw,yo)"].curves == {"source": {0: 0.5, 2: 0.6}, "target": {0: 5.0}}
@@ -244,7 +245,8 @@ def test_plotting_without_matplotlib_is_one_clear_line(tmp_path, monkeypatch):
 @pytest.mark.slow
 def test_legends_and_titles_stay_inside_the_picture(tmp_path):
     pyplot = pytest.importorskip("matplotlib.pyplot")
-    runs = [write_run(tmp_path, f"{beta}", ",".join(f"language{i}" for i in range(5)), beta=beta, data="d" * 90 + beta,
+    languages = ",".join(f"language{i}" for i in range(5))
+    runs = [write_run(tmp_path, beta, languages, beta=beta, data="d" * 90 + beta,
                       right={"base": 0.0, f"clo-{beta}": 0.5}) for beta in "ab"]
     results, seen = comparison.read_results(runs), []
     closed = pyplot.close

@@ -16,7 +16,8 @@ import eval as evaluation
 from conftest import write_checkpoint
 from engine import files
 from engine.files import InputError, Journal
-from evals.language import INDEPENDENCE, SWITCH, UNSEEN, fit_languages, foreign_share, reply_language
+from evals import instructions
+from evals.language import SWITCH, fit_languages, foreign_share, reply_language
 from formats import records
 from formats.chat import load_tokenizer
 from formats.records import read_rows
@@ -41,18 +42,6 @@ def test_reply_language_knows_scripts_and_words_and_abstains_without_letters():
 def test_reply_language_abstains_when_languages_fit_equally():
     languages = fit_languages({"aa": ["mama papa"], "bb": ["mama papa"]})
     assert reply_language("mama", languages) == (None, pytest.approx(0.5))
-
-
-def test_posteriors_are_bayes_rule_over_the_n_grams():
-    languages = fit_languages({"aa": ["ab"], "bb": ["ac"]})
-    # of "ab" the languages differ in " ab ", " ab", "ab ", "ab", "b " (and "b"), seen once in aa, never in bb
-    counts = {language: [sum(c.values()) for c in counters]
-              for language, counters in languages.counts.items()}
-    assert counts == {"aa": [2, 2, 3, 2, 1], "bb": [2, 2, 3, 2, 1]}
-    grams = {1: 1, 2: 2, 3: 2, 4: 1}                      # "b"; "ab" "b "; " ab" "ab "; " ab "
-    ratio = sum(n * math.log((1 + UNSEEN) / UNSEEN) for n in grams.values())
-    expected = 1 / (1 + math.exp(-INDEPENDENCE * ratio))
-    assert reply_language("ab", languages)[1] == pytest.approx(expected)
 
 
 def cut(text, language, first):
@@ -137,14 +126,14 @@ def run(*arguments, typed=""):
 def test_ask_answers_a_question_and_holds_a_conversation(tmp_path):
     path = write_checkpoint(tmp_path)
     one = run("ask", "--model", path, "--max-tokens", 5, "Where is the lion?")
-    assert one.returncode == 0 and one.stderr == f"loading {path}\n"
+    assert one.returncode == 0 and one.stderr == f"loading {path}\nanswering, at most 5 tokens\n"
     assert one.stdout.endswith("\n(cut at --max-tokens 5)\n")
     talk = run("ask", "--model", path, "--max-tokens", 5, typed="Where is the lion?\n\nnever read\n")
     assert talk.returncode == 0 and talk.stdout.count("> ") == 2 and one.stdout.strip() in talk.stdout
 
 
 def test_ask_shows_the_base_and_adapters_side_by_side_each_as_it_answers_alone(tmp_path):
-    from test_export import with_lora, write_adapter
+    from test_checkpoints import with_lora, write_adapter
     base = write_checkpoint(tmp_path / "base")
     adapters = [write_adapter(with_lora(base, alpha=alpha), base, tmp_path / f"adapter{alpha}")
                 for alpha in (12, 500)]
@@ -187,7 +176,7 @@ def test_help_has_an_example_and_no_flag_without_words(command):
 
 def test_alpaca_misses_the_model_before_it_translates(tmp_path, monkeypatch):
     (tmp_path / "i.json").write_text('[{"instruction": "a"}]')
-    monkeypatch.setattr(evaluation.translate, "load", lambda *_: pytest.fail("hours of translation"))
+    monkeypatch.setattr(instructions.translate, "load", lambda *_: pytest.fail("hours of translation"))
     for flags in (["--adapter", tmp_path / "none", "--model", write_checkpoint(tmp_path / "base")],
                   ["--model", tmp_path / "none"]):
         result = run("alpaca", "--instructions", tmp_path / "i.json", "--lang", "sw",
@@ -249,9 +238,9 @@ def test_another_limit_split_subject_or_dtype_is_another_result_in_its_own_direc
 
 
 def test_names_of_directories_stay_short_and_tell_long_ones_apart():
-    args = evaluation.parse_args(["mc", "mmlu", "files", "--model", "/".join(["directory"] * 40)])
-    first, second = (evaluation.out_directory(args, "mmlu", evaluation.short([f"{name}{i}" for i in range(57)]))
-                     for name in ("anatomy", "law"))
+    model = "/".join(["directory"] * 40)
+    subjects = [evaluation.short([f"{name}{i}" for i in range(57)]) for name in ("anatomy", "law")]
+    first, second = (evaluation.out_directory(model, "mmlu", name) for name in subjects)
     assert first != second and max(len(first.name), len(second.name)) < 140 and " " not in first.name
 
 
@@ -297,10 +286,10 @@ def test_the_error_of_a_ratio_agrees_with_the_bootstrap():
 
 def test_answers_for_alpaca_eval_have_its_format_and_resume(tmp_path):
     path = write_checkpoint(tmp_path / "model")
-    instructions = tmp_path / "instructions.json"
-    instructions.write_text(json.dumps(
+    asked = tmp_path / "instructions.json"
+    asked.write_text(json.dumps(
         [{"instruction": f"Say {i}", "dataset": "d", "output": "x"} for i in range(5)]))
-    command = ["alpaca", "--model", path, "--instructions", instructions, "--lang", "en", "--max-tokens", "6",
+    command = ["alpaca", "--model", path, "--instructions", asked, "--lang", "en", "--max-tokens", "6",
                "--batch-size", "2", "--out", tmp_path / "out", "--name", "tiny", "--temperature", "0.7"]
     assert run(*command).returncode == 0
     outputs = json.loads((tmp_path / "out" / "model_outputs.json").read_text())
@@ -319,7 +308,7 @@ def test_translated_instructions_are_the_same_for_every_system_and_what_failed_a
         tmp_path, monkeypatch, capsys):
     calls = []
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(evaluation.translate, "load", lambda *_: SimpleNamespace(
+    monkeypatch.setattr(instructions.translate, "load", lambda *_: SimpleNamespace(
         fingerprint="abc", check=lambda *_: None))
 
     def translate(texts, *_):
@@ -329,11 +318,11 @@ def test_translated_instructions_are_the_same_for_every_system_and_what_failed_a
         return [Translation(odd.get(text, f"{text} {len(calls)}"), faults.get(text, Counter()))
                 for text in texts]
 
-    monkeypatch.setattr(evaluation.translate, "translate", translate)
-    args = SimpleNamespace(translator="t", device="cpu", source="en", lang="sw", beams=2)
+    monkeypatch.setattr(instructions.translate, "translate", translate)
+    how = ("t", "cpu", "en", "sw", 2)
     items = [{"instruction": f"Say {i}", "dataset": None} for i in range(20)]
-    first = evaluation.translate_instructions(items, args)
-    assert evaluation.translate_instructions(items, args) == first and calls == [16, 4]
+    first = instructions.translate_instructions(items, *how)
+    assert instructions.translate_instructions(items, *how) == first and calls == [16, 4]
     assert [item["instruction"] for item in first] == [
         f"Say {i} {1 + i // 16}" for i in range(20) if i not in (3, 5, 7)]
     assert ("3 of 20 translated instructions are left out: 1 empty, 1 equal to an earlier one, 1 length"

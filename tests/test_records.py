@@ -387,7 +387,7 @@ def test_rows_with_one_identifier_are_numbered_for_training_and_none_is_lost(tmp
     rows = read_rows(path, counts=counts)
     assert [row["row_id"] for row in rows] == ["a", "a#3", "a#2", "b", "a#4", "7", "7#2"]
     assert [row["en"]["response"] for row in rows] == list("0123456")
-    assert counts["identifiers that an earlier row has, numbered"] == 3
+    assert counts["repeated identifiers numbered"] == 3
 
 
 def test_rows_with_one_identifier_are_refused_for_an_evaluation(tmp_path):
