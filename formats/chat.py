@@ -125,7 +125,7 @@ class Chat:
     def _notes(self, opening, end):
         """What differs from the text the template itself would write, in words."""
         shared = len(os.path.commonprefix([opening, self.prompt]))
-        unwritten = end.partition(self.encoder.tokenizer.id_to_token(self.stop_id))[0].strip()
+        unwritten = end.partition(self.encoder.names[self.stop_id])[0].strip()
         notes = [("what finished replies begin with, {!r}, is part of the prompt", self.prompt[shared:]),
                  ("what only an open reply begins with, {!r}, is left out", opening[shared:]),
                  ("what finished replies end with, {!r}, is left out", unwritten)]

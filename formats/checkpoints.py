@@ -38,14 +38,28 @@ def save_adapter(model, directory: Path, base: str, targets: tuple[str, ...], ra
                for name, parameter in model.named_parameters() if ".lora_" in name}
     save_tensors(directory / ADAPTER_WEIGHTS, tensors)
     write_json(directory / ADAPTER_CONFIG, {
-        "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": base, "r": rank,
-        "lora_alpha": alpha, "lora_dropout": 0.0, "target_modules": list(targets), "bias": "none",
-        "fan_in_fan_out": False, "inference_mode": True, "modules_to_save": None, "use_rslora": False,
-        "use_dora": False, "rank_pattern": {}, "alpha_pattern": {}})
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": base,
+        "target_modules": list(targets),
+        "r": rank,
+        "lora_alpha": alpha,
+        "inference_mode": True,
+        # PEFT's defaults, which vLLM wants to read
+        "lora_dropout": 0.0,
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "modules_to_save": None,
+        "use_rslora": False,
+        "use_dora": False,
+        "rank_pattern": {},
+        "alpha_pattern": {},
+    })
     write_text(directory / "chat_template.jinja", template)
 
 
-def save_model(directory: Path | None, base, tokenizer, change, max_shard_bytes: int = MAX_SHARD_BYTES) -> None:
+def save_model(directory: Path | None, base, tokenizer, change,
+               max_shard_bytes: int = MAX_SHARD_BYTES) -> None:
     """The base checkpoint (its directory) with change(parameter name, tensor) in the place of every tensor,
     as a whole Hugging Face directory. A tensor keeps the dtype it has in the base, and one that is
     not changed its bits. Without a directory change() is called alone: a rank takes part in gathering what
@@ -101,36 +115,41 @@ def write_tokenizer_config(directory: Path, tokenizer) -> None:
     config = read_json(path, missing={})
     if str(config.get("tokenizer_class")).startswith("LlamaTokenizer"):
         write_json(path, config | {"legacy": begins_with_space(read_json(directory / "tokenizer.json"))})
-    if not (config.get("chat_template") or (directory / "chat_template.jinja").exists()
-            or (directory / MORE_TEMPLATES).exists()):
-        write_text(directory / "chat_template.jinja", tokenizer.template)
+    default, more = directory / "chat_template.jinja", directory / MORE_TEMPLATES
+    if not (config.get("chat_template") or default.exists() or more.exists()):
+        write_text(default, tokenizer.template)
 
 
 def begins_with_space(tokenizer: dict) -> bool:
-    """Whether a SentencePiece tokenizer.json puts a space before every stretch of text between special tokens,
-    as Meta's code and transformers 4 do ("legacy"), and not before a text's start alone."""
+    """Whether a SentencePiece tokenizer.json puts a space before every stretch of text between special
+    tokens, as Meta's code and transformers 4 do ("legacy"), and not before a text's start alone."""
     parts = [tokenizer.get(name) or {} for name in ("normalizer", "pre_tokenizer")]
     parts += parts[0].get("normalizers", []) + parts[1].get("pretokenizers", [])
     return any(part.get("type") == "Prepend" or part.get("prepend_scheme") == "always" for part in parts)
 
 
 @torch.no_grad()
+def logits_of(model, tokens: Tensor) -> Tensor:
+    """(T, V) fp32 on the CPU, of tokens (1, T)."""
+    head = model.head.to(model.compute_dtype)
+    return (model(tokens)[0] @ head.T).float().cpu()
+
+
 def check_outputs(model, outputs: dict[Path, dict], ids: list[int], load=load) -> None:
     """Load what was written (`outputs`: path -> arguments of `load`, model's or ranks') and compare its
     logits of a text with the trained model's, on the same device in the same dtype. The model gives up its
     memory for that: it ends on the meta device."""
-    tokens = torch.tensor([ids], device=model.head.device)
     device, dtype = model.head.device, model.compute_dtype
-    expected = (model(tokens)[0] @ model.head.to(dtype).T).float().cpu()
+    tokens = torch.tensor([ids], device=device)
+    expected = logits_of(model, tokens)
     model.to("meta")
     for path, arguments in outputs.items():
-        again = load(device=device, dtype=dtype, **arguments)
-        found = (again(tokens)[0] @ again.head.T).float().cpu()
+        found = logits_of(load(device=device, dtype=dtype, **arguments), tokens)
         difference = ((found - expected).norm() / expected.norm()).item()
         weights = Weights(arguments["path"])
         stored = weights[next(iter(weights))].dtype
         if not difference < max(TOLERANCE[dtype], TOLERANCE[stored]):
             raise InputError(f"{path} was written, but its logits differ from the trained model's "
-                            f"by {difference:.1e} of their size: do not use it, and report this")
+                             f"by {difference:.1e} of their size: do not use it, and report this")
         print(f"{path}: written, loaded again; "
               f"its logits differ from the trained model's by {difference:.1e} of their size")

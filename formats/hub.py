@@ -74,7 +74,7 @@ def check_directory(name, directory: Path, wanted: str | None) -> Path:
     if directory.is_file():
         raise InputError(f"{name} is a file, a directory was expected")
     if not directory.is_dir():
-        near = difflib.get_close_matches(directory.name, neighbours(directory.parent))
+        near = difflib.get_close_matches(directory.name, [path.name for path in directory.parent.glob("*")])
         raise InputError(f"{name}: no such directory, and no hub id (owner/name)"
                          + meant([str(directory.with_name(each)) for each in near]))
     if wanted == ADAPTER_CONFIG and not (directory / wanted).is_file():
@@ -85,18 +85,14 @@ def check_directory(name, directory: Path, wanted: str | None) -> Path:
     return directory
 
 
-def neighbours(directory: Path) -> list[str]:
-    return [path.name for path in directory.iterdir() if path.is_dir()] if directory.is_dir() else []
-
-
 def below(directory: Path) -> list[str]:
     """Flags that name the adapters and models of a directory, down to those of a run."""
-    levels = ("", "*/", "*/*/")
-    adapters = [path for level in levels for path in directory.glob(level + ADAPTER_CONFIG)]
-    models = [path for level in levels for path in directory.glob(level + "config.json")
-              if "model_type" in read_json(path)]
-    return ([f"--adapter {path.parent}" for path in sorted(adapters)]
-            + [f"--model {path.parent}" for path in sorted(models)])
+    found = []
+    for level in ("", "*/", "*/*/"):
+        found += [f"--adapter {path.parent}" for path in sorted(directory.glob(level + ADAPTER_CONFIG))]
+        found += [f"--model {path.parent}" for path in sorted(directory.glob(level + "config.json"))
+                  if "model_type" in read_json(path)]
+    return found
 
 
 def meant(names: list[str]) -> str:

@@ -15,6 +15,7 @@ from engine.files import InputError, as_kind, need, read_json
 NAMES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 FLAGS = ("single_word", "lstrip", "rstrip", "normalized")
 MOST_UNUSED = 100_000   # ids between two added tokens; more is a damaged file
+PRIVATE_USE = range(0xF0000, 0x10FFFE)  # characters that mean nothing
 AFTER_TOKEN = "\uf8ffafter a token\uf8ff"  # an added token of our own: text that follows it follows one
 
 
@@ -38,33 +39,37 @@ def added_token(token, where, special=True):
 def special_tokens(config, where):
     """({name: token}, [tokens without a name]) that the configuration calls special."""
     named = {key: config[key] for key in NAMES if config.get(key)}
-    named |= {key: value for key, value in config.items()
-              if key.endswith("_token") and isinstance(value, (str, dict)) and value}
+    for key, value in config.items():
+        is_token = isinstance(value, str) and value or isinstance(value, dict) and "content" in value
+        if key.endswith("_token") and is_token:
+            named[key] = value
     more = config.get("extra_special_tokens") or config.get("additional_special_tokens") or []
     if isinstance(more, dict):
         named, more = named | more, []
-    return ({key: added_token(token, f"{where}: {key}") for key, token in named.items()},
-            [added_token(token, f"{where}: special tokens") for token in as_kind(more, list, where)])
+    named = {key: added_token(token, f"{where}: {key}") for key, token in named.items()}
+    return named, [added_token(token, f"{where}: special tokens") for token in as_kind(more, list, where)]
 
 
 def numbered_tokens(source, config, listed, special, where):
     """[(id, token)] of tokenizer.json, of added_tokens_decoder (whose flags win) and of added_tokens.json."""
-    ids, tokens = {}, {}
+    ids, found = {}, {}
     for entry in as_kind(source.get("added_tokens") or [], list, where):
         token = added_token(entry, where, special=False)
-        ids[token.content], tokens[token.content] = need(entry, "id", where), token
-    for number, entry in as_kind(config.get("added_tokens_decoder") or {}, dict, where).items():
+        ids[token.content] = need(entry, "id", where)
+        found[token.content] = token
+    decoder = as_kind(config.get("added_tokens_decoder") or {}, dict, where)
+    for number, entry in decoder.items():
         token = added_token(entry, where, special=False)
         ids.setdefault(token.content, int(number) if number.isdecimal() else number)
-        tokens[token.content] = token
+        found[token.content] = token
     for name, number in listed.items():
         ids.setdefault(name, number)
-        tokens.setdefault(name, added_token(name, where, special=name in special))
+        found.setdefault(name, added_token(name, where, special=name in special))
     for name, number in ids.items():
         if type(number) is not int:
             raise InputError(f"{where}: the added token {name!r} has the id {number!r}, "
                              "a whole number was expected")
-    return sorted(((ids[name], token) for name, token in tokens.items()), key=lambda pair: pair[0])
+    return [(ids[name], found[name]) for name in sorted(ids, key=ids.get)]
 
 
 def add_numbered(tokenizer, numbered, where):
@@ -78,7 +83,8 @@ def add_numbered(tokenizer, numbered, where):
             if number - free > MOST_UNUSED:
                 raise InputError(f"{where}: the added token {token.content!r} has the id {number}, "
                                  f"the vocabulary ends at {free}: files of different models?")
-            batch += [tokenizers.AddedToken(f"\uf8ffunused {gap}\uf8ff") for gap in range(free, number)]
+            for gap in range(free, number):
+                batch.append(tokenizers.AddedToken(f"\uf8ffunused {gap}\uf8ff", normalized=False))
             free = max(free, number) + 1
         batch.append(token)
     tokenizer.add_tokens(batch)
@@ -124,6 +130,12 @@ def is_words(text):
     return all(char.isspace() or unicodedata.category(char)[0] in "LMN" for char in text)
 
 
+def control_token(token, normalized):
+    """The same added token, flagged special: what Encoder can switch off."""
+    flags = {"single_word": token.single_word, "lstrip": token.lstrip, "rstrip": token.rstrip}
+    return tokenizers.AddedToken(token.content, special=True, normalized=normalized, **flags)
+
+
 def encoder_for(tokenizer, special, unk_id, written):
     """An Encoder for a template that writes such text.
 
@@ -133,12 +145,10 @@ def encoder_for(tokenizer, special, unk_id, written):
     added = tokenizer.get_added_tokens_decoder()
     control = special | {number for number, token in added.items()
                          if token.content in written and not is_words(token.content)}
-    flagged = [tokenizers.AddedToken(
-        token.content, special=True, single_word=token.single_word, lstrip=token.lstrip, rstrip=token.rstrip,
-        normalized=token.normalized and number not in special)
-        for number, token in added.items() if number in control]
     inner = copy.deepcopy(tokenizer)
-    inner.add_tokens([*flagged, tokenizers.AddedToken(AFTER_TOKEN, normalized=False)])
+    inner.add_tokens([control_token(added[number], added[number].normalized and number not in special)
+                      for number in sorted(control)])
+    inner.add_tokens([tokenizers.AddedToken(AFTER_TOKEN, normalized=False)])
     return Encoder(inner, control | {inner.token_to_id(AFTER_TOKEN)}, unk_id)
 
 
@@ -151,7 +161,7 @@ class Encoder:
 
     def __init__(self, tokenizer, control, unk_id):
         self.tokenizer, self.control, self.unk_id = tokenizer, control, unk_id
-        self.unk = None if unk_id is None else tokenizer.id_to_token(unk_id)
+        self.names = {number: token.content for number, token in tokenizer.get_added_tokens_decoder().items()}
 
     def encode(self, text, control=True):
         """control=False: the tokenizer does not look for control tokens (flagged special in it)."""
@@ -162,24 +172,27 @@ class Encoder:
 
     def control_tokens(self, encoding, text):
         """[(id, start, end)] of the control tokens in an encoded text."""
-        spans = zip(encoding.ids, encoding.offsets)
-        return [(token, start, end) for token, (start, end) in spans if token in self.control
-                and (token != self.unk_id or text[start:end].strip() == self.unk)]
+        found = []
+        for token, (start, end) in zip(encoding.ids, encoding.offsets):
+            unknown = token == self.unk_id and text[start:end].strip() != self.names[token]
+            if token in self.control and not unknown:
+                found.append((token, start, end))
+        return found
 
     def hide(self, *texts):
         """(texts, hidden): control tokens in texts, each behind a private character; what those hide."""
-        used = set("".join(texts))
-        free = (mark for mark in map(chr, range(0xF0000, 0x10FFFE)) if mark not in used)
-        marks = {}
-        return [self._hide(text, marks, free) for text in texts], {mark: name for name, mark in marks.items()}
+        used, marks = set("".join(texts)), {}
+        free = (mark for mark in map(chr, PRIVATE_USE) if mark not in used)
+        texts = [self._hide(text, marks, free) for text in texts]
+        return texts, {mark: name for name, mark in marks.items()}
 
     def _hide(self, text, marks, free):
         parts, cursor = [], 0
         for _, start, end in self.control_tokens(self.encode(text), text):
             name = text[start:end].strip()  # a token may take the spaces beside it
-            start = text.index(name, start)
             if name not in marks:
                 marks[name] = next(free)
+            start = text.index(name, start)
             parts += [text[cursor:start], marks[name]]
             cursor = start + len(name)
         return "".join(parts) + text[cursor:]
@@ -190,21 +203,24 @@ class Encoder:
         if text.translate(shown) == text:
             return encoding.ids
         ids, cursor = [], 0
-        for token, start, end in [*self.control_tokens(encoding, text), (None, len(text), None)]:
+        for token, start, end in self.control_tokens(encoding, text):
             ids += self.plain(text[cursor:start].translate(shown), after_token=cursor > 0)
-            ids += [] if token is None else [token]
+            ids.append(token)
             cursor = end
-        return ids
+        return ids + self.plain(text[cursor:].translate(shown), after_token=cursor > 0)
 
     def plain(self, text, after_token=False):
         """Ids of text, none a control token; a piece of the vocabulary that is one after all is cut."""
         before = AFTER_TOKEN if after_token else ""
         encoding = self.encode(before + text, control=False)
-        for token, start, end in self.control_tokens(encoding, before + text)[after_token:]:
-            if end - start > 1:
-                cut = start + 1 - len(before)
-                return self.plain(text[:cut], after_token) + self.following("", text[cut:], self.plain)
-        return encoding.ids[after_token:]
+        pieces = self.control_tokens(encoding, before + text)[after_token:]
+        cuts = [start + 1 - len(before) for _, start, end in pieces if end - start > 1]
+        if not cuts:
+            return encoding.ids[after_token:]
+        ids = self.plain(text[:cuts[0]], after_token)
+        for start, end in zip(cuts, [*cuts[1:], len(text)]):
+            ids += self.following("", text[start:end], self.plain)
+        return ids
 
     def following(self, context, text, encode):
         """Ids of text as it follows another, never with a space of the tokenizer's own where none is written.
@@ -222,11 +238,12 @@ class Encoder:
 def misread(tokenizer):
     """{id: text} of added tokens that the library's decoder does not give back as they were.
 
-    To a byte-level one "ü" is half a character; others keep the space that encoding puts behind an added token.
+    To a byte-level one "ü" is half a character; others keep the space that encoding puts after added tokens.
     """
     def lost(text):
         ids = tokenizer.encode(text, add_special_tokens=False).ids
         return tokenizer.decode(ids, skip_special_tokens=False) != text
 
-    return {number: token.content for number, token in tokenizer.get_added_tokens_decoder().items()
+    added = tokenizer.get_added_tokens_decoder().items()
+    return {number: token.content for number, token in added
             if not token.special and lost(f"x{token.content}x")}

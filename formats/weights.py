@@ -136,6 +136,9 @@ def save_tensors(path: Path, tensors: dict[str, Tensor], **metadata: str) -> Non
     Readers want format: pt."""
     temporary = path.with_name(path.name + ".tmp")
     save_file(tensors, temporary, metadata={"format": "pt", **metadata})
+    mask = os.umask(0)                       # asking for it sets it
+    os.umask(mask)
+    temporary.chmod(0o666 & ~mask)           # safetensors lets only the owner read: no server could
     os.replace(temporary, path)
 
 

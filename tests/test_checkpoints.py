@@ -103,6 +103,13 @@ def test_merging_adds_in_fp32_rounds_once_and_leaves_the_rest_its_bits(checkpoin
             assert torch.equal(merged[name], old), name
 
 
+def test_who_may_read_a_config_may_read_the_weights(checkpoint, tmp_path):
+    merged = write_merged(checkpoint, write_adapter(with_lora(checkpoint), checkpoint, tmp_path / "adapter"),
+                          tmp_path / "merged")
+    for directory in (merged, tmp_path / "adapter"):
+        assert len({path.stat().st_mode for path in directory.iterdir()}) == 1
+
+
 def test_all_stop_ids_reach_the_generation_config(checkpoint, tmp_path):
     write_json(checkpoint / "generation_config.json", {"eos_token_id": 7, "temperature": 0.6})
     merged = write_merged(checkpoint, write_adapter(with_lora(checkpoint), checkpoint, tmp_path / "adapter"),
