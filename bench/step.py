@@ -71,13 +71,28 @@ def make_samples(args) -> list[list[data.Fork]]:
     return samples
 
 
+def shape_of(args) -> Config:
+    if args.shape:
+        return scale.MODELS[args.shape]
+    heads = args.width // args.head_dim
+    return Config(args.vocab, args.width, args.mlp, args.layers, heads, heads, args.head_dim)
+
+
+def make_model(directory: Path, args, compiler=None) -> llama.Llama:
+    """The checkpoint's model; with --init-on-device random weights that never were on the CPU or a disk."""
+    device, dtype = torch.device(args.device), clo.DTYPES[args.dtype]
+    if not args.init_on_device:
+        return llama.load(directory, device, dtype, None, args.recompute, compiler)
+    with torch.device("meta"):
+        model = llama.Llama(shape_of(args), dtype, args.recompute, compiler).to(dtype)
+    return llama.initialise_(model.to_empty(device=device)).requires_grad_(False).eval()
+
+
 def write_checkpoint(directory: Path, args) -> None:
     """A random Llama, and a tokenizer to which every word is one token, for those who want text."""
-    heads = args.width // args.head_dim
-    config = Config(args.vocab, args.width, args.mlp, args.layers, heads, heads, args.head_dim)
-    if args.shape:
-        config = scale.MODELS[args.shape]
-    save(llama.initialise_(llama.Llama(config)), directory, clo.DTYPES[args.dtype])
+    if args.init_on_device:
+        return
+    save(llama.initialise_(llama.Llama(shape_of(args))), directory, clo.DTYPES[args.dtype])
     words = {"<s>": BOS, "</s>": EOS} | {f"w{i}": i for i in range(SPECIAL, args.vocab)}
     tokenizer = Tokenizer(models.WordLevel(words, "</s>"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
@@ -112,15 +127,13 @@ def run_ours(directory: Path, args) -> dict:
     device, stage, flags = torch.device(args.device), clo.METHODS["dpo"][0], our_arguments(args)
     if device.type == "cuda":
         clo.fix_order_of_sums()
-    model = llama.load(directory, device, clo.DTYPES[args.dtype])
-    model.recompute = args.recompute
+    model = make_model(directory, args, "inductor" if device.type == "cuda" else None)
     parameters = clo.make_trainable(model, "lora", args.rank, 32, 0)
-    if device.type == "cuda":
-        llama.compile_blocks_(model)
     optimizer = clo.make_optimizer(parameters.values(), args.lr, 0.0, device)
     samples = make_samples(args)
     steps = clo.make_steps(samples, stage, flags, seed=None)
     warm = clo.make_steps(samples[:1], stage, flags, seed=None)[0]
+    clo.reference_logps(model, [warm], device)         # both modes: what one of them compiles is not timed
     clo.backward_step(model, warm, None, stage, flags, device)
     optimizer.zero_grad()
     started = clock()
@@ -132,10 +145,27 @@ def run_ours(directory: Path, args) -> dict:
         optimizer.step()
         optimizer.zero_grad()
     spent = elapsed(started)
+    if args.profile:
+        profile_step(lambda: clo.backward_step(model, steps[0], None, stage, flags, device), args.profile)
     chosen = torch.cat([sums[micro.chosen] for micro, sums in zip(steps[0], flat)])
     tflops = product_flops(model.config, steps) / spent["seconds"] / 1e12
     return spent | {"reference_seconds": reference_seconds, "tflops": tflops,
                     "chosen_logp": chosen.mean().item()}
+
+
+def profile_step(step, path: str) -> None:
+    """One more step, after the timed ones: its kernels as a table, and a trace for chrome://tracing in path."""
+    with torch.profiler.profile() as profile:
+        step()
+        clock()
+    order = "self_cuda_time_total" if torch.cuda.is_initialized() else "self_cpu_time_total"
+    print(profile.key_averages().table(sort_by=order, row_limit=25), file=sys.stderr)
+    profile.export_chrome_trace(path)
+
+
+def real_tokens(micro: clo.Micro) -> int:
+    """Tokens of a micro-batch's rows without their padding, which is nobody's work."""
+    return int((micro.batch.fork >= 0).sum())
 
 
 def product_flops(c: Config, steps: list[list[clo.Micro]]) -> float:
@@ -146,14 +176,14 @@ def product_flops(c: Config, steps: list[list[clo.Micro]]) -> float:
     first = sum(rows * columns for name, (rows, columns) in shapes.items() if name != "o_proj")
     body, head = 3 * (counts["attention"] + counts["mlp"]) - first, 3 * c.vocab_size * c.hidden_size
     micros = [micro for step in steps for micro in step]
-    return 2 * sum(micro.batch.fork.numel() * body + len(micro.batch.targets) * head for micro in micros)
+    return 2 * sum(real_tokens(micro) * body + len(micro.batch.targets) * head for micro in micros)
 
 
 @torch.no_grad()
 def run_products(directory: Path, args) -> dict:
     """The products of run_ours with frozen weights:
     forward twice (reference and policy), gradients of inputs once."""
-    model = llama.load(directory, args.device, clo.DTYPES[args.dtype])
+    model = make_model(directory, args)
     weights = [(name, weight) for name, weight in model.named_parameters() if name.endswith("_proj.weight")]
     # the first input needs no gradient
     first = tuple(f"layers.0.self_attn.{name}_proj.weight" for name in "qkv")
@@ -176,7 +206,7 @@ def run_products(directory: Path, args) -> dict:
     started = clock()
     for micro in [micro for step in steps for micro in step]:
         for backward in (False, True):
-            work(micro.batch.fork.numel(), len(micro.batch.targets), backward)
+            work(real_tokens(micro), len(micro.batch.targets), backward)
     spent = elapsed(started)
     return spent | {"tflops": product_flops(model.config, steps) / spent["seconds"] / 1e12}
 
@@ -229,6 +259,8 @@ def run_apart(side: str, given: list[str], directory: str, args) -> dict:
                           env=os.environ | {"OMP_NUM_THREADS": str(args.threads)})
     if done.returncode:
         sys.exit(f"{side} failed:\n{done.stderr}")
+    if args.profile:
+        print(done.stderr)
     return json.loads(done.stdout.splitlines()[-1])
 
 
@@ -249,7 +281,7 @@ def run_flat(directory: Path, args) -> None:
             started = time.process_time()
             clo.backward_step(model, step, None, stage, flags, device)
             model.zero_grad(set_to_none=True)
-            each.append((time.process_time() - started) / sum(micro.batch.fork.numel() for micro in step))
+            each.append((time.process_time() - started) / sum(map(real_tokens, step)))
         print(f"{args.samples:6} samples: packing {1e6 * packing / args.samples:5.0f} us a sample; "
               f"step {1e6 * statistics.median(each):6.1f} us a token (median of {len(each)} steps); "
               f"peak {clo.peak_memory_gb():.2f} GB")
@@ -283,6 +315,10 @@ def parse_args(argv=None) -> argparse.Namespace:
     add("--trl-precompute", action="store_true", help="TRL: reference log-probs in a pass of their own")
     add("--trl-sampling", default="sequential", choices=["sequential", "random", "group_by_length"],
         help="TRL: order")
+    add("--init-on-device", action="store_true",
+        help="random weights made on the device, for large shapes: nothing is written, so no side trl")
+    add("--profile", metavar="FILE", default=None,
+        help="ours: profile one more step; a table to stderr, a trace to FILE")
     add("--dtype", default="fp32", choices=list(clo.DTYPES))
     add("--threads", type=int, default=2)
     add("--rounds", type=int, default=1)
@@ -292,7 +328,10 @@ def parse_args(argv=None) -> argparse.Namespace:
     add("--flat-steps", type=int, default=20, help="steps timed for each number of samples")
     add("--run", default=None,
         help="directory of the checkpoint: run one side here (the program does it by itself)")
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    if args.init_on_device and ("trl" in args.sides or args.flat):
+        parser.error("--init-on-device writes no checkpoint: give --sides ours products")
+    return args
 
 
 def main(argv=None) -> None:
