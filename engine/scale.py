@@ -154,8 +154,8 @@ def memory(c: Config, plan: Plan) -> dict[str, float]:
 
 
 def fitting_micro_rows(c: Config, plan: Plan, device_bytes: float) -> int:
-    """The largest power of two of packed rows a micro-batch whose predicted memory leaves MARGIN of the device
-    free, at most MOST_MICRO_ROWS; 1 where not even that fits (`describe` says so)."""
+    """The largest power of two of packed rows a micro-batch whose predicted memory leaves MARGIN of the
+    device free, at most MOST_MICRO_ROWS; 1 where not even that fits (`describe` says so)."""
     rows = 1
     while rows < MOST_MICRO_ROWS:
         needed = sum(memory(c, replace(plan, micro_rows=2 * rows)).values())
