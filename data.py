@@ -1,43 +1,109 @@
-"""Data: public formats -> rows -> forks -> packed rows of tokens.
+"""Data: rows -> forks -> packed rows of tokens; and which rows train, validate and answer.
 
 A *row* is one sample: {"row_id": str, "en": {"prompt": str, "response": str}, "sw": {...}, ...}.
-A *fork* is one prompt with k continuations. A *batch* is rows of T tokens filled with forks, and the list
-of its predictions: which position has to name which token.
-
-What is kept of public data (every decision is counted, `describe` prints the counts):
-- A conversation gives its first exchange; with turns="all" every user message and the reply right after it
-  become a row of their own, without the turns before them.
-- OpenAssistant trees follow Open-Assistant's own top-1 rule (oasst_dataset.py): reviewed trees in the
-  language, no deleted or synthetic message in the thread, replies of rank 0 or without a sibling.
-- System prompts in the data are left out, as nothing translates them; `system=` gives every prompt one.
-- Rows with an empty prompt or response are dropped.
-
-Templates are the checkpoint's own. Only a template may make added tokens: "</s>" in user text stays text.
+A *fork* is one prompt with k continuations; continuation 0 is the right one, in the prompt's language.
+A *batch* is rows of T tokens filled with forks, and everything a step asks about them: which position has to
+name which token, which continuations form pairs, and after the reference pass their log-probs.
 
     python data.py FILE --model DIR --lang sw --show 2     # counts, packing, samples with their loss mask
+
+Readers of public formats are in formats/records.py, chat templates in formats/chat.py.
 """
 
 import argparse
+import contextlib
 import sys
 from bisect import bisect_left, insort
 from collections import Counter
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 
 from engine.files import InputError, run
 from formats.chat import load_tokenizer
+from formats.languages import normal
 from formats.records import (FORMATS, describe_counts, languages_of, read_rows, require_languages,
                              write_preferences)
 
-# ---- files -> records ----
+# ---- which rows train, validate and answer ----
+
+@dataclass
+class Split:
+    """Rows by what a run does with them. Held-out rows steer choices (validation), answered rows are the report;
+    where the evaluation data has no validation split, the first `apart` of the training rows are held out."""
+    rows: list
+    apart: int
+    heldout: list
+    answered: list
+
+    def parts(self):
+        """(rows to train on, rows to hold out, rows to answer)."""
+        heldout = self.heldout or self.rows[:self.apart]
+        return self.rows[self.apart:], heldout, self.answered or heldout
 
 
-# ---- records -> rows ----
+@contextlib.contextmanager
+def naming(path):
+    """Errors about rows get the name of the file they come from."""
+    try:
+        yield
+    except InputError as error:
+        raise InputError(str(error) if str(path) in str(error) else f"{path}: {error}") from None
 
 
-# ---- text -> ids ----
+def read_counted(path, source, turns, targets, unique=False):
+    """read_rows, saying what was read and left out."""
+    counts = Counter()
+    rows = read_rows(path, source, turns, counts, targets, unique)
+    print(f"{path}: {describe_counts(counts)}")
+    return rows
+
+
+def training_rows(path, source, targets, turns="first"):
+    """The rows of a file with the source and every target that any row holds; a target that none holds is left
+    to the translator. InputError when no row is left."""
+    rows = read_counted(path, source, turns, targets)
+    held = [target for target in targets if any(target in languages_of(row) for row in rows)]
+    with naming(path):
+        usable = require_languages(rows, source, *held)
+    if len(usable) < len(rows):
+        print(f"{len(rows) - len(usable)} rows without {' or '.join([source, *held])} are left out")
+    return usable
+
+
+def evaluation_rows(path, source, targets, trained):
+    """The rows of a file that hold every language. trained: the training rows; questions that are among them are
+    counted and said. InputError when two rows have one identifier."""
+    with naming(path):
+        rows = require_languages(read_counted(path, source, "first", targets, unique=True), source, *targets)
+    known = {row[source]["prompt"] for row in trained}
+    shared = sum(row[source]["prompt"] in known for row in rows)
+    if shared:
+        print(f"{shared} of its {len(rows)} questions are among the training rows, too: "
+              f"what they score is no test of anything new")
+    return rows
+
+
+def missing_targets(rows, targets):
+    """The targets that not every row holds."""
+    return [target for target in targets if not all(target in languages_of(row) for row in rows)]
+
+
+def split_rows(rows, evaluated, samples, holdout, eval_split, seed):
+    """The Split of training rows, drawn by seed, and of evaluation rows, by the "split" they name.
+
+    samples: how many to train on, None for all. holdout: how many to hold out, a fifth of the rows at most.
+    eval_split: the rows that are answered; those that name no split are. InputError when there is none.
+    """
+    heldout = [row for row in evaluated if row.get("split") == "validation"][:holdout]
+    answered = [row for row in evaluated if row.get("split", eval_split) == eval_split]
+    if evaluated and not answered:
+        raise InputError(f"no row of split {eval_split!r}: see --eval-split")
+    apart = 0 if heldout else min(holdout, len(rows) // 5)
+    order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed)).tolist()
+    wanted = apart + (samples or len(rows))
+    return Split([rows[i] for i in order[:wanted]], apart, heldout, answered)
 
 
 # ---- rows -> forks ----
@@ -49,6 +115,8 @@ class Fork:
     continuations: list
     language: str
     row: str
+    side: int = 0        # of the prompt's language: 0 the source, i the i-th target
+    nll: bool = False    # whether the right continuation is under the NLL term
 
     @property
     def length(self):
@@ -70,43 +138,49 @@ def cut_to_fit(continuations, room):
     return [ids[:longest] for ids in continuations]
 
 
-def make_forks(rows, tokenizer, source="en", target="sw", row_tokens=1024, system=None, continuations="pair"):
+def make_forks(rows, tokenizer, source="en", target="sw", row_tokens=1024, system=None):
     """([[source fork, target fork] a row], counts).
 
     A fork is a prompt, the response in its language, and the responses in the other ones.
-    target: a language, or a list of them. continuations: "pair", or "chosen" for the right response alone.
-    A fork longer than row_tokens loses the ends of its responses, and with them the stop token; a row whose
-    prompt leaves them no room is dropped. Raises InputError if no row has the languages, or none fits.
+    target: a language, or a list of them. A fork longer than row_tokens loses the ends of its responses, and
+    with them the stop token; a row whose prompt leaves them no room is dropped. Raises InputError if no row
+    has the languages, or none fits.
     """
-    assert continuations in ("pair", "chosen"), f"continuations {continuations!r} is neither pair nor chosen"
     wanted = [source, *([target] if isinstance(target, str) else target)]
     usable, groups = require_languages(rows, *wanted), []
     counts = Counter({"rows": len(rows), f"without {' and '.join(wanted)}": len(rows) - len(usable)})
     for row in usable:
-        prompts = {own: tokenizer.prompt_ids(row[own]["prompt"], system) for own in wanted}
-        replies = {own: tokenizer.response_ids(row[own]["response"]) for own in wanted}
-        whole = [Fork(prompts[own], [replies[own], *(replies[other] for other in wanted
-                                                     if other != own and continuations == "pair")],
-                      own, row["row_id"]) for own in wanted]
+        uncut = row_forks(row, tokenizer, wanted, system)
         group = [replace(fork, continuations=cut_to_fit(fork.continuations, row_tokens - len(fork.prompt)))
-                 for fork in whole]
+                 for fork in uncut]
         if any(fork.continuations is None for fork in group):
             counts[f"rows dropped: a prompt fills {row_tokens} tokens"] += 1
             continue
         groups.append(group)
         counts["forks"] += len(group)
-        counts[f"forks cut to {row_tokens} tokens"] += sum(fork != uncut for fork, uncut in zip(group, whole))
+        counts[f"forks cut to {row_tokens} tokens"] += sum(fork != long for fork, long in zip(group, uncut))
         counts["forks with equal continuations (no preference to learn)"] += sum(fork.equal for fork in group)
     if not groups:
         raise InputError(f"no row fits into {row_tokens} tokens; make the rows longer")
     return groups, counts
 
 
+def row_forks(row, tokenizer, languages, system=None):
+    """A fork for each of the languages: its prompt, the right response, then the other languages'."""
+    responses = {own: tokenizer.response_ids(row[own]["response"]) for own in languages}
+    forks = []
+    for side, own in enumerate(languages):
+        prompt = tokenizer.prompt_ids(row[own]["prompt"], system)
+        wrong = [responses[other] for other in languages if other != own]
+        forks.append(Fork(prompt, [responses[own], *wrong], own, row["row_id"], side))
+    return forks
+
+
 # ---- forks -> batches ----
 
 @dataclass
 class Batch:
-    """B packed rows of T tokens and their N predictions.
+    """B packed rows of T tokens, their N predictions, and what is known of their S continuations and P pairs.
 
     Token q sees token k iff fork[q] == fork[k] and k <= q and (branch[k] == 0 or branch[k] == branch[q]).
     """
@@ -117,18 +191,35 @@ class Batch:
     row_index: torch.Tensor  # (N,), the position in the flattened (B * T) hidden states that predicts
     targets: torch.Tensor    # (N,), the token it has to predict
     sequence: torch.Tensor   # (N,), the continuation this belongs to, counted over forks in order
+    length: torch.Tensor     # (S,), tokens of every continuation
+    side: torch.Tensor       # (S,), language of its prompt: 0 the source, i the i-th target
+    right: torch.Tensor      # (F,), the right continuation of each fork
+    chosen: torch.Tensor     # (P,), the right continuation of each pair
+    rejected: torch.Tensor   # (P,), the wrong one
+    nll: torch.Tensor        # the continuations under the NLL term
+    english: torch.Tensor    # the right continuations in the source language, for the anchor
     forks: list              # of Fork, in the order of the rows
     order: list              # of int: forks[i] was number order[i] of the forks given to pack
+    ref_logp: torch.Tensor | None = None  # (S,) summed log-probs under the reference, once its pass is done
 
     def to(self, device):
-        """The same batch with its tensors on a device."""
-        return replace(self, **{field.name: getattr(self, field.name).to(device) for field in fields(self)
-                                if field.name not in ("forks", "order")})
+        """The same batch with its tensors on a device. A GPU copies from pinned memory while the program goes
+        on; from other memory it would wait."""
+        def send(x):
+            x = x.pin_memory() if torch.device(device).type == "cuda" else x
+            return x.to(device, non_blocking=True)
+        tensors = {name: x for name, x in vars(self).items() if isinstance(x, torch.Tensor)}
+        return replace(self, **{name: send(x) for name, x in tensors.items()})
+
+    @property
+    def used(self):
+        """How many of the B * T tokens are no padding."""
+        return int((self.fork >= 0).sum())
 
     @property
     def padding(self):
         """Share of the B * T tokens that is padding, 0 to 1."""
-        return (self.fork < 0).double().mean().item()
+        return 1 - self.used / self.fork.numel()
 
 
 def best_fit(lengths, row_tokens):
@@ -156,24 +247,48 @@ def lay_out(forks, rows, width, ends=True):
     grids = np.zeros((4, len(rows), width), np.int64)  # tokens, positions, fork, branch
     grids[2] = -1
     row_index, targets, sequence, order = [], [], [], []
+    continuations = 0
     for b, row in enumerate(rows):
         cursor = 0
         for i in row:
-            size, last = len(forks[i].prompt), b * width + cursor + len(forks[i].prompt) - 1
-            for branch, ids in enumerate([forks[i].prompt, *forks[i].continuations]):
+            prompt = forks[i].prompt
+            last = b * width + cursor + len(prompt) - 1    # the prompt's last token, in the flattened rows
+            for branch, ids in enumerate([prompt, *forks[i].continuations]):
                 assert ids, f"row {forks[i].row}: empty prompt or continuation"
-                first, laid = size if branch else 0, ids if ends or not branch else ids[:-1]
-                grids[:, b, cursor:cursor + len(laid)] = (laid, range(first, first + len(laid)),
-                                                          [len(order)] * len(laid), [branch] * len(laid))
-                if branch:  # the shift by one: the prompt's last token predicts the first, then each the next
-                    here = b * width + cursor
-                    row_index += [last, *range(here, here + len(ids) - 1)]
-                    sequence += [sequence[-1] + 1 if sequence else 0] * len(ids)
-                    targets += ids
+                first = len(prompt) if branch else 0
+                laid = ids if ends or not branch else ids[:-1]
+                here = b * width + cursor
+                place = slice(cursor, cursor + len(laid))
+                grids[0, b, place] = laid
+                grids[1, b, place] = range(first, first + len(laid))
+                grids[2, b, place] = len(order)
+                grids[3, b, place] = branch
                 cursor += len(laid)
+                if branch:  # the shift by one: the prompt's last token predicts the first, then each the next
+                    row_index += [last, *range(here, here + len(ids) - 1)]
+                    targets += ids
+                    sequence += [continuations] * len(ids)
+                    continuations += 1
             order.append(i)
-    return Batch(*torch.from_numpy(grids), *map(torch.tensor, (row_index, targets, sequence)),
-                 [forks[i] for i in order], order)
+    laid_out = [forks[i] for i in order]
+    predictions = [torch.tensor(x, dtype=torch.int64) for x in (row_index, targets, sequence)]
+    return Batch(*torch.from_numpy(grids), *predictions, **pair_up(laid_out), forks=laid_out, order=order)
+
+
+def pair_up(forks):
+    """What a Batch says of the continuations of its forks, in their order."""
+    known = {name: [] for name in ("length", "side", "right", "chosen", "rejected", "nll", "english")}
+    for fork in forks:
+        right = len(known["length"])
+        known["length"] += [len(ids) for ids in fork.continuations]
+        known["side"] += [fork.side] * len(fork.continuations)
+        wrong = range(right + 1, len(known["length"]))
+        known["right"].append(right)
+        known["chosen"] += [right] * len(wrong)
+        known["rejected"] += wrong
+        known["nll"] += [right] * fork.nll
+        known["english"] += [right] * (fork.side == 0)
+    return {name: torch.tensor(numbers, dtype=torch.int64) for name, numbers in known.items()}
 
 
 def micro_batches(forks, row_tokens, rows, trim=True, ends=True):
@@ -217,6 +332,8 @@ def show(fork, tokenizer, colour):
 
 def show_forks(rows, tokenizer, args):
     """Print what training would see of the rows: counts, packing, unknown tokens, samples."""
+    for note in tokenizer.chat.notes:
+        print(note)
     groups, counts = make_forks(rows, tokenizer, args.source, args.lang or [], args.row_tokens, args.system)
     forks = [fork for group in groups for fork in group]
     batch = pack(forks, args.row_tokens)
@@ -236,11 +353,15 @@ def parse_args(argv=None):
     parser = argparse.ArgumentParser(description="Count a data file and show what training would see of it.",
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("file", help=f"{FORMATS}; JSONL or one JSON list, .gz too")
-    parser.add_argument("--source", default="en", help="source language, and that of one-language files")
-    parser.add_argument("--lang", help="target language; without it each prompt has its own response only")
+    parser.add_argument("--source", type=normal, default="en",
+                        help="source language, and that of one-language files")
+    parser.add_argument("--lang", type=normal,
+                        help="target language; without it each prompt has its own response only")
     parser.add_argument("--turns", choices=("first", "all"), default="first", help="turns of a conversation")
     parser.add_argument("--model", help="Hugging Face directory whose tokenizer and template make the forks")
     parser.add_argument("--system", help="system prompt before every prompt")
+    parser.add_argument("--template-args", help="variables of the chat template, as JSON: "
+                                                '{"enable_thinking": false}')
     parser.add_argument("--row-tokens", type=int, default=1024, help="length of a packed row, in tokens")
     parser.add_argument("--show", type=int, default=0, help="rows to print as forks (needs --model)")
     parser.add_argument("--trl", metavar="OUT", help="write TRL preference rows here (needs --lang)")
@@ -250,6 +371,7 @@ def parse_args(argv=None):
 def main(argv=None):
     args, counts = parse_args(argv), Counter()
     for given, other, needed in ((args.show, args.model, "--show needs --model DIR"),
+                                 (args.template_args, args.model, "--template-args needs --model DIR"),
                                  (args.trl, args.lang, "--trl needs --lang CODE")):
         if given and not other:
             raise InputError(needed)
@@ -259,7 +381,7 @@ def main(argv=None):
     if args.trl:
         print(f"{args.trl}: {write_preferences(args.trl, rows, args.source, args.lang):,} preference rows")
     if args.model:
-        show_forks(rows, load_tokenizer(args.model), args)
+        show_forks(rows, load_tokenizer(args.model, args.template_args), args)
 
 
 if __name__ == "__main__":

@@ -1,108 +1,50 @@
-"""Evaluation: exact answers, the language of replies, the report of a run, and a prompt to talk to a model.
+"""Evaluation: talk to a model, and measure what it answers.
 
     python eval.py ask --adapter runs/sw/clo/adapter "Mji mkuu wa Ufaransa ni upi?"
-    python eval.py ask --adapter runs/sw/clo/adapter    # a small conversation, one question at a time
+    python eval.py ask --adapter runs/sw/clo/adapter --beside   # a small conversation, the base beside it
+    python eval.py mc mmlu DIR --shots 5 --adapter runs/sw/clo/adapter
+    python eval.py COMMAND --help
 
-A reply is *correct* when, normalised (Unicode NFC, case, spaces, final punctuation), it equals the row's
-response in the language of the question. Whether it is in the *right language* is judged by a naive Bayes
-classifier over character n-grams, fitted on the run's own parallel rows: it knows no language by name, only
-the ones it was given. Rows whose response is the same in another language say nothing about language; they
-are left out of that figure and counted.
-
-References: naive Bayes over n-grams for language identification (Lui and Baldwin 2012, langid.py).
+Each command keeps its answers in a file as they come, so that a killed one goes on behind them, and writes
+its figures beside everything they depend on; `compare` puts them into one table.
 """
 
 import argparse
+import asyncio
 import json
 import math
+import sys
 from collections import Counter
+from dataclasses import asdict
 from pathlib import Path
 
-import torch
 from tqdm import tqdm
 
 import model as llama
-import translate
-from engine import ranks
-from engine.files import (InputError, Journal, as_kind, check_unicode, fingerprint, need, read_records, run,
-                          write_json)
-from evals import choice, judge, report
-from evals.answers import HASH_DIGITS, answer_and_score  # noqa: F401  the library face
-from evals.choice import multiple_choice  # noqa: F401
-from evals.language import fit_languages, reply_language  # noqa: F401
+from engine import flags, ranks
+from engine.files import InputError, Journal, check_unicode, fingerprint, run, write_json
+from engine.flags import REQUIRED
+from evals import choice, comparison, judge, plots
+from evals.answers import Decoding
+from evals.instructions import (answer_instructions, model_outputs, read_instructions,
+                                translate_instructions)
 from evals.report import table
+from evals.systems import (DEFAULT_MODEL, check_system, compute_dtype, directory_name, find_base, open_model,
+                           out_directory)
+from evals.verdict import VERDICT
+from evals.winrate import (annotation_records, answer_settings, describe_failures, describe_rate,
+                           judge_details, keep_verdicts, left_to_judge, pair_outputs, read_annotations,
+                           win_rate)
 from formats import hub
 from formats.chat import Tokenizer, load_tokenizer
-from formats.records import describe_counts, identifier, read_rows, require_languages
+from formats.languages import normal, split_commas
+from formats.records import describe_counts, read_rows, require_languages
 from formats.weights import DTYPES, adapter_base
 
-TRANSLATED_AT_ONCE = 16     # instructions between two writes
+JUDGE = "gpt-4o"
 
 
-# --------------------------------------------------------------------------------------------- reply language
-
-
-# ---------------------------------------------------------------------------------------------------- answers
-
-
-# -------------------------------------------------------------------------------------------------------- ask
-
-def load_model(args) -> tuple[llama.Llama, Tokenizer, str, str]:
-    """(model, tokenizer, name of the base, name of the dtype)
-    that --model, --adapter, --device and --dtype ask for."""
-    base = args.model or (adapter_base(args.adapter) if args.adapter else "demo/llama")
-    tokenizer = load_tokenizer(base)
-    dtype = args.dtype if args.dtype != "auto" else "bf16" if args.device.startswith("cuda") else "fp32"
-    return llama.load(base, args.device, DTYPES[dtype], args.adapter), tokenizer, base, dtype
-
-
-def ask(args) -> None:
-    """Answer one question, or questions typed one at a time until an empty line. Each stands alone."""
-    model, tokenizer, base, _ = load_model(args)
-
-    def reply(question: str) -> str:
-        ids = llama.generate(model, [tokenizer.prompt_ids(question, args.system_prompt)], args.max_tokens,
-                             tokenizer.stop_ids, args.temperature, args.top_p, args.seed)[0]
-        return tokenizer.decode(ids).strip()
-    if args.question:
-        print(reply(args.question))
-        return
-    print(f"{base}{' with ' + args.adapter if args.adapter else ''}. Ask; an empty line ends.")
-    while True:
-        try:
-            question = input("> ").strip()
-        except EOFError:
-            return
-        if not question:
-            return
-        print(reply(question))
-
-
-# --------------------------------------------------------------------------------------- evaluation directory
-
-
-def open_model(args) -> tuple[llama.Llama, Tokenizer, dict]:
-    """The model that --model and --adapter name, its tokenizer,
-    and the settings that stand beside its numbers."""
-    model, tokenizer, base, dtype = load_model(args)
-    settings = {"model": str(base), "model hash": weights_hash(hub.local(base)), "adapter": args.adapter,
-                "adapter hash": args.adapter and weights_hash(Path(args.adapter)),
-                "tokenizer and template": tokenizer.fingerprint[:HASH_DIGITS], "dtype": dtype,
-                "device": args.device, "torch": torch.__version__}
-    print(f"{base}{' with ' + args.adapter if args.adapter else ''}: {dtype} on {args.device}")
-    return model, tokenizer, settings
-
-
-def weights_hash(path: Path) -> str:
-    """Of the contents of a checkpoint's or adapter's weight files."""
-    return fingerprint(*([path] if path.is_file() else sorted(path.glob("*.safetensors"))))[:HASH_DIGITS]
-
-
-def out_directory(args, *names: str) -> Path:
-    """--out, or runs/eval/NAMES-MODEL: one directory for each evaluation of each model."""
-    model = Path(args.adapter or args.model or "demo/llama").as_posix().strip("./").replace("/", "-")
-    return Path(args.out) if args.out else Path("runs/eval") / "-".join([*filter(None, names), model])
-
+# ---------------------------------------------------------------------------------------------------- figures
 
 def finish(out: Path, settings: dict, figures: dict, **details) -> None:
     """result.json: the figures and everything they depend on. `compare` reads it."""
@@ -111,7 +53,67 @@ def finish(out: Path, settings: dict, figures: dict, **details) -> None:
 
 
 def with_error(value: float, error: float | None, digits: int = 2) -> str:
-    return f"{value:.{digits}f}" + ("" if error is None else f" ± {error:.{digits}f}")
+    if error is None:
+        return f"{value:.{digits}f}"
+    return f"{value:.{digits}f} ± {error:.{digits}f}"
+
+
+# -------------------------------------------------------------------------------------------------------- ask
+
+def tell_notes(tokenizer: Tokenizer) -> None:
+    """Where prompts and replies differ from the text the chat template itself would write."""
+    for note in tokenizer.chat.notes:
+        print(note, file=sys.stderr)
+
+
+def decoding(args) -> Decoding:
+    return Decoding(args.system_prompt, args.max_tokens, args.temperature, args.top_p, args.seed)
+
+
+def ask(args) -> None:
+    """Answer one question, or questions typed one at a time until an empty line. Each stands alone."""
+    adapters = args.adapter or []
+    base = find_base(args.model, adapters[0] if adapters else None)
+    for adapter in adapters if not args.model else []:
+        if adapter_base(adapter) != base:
+            raise InputError(f"{adapter} belongs to {adapter_base(adapter)}, {adapters[0]} to {base}: "
+                             f"ask them one after the other, or name one base with --model")
+    systems = [None, *adapters] if args.beside or not adapters else adapters
+    for system in systems:
+        check_system(base, system)
+    tokenizer = load_tokenizer(base, args.template_args)
+    dtype = DTYPES[compute_dtype(args.dtype, args.device)]
+    tell_notes(tokenizer)
+    models = {}
+    for system in systems:
+        print(f"loading {base}{f' with {system}' if system else ''}", file=sys.stderr, flush=True)
+        models[system or base] = llama.load(base, args.device, dtype, system)
+    if args.question is not None:
+        answer_with_all(models, tokenizer, args.question, decoding(args))
+        return
+    print(f"{', '.join(models)}. Ask; an empty line ends.")
+    while question := next_question():
+        answer_with_all(models, tokenizer, question, decoding(args))
+
+
+def next_question() -> str:
+    try:
+        return input("> ").strip()
+    except EOFError:
+        return ""
+
+
+def answer_with_all(models: dict, tokenizer, question: str, how: Decoding) -> None:
+    """Print every model's answer, under its name if there are several."""
+    check_unicode(question, "the question")
+    for name, model in models.items():
+        if len(models) > 1:
+            print(f"{name}:", flush=True)
+        print(f"answering, at most {how.max_tokens} tokens", file=sys.stderr, flush=True)
+        (text, tokens), = how.replies(model, tokenizer, [question])
+        print(text or "(an empty reply)")
+        if tokens >= how.max_tokens:
+            print(f"(cut at --max-tokens {how.max_tokens})")
 
 
 # -------------------------------------------------------------------------------------------- multiple choice
@@ -119,30 +121,39 @@ def with_error(value: float, error: float | None, digits: int = 2) -> str:
 def mc(args) -> None:
     """Score a multiple-choice benchmark: accuracies with their standard error,
     and every question's log-probs."""
-    benchmark = choice.read_benchmark(args.benchmark, args.files, args.shots, args.lang,
-                                          args.subjects and args.subjects.split(","), args.split, args.limit)
-    model, tokenizer, settings = open_model(args)
-    settings |= benchmark.settings
-    out = out_directory(args, args.benchmark, args.lang, f"{args.shots}shot")
-    part = [args.split != "test" and args.split, args.subjects, args.limit and f"first {args.limit}"]
-    figure = " ".join(filter(None, [args.benchmark, args.lang, f"{args.shots}-shot", *part]))
-    numbers = Counter()
-    names = [f"{question.subject} {numbers.update([question.subject]) or numbers[question.subject]}"
-             for question in benchmark.questions]
+    subjects = sorted({*split_commas(args.subjects or "")})
+    benchmark = choice.read_benchmark(args.benchmark, args.files, args.shots, args.lang, subjects, args.split,
+                                      args.limit)
+    model, tokenizer, settings = open_model(args.model, args.adapter, args.device, args.dtype)
+    del settings["tokenizer and template"]         # a question is plain text: a template has no part in it
+    settings |= {"tokenizer": fingerprint(tokenizer.full.to_str(), tokenizer.names)} | benchmark.settings
+    name = [args.benchmark, args.lang, f"{args.shots}-shot", args.split if args.split != "test" else "",
+            short(subjects), f"first {args.limit}" if args.limit else ""]
+    figure = " ".join(filter(None, name))
+    out = args.out or out_directory(args.adapter or args.model, *name, settings["dtype"])
+    questions, numbers = {}, Counter()
+    for question in benchmark.questions:
+        numbers[question.subject] += 1
+        questions[f"{question.subject} {numbers[question.subject]}"] = question
     keys = ("question", "correct", "choice", "cut", "scores")
     with Journal(out / "answers.jsonl", settings, keys, args.fresh) as journal:
-        score_questions(model, tokenizer, dict(zip(names, benchmark.questions)), figure, journal,
-                        args.batch_tokens)
+        score_questions(model, tokenizer, questions, figure, journal, args.batch_tokens)
     answers = {line["question"]: line for line in journal.done}
-    summary = choice.summarise(benchmark, [answers[name] for name in names])
-    total, categories = summary["all"], {f"all of {name}": part
-                                         for name, part in summary["categories"].items()}
+    summary = choice.summarise(benchmark, [answers[name] for name in questions])
+    total = summary["all"]
+    categories = {f"all of {name}": part for name, part in summary["categories"].items()}
     print(table([figure, "accuracy %", "questions"],
                 [[name, with_error(part["accuracy"], part["stderr"]), str(part["n"])]
                  for name, part in {**summary["subjects"], **categories, "all": total}.items()]))
     cut = tell_cut(journal)
     finish(out, settings, {figure: {"value": total["accuracy"], "stderr": total["stderr"], "n": total["n"]}},
            **summary, cut=cut)
+
+
+def short(subjects: list[str]) -> str:
+    """Names of subjects for a figure and a directory; of many, how many and a hash."""
+    text = ",".join(subjects)
+    return text if len(text) <= 60 else f"{len(subjects)} subjects {fingerprint(subjects)[:6]}"
 
 
 def tell_cut(journal: Journal) -> int:
@@ -175,21 +186,28 @@ def ratio(nll: list[float], sizes: list[int]) -> dict:
 
 
 def perplexity(args) -> None:
-    """NLL of held-out responses per UTF-8 byte (the stop token's too),
-    which models with other tokenizers can be compared with, and its exponential."""
-    rows = require_languages(read_rows(args.data), args.source, args.lang)
+    """NLL of held-out responses per UTF-8 byte (the stop token's too), in nats and in bits, which models with
+    other tokenizers can be compared with, and its exponential."""
+    counts = Counter()
+    args.data = str(hub.data_file(args.data))
+    rows = read_rows(args.data, args.source, counts=counts, targets=[args.lang], unique=True)
+    rows = require_languages(rows, args.source, args.lang)
+    print(f"{args.data}: {describe_counts(counts)}")
     rows = [row for row in rows if row.get("split", args.split) == args.split] if args.split else rows
-    choice.refuse_duplicates([(where, identifier(record, where))
-                                  for where, record in read_records(args.data)])
     if not rows:
         raise InputError(f"{args.data} has no row of split {args.split!r}: see --split")
-    model, tokenizer, settings = open_model(args)
+    model, tokenizer, settings = open_model(args.model, args.adapter, args.device, args.dtype,
+                                            args.template_args)
+    tell_notes(tokenizer)
     settings |= {"language": args.lang, "source": args.source, "data": args.data,
                  "data hash": choice.file_hash(args.data), "split": args.split, "rows": len(rows),
                  "system_prompt": args.system_prompt,
                  "scored": "the response and its stop token, after the prompt"}
-    out = out_directory(args, "perplexity", args.lang)
-    places = ((report.SOURCE, args.source), (report.TARGET, args.lang))
+    name = ["perplexity", args.lang, args.source if args.source != "en" else "",
+            Path(args.data).with_suffix("").as_posix().strip("./"), args.split if args.split != "test" else "",
+            fingerprint(args.system_prompt)[:6] if args.system_prompt else "", settings["dtype"]]
+    out = args.out or out_directory(args.adapter or args.model, *name)
+    places = ((comparison.SOURCE, args.source), (comparison.TARGET, args.lang))
     keys = ("question", "place", "nll", "bytes", "tokens", "cut")
     with Journal(out / "answers.jsonl", settings, keys, args.fresh) as journal:
         for place, language in places:
@@ -197,14 +215,16 @@ def perplexity(args) -> None:
     figures, lines = {}, []
     for place, language in places:
         found = [line for line in journal.done if line["place"] == place]
-        figure = ratio([line["nll"] for line in found], [line["bytes"] for line in found])
-        tokens = sum(line["tokens"] for line in found)
-        exponential = {"value": math.exp(figure["value"]), "n": figure["n"]}
-        figures |= {f"nll/byte {place}": figure, f"perplexity/byte {place}": exponential}
-        lines.append([language, with_error(figure["value"], figure["stderr"], 4),
-                      f"{exponential['value']:.4f}", f"{sum(line['nll'] for line in found) / tokens:.4f}",
-                      str(figure["n"])])
-    print(table(["", "nll per byte", "perplexity per byte", "nll per token", "rows"], lines))
+        nats = ratio([line["nll"] for line in found], [line["bytes"] for line in found]) | {"digits": 4}
+        bits = nats | {key: nats[key] and nats[key] / math.log(2) for key in ("value", "stderr")}
+        exponential = {"value": math.exp(nats["value"]), "n": nats["n"], "digits": 4}
+        figures |= {f"bits/byte {place}": bits, f"nll/byte {place}": nats,
+                    f"perplexity/byte {place}": exponential}
+        per_token = sum(line["nll"] for line in found) / sum(line["tokens"] for line in found)
+        lines.append([language, with_error(bits["value"], bits["stderr"], 4),
+                      with_error(nats["value"], nats["stderr"], 4), f"{exponential['value']:.4f}",
+                      f"{per_token:.4f}", str(nats["n"])])
+    print(table(["", "bits per byte", "nll per byte", "perplexity per byte", "nll per token", "rows"], lines))
     finish(out, settings, figures, cut=tell_cut(journal))
 
 
@@ -236,154 +256,93 @@ def score_responses(model, tokenizer, rows: list[dict], place: str, language: st
 
 # ------------------------------------------------------------------------------------------------- AlpacaEval
 
-def read_instructions(path, language: str) -> list[dict]:
-    """[{"instruction", "dataset"}] of a file in alpaca_eval's format,
-    or of parallel rows that hold the language."""
-    found = []
-    for where, record in read_records(path):
-        own = as_kind(record, dict, where).get(language)
-        text = own["prompt"] if isinstance(own, dict) and "prompt" in own else \
-            need(record, "instruction", where)
-        found.append((where, check_unicode({"instruction": as_kind(text, str, where),
-                                         "dataset": record.get("dataset")}, where)))
-    choice.refuse_duplicates([(where, item["instruction"]) for where, item in found])
-    if not found:
-        raise InputError(f"{path}: the file holds no instruction")
-    return [item for _, item in found]
-
-
-def translate_instructions(items: list[dict], args) -> list[dict]:
-    """The items in --lang. The translation is kept under a hash of what made it, so that every system gets
-    the same strings, byte for byte: alpaca_eval joins answers on them."""
-    translator = translate.load(args.translator, args.device)
-    settings = {"translator": translator.fingerprint, "source": args.source, "lang": args.lang,
-                "beams": args.beams}
-    key = fingerprint([item["instruction"] for item in items], settings)[:HASH_DIGITS]
-    path = Path("runs/eval") / f"instructions-{args.lang}-{key}.jsonl"
-    with Journal(path, settings, ("source", "instruction")) as journal, \
-            tqdm(total=len(items), initial=len(journal.done), desc=f"translate to {args.lang}",
-                 unit="instruction") as bar:
-        for first in range(len(journal.done), len(items), TRANSLATED_AT_ONCE):
-            texts = [item["instruction"] for item in items[first:first + TRANSLATED_AT_ONCE]]
-            for text, drawn in zip(texts, translate.translate(
-                    texts, args.source, args.lang, translator, args.beams)):
-                journal.add({"source": text, "instruction": drawn})
-            bar.update(len(texts))
-    print(f"translated instructions, the same for every system: {path}")
-    kept = {}
-    for item, line in zip(items, journal.done):
-        if line["instruction"].strip():
-            kept.setdefault(line["instruction"], item | {"instruction": line["instruction"]})
-    if len(kept) < len(items):
-        print(f"{len(items) - len(kept)} translations are left out: empty, or equal to an earlier one")
-    return list(kept.values())
-
-
 def alpaca(args) -> None:
     """Answer a list of instructions; model_outputs.json is what alpaca_eval and `judge` read."""
-    items = read_instructions(args.instructions, args.source if args.translator else args.lang)[:args.limit]
+    language = args.source if args.translator else args.lang
+    items = read_instructions(args.instructions, language)[:args.limit]
+    check_system(find_base(args.model, args.adapter), args.adapter)
     if args.translator:
-        items = translate_instructions(items, args)
-    model, tokenizer, settings = open_model(args)
-    settings |= {"language": args.lang, "instructions": args.instructions, "translator": args.translator,
-                 "instructions hash": fingerprint([item["instruction"] for item in items]),
-                 "temperature": args.temperature, "top_p": args.top_p, "seed": args.seed,
-                 "max_tokens": args.max_tokens, "system_prompt": args.system_prompt, "batch": args.batch_size}
-    out = out_directory(args, "alpaca", args.lang)
-    with Journal(out / "answers.jsonl", settings, ("instruction", "output", "tokens"), args.fresh) as journal:
-        answer_instructions(model, tokenizer, items, journal, args)
-    name = args.name or Path(args.adapter or args.model or "demo/llama").as_posix()
-    write_json(out / "model_outputs.json", [
-        {"dataset": item["dataset"], "instruction": item["instruction"], "output": line["output"],
-         "generator": name, "datasplit": "eval"} for item, line in zip(items, journal.done)])
+        items = translate_instructions(items, args.translator, args.device, args.source, args.lang,
+                                       args.beams)
+    model, tokenizer, settings = open_model(args.model, args.adapter, args.device, args.dtype,
+                                            args.template_args)
+    tell_notes(tokenizer)
+    how = decoding(args)
+    settings |= {
+        "language": args.lang,
+        "instructions": args.instructions,
+        "translator": args.translator,
+        "instructions hash": fingerprint([item["instruction"] for item in items]),
+        "batch": args.batch_size,
+        **asdict(how)}
+    system = args.adapter or args.model
+    part = f"first {args.limit}" if args.limit else ""
+    out = args.out or out_directory(system, "alpaca", args.lang, part)
+    keys = ("instruction", "output", "tokens")
+    with Journal(out / "answers.jsonl", settings, keys, args.fresh) as journal:
+        answer_instructions(model, tokenizer, items, how, args.batch_size, journal)
+    name = args.name or Path(system or DEFAULT_MODEL).as_posix()
+    write_json(out / "model_outputs.json", model_outputs(items, journal.done, name))
     length = sum(len(line["output"]) for line in journal.done) / len(items)
-    cut = sum(line["tokens"] >= args.max_tokens for line in journal.done)
+    cut = sum(line["tokens"] >= how.max_tokens for line in journal.done)
+    empty = sum(not line["output"] for line in journal.done)
     print(f"{out}/model_outputs.json: {len(items)} answers of {length:.0f} characters on average, "
-          f"{cut} of them cut at {args.max_tokens} tokens")
-    finish(out, settings, {"answer characters": {"value": length, "n": len(items)}}, cut=cut)
+          f"{cut} of them cut at {how.max_tokens} tokens, {empty} empty")
+    figures = {"answer characters": {"value": length, "n": len(items)}}
+    finish(out, settings, figures, cut=cut, empty=empty)
 
 
-def answer_instructions(model, tokenizer, items: list[dict], journal: Journal, args) -> None:
-    """Add answers to the journal, a batch at a time. Sampling starts anew with each batch,
-    so that a resumed run equals an undisturbed one."""
-    with tqdm(total=len(items), initial=len(journal.done), desc="answers", unit="answer") as bar:
-        for first in range(len(journal.done) // args.batch_size * args.batch_size, len(items),
-                           args.batch_size):
-            part = items[first:first + args.batch_size]
-            prompts = [tokenizer.prompt_ids(item["instruction"], args.system_prompt) for item in part]
-            replies = llama.generate(model, prompts, args.max_tokens, tokenizer.stop_ids,
-                                     args.temperature, args.top_p, args.seed + first, args.batch_size)
-            for item, reply in list(zip(part, replies))[len(journal.done) - first:]:
-                journal.add({"instruction": item["instruction"], "output": tokenizer.decode(reply).strip(),
-                             "tokens": len(reply)})
-                bar.update()
-
+# ------------------------------------------------------------------------------------------------------ judge
 
 def judge_outputs(args) -> None:
     """Ask the judge about every pair of answers:
     annotations.json in alpaca_eval's format, and the win rate of A."""
-    pairs = judge.pair_outputs(args.outputs, args.reference)[:args.limit]
-    settings = judge_settings(args, len(pairs))
-    out = Path(args.out) if args.out else \
-        Path(args.outputs).parent / f"against-{Path(args.reference).parent.name}"
-    endpoint = judge.endpoint_from_environment(args.judge_model, max_tokens=args.judge_tokens,
-                                               timeout=args.timeout, attempts=args.attempts, pause=args.pause)
-    figure = f"win rate over {pairs[0]['generator_1']}"
-    keys = ("question", "output_1", "output_2", "preference", "prompt_tokens", "completion_tokens")
+    asked = judge.connect(args.judge_model, args.judge_tokens, args.timeout, args.attempts)
+    pairs = pair_outputs(args.outputs, args.reference)[:args.limit]
+    settings = answer_settings(args.outputs, args.reference)
+    settings |= {
+        "pairs": len(pairs),
+        "judge": args.judge_model,
+        "judge prompt": judge.prompt_hash(),
+        "judge tokens": args.judge_tokens,
+        "judge temperature": 0,
+        "verdict": VERDICT,
+        "order": args.order,
+        "order seed": args.seed,
+        "language": args.lang or settings.get("language")}
+    out = args.out or judge_directory(args.outputs, args.reference, args.judge_model, args.order, args.limit)
+    model, reference = pairs[0]["generator_2"], pairs[0]["generator_1"]
+    figure = f"win rate over {reference}"
+    keys = ("question", "preference", "reading", "refused", "prompt_tokens", "completion_tokens")
     with Journal(out / "answers.jsonl", settings, keys, args.fresh) as journal:
-        failed = ask_judge(pairs, endpoint, figure, journal, args)
-    lines = {line["question"]: line for line in journal.done}
-    annotations = [lines[pair["instruction"]] for pair in pairs if pair["instruction"] in lines]
-    write_json(out / "annotations.json", [judge.annotation_record(line) for line in annotations])
-    if failed:
-        print(f"{sum(failed.values())} pairs have no verdict ({describe_counts(failed)}) and are left out; "
-              f"the same command tries them again")
-    rate = judge.win_rate(annotations)
-    read, written = (sum(line[key] for line in annotations) for key in ("prompt_tokens", "completion_tokens"))
-    cost = (read * args.price_in + written * args.price_out) / 1e6
-    print(f"{pairs[0]['generator_2']} against {pairs[0]['generator_1']}: {judge.describe_rate(rate)}")
-    print(f"judge: {read:,} tokens read, {written:,} written" + (f", {cost:.2f} USD" if cost else ""))
-    finish(out, settings,
-           {figure: {"value": rate["win_rate"], "stderr": rate["standard_error"], "n": rate["n_total"]}},
-           win_rate=rate, tokens={"read": read, "written": written}, cost_usd=cost, failed=dict(failed))
+        left, known = left_to_judge(pairs, journal.done)
+        verdicts = judge.annotate_all(left, asked, args.order, args.seed, args.lang, args.parallel, known)
+        failed = asyncio.run(keep_verdicts(verdicts, len(pairs), figure, journal))
+    print(describe_failures(failed, len(pairs)), end="")
+    annotator = f"{args.judge_model}, {args.order} order, prompt {judge.prompt_hash()}"
+    annotations = annotation_records(pairs, journal.done, annotator)
+    write_json(out / "annotations.json", annotations)
+    rate = win_rate(annotations)
+    print(f"{model} against {reference}: {describe_rate(rate)}")
+    details = judge_details(journal.done, args.price_in, args.price_out)
+    kinds = Counter(fault.kind for fault in failed)
+    value = {"value": rate["win_rate"], "stderr": rate["standard_error"], "n": rate["n_total"]}
+    finish(out, settings, {figure: value}, win_rate=rate, failed=kinds, **details)
 
 
-def judge_settings(args, pairs: int) -> dict:
-    """What a win rate depends on; of the answers too, where their own result.json lies beside them."""
-    beside = Path(args.outputs).with_name("result.json")
-    settings = report.load_object(beside)["settings"] if beside.is_file() else {"model": args.outputs}
-    return settings | {"outputs hash": choice.file_hash(args.outputs), "reference": args.reference,
-                       "reference hash": choice.file_hash(args.reference), "pairs": pairs,
-                       "judge": args.judge_model, "judge prompt": judge.prompt_hash(),
-                       "judge tokens": args.judge_tokens, "judge temperature": 0, "order": args.order,
-                       "order seed": args.seed, "language": args.lang or settings.get("language")}
-
-
-def ask_judge(pairs: list[dict], endpoint: judge.Endpoint, figure: str, journal: Journal, args) -> Counter:
-    """Add the judge's verdicts to the journal; why pairs have none, counted."""
-    done, failed = {line["question"] for line in journal.done}, Counter()
-    left = [pair for pair in pairs if pair["instruction"] not in done]
-    with tqdm(total=len(pairs), initial=len(done), desc="judged", unit="pair") as bar:
-        for pair, found, fault in judge.annotate_all(left, endpoint, args.order, args.seed, args.lang,
-                                                     args.parallel):
-            if found:
-                journal.add({"question": pair["instruction"], **found,
-                             "scores": {figure: 100 * (found["preference"] - 1)}})
-            else:
-                failed[fault] += 1
-            bar.update()
-    return failed
+def judge_directory(outputs: str, reference: str, judge_model: str, order: str, limit: int | None) -> Path:
+    """Beside the answers; whatever is not the default has a directory of its own."""
+    name = ["against", Path(reference).parent.name]
+    name += [judge_model] if judge_model != JUDGE else []
+    name += [order] if order != "random" else []
+    name += [f"first {limit}"] if limit else []
+    return Path(outputs).parent / directory_name(*name)
 
 
 def winrate(args) -> None:
     """The win rate that a file of annotations in alpaca_eval's format gives."""
-    annotations = read_records(args.annotations)
-    for where, line in annotations:
-        judge.check_preference(need(line, "preference", where), where)
-        for key in ("output_1", "output_2"):
-            as_kind(need(line, key, where), str, where)
-    rate = judge.win_rate([line for _, line in annotations])
-    print(judge.describe_rate(rate))
+    rate = win_rate(read_annotations(args.annotations))
+    print(describe_rate(rate))
     print(json.dumps(rate | {"annotations hash": choice.file_hash(args.annotations)}))
 
 
@@ -391,169 +350,166 @@ def winrate(args) -> None:
 
 def compare(args) -> None:
     """One table over runs and evaluations, paired differences from the baseline, and plots when asked."""
-    results = report.read_results(args.runs)
-    print(report.comparison(results, args.baseline))
-    print(report.settings_text(args.runs))
     if args.plot:
-        for path in report.plot(results, args.plot):
+        plots.import_pyplot()
+    directories, left_out = comparison.find_results(args.runs)
+    if left_out:
+        print(f"left out, no finished run or evaluation: {', '.join(map(str, left_out))}\n")
+    results = comparison.read_results(directories)
+    print(comparison.comparison_text(results, args.baseline))
+    print(comparison.settings_text(directories))
+    if args.plot:
+        for path in plots.plot(results, args.plot):
             print(f"plot: {path}")
 
 
 # ----------------------------------------------------------------------------------------------- command line
 
-def add_model_flags(parser) -> None:
-    add = parser.add_argument_group("model").add_argument
-    add("--model", default=None, help="directory or hub id; default: the adapter's base, else demo/llama")
-    add("--adapter", default=None,
-        help="PEFT LoRA adapter directory, e.g. runs/sw/clo/adapter, or an attn_delta.safetensors")
-    add("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
-    add("--dtype", default="auto", choices=["auto", *DTYPES],
-        help="compute type; auto: bf16 on CUDA, else fp32")
+def add_model_flags(parser, adapter_kind=str, more: str = ""):
+    add = flags.group(parser, "model")
+    add("--model", str, None, "directory or hub id; default: the adapter's base, else demo/llama")
+    add("--adapter", adapter_kind, None, f"PEFT LoRA adapter, a directory or hub id{more}")
+    add("--device", str, "auto", "auto, cpu, cuda, cuda:1, mps")
+    add("--dtype", ["auto", *DTYPES], "auto", "compute type; auto: bf16 on CUDA, else fp32")
+    return add
 
 
 def add_output_flags(parser) -> None:
-    add = parser.add_argument_group("files").add_argument
-    add("--out", default=None,
-        help="directory for answers.jsonl and result.json; default: named after what is evaluated")
-    add("--fresh", action="store_true",
-        help="start over instead of going on behind the answers that are there")
+    add = flags.group(parser, "files")
+    add("--out", Path, None, "directory of the answers; default: named after what is evaluated")
+    add("--fresh", bool, False, "start over instead of going on behind the answers that are there")
 
 
 def add_answer_flags(parser, max_tokens: int) -> None:
-    add = parser.add_argument_group("answers").add_argument
-    add("--system-prompt", default=None, help="put before every question, in the checkpoint's chat template")
-    add("--temperature", type=float, default=0.0, help="0 is greedy; higher is more varied")
-    add("--top-p", type=float, default=1.0,
-        help="sample from the likeliest tokens that hold this probability")
-    add("--max-tokens", type=int, default=max_tokens, help="longest answer, in tokens")
-    add("--seed", type=int, default=0, help="of the sampling")
+    add = flags.group(parser, "answers")
+    add("--system-prompt", str, None, "put before every question, in the model's chat template")
+    add("--template-args", str, None, "variables of the chat template: '{\"enable_thinking\": false}'")
+    add("--temperature", flags.temperature, 0.0, "0 is greedy; higher is more varied")
+    add("--top-p", flags.share, 1.0, "sample from the likeliest tokens that hold this probability")
+    add("--max-tokens", flags.positive_int, max_tokens, "longest answer, in tokens")
+    add("--seed", flags.seed, 0, "of the sampling")
 
 
-def add_ask(sub) -> None:
-    sub.add_argument("question", nargs="?", help="without it, questions are read from the terminal")
-    sub.set_defaults(run=ask)
-    add_answer_flags(sub, 256)
-    add_model_flags(sub)
+def add_ask(parser) -> None:
+    parser.add_argument("question", nargs="?", help="without it, questions are read from the terminal")
+    add = add_model_flags(parser, list, "; several: --adapter A --adapter B")
+    add("--beside", bool, False, "show what the base answers, too")
+    add_answer_flags(parser, 256)
 
 
-def add_mc(sub) -> None:
-    sub.add_argument("benchmark", choices=list(choice.TASKS),
-                     help="how files are read and questions worded")
-    sub.add_argument("files", help="directory of the benchmark as distributed (csv, tsv, jsonl), "
-                                   "or hub id of its data set")
-    sub.add_argument("--shots", type=int, default=0,
-                     help="worked examples before each question; tables mostly use 5")
-    sub.add_argument("--lang", default="",
-                     help="of MMMLU, BELEBELE, AfriMMLU: sw, or its own code (SW-KE, swh_Latn, swa)")
-    sub.add_argument("--subjects", default=None, help="only these, joined by commas")
-    sub.add_argument("--split", default="test", help="the split asked")
-    sub.add_argument("--limit", type=int, default=None, help="the first so many questions of every subject")
-    sub.add_argument("--batch-tokens", type=int, default=2048, help="tokens of one forward pass")
-    sub.set_defaults(run=mc)
-    add_model_flags(sub)
-    add_output_flags(sub)
+def add_mc(parser) -> None:
+    parser.add_argument("benchmark", choices=list(choice.TASKS), help="how its files are read and asked")
+    parser.add_argument("files", help="its directory as distributed (csv, tsv, jsonl), or hub id")
+    add = flags.group(parser, "questions")
+    add("--shots", flags.count, 0, "worked examples before each question; tables mostly use 5")
+    add("--lang", normal, "", "of MMMLU, BELEBELE: sw, or its own code (SW-KE, swh_Latn)")
+    add("--subjects", str, None, "only these, joined by commas")
+    add("--split", str, "test", "the split asked")
+    add("--limit", flags.positive_int, None, "the first so many questions of every subject")
+    add("--batch-tokens", flags.positive_int, 2048, "tokens of one forward pass")
+    add_model_flags(parser)
+    add_output_flags(parser)
 
 
-def add_perplexity(sub) -> None:
-    sub.add_argument("--data", default="demo/eval.jsonl", help="held-out parallel rows")
-    sub.add_argument("--lang", required=True, help="target language")
-    sub.add_argument("--source", default="en", help="source language")
-    sub.add_argument("--split", default="test", help='rows of this split, and rows without one; "" takes all')
-    sub.add_argument("--system-prompt", default=None,
-                     help="put before every question, in the checkpoint's chat template")
-    sub.add_argument("--batch-tokens", type=int, default=2048, help="tokens of one forward pass")
-    sub.set_defaults(run=perplexity)
-    add_model_flags(sub)
-    add_output_flags(sub)
+def add_perplexity(parser) -> None:
+    add = flags.group(parser, "responses")
+    add("--data", str, "demo/eval.jsonl", "held-out parallel rows")
+    add("--lang", normal, REQUIRED, "target language")
+    add("--source", normal, "en", "source language")
+    add("--split", str, "test", 'rows of this split, and rows without one; "" takes all')
+    add("--system-prompt", str, None, "put before every question, in the model's chat template")
+    add("--template-args", str, None, "variables of the chat template: '{\"enable_thinking\": false}'")
+    add("--batch-tokens", flags.positive_int, 2048, "tokens of one forward pass")
+    add_model_flags(parser)
+    add_output_flags(parser)
 
 
-def add_alpaca(sub) -> None:
-    sub.add_argument("--instructions", required=True,
-                     help='JSON with "instruction"s (alpaca_eval\'s format), or parallel rows')
-    sub.add_argument("--lang", required=True,
-                     help="language of the instructions; with --translator, translated into")
-    sub.add_argument("--translator", default=None,
-                     help="M2M100 or NLLB directory: translate the instructions first")
-    sub.add_argument("--source", default="en", help="language translated from")
-    sub.add_argument("--beams", type=int, default=5, help="beam width of the translation")
-    sub.add_argument("--name", default=None,
-                     help="generator's name in the output; default: the adapter or model")
-    sub.add_argument("--limit", type=int, default=None, help="the first so many instructions")
-    sub.add_argument("--batch-size", type=int, default=32,
-                     help="answers generated at once, and saved together")
-    sub.set_defaults(run=alpaca)
-    add_answer_flags(sub, 1024)
-    add_model_flags(sub)
-    add_output_flags(sub)
+def add_alpaca(parser) -> None:
+    add = flags.group(parser, "instructions")
+    add("--instructions", str, REQUIRED, "JSON with \"instruction\"s (alpaca_eval's), or parallel rows")
+    add("--lang", normal, REQUIRED, "their language; with --translator, the one translated into")
+    add("--translator", str, None, "M2M100 or NLLB directory: translate the instructions first")
+    add("--source", normal, "en", "language translated from")
+    add("--beams", flags.positive_int, 5, "beam width of the translation")
+    add("--name", str, None, "generator's name in the output; default: the adapter or model")
+    add("--limit", flags.positive_int, None, "the first so many instructions")
+    add("--batch-size", flags.positive_int, 32, "answers generated at once, and saved together")
+    add_answer_flags(parser, 1024)
+    add_model_flags(parser)
+    add_output_flags(parser)
 
 
-def add_judge(sub) -> None:
-    sub.add_argument("outputs", metavar="A.json",
-                     help="answers of the system in question (model_outputs.json)")
-    sub.add_argument("reference", metavar="B.json", help="answers it is compared with")
-    sub.add_argument("--judge-model", default="gpt-4o", help="name the endpoint knows it by")
-    sub.add_argument("--lang", default="", help="language the answers should be in, named to the judge")
-    sub.add_argument("--order", default="random", choices=["random", "both"],
-                     help="alpaca_eval's coin, or each pair twice")
-    sub.add_argument("--seed", type=int, default=0, help="of the coin")
-    sub.add_argument("--limit", type=int, default=None, help="the first so many pairs")
-    sub.add_argument("--judge-tokens", type=int, default=1,
-                     help="tokens the judge may write; more if it gives no log-probs")
-    sub.add_argument("--price-in", type=float, default=0.0, help="USD for a million tokens read")
-    sub.add_argument("--price-out", type=float, default=0.0, help="USD for a million tokens written")
-    add = sub.add_argument_group("endpoint (OPENAI_BASE_URL, OPENAI_API_KEY)").add_argument
-    add("--parallel", type=int, default=8, help="requests at a time")
-    add("--timeout", type=float, default=60.0, help="seconds for a request")
-    add("--attempts", type=int, default=6, help="requests for a pair before it is given up")
-    add("--pause", type=float, default=1.0, help="seconds before the second attempt; doubles with each")
-    sub.set_defaults(run=judge_outputs)
-    add_output_flags(sub)
+def add_judge(parser) -> None:
+    parser.add_argument("outputs", metavar="A.json", help="answers in question (model_outputs.json)")
+    parser.add_argument("reference", metavar="B.json", help="answers they are compared with")
+    add = flags.group(parser, "judge")
+    add("--judge-model", str, JUDGE, "name the server knows it by")
+    add("--lang", normal, "", "language the answers should be in, named to the judge")
+    add("--order", ["random", "both"], "random", "alpaca_eval's coin, or each pair twice")
+    add("--seed", flags.seed, 0, "of the coin")
+    add("--limit", flags.positive_int, None, "the first so many pairs")
+    add("--judge-tokens", flags.positive_int, 1, "room of the first reply; 8192 for a judge that reasons")
+    add("--price-in", flags.not_negative, 0.0, "USD for a million tokens read")
+    add("--price-out", flags.not_negative, 0.0, "USD for a million tokens written")
+    add = flags.group(parser, "server (OPENAI_BASE_URL, OPENAI_API_KEY)")
+    add("--parallel", flags.positive_int, 8, "requests at a time")
+    add("--timeout", flags.positive, 300.0, "seconds for a request")
+    add("--attempts", flags.positive_int, 6, "requests before a pair is given up")
+    add_output_flags(parser)
 
 
-def add_winrate(sub) -> None:
-    sub.add_argument("annotations", metavar="annotations.json", help="in alpaca_eval's format")
-    sub.set_defaults(run=winrate)
+def add_winrate(parser) -> None:
+    parser.add_argument("annotations", metavar="annotations.json", help="in alpaca_eval's format")
 
 
-def add_compare(sub) -> None:
-    sub.add_argument("runs", nargs="+", metavar="RUN",
-                     help="run directories of clo.py; directories of mc, perplexity, judge")
-    sub.add_argument("--baseline", default="sft",
-                     help="method the others are compared with, question by question")
-    sub.add_argument("--plot", default=None, metavar="DIR",
-                     help="draw learning curves and the trade-off into this directory")
-    sub.set_defaults(run=compare)
+def add_compare(parser) -> None:
+    parser.add_argument("runs", nargs="+", metavar="RUN",
+                        help="directories of clo.py, mc, perplexity and judge, or what holds them")
+    add = flags.group(parser, "table")
+    add("--baseline", str, "sft", "method the others are compared with, question by question")
+    add("--plot", str, None, "draw learning curves and the trade-off into this directory")
 
 
-COMMANDS = {"ask": (add_ask, "one answer, or a small terminal conversation"),
-            "mc": (add_mc, "multiple choice: MMLU, MMMLU, CMMLU, BELEBELE, AfriMMLU"),
-            "perplexity": (add_perplexity, "NLL of held-out responses per byte, in both languages"),
-            "alpaca": (add_alpaca, "answers to a list of instructions, in alpaca_eval's format"),
-            "judge": (add_judge, "win rate by a judge behind an OpenAI-compatible endpoint"),
-            "winrate": (add_winrate, "win rate of a finished file of annotations"),
-            "compare": (add_compare, "one table over many runs, with plots")}
+COMMANDS = {                     # name: (flags, function, what it is, an example)
+    "ask": (add_ask, ask, "one answer, or a small terminal conversation",
+            'ask --adapter runs/sw/clo/adapter --beside "Mji mkuu wa Ufaransa ni upi?"'),
+    "mc": (add_mc, mc, "multiple choice: MMLU, MMMLU, CMMLU, BELEBELE",
+           "mc belebele data/belebele --lang sw --shots 5 --adapter runs/sw/clo/adapter"),
+    "perplexity": (add_perplexity, perplexity, "NLL of held-out responses per byte, in both languages",
+                   "perplexity --lang sw --adapter runs/sw/clo/adapter"),
+    "alpaca": (add_alpaca, alpaca, "answers to a list of instructions, in alpaca_eval's format",
+               "alpaca --instructions alpaca_eval.json --lang sw --translator m2m100_1.2B "
+               "--adapter runs/sw/clo/adapter"),
+    "judge": (add_judge, judge_outputs, "win rate by a judge behind an OpenAI-compatible server",
+              "judge clo/model_outputs.json sft/model_outputs.json --lang sw\n"
+              "(needs the openai package, and OPENAI_API_KEY; for a server of your own, which needs no key, "
+              "export OPENAI_BASE_URL=http://localhost:8000/v1)"),
+    "winrate": (add_winrate, winrate, "win rate of a finished file of annotations",
+                "winrate clo/against-sft/annotations.json"),
+    "compare": (add_compare, compare, "one table over many runs, with plots",
+                "compare runs/sw runs/yo --plot plots")}
 
 
 def parse_args(argv=None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="eval.py",
-                                     description="Look at what a model answers, and measure it.")
+    parser = flags.Parser(prog="eval.py", description="Talk to a model, and measure what it answers.",
+                          epilog="python eval.py COMMAND --help says more.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for name, (add, text) in COMMANDS.items():
-        add(commands.add_parser(name, help=text, formatter_class=argparse.ArgumentDefaultsHelpFormatter))
-    args = parser.parse_args(argv)
-    for name in ("limit", "batch_tokens", "batch_size", "beams", "max_tokens",
-                 "judge_tokens", "parallel", "attempts"):
-        if getattr(args, name, None) is not None and getattr(args, name) < 1:
-            parser.error(f"--{name.replace('_', '-')} {getattr(args, name)}: at least 1 was expected")
-    if getattr(args, "shots", 0) < 0:
-        parser.error(f"--shots {args.shots}: 0 or more was expected")
-    return args
+    for name, (add_flags, command, what, example) in COMMANDS.items():
+        sub = commands.add_parser(name, help=what, description=what,
+                                  epilog=f"Example:\n  python eval.py {example}")
+        add_flags(sub)
+        sub.set_defaults(run=command)
+    return parser.parse_args(argv)
 
 
 def main(argv=None) -> None:
     args = parse_args(argv)
     if "device" in args:
         args.device = ranks.pick_device(args.device)
+    if isinstance(getattr(args, "adapter", None), list):
+        args.adapter = [str(hub.local_adapter(name)) for name in args.adapter]
+    elif getattr(args, "adapter", None):
+        args.adapter = str(hub.local_adapter(args.adapter))
     args.run(args)
 
 

@@ -40,7 +40,7 @@ import kernels
 from engine.files import InputError
 from formats import hub
 from formats.configs import Config, read_config
-from formats.weights import Weights, add_update, open_weights, read_adapter
+from formats.weights import EMBEDDING, HEAD, Weights, add_update, read_adapter
 
 # ----------------------------------------------------------------------------------------------------- layers
 
@@ -528,8 +528,7 @@ def continuation_logps(model: Llama, batch, prefix=None) -> Tensor:
     hidden = model(batch.tokens, batch.positions, batch.fork, batch.branch, prefix=prefix)       # (B, T, H)
     predicted = hidden.flatten(0, 1).index_select(0, batch.row_index)                            # (N, H)
     logp = kernels.token_logp(predicted, model.head.to(predicted.dtype), batch.targets)          # (N,)
-    continuations = sum(len(fork.continuations) for fork in batch.forks)
-    return logp.new_zeros(continuations).index_add(0, batch.sequence, logp)
+    return logp.new_zeros(len(batch.length)).index_add(0, batch.sequence, logp)
 
 
 # ---------------------------------------------------------------------------------------------------- loading
@@ -540,28 +539,32 @@ def check_tensors(weights: Weights, shapes: dict[str, tuple]) -> None:
     missing = [key for key in shapes if key not in weights]
     if missing:
         raise InputError(f"{weights.directory}: tensor {missing[0]} is missing ({len(missing)} in all): "
-                              f"the weights do not belong to this config.json")
+                         f"the weights do not belong to this config.json")
     surplus = [key for key in weights if key not in shapes]
     if surplus:
         raise InputError(f"{weights.directory}: tensor {surplus[0]} is unknown to this architecture "
-                              f"({len(surplus)} in all): the weights do not belong to this config.json")
+                         f"({len(surplus)} in all): the weights do not belong to this config.json")
     for key, shape in shapes.items():
         if weights.shape(key) != tuple(shape):
             raise InputError(f"{weights.directory}: tensor {key} has shape {list(weights.shape(key))}, "
-                                  f"config.json asks for {list(shape)}")
+                             f"config.json asks for {list(shape)}")
 
 
 def checkpoint_names(model: Llama, weights: Weights) -> dict[str, str]:
     """Parameter name -> tensor name. They are equal but for a tied head,
     which files hold under one or both names."""
     names = {name: name for name, _ in model.named_parameters()}
-    embed, head = "model.embed_tokens.weight", "lm_head.weight"
-    if model.lm_head is None and head in weights:
-        if embed not in weights:
-            names[embed] = head
-        elif weights.shape(embed) != weights.shape(head) or not torch.equal(weights[embed], weights[head]):
-            raise InputError(f"{weights.directory}: tie_word_embeddings is true, "
-                                  f"yet {embed} and {head} differ")
+    if model.lm_head is not None and HEAD not in weights:
+        raise InputError(f"{weights.directory}: tie_word_embeddings is false, yet there is no {HEAD}: if the "
+                         f"embedding is the head too, write tie_word_embeddings true in config.json")
+    if model.lm_head is not None or HEAD not in weights:
+        return names
+    if EMBEDDING not in weights:
+        return names | {EMBEDDING: HEAD}
+    if weights.shape(EMBEDDING) != weights.shape(HEAD) or not torch.equal(weights[EMBEDDING], weights[HEAD]):
+        raise InputError(f"{weights.directory}: tie_word_embeddings is true, yet {EMBEDDING} and {HEAD} "
+                         f"differ: if both were trained, write tie_word_embeddings false in config.json; "
+                         f"if the head is a leftover, take {HEAD} out of the file")
     return names
 
 
@@ -569,18 +572,18 @@ def open_checkpoint(directory, compute_dtype=None, recompute: bool = False,
                     compiler=None) -> tuple[Llama, Weights, dict[str, str]]:
     """The model without memory (on the meta device), its tensors, and parameter name -> tensor name
     in the order of the files. InputError when anything is missing, surplus or of another shape."""
-    config, weights = read_config(directory), open_weights(directory)
+    config, weights = read_config(directory), Weights(directory)
     last = f"model.layers.{config.num_hidden_layers - 1}.input_layernorm.weight"
     if last not in weights:                                        # before any number of layers is built
         raise InputError(f"{directory}: tensor {last} is missing, though num_hidden_layers is "
-                              f"{config.num_hidden_layers}: the weights do not belong to this config.json")
+                         f"{config.num_hidden_layers}: the weights do not belong to this config.json")
     with torch.device("meta"):
         model = Llama(config, compute_dtype, recompute, compiler)
     names = checkpoint_names(model, weights)
     shapes = {names[name]: parameter.shape for name, parameter in model.named_parameters()}
     ignored = {key for key in weights if key.endswith("rotary_emb.inv_freq")}
     if model.lm_head is None:
-        ignored |= {"model.embed_tokens.weight", "lm_head.weight"} - set(shapes)
+        ignored |= {EMBEDDING, HEAD} - set(shapes)
     weights.where = {key: file for key, file in weights.where.items() if key not in ignored}
     check_tensors(weights, shapes)
     return model, weights, dict(sorted(names.items(), key=lambda pair: weights.where[pair[1]]))
@@ -589,7 +592,7 @@ def open_checkpoint(directory, compute_dtype=None, recompute: bool = False,
 def load(path, device="cpu", dtype: torch.dtype = torch.float32, adapter=None, recompute: bool = False,
          compiler=None) -> Llama:
     """The model in a Hugging Face directory or on the hub, on `device` in `dtype`, with a PEFT LoRA adapter
-    or an attn_delta.safetensors added if given; recompute and compiler as in `Llama`.
+    added if given; recompute and compiler as in `Llama`.
 
     What is on the CPU in the dtype of the files stays memory-mapped, privately: changing it changes no file,
     but a file must not be overwritten in place meanwhile (renaming another one over it, as `save` does, is
@@ -598,7 +601,7 @@ def load(path, device="cpu", dtype: torch.dtype = torch.float32, adapter=None, r
     """
     path = hub.local(path)
     model, weights, names = open_checkpoint(path, dtype, recompute, compiler)
-    updates = {} if adapter is None else read_adapter(adapter, set(names))
+    updates = {} if adapter is None else read_adapter(adapter, weights, names)
     state = {}
     for name, key in names.items():
         tensor = weights[key]

@@ -1,18 +1,24 @@
-"""The user's files: one error, one reader, one writer that never leaves half a file, one journal, one hash."""
+"""The user's files: one error, reader, writer that never leaves half a file, journal, lock and hash."""
 
 import contextlib
+import fcntl
+import functools
 import gzip
 import hashlib
+import io
 import json
 import os
 import re
 import shutil
+import socket
 import sys
+import time
 import zlib
 from pathlib import Path
 
 from safetensors import SafetensorError
 
+SAMPLES, SAMPLE_BYTES = 256, 1 << 14      # of a large file, for its hash
 HALF_A_CHARACTER = "[\ud800-\udfff]"  # JSON can spell a surrogate on its own
 
 
@@ -21,7 +27,11 @@ class InputError(ValueError):
 
 
 def run(main):
-    """Run a command line: bad input becomes one line on stderr and exit code 2, Ctrl-C exit code 130."""
+    """Run a command line: bad input becomes one line on stderr and exit code 2, Ctrl-C exit code 130. What it
+    prints goes out line by line, into a redirected log too."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(line_buffering=True)
     try:
         main()
     except KeyboardInterrupt:
@@ -31,6 +41,12 @@ def run(main):
             raise
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
+
+
+@functools.cache
+def say_once(line: str) -> None:
+    """Print a line, the first time it is said: a run opens most of what it reads several times."""
+    print(line)
 
 
 def read_text(path):
@@ -124,8 +140,12 @@ def write_jsonl(path, records):
     os.replace(partial, path)
 
 
-def fill_directory(path: Path, fill) -> None:
-    """Call fill(temporary directory), then put it in the place of `path`."""
+def fill_directory(path: Path, fill, writes: bool = True) -> None:
+    """Call fill(temporary directory), then put it in the place of `path`. Of several processes that make its
+    content together one writes; the others call fill(None)."""
+    if not writes:
+        fill(None)
+        return
     with writing(path):
         temporary = empty_directory(path.with_name(path.name + ".tmp"))
         fill(temporary)
@@ -167,6 +187,73 @@ def writing(path: Path):
                         f"the same command goes on from the last checkpoint") from None
 
 
+@contextlib.contextmanager
+def locked(path: Path):
+    """Nobody else writes this file or directory meanwhile; InputError says who does. The lock is a file
+    beside it that the system lets go when its process ends, however it ends."""
+    path = Path(path).resolve()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with claim(path) as file:
+        file.truncate(0)
+        command = " ".join([Path(sys.argv[0]).name, *sys.argv[1:]])
+        since = time.strftime("%d %b %H:%M:%S")
+        file.write(f"process {os.getpid()} on {socket.gethostname()} since {since}: {command}")
+        file.flush()
+        try:
+            yield
+        finally:
+            os.unlink(file.name)
+
+
+def claim(path: Path):
+    """The open lock file of a path, which is ours alone."""
+    while True:
+        file = open(path.with_name(path.name + ".lock"), "a+", encoding="utf-8")
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            raise InputError(f"{path} is being written by {file.read()[:300]}: wait until it has ended, "
+                             f"or give another --out") from None
+        except OSError as error:
+            print(f"{path} cannot be locked ({error}): let no other process write it")
+            return file
+        # Who held it before may have deleted it between our opening and our locking it.
+        with contextlib.suppress(FileNotFoundError):
+            if os.path.samestat(os.fstat(file.fileno()), os.stat(file.name)):
+                return file
+        file.close()
+
+
+def append_jsonl(path: Path, records) -> None:
+    """On the disk before anything else is done: a kill loses no more than the records at work."""
+    with open(path, "ab") as file:
+        for record in records:
+            file.write(json.dumps(record, ensure_ascii=False).encode() + b"\n")
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def whole_lines(path: Path) -> list[bytes]:
+    """The lines of a file that is appended to, without the half one that a kill leaves."""
+    return path.read_bytes().split(b"\n")[:-1] if path.exists() else []
+
+
+def directory_fingerprint(path: Path) -> str:
+    """Hash of a checkpoint: the names and sizes of its files, small ones whole, of large ones SAMPLES blocks
+    spread evenly (to read gigabytes would take a minute; training changes a tensor all over)."""
+    digest = hashlib.sha256()
+    for file in sorted(path.iterdir()):
+        if file.suffix in (".json", ".model", ".safetensors", ".bin"):
+            size = file.stat().st_size
+            digest.update(f"{file.name} {size} ".encode())
+            with open(file, "rb") as stream:
+                for i in range(SAMPLES):
+                    stream.seek(max(i * SAMPLE_BYTES, i * size // SAMPLES))
+                    digest.update(stream.read(SAMPLE_BYTES))
+    return digest.hexdigest()[:16]
+
+
 def fingerprint(*parts) -> str:
     """Short hash of JSON-able values and of the contents of files (Path)."""
     digest = hashlib.sha256()
@@ -194,8 +281,8 @@ class Journal:
         self.file = open(path, "a", encoding="utf-8", newline="\n")
 
     def read(self, settings: dict) -> list[dict]:
-        lines, found = self.path.read_bytes().split(b"\n")[:-1], []      # without the half line of a kill
-        for number, line in enumerate(lines, 1):
+        found = []
+        for number, line in enumerate(whole_lines(self.path), 1):
             try:
                 found.append(json.loads(line))
                 for key in self.keys if number > 1 else ("settings",):

@@ -2,8 +2,8 @@
 
     add("--top-p", type=share, default=1.0, help="...")
 
-NaN and infinity are never numbers here. Each function is an argparse `type`: it takes the text and returns the
-number, or raises argparse's error with the text and what was expected.
+NaN and infinity are never numbers here. Each function is an argparse `type`: it takes the text and returns
+the number, or raises argparse's error with the text and what was expected.
 """
 
 import argparse
@@ -14,6 +14,8 @@ LARGEST_COUNT = 2 ** 31 - 1      # what 32-bit sizes hold
 LARGEST_SEED = 2 ** 63 - 1       # what torch.Generator takes
 SMALLEST_SHARE = 1e-6            # below it, float32 sums of probabilities are noise
 SMALLEST_TEMPERATURE = 1e-3      # below it, logits / temperature may overflow
+
+REQUIRED = object()              # the default of a flag that has none
 
 
 def positive_int(text: str) -> int:
@@ -65,10 +67,10 @@ class Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFo
     """One line a flag where it fits, defaults that say something, examples as they were written."""
 
     def __init__(self, prog: str):
-        super().__init__(prog, max_help_position=30, width=110)
+        super().__init__(prog, max_help_position=36, width=110)
 
     def _get_help_string(self, action) -> str:
-        if action.default in (None, False, ""):
+        if action.default is None or action.default is False or action.default == "":
             return action.help or ""
         return super()._get_help_string(action)
 
@@ -82,3 +84,24 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str):
         print(f"error: {message} (see {self.prog} --help)", file=sys.stderr)
         sys.exit(2)
+
+
+def group(parser: argparse.ArgumentParser, title: str):
+    """A function that adds a flag to a group of the help: add(name, kind, default, help).
+
+    kind: an argparse type, a list of choices, bool for a switch, or `list` for texts given one by one;
+    default REQUIRED: there is none.
+    """
+    section = parser.add_argument_group(title)
+
+    def add(name: str, kind, default, text: str) -> None:
+        if kind is bool:
+            section.add_argument(name, action="store_true", help=text)
+        elif kind is list:
+            section.add_argument(name, action="append", default=default, help=text)
+        elif isinstance(kind, list):
+            section.add_argument(name, choices=kind, default=default, help=text)
+        else:
+            section.add_argument(name, type=kind, default=None if default is REQUIRED else default,
+                                 required=default is REQUIRED, help=text)
+    return add

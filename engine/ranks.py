@@ -1,22 +1,20 @@
-"""Many processes, one result: what clo.py and translate.py need when torchrun starts them on several devices.
+"""Data parallel over many processes: what clo.py and translate.py need when torchrun starts them on several devices.
 
     torchrun --nproc-per-node 2 clo.py --lang sw                   every rank holds the model
     torchrun --nproc-per-node 8 clo.py --lang sw --shard           the ranks share it (PyTorch's FSDP2)
 
-Work is dealt to ranks item by item (rank r takes r, r + size, ...) and collected in order, so a result does
-not depend on how many ranks there are beyond floating-point summation order. Files are written by the first
-rank alone. Started without torchrun there is one rank, and every function here is the identity.
+Work is dealt to ranks item by item (rank r takes r, r + size, ...) and gathered in order, so a result does not
+depend on how many ranks there are beyond floating-point summation order. What is not dealt, all ranks do alike,
+and the first one writes. Started without torchrun there is one rank, and every function here is the identity.
 
-Sharded, a parameter is a DTensor of which each rank keeps a slice of the rows. `forward` puts a block
-together when it comes to it and drops it after, on all ranks at once: so all of them call the model equally
-often. `deal` sees to that where work is shared, `on_first` where the first rank works alone (answers,
-exports): it tells the others what to join.
+Sharded, a parameter is a DTensor of which each rank keeps a slice of the rows. `forward` gathers a block's
+weights when it comes to it and drops them after, on all ranks at once: so all of them call the model equally
+often, which `deal` sees to.
 """
 
 import os
 import sys
-import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from datetime import timedelta
 
 import torch
@@ -28,10 +26,7 @@ from engine import files
 from engine.files import InputError
 from formats.weights import add_update, read_adapter
 
-LONGEST_WAIT = timedelta(days=1)             # ranks wait while the first one translates or answers
-FORWARD = ""                                 # what the first rank tells others to join, if not a parameter
-LONGEST_RUN = timedelta(days=365)
-FAILED = "clo/failed"                        # key in torchrun's store: the first rank that failed
+LONGEST_WAIT = timedelta(days=1)             # ranks wait while the first one reads and writes
 
 
 def pick_device(name: str) -> str:
@@ -67,6 +62,20 @@ def start(device: str) -> torch.device:
     return torch.device(f"cuda:{os.environ['LOCAL_RANK']}" if cuda else device)
 
 
+def fix_order_of_sums() -> None:
+    """Have CUDA add in one order every time, so that a resumed run equals an undisturbed one
+    and the first rewards are 0.
+
+    Otherwise two of our ops add by atomics, in any order: `index_add` (log-probs of a continuation) and the
+    gradient of `index_select` (the last prompt token predicts the first of every continuation).
+    FlexAttention, the products and the kernels use none. Known to differ all the same: FlexAttention compiled
+    with max-autotune, which is not asked for here.
+    """
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")       # read when cuBLAS starts
+    torch.utils.deterministic.fill_uninitialized_memory = False       # memory nobody wrote is never read here
+    torch.use_deterministic_algorithms(True, warn_only=True)
+
+
 def stop() -> None:
     if dist.is_initialized():
         dist.destroy_process_group()
@@ -80,11 +89,6 @@ def size() -> int:
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
-def mine(items: list) -> list:
-    """This rank's share of a list that every rank has."""
-    return items[rank()::size()]
-
-
 def deal(items: int) -> list[tuple[int, bool]]:
     """This rank's share of range(items), as (index, True). Where other ranks have one more, the last is (0,
     False): to be done like the rest, since a sharded model needs every rank (else this one would only wait),
@@ -92,8 +96,8 @@ def deal(items: int) -> list[tuple[int, bool]]:
     return [(i, True) if i < items else (0, False) for i in range(rank(), items + -items % size(), size())]
 
 
-def collect(own: list) -> list:
-    """The whole list, in order, from every rank's results for its share."""
+def gather(own: list) -> list:
+    """All items in order, on every rank, from every rank's results for its share."""
     if size() == 1:
         return own
     shares: list = [None] * size()
@@ -101,13 +105,13 @@ def collect(own: list) -> list:
     return [shares[i % size()][i // size()] for i in range(sum(map(len, shares)))]
 
 
-def wait_for_all() -> None:
-    collect([None])
+def barrier() -> None:
+    gather([None])
 
 
 def sum_gradients_(parameters) -> None:
-    """Replace every gradient by its sum over ranks, in one message. Sharded ones were summed during the
-    backward."""
+    """All-reduce: replace every gradient by its sum over ranks, in one message. Sharded ones were summed during
+    the backward."""
     parameters = [parameter for parameter in parameters if not is_sharded(parameter)]
     if size() == 1 or not parameters:
         return
@@ -124,87 +128,29 @@ def largest(number: int, device: torch.device) -> int:
     """The largest of every rank's number: how one rank's signal becomes everybody's."""
     if size() == 1:
         return number
-    value: Tensor = torch.tensor(number, device=device)
+    value = torch.tensor(number, device=device)
     dist.all_reduce(value, dist.ReduceOp.MAX)
     return int(value)
 
 
-# -------------------------------------------------------------------------------------------- the first alone
-
-def on_first(work: Callable, model=None):
-    """work() done by the first rank alone; every rank gets its result, or raises its error.
-
-    A sharded model that work() calls, or parameters of it that work() reads through `Whole`, are named here:
-    the other ranks then join each of those calls. They do so without a gradient, and the model is called from
-    nowhere else meanwhile.
-    """
+def on_first(work: Callable):
+    """work() done by the first rank alone; every rank gets its result. No model may be called in it. When it
+    fails on bad input or a full disk the first rank says why, and the others leave with it."""
     if size() == 1:
         return work()
-    if hasattr(model, "reshard"):
-        model.reshard()                      # `forward` left the head gathered, perhaps not on all ranks
-    if rank():
-        parameters = {} if model is None else dict(model.named_parameters())
-        while isinstance(told := tell(None), str):
-            join(model, parameters, told)
-    else:
-        told = tell(lead(work, model))
-    if told[1] is not None:
-        raise told[1]
-    return told[0]
-
-
-def lead(work: Callable, model) -> tuple:
-    """work()'s result and None, or None and its error.
-    The other ranks hear of every call of a sharded model."""
-    def announce(*_) -> None:                # a hook that returned something would change the model's input
-        tell(FORWARD)
-    hooks = [model.register_forward_pre_hook(announce, prepend=True)] if hasattr(model, "reshard") else []
-    try:
-        return work(), None
-    except (ValueError, OSError) as error:
-        return None, error
-    finally:
-        for hook in hooks:
-            hook.remove()
-
-
-def tell(message):
-    """What the first rank says, on every rank; the others' argument counts for nothing."""
-    told = [message]
-    dist.broadcast_object_list(told, src=0)
-    return told[0]
-
-
-@torch.no_grad()
-def join(model, parameters: dict[str, Tensor], told: str) -> None:
-    """Take part in what the first rank does: a forward pass, of which only the gathering of weights matters
-    here, or the gathering of the parameter it names."""
-    if told == FORWARD:
-        model(torch.zeros(1, 1, dtype=torch.int64, device=model.head.device))
-    else:
-        parameters[told].full_tensor()
-
-
-class Whole(Mapping):
-    """Parameters by name; a sharded one is put together, on all ranks, at the moment it is read. Only within
-    `on_first`."""
-
-    def __init__(self, parameters: dict[str, Tensor]):
-        self.parameters = parameters
-
-    def __getitem__(self, name: str) -> Tensor:
-        parameter = self.parameters[name].detach()
-        if not is_sharded(parameter):
-            return parameter
-        if size() > 1:
-            tell(name)
-        return parameter.full_tensor()
-
-    def __iter__(self):
-        return iter(self.parameters)
-
-    def __len__(self):
-        return len(self.parameters)
+    message = [None, None]
+    if rank() == 0:
+        try:
+            message = [work(), None]
+        except (ValueError, OSError) as error:
+            message = [None, error]
+    dist.broadcast_object_list(message, src=0)
+    result, error = message
+    if error is not None and rank():
+        sys.exit(2)
+    if error is not None:
+        raise error
+    return result
 
 
 # ---------------------------------------------------------------------------------------------- shared models
@@ -219,8 +165,8 @@ def local(tensor: Tensor) -> Tensor:
     return tensor.to_local() if is_sharded(tensor) else tensor
 
 
-def whole(tensor: Tensor) -> Tensor:
-    """The tensor put together; all ranks call this."""
+def full(tensor: Tensor) -> Tensor:
+    """The tensor gathered from all ranks, which all call this."""
     return tensor.full_tensor() if is_sharded(tensor) else tensor
 
 
@@ -235,7 +181,7 @@ def load(path, device, dtype: torch.dtype, adapter=None, prepare: Callable = lam
     """
     assert dist.is_initialized(), "there are no ranks to share the model: torchrun starts them"
     model, weights, names = llama.open_checkpoint(path, dtype, recompute)
-    updates = {} if adapter is None else read_adapter(adapter, set(names))
+    updates = {} if adapter is None else read_adapter(adapter, weights, names)
     model.requires_grad_(False).eval().to(dtype)
     prepare(model)
     shard_(model)
@@ -294,42 +240,14 @@ def shard_(model: llama.Llama) -> None:
 # --------------------------------------------------------------------------------------- leaving all together
 
 def run(main: Callable) -> None:
-    """files.run(main). Of several processes the first to fail says why, and the others leave within a second:
-    a rank that waits for a failed one would wait for a day."""
-    if "RANK" not in os.environ:
-        return files.run(main)
-    watch = threading.Thread(target=leave_when_told, daemon=True)
-    watch.start()
-    files.run(lambda: tell_failure(main, watch))
-
-
-def torchrun_store():
-    """A new connection to the store torchrun keeps: one that waits can do nothing else."""
-    return dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False)
-
-
-def leave_when_told() -> None:
-    """Wait until a rank has failed; end this process if it was another one."""
-    store = torchrun_store()
-    try:
-        store.wait([FAILED], LONGEST_RUN)
-        failed = store.get(FAILED).decode()
-    except RuntimeError:                     # torchrun has gone, and the run with it
-        return
-    if failed != os.environ["RANK"]:
-        if os.environ["RANK"] == "0":
-            print(f"error: rank {failed} failed, so all ranks leave; "
-                  f"the same command goes on from the last checkpoint", file=sys.stderr, flush=True)
-        os._exit(1)                      # the main thread may be waiting for the failed rank inside a library
-
-
-def tell_failure(main: Callable, watch: threading.Thread) -> None:
-    try:
-        main()
-    except Exception as error:               # whatever it is, it is raised again
-        torchrun_store().compare_set(FAILED, "", os.environ["RANK"])
-        watch.join()                     # which does not return if another rank was first: that one says why
-        if "by peer" in str(error):          # gloo's words for a rank that was killed and said nothing
-            raise InputError("the connection to another rank broke: was it killed, for want of memory "
-                                 "perhaps? The same command goes on from the last checkpoint") from None
-        raise
+    """files.run(main). A rank that fails says so at once, and torchrun ends the others, which may be waiting
+    for it inside a library."""
+    def work():
+        try:
+            main()
+        except RuntimeError as error:
+            if "by peer" not in str(error):  # gloo's words for a rank that is gone
+                raise
+            raise InputError("the connection to another rank broke: it failed, or was killed, for want of memory "
+                             "perhaps; the same command goes on from the last checkpoint") from None
+    files.run(work)

@@ -16,7 +16,7 @@ import json
 import os
 import platform
 import re
-import shutil
+import signal
 from pathlib import Path
 
 import torch
@@ -30,7 +30,7 @@ from engine.files import (InputError, empty_directory, fingerprint, put_in_place
 from formats.weights import save_tensors
 
 CHECKPOINTS_KEPT = 2
-READ = ("model", "data", "eval_data", "translator")     # flags that name what a run reads: never deleted
+READ = ("model", "data", "eval_data", "translator")     # flags that name what a run reads: never moved away
 
 
 def model_fingerprint(directory) -> str:
@@ -42,36 +42,35 @@ def model_fingerprint(directory) -> str:
     return fingerprint(directory / "config.json", files)
 
 
-def open_run(directory, flags: dict, inputs: dict, fresh: bool = False, resume: bool = False) -> Path:
-    """The run directory for these flags and inputs: made, or taken up again when config.json says the same.
+def open_run(directory, flags: dict, inputs: dict, chosen: dict, fresh: bool = False) -> tuple[Path, dict]:
+    """(run directory, what it chose when it began) for these flags and inputs: made, or taken up again when
+    config.json says the same.
 
-    InputError, naming the first difference, when it belongs to another run; nothing in it is touched then.
-    With `resume` there has to be a run; with `fresh` the one that is there is deleted.
+    flags: the identity of the run. inputs: a hash of each file it reads, by the flag that names it. chosen: what
+    this machine would choose where a flag says auto; a run that goes on keeps what it chose when it began.
+    InputError, naming the first difference, when the directory belongs to another run; nothing in it is touched
+    then. fresh: a run that is there is renamed aside.
     """
     directory = Path(directory)
-    config = {"flags": flags, "inputs": inputs, "seed": flags["seed"],
+    config = {"flags": flags, "inputs": inputs, "chosen": chosen, "seed": flags["seed"],
               "versions": {"python": platform.python_version(), "torch": torch.__version__}}
     path = directory / "config.json"
     try:
         if fresh:
-            delete_run(directory, [Path(flags[name]) for name in READ if flags.get(name)])
+            move_aside(directory, [Path(flags[name]) for name in READ if flags.get(name)])
         before = read_run(path)
-        if before is not None and not resume and list(directory.iterdir()) == [path]:
+        if before is not None and list(directory.iterdir()) == [path]:
             before = None                    # it stopped before it had anything: its input was refused
             path.unlink()
-        if before is not None:
-            compare_runs(directory, before, config)
-            print(f"{directory} is there with the same settings: "
-                  f"going on where it stopped (--fresh starts over)")
-        elif resume:
-            raise InputError(f"--resume: {directory} holds no run to go on with: "
-                            f"see --out, or leave --resume out to start one")
-        else:
+        if before is None:
             check_vacant(directory)
             write_json(path, config)
+            return directory, chosen
+        compare_runs(directory, before, config)
     except OSError as error:
         raise InputError(f"cannot write to {directory} ({error.strerror}): choose another --out") from None
-    return directory
+    print(f"{directory} is there with the same settings: going on where it stopped (--fresh starts over)")
+    return directory, before.get("chosen", chosen)
 
 
 def read_run(path: Path) -> dict | None:
@@ -86,43 +85,48 @@ def read_run(path: Path) -> dict | None:
 
 
 def compare_runs(directory: Path, before: dict, config: dict) -> None:
-    for part in ("flags", "inputs"):
-        for key in {**before[part], **config[part]}:
-            old, new = before[part].get(key), config[part].get(key)
-            if old != new:
-                raise InputError(f"{directory} belongs to a run with {key} = {old!r}, now it is {new!r}: "
-                                f"choose another --out, or start over with --fresh")
+    """InputError that names the first difference between two runs."""
+    for key in {**before["flags"], **config["flags"]}:
+        old, new = before["flags"].get(key), config["flags"].get(key)
+        if old != new:
+            raise InputError(f"{directory} belongs to a run with {key} = {old!r}, now it is {new!r}: "
+                             f"choose another --out, or start over with --fresh")
+    for key in {**before["inputs"], **config["inputs"]}:
+        if before["inputs"].get(key) != config["inputs"].get(key):
+            name = config["flags"].get(key) or f"the {key} of {config['flags'].get('model')}"
+            raise InputError(f"{directory} belongs to a run that began with another content of --{key}: the "
+                             f"contents of {name} changed; choose another --out, or start over with --fresh")
 
 
 def check_vacant(directory: Path) -> None:
-    """InputError unless a run can begin here:
-    nothing is there but what a kill leaves while config.json is being written."""
+    """InputError unless a run can begin here: nothing is there but what a kill leaves while config.json is being
+    written."""
     path, half = directory / "config.json", directory / "config.json.tmp"
     if not directory.exists() or not set(directory.iterdir()) - {half}:
         return
     if path.exists():
         raise InputError(f"{directory} is not empty and its config.json is not a run's, or damaged: "
-                        f"choose another --out")
-    if read_run(half) is not None:
-        raise InputError(f"{directory} holds the rest of a run whose deletion was killed: "
-                        f"delete it with --fresh, or choose another --out")
+                         f"choose another --out")
     raise InputError(f"{directory} is not empty and holds no run: choose another --out")
 
 
-def delete_run(directory: Path, needed: list[Path]) -> None:
-    """Empty the directory of a run, and no other one. config.json gets another name first and goes last, so
-    that a deletion that was killed leaves no run to go on with, and can be repeated."""
-    path, half = directory / "config.json", directory / "config.json.tmp"
-    if read_run(path) is None and (path.exists() or read_run(half) is None):
+def move_aside(directory: Path, needed: list[Path]) -> None:
+    """Give the directory of a run, and no other one, a name of its own, so that nothing is lost."""
+    if read_run(directory / "config.json") is None:
         return
     for kept in needed:
         if kept.exists() and directory.resolve() in (kept.resolve(), *kept.resolve().parents):
-            raise InputError(f"--fresh would delete {kept}, which the new run reads: choose another --out")
-    if path.exists():
-        os.replace(path, half)
-    for entry in set(directory.iterdir()) - {half}:
-        remove(entry)
-    half.unlink()
+            raise InputError(f"--fresh would move {kept} away, which the new run reads: choose another --out")
+    number = 1
+    while (aside := directory.with_name(f"{directory.name}.old-{number}")).exists():
+        number += 1
+    os.replace(directory, aside)
+    print(f"{directory} is now {aside}: delete it when nobody needs it")
+
+
+def disk_bytes(directory: Path) -> int:
+    """Bytes of all files below a directory."""
+    return sum(path.stat().st_size for path in directory.rglob("*") if path.is_file())
 
 
 def read_result(path: Path) -> dict:
@@ -136,15 +140,21 @@ def read_result(path: Path) -> dict:
     return scores
 
 
-def check_disk_space(directory: Path, parameters: dict[str, Tensor], exported: int) -> None:
-    """InputError unless the disk has room for a method's files: checkpoints (the kept ones and one being
-    written, each the trainable weights and AdamW's two moments) and `exported` bytes of results, which are
-    written before old ones go."""
-    checkpoint = 3 * sum(parameter.nbytes for parameter in parameters.values())
-    needed, free = (CHECKPOINTS_KEPT + 1) * checkpoint + exported, shutil.disk_usage(directory).free
-    if needed > free:
-        raise InputError(f"{directory} needs about {needed / 1e9:.1f} GB for checkpoints and results, "
-                        f"its disk has {free / 1e9:.1f} GB free: make room, or choose another --out")
+class StopSignal:
+    """SIGINT and SIGTERM ask for a stop after the running step, which is saved; `number` is the signal, or 0."""
+
+    def __enter__(self):
+        self.number, self.before = 0, {}
+        for number in (signal.SIGINT, signal.SIGTERM):
+            self.before[number] = signal.signal(number, self.ask)
+        return self
+
+    def ask(self, number, frame):
+        self.number = number
+
+    def __exit__(self, *_):
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
 
 
 # ---------------------------------------------------------------------------------------- reference log-probs
@@ -159,6 +169,15 @@ def load_reference(run: Path, key: str, sizes: list[int]) -> list[Tensor] | None
     sound = (flat.shape == (sum(sizes),) and flat.dtype in (torch.float32, torch.float64)
              and bool(flat.isfinite().all()))
     return list(flat.split(sizes)) if sound else None
+
+
+def cached_reference(run: Path, key: str, sizes: list[int], compute) -> list[Tensor]:
+    """Summed log-probs (S,) per micro-batch: from the cache file of this key, else by compute(), and kept."""
+    sums = ranks.on_first(lambda: load_reference(run, key, sizes))
+    if sums is None:
+        sums = compute()
+        ranks.on_first(lambda: save_reference(run, key, sums))
+    return sums
 
 
 def save_reference(run: Path, key: str, sums: list[Tensor]) -> None:
@@ -187,7 +206,7 @@ def save_checkpoint(directory: Path, step: int, parameters: dict[str, Tensor], o
         part, parts = own_part(parameters)
         if parts > 1 or ranks.rank() == 0:
             save_tensors(temporary / f"state-{part}.safetensors", state_tensors(parameters, optimizer))
-        ranks.wait_for_all()
+        ranks.barrier()
         ranks.on_first(finish)
 
 
@@ -283,26 +302,34 @@ def restore_(parameters: dict[str, Tensor], optimizer, tensors: dict[str, Tensor
         optimizer.state[parameter] = state
 
 
-def open_metrics(directory: Path, writer: bool):
-    """metrics.jsonl to append to, line by line; nowhere for the ranks that do not write."""
-    directory.mkdir(parents=True, exist_ok=True)
-    return open(directory / "metrics.jsonl" if writer else os.devnull, "a", encoding="utf-8", buffering=1)
+class Metrics:
+    """metrics.jsonl, one line a step, and TensorBoard's curves when they are wanted. Lines past step `done`, where
+    the checkpoint is, are dropped: a killed run wrote further. Only the first rank writes."""
 
+    def __init__(self, directory: Path, done: int, tensorboard: bool = False):
+        directory.mkdir(parents=True, exist_ok=True)
+        path = directory / "metrics.jsonl"
+        ranks.on_first(lambda: truncate_metrics(path, done if done else -1))
+        writes = ranks.rank() == 0
+        self.file = open(path if writes else os.devnull, "a", encoding="utf-8", buffering=1)
+        self.board = None
+        if tensorboard and writes:
+            from torch.utils.tensorboard import SummaryWriter
+            self.board = SummaryWriter(str(directory / "tensorboard"), purge_step=done)
 
-def write_metrics(log, metrics: dict, board=None) -> None:
-    log.write(json.dumps(metrics) + "\n")
-    if board is not None:
+    def write(self, metrics: dict) -> None:
+        self.file.write(json.dumps(metrics) + "\n")
+        if self.board is None:
+            return
         for name, value in metrics.items():
             if isinstance(value, (int, float)) and name != "step":
-                board.add_scalar(name, value, metrics["step"])
+                self.board.add_scalar(name, value, metrics["step"])
 
+    def __enter__(self):
+        return self
 
-def open_board(directory: Path, wanted: bool, step: int):
-    """TensorBoard's writer of the curves after `step`, or None when they are not wanted."""
-    if not wanted:
-        return None
-    from torch.utils.tensorboard import SummaryWriter
-    return SummaryWriter(str(directory / "tensorboard"), purge_step=step)
+    def __exit__(self, *_):
+        self.file.close()
 
 
 def truncate_metrics(path: Path, done: int) -> None:
@@ -317,8 +344,3 @@ def truncate_metrics(path: Path, done: int) -> None:
         raise InputError(f"{path} is damaged: not every step up to {done}, where the checkpoint is, "
                         f"has its line: start over with --fresh, or choose another --out")
     write_text(path, "".join(line.decode() + "\n" for line in lines))
-
-
-# ---------------------------------------------------------------------------------------------------- exports
-
-

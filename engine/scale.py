@@ -1,28 +1,27 @@
-"""What training needs, from config.json alone: parameters, memory of a device, time of an optimiser step.
+"""What training needs: parameters, memory of a device and time of an optimiser step, from config.json alone.
 
-    python -m engine.scale demo/llama                               # one device, the defaults of clo.py
-    python -m engine.scale path/to/Llama-3-8B --gpus 8 --shard      # FSDP2
-    python -m engine.scale --table                                  # the tables of docs/scale.md
-
-Every formula stands where it is computed, with its reason. Letters as in model.py: H hidden width,
-F mlp width, V vocabulary, Q query heads, G kv heads, D head width, R LoRA rank. A GB is 1e9 bytes.
+`python clo.py --dry-run` prints it for one model, `python -m bench.tables` the tables of docs/scale.md. Every
+formula stands where it is computed, with its reason. Letters as in model.py: H hidden width, F mlp width,
+V vocabulary, Q query heads, G kv heads, D head width, R LoRA rank. A GB is 1e9 bytes.
 
 Exact: parameters. Held against the program by the tests: the bytes a forward pass keeps for its backward, on
-the CPU. An estimate: everything of a GPU, whose achieved rate of matrix products is an argument (--tflops)
-and no promise; torch.compile keeps less than is counted here.
+the CPU. An estimate: everything of a GPU, whose achieved rate of matrix products is an argument and no promise;
+torch.compile keeps less than is counted here.
 """
 
-import argparse
-import math
+import contextlib
 import os
+import resource
+import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
-import torch.nn.functional as F
 
-from engine.files import run
-from formats.configs import Config, read_config
+import model as llama
+from engine.files import InputError
+from formats.configs import Config
 from formats.weights import DTYPES
 from kernels.chunks import CPU_CHUNK_ROWS, CPU_TILE_WORDS, GPU_CHUNK_BYTES
 
@@ -203,24 +202,59 @@ def step_seconds(c: Config, plan: Plan, tokens: float) -> dict[str, float]:
             "reference": each * flops["reference"] / (plan.tflops * 1e12)}
 
 
-def measure_device(c: Config, device: torch.device, dtype: torch.dtype,
-                   seconds: float = 0.5) -> tuple[float, float]:
-    """TFLOP/s this device achieves on the mlp's product, timed here and now, and the bytes of its memory."""
-    x = torch.randn(1024, c.hidden_size, device=device, dtype=dtype)
-    weight = torch.randn(c.intermediate_size, c.hidden_size, device=device, dtype=dtype)
-    wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
-    calls, started, limit = 0, time.perf_counter(), math.inf
-    while time.perf_counter() < limit:
-        F.linear(x, weight)
-        wait()
-        if calls == 0:                                           # the first call pays for starting up
-            started = time.perf_counter()
-            limit = started + seconds
-        calls += 1
-    rate = 2e-12 * (calls - 1) * x.shape[0] * weight.numel() / (time.perf_counter() - started)
+# ------------------------------------------------------------------------------------------------ this machine
+
+def device_bytes(device: torch.device) -> int:
+    """Memory of a GPU, or of the host."""
     if device.type == "cuda":
-        return rate, torch.cuda.get_device_properties(device).total_memory
-    return rate, os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        return torch.cuda.get_device_properties(device).total_memory
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def peak_memory_gb() -> float:
+    """Most memory this process ever held: on the GPU when there is one, else resident (GB = 1e9 bytes)."""
+    if torch.cuda.is_initialized():
+        return torch.cuda.max_memory_allocated() / GB
+    unit = 1 if sys.platform == "darwin" else 1024               # ru_maxrss: bytes on macOS, KiB on Linux
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / GB
+
+
+def stand_in(c: Config, layers: int, device: torch.device, dtype: torch.dtype) -> llama.Llama:
+    """A model of this shape with so many layers, for timing: every weight is the same number."""
+    with torch.device("meta"):
+        model = llama.Llama(replace(c, num_hidden_layers=layers))
+    model = model.to(dtype).to_empty(device=device).requires_grad_(False)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.fill_(0.02)
+    return model
+
+
+def seconds_of(work: Callable, device: torch.device, rounds: int = 2) -> float:
+    """Least wall-clock seconds of work() over some rounds, after one that warms up."""
+    wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
+    times = []
+    for _ in range(rounds + 1):
+        started = time.perf_counter()
+        work()
+        wait()
+        times.append(time.perf_counter() - started)
+    return min(times[1:])
+
+
+@contextlib.contextmanager
+def memory_advice(device: str, flags: list[str]):
+    """Out of memory, on a device or the host, becomes one line with the flags that help."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:                 # torch.OutOfMemoryError is a RuntimeError
+        text = str(error).splitlines()[0] if str(error) else "no memory"
+        full = isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in text
+        if not full:
+            raise
+        raise InputError(f"out of memory on {device} ({text}): try {', '.join(flags)}; --dry-run estimates what a "
+                         f"setting needs. But for --recompute they make another run: --fresh or another --out"
+                         ) from None
 
 
 # ------------------------------------------------------------------------------------------------------ print
@@ -232,97 +266,20 @@ def recompute_saves(c: Config, plan: Plan) -> float:
     return kept[0] - kept[1]
 
 
-def describe(c: Config, plan: Plan, step_tokens: float | None = None,
-             device_bytes: float = DEVICE_BYTES) -> str:
-    """Parameters, memory of a device and time of a step, as text. step_tokens: row tokens of an optimiser
-    step over all devices; by default every device runs one micro-batch."""
+def describe(c: Config, plan: Plan, available: float = DEVICE_BYTES) -> str:
+    """Parameters and memory of a device, as text; available: bytes a device has."""
     counts, parts = parameters(c), memory(c, plan)
-    tokens = step_tokens or plan.gpus * plan.row_tokens * plan.micro_rows
-    seconds, total = step_seconds(c, plan, tokens), sum(parts.values())
+    total = sum(parts.values())
     by_part = ", ".join(f"{name} {count:,}" for name, count in counts.items())
-    where = ("one device" if plan.gpus == 1
-             else f"each of {plan.gpus} devices, {'sharded' if plan.shard else 'all alike'}")
+    where = "one device"
+    if plan.gpus > 1:
+        where = f"each of {plan.gpus} devices, {'sharded' if plan.shard else 'all alike'}"
     lines = [f"parameters {sum(counts.values()):,}: {by_part}",
              f"trainable ({plan.train}) {trainable_parameters(c, plan.train, plan.rank):,}",
              f"memory of {where}:"]
     lines += [f"  {name:30}{size / GB:9.3f} GB" for name, size in parts.items() if size]
-    lines += [f"  {'sum':30}{total / GB:9.3f} GB"
-              + ("" if total < device_bytes else ": too much for the device")]
+    verdict = "" if total < available else ": too much for the device"
+    lines.append(f"  {'sum':30}{total / GB:9.3f} GB{verdict}")
     if not plan.recompute:
         lines.append(f"  --recompute would save {recompute_saves(c, plan) / GB:.3f} GB")
-    lines.append(f"step of {tokens:,.0f} row tokens at {plan.tflops:.3g} TFLOP/s: {seconds['step']:.3g} s "
-                 f"(products {seconds['products']:.3g} s, communication {seconds['communication']:.3g} s); "
-                 f"reference pass over as many: {seconds['reference']:.3g} s, once")
     return "\n".join(lines)
-
-
-# Shapes from the models' own config.json.
-MODELS = {
-    "Llama-3.2-1B": Config(128256, 2048, 8192, 16, 32, 8, 64, tie_word_embeddings=True),
-    "Llama-3.2-3B": Config(128256, 3072, 8192, 28, 24, 8, 128, tie_word_embeddings=True),
-    "Llama-3-8B": Config(128256, 4096, 14336, 32, 32, 8, 128),
-    "Qwen2.5-14B": Config(152064, 5120, 13824, 48, 40, 8, 128, qkv_bias=True),
-    "Qwen2.5-32B": Config(152064, 5120, 27648, 64, 40, 8, 128, qkv_bias=True),
-    "Llama-3-70B": Config(128256, 8192, 28672, 80, 64, 8, 128),
-}
-
-
-def table(train: str, plan: Plan, device_bytes: float, step_tokens: int) -> str:
-    """Markdown: a row for each model, GB of a device and seconds of a step on 1, 8 and 64 devices, sharded
-    beyond one."""
-    lines = ["| model | parameters | trainable | 1 GPU: GB | s | 8: GB | s | 64: GB | s |",
-             "|---|" + "---:|" * 8]
-    for name, c in MODELS.items():
-        cells = []
-        for gpus in (1, 8, 64):
-            used = Plan(**vars(plan) | {"train": train, "gpus": gpus, "shard": gpus > 1})
-            size = sum(memory(c, used).values())
-            fits = size <= device_bytes
-            seconds = f"{step_seconds(c, used, step_tokens)['step']:.2g}" if fits else "does not fit"
-            cells += [f"{size / GB:.0f}", seconds]
-        total, learned = sum(parameters(c).values()), trainable_parameters(c, train, plan.rank)
-        cells = [f"| {name}", f"{total / 1e9:.2f} B", f"{learned / 1e6:,.1f} M", *cells]
-        lines.append(" | ".join(cells) + " |")
-    return "\n".join(lines)
-
-
-def parse_args(argv=None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0],
-                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    add = parser.add_argument
-    add("model", nargs="?", default="demo/llama", help="a directory with a config.json")
-    add("--table", action="store_true", help="print the tables of docs/scale.md instead")
-    add("--train", default="lora", choices=["lora", "attention", "full"])
-    add("--lora-rank", type=int, default=16, help="rank R")
-    add("--dtype", default="bf16", choices=list(DTYPES), help="compute type")
-    add("--row-tokens", type=int, default=4096, help="tokens of a packed row")
-    add("--micro-rows", type=int, default=1, help="rows per forward pass")
-    add("--step-tokens", type=int, default=64 * 4096, help="row tokens of an optimiser step on all devices")
-    add("--recompute", action="store_true", help="run blocks again in the backward")
-    add("--gpus", type=int, default=1, help="devices")
-    add("--shard", action="store_true", help="FSDP2 instead of the whole model on each")
-    add("--tflops", type=float, default=380.0,
-        help="TFLOP/s a device achieves: 55 %% of an H200's sustained bf16")
-    add("--link-gb", type=float, default=50.0, help="GB/s a device sends to others: a port of 400 Gbit/s")
-    add("--device-gb", type=float, default=141.0, help="memory of a device: an H200's")
-    args = parser.parse_args(argv)
-    for name in ("lora_rank", "row_tokens", "micro_rows", "step_tokens", "gpus", "tflops", "link_gb",
-                 "device_gb"):
-        if not 0 < getattr(args, name) < math.inf:
-            parser.error(f"--{name.replace('_', '-')} {getattr(args, name)}: a number above 0 was expected")
-    return args
-
-
-def main(argv=None) -> None:
-    args = parse_args(argv)
-    plan = Plan(args.train, args.lora_rank, args.dtype, args.row_tokens, args.micro_rows, args.recompute,
-                args.gpus, args.shard, args.tflops, link_gb=args.link_gb)
-    if args.table:
-        for train in ("lora", "attention", "full"):
-            print(f"--train {train}\n\n{table(train, plan, args.device_gb * GB, args.step_tokens)}\n")
-        return
-    print(describe(read_config(args.model), plan, args.step_tokens, args.device_gb * GB))
-
-
-if __name__ == "__main__":
-    run(main)

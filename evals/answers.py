@@ -1,53 +1,157 @@
-"""Replies to held-out questions: made greedily, compared with the expected answers, kept on disk."""
+"""Replies to held-out questions: made greedily, compared with the expected answers, kept on disk.
 
+A reply is *correct* when it equals the row's response in the language of the question but for case, spaces
+and final punctuation (`normalise`). That is asked only where every expected answer is short; what open-ended
+replies are worth is told by the other figures (figures.py).
+"""
+
+import re
+import sys
 import unicodedata
+from dataclasses import dataclass
 from pathlib import Path
 
 from tqdm import tqdm
 
 import model as llama
 from engine.files import InputError, need, read_records, write_jsonl
-from evals.language import LanguageModel, MIXED, reply_language
+from engine.progress import progress
+from evals.figures import ANSWER_KEYS, languages_told, measure
+from evals.language import LanguageModel, reply_language
 
 HASH_DIGITS = 16
-ANSWER_KEYS = ("row_id", "language", "prompt", "reply", "expected", "correct", "reply_language", "judged")
+
+# Unicode's punctuation that is part of an answer: "C#", "50%", "A*", "[0, 1)" are not "C", "50", "A", "[0, 1".
+# Dashes (Pd, as in "A-"), connectors (Pc) and opening brackets (Ps) are kept by their category.
+PART_OF_ANSWER = set("#%&*@/\\)]}†‡‰‱′″‴٪؉؊׳״")
+FINAL_CATEGORIES = ("Po", "Pe", "Pi", "Pf")
+# Spaces without width, soft hyphens, marks of direction and of an emoji's style. Joiners and flags are text.
+INVISIBLE = "\u00ad\u061c\u180e\u200b\u200e\u200f\u202a-\u202e\u2060-\u206f\ufe0e\ufe0f\ufeff"
+DOTTED = {"tr", "tur", "az", "aze", "azj"}      # languages whose small I is ı, and whose capital i is İ
 
 
-def normalise(text: str) -> str:
-    """NFC, one space between words, no case, no final punctuation."""
-    text = " ".join(unicodedata.normalize("NFC", text).casefold().split())
-    return text.rstrip(".!?…。！？ ")
+# -------------------------------------------------------------------------------------------- correct replies
+
+def normalise(text: str, language: str = "") -> str:
+    """What of a text has to be equal: small letters, one space between words, no final punctuation; Unicode's
+    composed form and one width, without invisible marks (zero-width spaces, soft hyphens, direction). Accents,
+    other punctuation, superscripts and the script of digits are part of an answer."""
+    text = re.sub(f"[{INVISIBLE}]", "", text)
+    text = unicodedata.normalize("NFC", text)
+    text = "".join(map(one_width, text))
+    if re.split("[-_]", language)[0] in DOTTED:
+        text = text.replace("I", "ı")
+    text = text.replace("İ", "i").lower().replace("ς", "σ")
+    text = unicodedata.normalize("NFC", text)
+    text = " ".join(text.split())
+    return without_final_punctuation(text) or text
+
+
+def one_width(char: str) -> str:
+    """The usual form of a full-width, half-width or small one."""
+    kind = unicodedata.decomposition(char).split(" ", 1)[0]
+    return unicodedata.normalize("NFKC", char) if kind in ("<wide>", "<narrow>", "<small>") else char
+
+
+def without_final_punctuation(text: str) -> str:
+    while text and is_final(text):
+        text = text[:-1].rstrip()
+    return text
+
+
+def is_final(text: str) -> bool:
+    """Whether the last character is punctuation that ends a sentence or a quotation."""
+    last = text[-1]
+    if last in "'\"" and text[-2:-1].isdigit():         # feet and inches, unless it was opened before
+        return text.count(last) % 2 == 0
+    return unicodedata.category(last) in FINAL_CATEGORIES and last not in PART_OF_ANSWER
+
+
+def is_correct(reply: str, expected: str, language: str) -> bool:
+    return normalise(reply, language) == normalise(expected, language)
+
+
+# ---------------------------------------------------------------------------------------------------- replies
+
+@dataclass(frozen=True)
+class Decoding:
+    """How replies are written."""
+    system_prompt: str | None
+    max_tokens: int
+    temperature: float           # 0: greedy
+    top_p: float
+    seed: int
+
+    def replies(self, model, tokenizer, questions: list[str], first: int = 0) -> list[tuple[str, int]]:
+        """(text, number of tokens) for each question, one batch. first: its place, which the seed depends on;
+        max_tokens of them are a reply that was cut."""
+        prompts = [tokenizer.prompt_ids(question, self.system_prompt) for question in questions]
+        long = sum(len(prompt) + self.max_tokens > model.config.max_position_embeddings for prompt in prompts)
+        if long:
+            tqdm.write(f"{long} prompts with --max-tokens {self.max_tokens} are longer than the "
+                       f"{model.config.max_position_embeddings} tokens that the model was made for",
+                       file=sys.stderr)
+        replies = llama.generate(model, prompts, self.max_tokens, tokenizer.stop_ids, self.temperature,
+                                 self.top_p, self.seed + first, len(prompts))
+        return [(tokenizer.decode(reply).strip(), len(reply)) for reply in replies]
 
 
 def answer(model, tokenizer, questions: list[str], max_tokens: int, system=None,
-           label="answers") -> list[str]:
-    """Greedy replies to questions, in their order."""
+           label="answers") -> list[tuple[str, bool]]:
+    """Greedy replies to questions, in their order; and whether each ended by itself, by a stop token
+    within max_tokens."""
     prompts = [tokenizer.prompt_ids(question, system) for question in questions]
-    with tqdm(total=len(prompts), desc=label, unit="reply") as bar:
+    with progress(total=len(prompts), desc=label, unit="reply") as bar:
         replies = llama.generate(model, prompts, max_tokens, tokenizer.stop_ids, progress=bar.update)
-    return [tokenizer.decode(reply).strip() for reply in replies]
+    texts = [tokenizer.decode(reply).strip() for reply in replies]
+    ends = [len(reply) < max_tokens for reply in replies]
+    return list(zip(texts, ends))
 
 
 def answer_and_score(model, tokenizer, rows: list[dict], languages: tuple[str, ...],
-                     classifier: LanguageModel, max_tokens: int, system: str | None, path: Path) -> dict:
-    """Answer the rows in every language; {language: {"correct": %, "right_language": %, "n": int, ...}}.
-    Every reply is written to `path`, one JSON line each."""
-    scores, lines = {}, []
+                     classifier: LanguageModel, max_tokens: int, system: str | None, path: Path | None,
+                     limit: int | None = None, reference_nll: dict[str, list[float]] | None = None) -> dict:
+    """Answer the rows, or the first `limit` of them, in every language; {language: score(...), ...}.
+    Every reply is written to `path`, one JSON line each.
+
+    reference_nll: {language: nats of each answered row's response and its stop token}, for bits per byte.
+    """
+    asked, lines, scores = rows[:limit], [], {}
     for language in languages:
-        replies = answer(model, tokenizer, [row[language]["prompt"] for row in rows], max_tokens, system,
-                         f"answer {language}")
-        for row, reply in zip(rows, replies):
-            expected = row[language]["response"]
-            same = sum(normalise(row[other]["response"]) == normalise(expected) for other in languages) > 1
-            found, confidence = reply_language(reply, classifier)
-            lines.append({
-                "row_id": row["row_id"], "language": language, "prompt": row[language]["prompt"],
-                "reply": reply, "expected": expected, "correct": normalise(reply) == normalise(expected),
-                "reply_language": found, "confidence": round(confidence, 4), "judged": not same})
-        scores[language] = score(line for line in lines if line["language"] == language)
-    write_jsonl(path, lines)
-    return scores | {"decoding": {"temperature": 0, "max_tokens": max_tokens, "system_prompt": system,
-                                  "template": tokenizer.fingerprint[:HASH_DIGITS]}}
+        questions = [row[language]["prompt"] for row in asked]
+        replies = answer(model, tokenizer, questions, max_tokens, system, f"answer {language}")
+        own = [answer_line(row, language, languages, reply, ends, classifier)
+               for row, (reply, ends) in zip(asked, replies)]
+        if reference_nll is not None:
+            for line, nats in zip(own, reference_nll[language], strict=True):
+                line["reference_nll"] = nats
+        scores[language] = score(own)
+        lines += own
+    if path is not None:                     # of several processes the first writes
+        write_jsonl(path, lines)
+    decoding = {"temperature": 0, "max_tokens": max_tokens, "system_prompt": system,
+                "template": tokenizer.fingerprint[:HASH_DIGITS]}
+    return scores | {"questions": len(rows), "decoding": decoding}
+
+
+def answer_line(row: dict, language: str, languages: tuple[str, ...], reply: str, ends: bool,
+                classifier: LanguageModel) -> dict:
+    """A line of answers.jsonl. A response that another language has, too, says nothing about the language of
+    its reply: that is not judged."""
+    expected = row[language]["response"]
+    others = [row[other]["response"] for other in languages if other != language]
+    found, confidence = reply_language(reply, classifier)
+    return {
+        "row_id": row["row_id"],
+        "language": language,
+        "prompt": row[language]["prompt"],
+        "reply": reply,
+        "ends": ends,
+        "expected": expected,
+        "correct": is_correct(reply, expected, language),
+        "reply_language": found,
+        "confidence": round(confidence, 4),
+        "judged": not any(is_correct(other, expected, language) for other in others)}
 
 
 def read_answers(path: Path, scores: dict) -> list[dict]:
@@ -56,25 +160,33 @@ def read_answers(path: Path, scores: dict) -> list[dict]:
     for where, line in lines:
         for key in ANSWER_KEYS:
             need(line, key, where)
-    written = sum(part["n"] for part in scores.values() if isinstance(part, dict) and "n_language" in part)
+    parts = [part for part in scores.values() if isinstance(part, dict)]
+    written = sum(part["n"] for part in parts if "n_language" in part)
     if len(lines) != written:
         raise InputError(f"{path} holds {len(lines)} answers, {written} were written: delete the "
-                             f"result.json beside it, and the same command answers again")
+                         f"result.json beside it, and the same command answers again")
     return [line for _, line in lines]
 
 
-def score(lines) -> dict:
-    """Percentages over replies of one language;
-    right_language over those whose response differs between languages."""
-    lines = list(lines)
-    judged = [line for line in lines if line["judged"]]
-    return {"correct": percent(sum(line["correct"] for line in lines), len(lines)),
-            "right_language": percent(sum(line["reply_language"] == line["language"] for line in judged),
-                                      len(judged)),
-            "n": len(lines), "n_language": len(judged),
-            "unsure": sum(line["reply_language"] is None for line in judged),
-            "mixed": sum(line["reply_language"] == MIXED for line in judged)}
+# ----------------------------------------------------------------------------------------------------- scores
+
+def score(lines: list[dict]) -> dict:
+    """Figures over replies in one language and their standard errors, and counts of `languages_told`.
+    `correct` is always there, also where `answers_short` says that it means little."""
+    samples = measure(lines)
+    right = sum(line["correct"] for line in lines)
+    figures = {"correct": percent(right, len(lines)), "right_language": 0.0}
+    errors = {}
+    for name, sample in samples.items():
+        digits = sample.figure.digits + 1
+        figures[name] = round(sample.value, digits)
+        errors[name] = None if sample.error is None else round(sample.error, digits)
+    return figures | {
+        "stderr": errors,
+        "answers_short": "correct" in samples,
+        "n": len(lines),
+        **languages_told(lines)}
 
 
-def percent(part: int, whole: int) -> float:
-    return round(100 * part / whole, 2) if whole else 0.0
+def percent(part: int, total: int) -> float:
+    return round(100 * part / total, 2) if total else 0.0

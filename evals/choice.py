@@ -3,38 +3,33 @@
     for i, logps in score(model, tokenizer, read_benchmark("mmlu", "mmlu/data", shots=5).questions):
         ...                                       # the command line is python eval.py mc mmlu mmlu/data
 
-MMLU, MMMLU, CMMLU, BELEBELE and AfriMMLU, worded, tokenised and averaged as lm-evaluation-harness does it, so
+MMLU, MMMLU, CMMLU and BELEBELE, worded, tokenised and averaged as lm-evaluation-harness does it, so
 that numbers can be compared with published ones. A question is a *fork*: its text is the prompt, its choices
 are the continuations. What all questions of a subject begin with (description, examples) is computed once, as
 a prefix of keys and values.
 
-Why a file of its own: the wording of five benchmarks and the oddities of their files have nothing to do with
+Why a file of its own: the wording of four benchmarks and the oddities of their files have nothing to do with
 the rest of eval.py, and would hide it.
 
 Task wordings and sampling rules: lm-evaluation-harness (Gao et al., doi 10.5281/zenodo.10256836),
 lm_eval/tasks.
 """
 
-import ast
-import csv
-import hashlib
-import io
 import math
-import random
-from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 
 import data
-from formats import hub
 import kernels
 import model as llama
-from engine.files import InputError, as_kind, need, read_records, read_text
+from engine.files import InputError, as_kind, fingerprint, need, read_records
+from formats import hub
+from formats.languages import nllb_code, normal, suggestion
+from formats.records import PARQUET, refuse_duplicates, table_cells
 
 LETTERS = ("A", "B", "C", "D")
-EXAMPLE_SEED = 1234                    # of the harness, where a task draws its examples by chance
 MMLU_DESCRIPTION = "The following are multiple choice questions (with answers) about {subject}.\n\n"
 MMMLU_DESCRIPTION = ("The following are multiple choice questions (with answers) about {subject} "
                      "({language}).\n\n")
@@ -42,19 +37,6 @@ CMMLU_DESCRIPTION = "以下是关于{subject}的单项选择题，请直接给�
 LETTERED = "{question}\nA. {A}\nB. {B}\nC. {C}\nD. {D}\nAnswer:"
 CMMLU_TEXT = "{question}\nA. {A}\nB. {B}\nC. {C}\nD. {D}\n答案："
 BELEBELE_TEXT = "P: {passage}\nQ: {question}\nA: {A}\nB: {B}\nC: {C}\nD: {D}\nAnswer:"
-AFRIMMLU_TEXT = """You are a highly knowledgeable and intelligent artificial intelligence
-                model answers multiple-choice questions about {subject}
-
-                Question: {question}
-
-                Choices:
-                        A: {A}
-                        B: {B}
-                        C: {C}
-                        D: {D}
-
-                Answer:  """
-
 MMLU_CATEGORIES = {
     "stem": "abstract_algebra anatomy astronomy college_biology college_chemistry college_computer_science "
             "college_mathematics college_physics computer_security conceptual_physics electrical_engineering "
@@ -72,50 +54,45 @@ MMLU_CATEGORIES = {
                   "moral_disputes moral_scenarios philosophy prehistory professional_law world_religions"}
 # the names the harness uses, in the categories of CMMLU's src/categories.py;
 # CHINA_SPECIFIC ones count in a fifth one too
-CMMLU_SUBJECTS = {
-    "stem": {"anatomy": "解剖学", "astronomy": "天文学", "college_actuarial_science": "大学精算学",
-             "college_engineering_hydrology": "大学工程水文学", "college_mathematics": "大学数学",
-             "college_medical_statistics": "大学医学统计", "computer_science": "计算机科学",
-             "conceptual_physics": "概念物理学", "electrical_engineering": "电气工程",
-             "elementary_mathematics": "初等数学", "genetics": "遗传学", "high_school_biology": "高中生物",
-             "high_school_chemistry": "高中化学", "high_school_mathematics": "高中数学",
-             "high_school_physics": "高中物理学", "machine_learning": "机器学习", "virology": "病毒学"},
-    "humanities": {"arts": "艺术学", "chinese_history": "中国历史", "chinese_literature": "中国文学",
-                   "college_law": "大学法律", "global_facts": "全球事实", "international_law": "国际法学",
-                   "jurisprudence": "法理学", "logical": "逻辑学", "marxist_theory": "马克思主义理论",
-                   "philosophy": "哲学", "professional_law": "专业法学", "world_history": "世界历史",
-                   "world_religions": "世界宗教"},
-    "social_sciences": {"ancient_chinese": "古汉语", "business_ethics": "商业伦理",
-                        "chinese_civil_service_exam": "中国公务员考试", "chinese_food_culture": "中国饮食文化",
-                        "chinese_foreign_policy": "中国外交政策", "chinese_teacher_qualification": "中国教师资格",
-                        "college_education": "大学教育学", "economics": "经济学", "education": "教育学",
-                        "elementary_chinese": "小学语文", "ethnology": "民族学",
-                        "high_school_geography": "高中地理", "high_school_politics": "高中政治", "journalism": "新闻学",
-                        "management": "管理学", "marketing": "市场营销", "modern_chinese": "现代汉语",
-                        "professional_accounting": "专业会计", "professional_psychology": "专业心理学",
-                        "public_relations": "公共关系", "security_study": "安全研究", "sociology": "社会学"},
-    "other": {"agronomy": "农学", "chinese_driving_rule": "中国驾驶规则", "clinical_knowledge": "临床知识",
-              "college_medicine": "大学医学", "computer_security": "计算机安全",
-              "construction_project_management": "建设工程管理", "elementary_commonsense": "小学常识",
-              "elementary_information_and_technology": "小学信息技术", "food_science": "食品科学",
-              "human_sexuality": "人类性行为", "legal_and_moral_basis": "法律与道德基础", "nutrition": "营养学",
-              "professional_medicine": "专业医学", "sports_science": "体育学",
-              "traditional_chinese_medicine": "中医中药"}}
-CHINA_SPECIFIC = {"ancient_chinese", "construction_project_management", "elementary_chinese",
-                  "elementary_commonsense", "ethnology", "high_school_politics", "modern_chinese",
-                  "traditional_chinese_medicine", *(f"chinese_{name}" for name in (
-                      "civil_service_exam", "driving_rule", "food_culture", "foreign_policy", "history",
-                      "literature", "teacher_qualification"))}
-MMMLU_LANGUAGES = {"AR-XY": "Arabic", "BN-BD": "Bengali", "DE-DE": "German", "ES-LA": "Spanish",
-                   "FR-FR": "French", "HI-IN": "Hindi", "ID-ID": "Indonesian", "IT-IT": "Italian",
-                   "JA-JP": "Japanese", "KO-KR": "Korean", "PT-BR": "Brazilian Portuguese",
-                   "SW-KE": "Swahili", "YO-NG": "Yoruba", "ZH-CN": "Simplified Chinese"}
-BELEBELE_CODES = {"en": "eng_Latn", "de": "deu_Latn", "zh": "zho_Hans", "ko": "kor_Hang", "id": "ind_Latn",
-                  "sw": "swh_Latn", "yo": "yor_Latn"}
-AFRIMMLU_CODES = {"en": "eng", "sw": "swa", "yo": "yor"}
-PARQUET = ("parquet files, which are not read here; with pandas and pyarrow installed, convert each: "
-           "python -c \"import sys, pandas; pandas.read_parquet(sys.argv[1])"
-           ".to_json(sys.argv[2], orient='records', lines=True)\" X.parquet X.jsonl")
+CMMLU_SUBJECTS = {part: dict(pair.split(":") for pair in text.split()) for part, text in {
+    "stem":
+        "anatomy:解剖学 astronomy:天文学 college_actuarial_science:大学精算学 "
+        "college_engineering_hydrology:大学工程水文学 college_mathematics:大学数学 "
+        "college_medical_statistics:大学医学统计 computer_science:计算机科学 "
+        "conceptual_physics:概念物理学 electrical_engineering:电气工程 elementary_mathematics:初等数学 "
+        "genetics:遗传学 high_school_biology:高中生物 high_school_chemistry:高中化学 "
+        "high_school_mathematics:高中数学 high_school_physics:高中物理学 machine_learning:机器学习 "
+        "virology:病毒学",
+    "humanities":
+        "arts:艺术学 chinese_history:中国历史 chinese_literature:中国文学 college_law:大学法律 "
+        "global_facts:全球事实 international_law:国际法学 jurisprudence:法理学 logical:逻辑学 "
+        "marxist_theory:马克思主义理论 philosophy:哲学 professional_law:专业法学 world_history:世界历史 "
+        "world_religions:世界宗教",
+    "social_sciences":
+        "ancient_chinese:古汉语 business_ethics:商业伦理 chinese_civil_service_exam:中国公务员考试 "
+        "chinese_food_culture:中国饮食文化 chinese_foreign_policy:中国外交政策 "
+        "chinese_teacher_qualification:中国教师资格 college_education:大学教育学 economics:经济学 "
+        "education:教育学 elementary_chinese:小学语文 ethnology:民族学 high_school_geography:高中地理 "
+        "high_school_politics:高中政治 journalism:新闻学 management:管理学 marketing:市场营销 "
+        "modern_chinese:现代汉语 professional_accounting:专业会计 professional_psychology:专业心理学 "
+        "public_relations:公共关系 security_study:安全研究 sociology:社会学",
+    "other":
+        "agronomy:农学 chinese_driving_rule:中国驾驶规则 clinical_knowledge:临床知识 "
+        "college_medicine:大学医学 computer_security:计算机安全 "
+        "construction_project_management:建设工程管理 elementary_commonsense:小学常识 "
+        "elementary_information_and_technology:小学信息技术 food_science:食品科学 "
+        "human_sexuality:人类性行为 legal_and_moral_basis:法律与道德基础 nutrition:营养学 "
+        "professional_medicine:专业医学 sports_science:体育学 traditional_chinese_medicine:中医中药",
+}.items()}
+CHINA_SPECIFIC = set(
+    "ancient_chinese construction_project_management elementary_chinese elementary_commonsense ethnology "
+    "high_school_politics modern_chinese traditional_chinese_medicine chinese_civil_service_exam "
+    "chinese_driving_rule chinese_food_culture chinese_foreign_policy chinese_history chinese_literature "
+    "chinese_teacher_qualification".split())
+MMMLU_LANGUAGES = dict(pair.split(":") for pair in (
+    "AR-XY:Arabic,BN-BD:Bengali,DE-DE:German,ES-LA:Spanish,FR-FR:French,HI-IN:Hindi,ID-ID:Indonesian,"
+    "IT-IT:Italian,JA-JP:Japanese,KO-KR:Korean,PT-BR:Brazilian Portuguese,SW-KE:Swahili,YO-NG:Yoruba,"
+    "ZH-CN:Simplified Chinese").split(","))
 
 
 @dataclass(frozen=True)
@@ -131,9 +108,9 @@ class Question:
 
 @dataclass(frozen=True)
 class Document:
-    """One question as a file has it."""
+    """One question as a file has it; a copy of it elsewhere is equal."""
     subject: str
-    where: str
+    where: str = field(compare=False)
     passage: str
     question: str
     options: tuple[str, str, str, str]
@@ -147,16 +124,12 @@ class Task:
     description: str
     text: str
     examples: str = ""
-    answers: str = "letters"           # what a choice is: its letter, or its full text
-    draw: str = "first"                # examples: the first ones, or drawn by chance anew for every question
-    strip: bool = True                 # the question's own text, at both ends
 
 
 TASKS = {"mmlu": Task("mmlu", MMLU_DESCRIPTION, LETTERED, "dev"),
          "mmmlu": Task("mmmlu", MMMLU_DESCRIPTION, LETTERED),
          "cmmlu": Task("cmmlu", CMMLU_DESCRIPTION, CMMLU_TEXT, "dev"),
-         "belebele": Task("belebele", "", BELEBELE_TEXT),
-         "afrimmlu": Task("afrimmlu", "", AFRIMMLU_TEXT, "val", answers="texts", draw="chance", strip=False)}
+         "belebele": Task("belebele", "", BELEBELE_TEXT)}
 
 
 @dataclass(frozen=True)
@@ -171,7 +144,7 @@ class Benchmark:
 # ---------------------------------------------------------------------------------------------- files -> rows
 
 def table_rows(path: Path, wanted: tuple[str, ...], header: bool = True) -> list[tuple[str, dict]]:
-    """[("file:line", {column: text})] of a csv, tsv or jsonl file. A table's header has to hold the columns
+    """[("file:line", {column: text})] of a csv or jsonl file. A table's header has to hold the columns
     `wanted`; without a header they are its columns, in this order."""
     if path.suffix == ".jsonl":
         return read_records(path)
@@ -183,55 +156,27 @@ def table_rows(path: Path, wanted: tuple[str, ...], header: bool = True) -> list
                 need(dict.fromkeys(columns), name, where)
         elif len(cells) != len(columns):
             raise InputError(f"{where}: {len(cells)} columns, {len(columns)} are wanted "
-                            f"({', '.join(columns)})")
+                             f"({', '.join(columns)})")
         elif header or [cell.strip().lower() for cell in cells] != [name.lower() for name in wanted]:
             rows.append((where, dict(zip(columns, cells))))
     return rows
 
 
-def table_cells(path: Path):
-    """Yields ("file:line", cells) of a csv or tsv file; a record is named by its first line.
-    Blank lines are left out."""
-    reader = csv.reader(io.StringIO(read_text(path), newline=""),
-                        delimiter="\t" if path.suffix == ".tsv" else ",")
-    line = 1
-    while True:
-        try:
-            cells = next(reader)
-        except StopIteration:
-            return
-        except csv.Error as error:
-            raise InputError(f"{path}:{line}: not a table ({error}): is a quotation mark left open?") from None
-        if len(cells) > 1 or "".join(cells).strip():
-            yield f"{path}:{line}", cells
-        line = reader.line_num + 1
-
-
-def make_document(row: dict, where: str, subject: str, keys: tuple[str, ...], strip: bool = True) -> Document:
+def make_document(row: dict, where: str, subject: str, keys: tuple[str, ...]) -> Document:
     """keys: those of the passage ("" without), the question, four options (or one list of them),
     and the answer."""
     passage, question, *options, answer = keys
     found = [need(row, key, where) for key in options]
     if len(found) == 1:
-        found = choice_list(found[0], where)
-    answer, question = need(row, answer, where), need(row, question, where)
-    texts = [as_kind(text, str, where) for text in (question, *found, row[passage] if passage else "")]
-    question, *found, passage = texts
+        found = found[0]
+    if not isinstance(found, list) or len(found) != len(LETTERS):
+        raise InputError(f"{where}: {options[0]} is no list of {len(LETTERS)} texts")
+    gold = gold_index(need(row, answer, where), where)
+    texts = [need(row, question, where), *found, row[passage] if passage else ""]
+    question, *found, passage = [as_kind(text, str, where) for text in texts]
     if not question.strip():
         raise InputError(f"{where}: the question is empty")
-    question = question.strip() if strip else question
-    return Document(subject, where, passage, question, tuple(found), gold_index(answer, where))
-
-
-def choice_list(value, where: str) -> list:
-    """Four options out of a list, or out of one printed by Python (AfriMMLU)."""
-    try:
-        value = ast.literal_eval(value) if isinstance(value, str) else value
-    except (ValueError, SyntaxError):
-        value = None
-    if not isinstance(value, list) or len(value) != len(LETTERS):
-        raise InputError(f"{where}: choices are no list of {len(LETTERS)} texts")
-    return value
+    return Document(subject, where, passage, question.strip(), tuple(found), gold)
 
 
 def gold_index(answer, where: str) -> int:
@@ -245,19 +190,9 @@ def gold_index(answer, where: str) -> int:
     return LETTERS.index(letter)
 
 
-def refuse_duplicates(identified: list[tuple[str, object]]) -> None:
-    """InputError naming both places when an identifier occurs twice. identified: [(where, identifier)]."""
-    seen = {}
-    for where, identifier in identified:
-        if identifier in seen:
-            raise InputError(f"{where}: the same identifier as in {seen[identifier]}: "
-                            f"{str(identifier)[:80]!r}")
-        seen[identifier] = where
-
-
 def local_files(name: str, path, language: str) -> Path:
-    """The benchmark's directory; of a data set on the hub,
-    its csv, tsv and jsonl files (of one language) downloaded."""
+    """The benchmark's directory; of a data set on the hub, its csv and jsonl files (of one language),
+    downloaded."""
     if not hub.is_id(path):
         return Path(path)
     patterns = ["*.csv", "*.jsonl"]
@@ -265,9 +200,7 @@ def local_files(name: str, path, language: str) -> Path:
         code = mmmlu_code(language)
         patterns = [f"*{code}.csv", f"*{code.replace('-', '_')}.csv"]
     elif name == "belebele":
-        patterns = [f"*{BELEBELE_CODES.get(language, language)}.jsonl"]
-    elif name == "afrimmlu":
-        patterns = [f"*{AFRIMMLU_CODES.get(language, language)}/*.tsv"]
+        patterns = [f"*{nllb_code(language)}.jsonl"]
     return hub.fetch(str(path), tuple(patterns), kind="dataset")
 
 
@@ -305,11 +238,12 @@ def read_subjects(task: Task, root: Path, split: str) -> dict[Path, list[Documen
 
 
 def mmmlu_code(language: str) -> str:
-    """SW-KE for sw, SW_KE, SW-KE."""
-    codes = [code for code in MMMLU_LANGUAGES if language.upper().replace("_", "-") in (code, code[:2])]
-    if not codes:
-        raise InputError(f"--lang {language}: MMMLU has {', '.join(MMMLU_LANGUAGES)}")
-    return codes[0]
+    """SW-KE for any spelling of Swahili."""
+    for code in MMMLU_LANGUAGES:
+        if normal(code) == normal(language):
+            return code
+    near = suggestion(language, map(normal, MMMLU_LANGUAGES))
+    raise InputError(f"--lang {language}: MMMLU has {', '.join(MMMLU_LANGUAGES)}{near}")
 
 
 def read_mmmlu(root: Path, language: str) -> dict[Path, list[Document]]:
@@ -328,8 +262,8 @@ def read_mmmlu(root: Path, language: str) -> dict[Path, list[Document]]:
 
 
 def read_belebele(root: Path, language: str) -> dict[Path, list[Document]]:
-    """BELEBELE: one jsonl a language, named by its FLORES code."""
-    code = BELEBELE_CODES.get(language, language)
+    """BELEBELE: one jsonl a language, named by its FLORES code, which is NLLB's."""
+    code = nllb_code(language)
     path = root if root.is_file() else listed(root, ["", "data"], [f"{code}.jsonl", f"{code}_*.jsonl"])[0]
     rows = table_rows(path, ())
     refuse_duplicates([(where, (row.get("question_number"), need(row, "question", where),
@@ -344,25 +278,14 @@ def read_belebele(root: Path, language: str) -> dict[Path, list[Document]]:
     return {path: documents}
 
 
-def read_afrimmlu(root: Path, language: str, split: str) -> dict[Path, list[Document]]:
-    """AfriMMLU: one folder a language with tsv files; `choices` is a list printed by Python."""
-    code = AFRIMMLU_CODES.get(language, language)
-    path = listed(root, [code, f"data/{code}"], [f"{split}.tsv", f"{split}.jsonl"])[0]
-    columns = ("question", "choices", "answer")
-    return {path: [make_document(row, where, need(row, "subject", where), ("", *columns), strip=False)
-                   for where, row in table_rows(path, ("subject", *columns))]}
-
-
 def read_split(task: Task, root: Path, language: str, split: str) -> dict[Path, list[Document]]:
     """Documents of each file of a split; InputError when there is none."""
     if task.name in ("mmlu", "cmmlu"):
         documents = read_subjects(task, root, split)
     elif task.name == "mmmlu":
         documents = read_mmmlu(root, language)
-    elif task.name == "belebele":
-        documents = read_belebele(root, language)
     else:
-        documents = read_afrimmlu(root, language, split)
+        documents = read_belebele(root, language)
     for path, found in documents.items():
         if not found:
             raise InputError(f"{path}: the file holds no question")
@@ -377,15 +300,11 @@ def text_of(task: Task, document: Document) -> str:
                             **dict(zip(LETTERS, document.options)))
 
 
-def choices_of(task: Task, document: Document) -> tuple[str, ...]:
-    return LETTERS if task.answers == "letters" else document.options
-
-
 def description_of(task: Task, subject: str, language: str) -> str:
     """What stands before the examples, with the subject named in the benchmark's language."""
     spaced = subject.replace("_", " ")
     if task.name == "cmmlu":
-        names = {name: chinese for part in CMMLU_SUBJECTS.values() for name, chinese in part.items()}
+        names = dict(pair for part in CMMLU_SUBJECTS.values() for pair in part.items())
         if subject not in names:
             raise InputError(f"CMMLU has no subject {subject!r}: "
                             f"the file's name must be one of {', '.join(sorted(names))}")
@@ -395,40 +314,30 @@ def description_of(task: Task, subject: str, language: str) -> str:
     return task.description.format(subject=spaced, language=language)
 
 
-def draw_examples(task: Task, document: Document, pool: list[Document], shots: int,
-                  chance: random.Random) -> list[Document]:
-    """Worked examples for a question: never the question itself (nor a copy of it)."""
-    if not shots:
-        return []
-    if not task.examples:
-        own = (document.passage, document.question, document.options, document.gold)
-        pool = [other for other in pool if (other.passage, other.question, other.options, other.gold) != own]
+def examples_for(task: Task, document: Document, pool: list[Document], shots: int) -> list[Document]:
+    """The worked examples of a question, the first of the pool: never the question itself, nor its copy."""
+    if shots and not task.examples:
+        pool = [other for other in pool if other != document]
     if shots > len(pool):
         raise InputError(f"{document.where}: --shots {shots}, "
-                        f"but {document.subject} has only {len(pool)} examples")
-    return chance.sample(pool, shots) if task.draw == "chance" else pool[:shots]
+                         f"but {document.subject} has only {len(pool)} examples")
+    return pool[:shots]
 
 
-def subject_questions(task: Task, documents: list[Document], pool: list[Document], shots: int, language: str,
-                      limit: int | None) -> list[Question]:
-    """The questions of one subject, or the first `limit` of them, with their examples before them."""
-    chance, questions = random.Random(EXAMPLE_SEED), []
-    for document in documents[:limit]:
-        header = description_of(task, document.subject, language)
-        for example in draw_examples(task, document, pool, shots, chance):
-            header += f"{text_of(task, example)} {choices_of(task, example)[example.gold]}\n\n"
-        questions.append(Question(document.subject, document.where, header, text_of(task, document),
-                                  choices_of(task, document), document.gold))
-    return questions
+def make_question(task: Task, document: Document, pool: list[Document], shots: int, language: str) -> Question:
+    """A question with its description and examples before it."""
+    header = description_of(task, document.subject, language)
+    for example in examples_for(task, document, pool, shots):
+        header += f"{text_of(task, example)} {LETTERS[example.gold]}\n\n"
+    return Question(document.subject, document.where, header, text_of(task, document), LETTERS, document.gold)
 
 
-def by_subject(task: Task, files: dict[Path, list[Document]]) -> dict[str, list[Document]]:
-    """{subject: documents}. AfriMMLU counts as one:
-    the harness makes it one task, with one stream of chance."""
+def by_subject(files: dict[Path, list[Document]]) -> dict[str, list[Document]]:
+    """{subject: documents}, in the order of the files."""
     groups = {}
     for documents in files.values():
         for document in documents:
-            groups.setdefault("all" if task.name == "afrimmlu" else document.subject, []).append(document)
+            groups.setdefault(document.subject, []).append(document)
     return groups
 
 
@@ -437,50 +346,49 @@ def read_benchmark(name: str, path, shots: int = 0, language: str = "", subjects
     """The questions of a benchmark, from the directory (or, with one file a language, the file)
     it is distributed as, or from the hub id of its data set.
 
-    language: of MMMLU, BELEBELE, AfriMMLU. subjects: only these. limit: the first so many of every subject.
+    language: of MMMLU and BELEBELE. subjects: only these. limit: the first so many of every subject.
     Raises InputError with file and line.
     """
-    if name in ("mmmlu", "belebele", "afrimmlu") and not language:
+    if name in ("mmmlu", "belebele") and not language:
         raise InputError(f"{name} comes in many languages: choose one with --lang")
     task, root = TASKS[name], local_files(name, path, language)
     if not root.exists():
         raise InputError(f"{root}: no such file or directory")
     files = read_split(task, root, language, split)
-    groups = by_subject(task, files)
+    groups = by_subject(files)
     unknown = set(subjects or ()) - set(groups)
     if unknown:
         raise InputError(f"{root} has no subject {', '.join(sorted(unknown))}; "
-                        f"it has {', '.join(sorted(groups))}")
+                         f"it has {', '.join(sorted(groups))}")
     examples = read_split(task, root, language, task.examples) if shots and task.examples else files
-    pools, questions = by_subject(task, examples), []
-    for subject, documents in groups.items():
-        if not subjects or subject in subjects:
-            questions += subject_questions(task, documents, pools.get(subject, []), shots, language, limit)
+    pools = by_subject(examples)
+    asked = [document for subject, documents in groups.items() if not subjects or subject in subjects
+             for document in documents[:limit]]
+    questions = [make_question(task, document, pools.get(document.subject, []), shots, language)
+                 for document in asked]
     used = {str(path.relative_to(root) if root.is_dir() else path.name): file_hash(path)
             for path in {**files, **examples}}
     settings = {"benchmark": name, "language": language, "split": split, "shots": shots,
-                "examples from": task.examples or split, "examples drawn": task.draw,
-                "description": task.description, "template": task.text, "choices": task.answers,
-                "scored": "log-prob of ' ' + choice, summed, not normalised; argmax, the first of equals",
+                "examples from": task.examples or split, "description": task.description,
+                "template": task.text,
+                "scored": "log-prob of ' ' + letter, summed, not normalised; argmax, the first of equals",
                 "subjects": sorted({question.subject for question in questions}),
                 "limit": limit, "files": used}
     return Benchmark(task, questions, settings, categories_of(task))
 
 
 def categories_of(task: Task) -> dict[str, set[str]]:
+    """{category: its subjects}."""
     if task.name == "cmmlu":
-        return {name: set(part) for name, part in CMMLU_SUBJECTS.items()} | {"china_specific": CHINA_SPECIFIC}
-    return {name: set(part.split()) for name, part in MMLU_CATEGORIES.items()} \
-        if task.name in ("mmlu", "mmmlu") else {}
+        categories = {name: set(part) for name, part in CMMLU_SUBJECTS.items()}
+        return categories | {"china_specific": CHINA_SPECIFIC}
+    if task.name == "belebele":
+        return {}
+    return {name: set(part.split()) for name, part in MMLU_CATEGORIES.items()}
 
 
 def file_hash(path) -> str:
-    """The first 16 digits of a file's SHA-256."""
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        for block in iter(lambda: file.read(1 << 20), b""):
-            digest.update(block)
-    return digest.hexdigest()[:16]
+    return fingerprint(Path(path))
 
 
 # ----------------------------------------------------------------------------------------- questions -> forks
@@ -489,10 +397,9 @@ def encode(tokenizer, texts: list[str]) -> list[list[int]]:
     """Ids as the tokenizer itself adds special tokens: Llama's one BOS, none of Qwen;
     none where the text brings it."""
     bos = tokenizer.names.get("bos_token")
-    bare = [bool(bos) and text.startswith(bos) for text in texts]
-    if not any(bare):
+    if not bos or not any(text.startswith(bos) for text in texts):
         return [encoding.ids for encoding in tokenizer.full.encode_batch(texts)]
-    return [tokenizer.full.encode(text, add_special_tokens=not has).ids for text, has in zip(texts, bare)]
+    return [tokenizer.full.encode(text, add_special_tokens=not text.startswith(bos)).ids for text in texts]
 
 
 def encode_questions(tokenizer, questions: list[Question]) -> list[tuple[list[int], list[list[int]]]]:
@@ -501,19 +408,16 @@ def encode_questions(tokenizer, questions: list[Question]) -> list[tuple[list[in
     What follows the prompt's own tokens in the joint text is the choice's;
     spaces at the prompt's end go over to it.
     """
-    prompts, joint = [], []
-    for question in questions:
-        whole = question.header + question.text
-        prompt = whole.rstrip()
-        prompts.append(prompt)
-        joint += [f"{prompt}{whole[len(prompt):]} {choice}" for choice in question.choices]
-    prompts, joint = encode(tokenizer, prompts), iter(encode(tokenizer, joint))
+    texts = [question.header + question.text for question in questions]
+    prompts = encode(tokenizer, [text.rstrip() for text in texts])
+    joint = iter(encode(tokenizer, [f"{text} {choice}" for text, question in zip(texts, questions)
+                                    for choice in question.choices]))
     pairs = []
     for question, prompt in zip(questions, prompts):
         choices = [next(joint)[len(prompt):] for _ in question.choices]
         if not all(choices):
-            raise InputError(f"{question.where}: the tokenizer merges choice "
-                            f"{question.choices[choices.index([])]!r} with the prompt")
+            merged = question.choices[choices.index([])]
+            raise InputError(f"{question.where}: the tokenizer merges choice {merged!r} with the prompt")
         pairs.append((prompt, choices))
     return pairs
 
@@ -538,7 +442,8 @@ def make_parts(index: int, where: str, prompt: list[int], choices: list[list[int
             raise InputError(f"{where}: {len(choice)} tokens to be scored, the model reads {max_tokens}: "
                             f"leave it out")
         if kept not in parts:
-            parts[kept] = Part(data.Fork(list(kept), [], "", where), index, [], len(kept) < len(prompt))
+            fork = data.Fork(list(kept), [], "", where)
+            parts[kept] = Part(fork, index, [], cut=len(kept) < len(prompt))
         parts[kept].fork.continuations.append(choice)
         parts[kept].choices.append(number)
     return list(parts.values())
@@ -547,24 +452,26 @@ def make_parts(index: int, where: str, prompt: list[int], choices: list[list[int
 def common_prefix(prompts: list[list[int]]) -> list[int]:
     """The tokens all prompts begin with, short of the last one of any."""
     first, last = min(prompts), max(prompts)          # in lexical order, all others lie between these two
-    shared = next((i for i, (a, b) in enumerate(zip(first, last)) if a != b), min(len(first), len(last)))
-    return first[:min(shared, min(map(len, prompts)) - 1)]
+    size = min(map(len, prompts)) - 1
+    while first[:size] != last[:size]:
+        size -= 1
+    return first[:size]
 
 
 def buckets(tokenizer, questions: list[Question], max_tokens: int):
     """Lists of Parts that share their header: those of each header that several questions have,
     then all others."""
-    headers, others = Counter(question.header for question in questions), []
-    for header, count in headers.items():
-        indices = [i for i, question in enumerate(questions) if question.header == header]
-        parts = []
-        for i, (prompt, choices) in zip(indices, encode_questions(
-                tokenizer, [questions[i] for i in indices])):
-            parts += make_parts(i, questions[i].where, prompt, choices, max_tokens)
-        whole = [part for part in parts if not part.cut] if count > 1 else []
-        others += [part for part in parts if part.cut or count == 1]
-        if whole:
-            yield whole
+    headers, others = {}, []
+    for index, question in enumerate(questions):
+        headers.setdefault(question.header, []).append(index)
+    for indices in headers.values():
+        parts, pairs = [], encode_questions(tokenizer, [questions[i] for i in indices])
+        for index, (prompt, choices) in zip(indices, pairs):
+            parts += make_parts(index, questions[index].where, prompt, choices, max_tokens)
+        shared = [part for part in parts if not part.cut and len(indices) > 1]
+        others += [part for part in parts if part.cut or len(indices) == 1]
+        if shared:
+            yield shared
     if others:
         yield others
 
@@ -633,35 +540,21 @@ def accuracy(correct: list[bool]) -> dict:
 def pooled(parts: list[dict]) -> dict:
     """The accuracy over all questions of several subjects, with the pooled standard error of the harness:
     the questions' variance within subjects, so that differences between subjects do not count."""
-    sizes = [part["n"] for part in parts]
-    n = sum(sizes)
-    squares = sum((size - 1) * size * part["stderr"] ** 2 for size, part in zip(sizes, parts) if size > 1)
-    error = math.sqrt(squares / (n - len(parts)) / n) if n > len(parts) else None
-    return {"accuracy": sum(part["n"] * part["accuracy"] for part in parts) / n, "stderr": error, "n": n}
-
-
-def weighted_f1(gold: list[int], choice: list[int]) -> float:
-    """F1 of every letter, in %, weighted by how often it is right (scikit-learn's average="weighted")."""
-    total = 0.0
-    for letter in set(gold):
-        hits = sum(g == c == letter for g, c in zip(gold, choice))
-        total += gold.count(letter) * 2 * hits / (gold.count(letter) + choice.count(letter))
-    return 100 * total / len(gold)
+    n = sum(part["n"] for part in parts)
+    mean = sum(part["n"] * part["accuracy"] for part in parts) / n
+    if n == len(parts):
+        return {"accuracy": mean, "stderr": None, "n": n}
+    squares = sum(part["n"] * (part["n"] - 1) * part["stderr"] ** 2 for part in parts if part["n"] > 1)
+    return {"accuracy": mean, "stderr": math.sqrt(squares / (n - len(parts)) / n), "n": n}
 
 
 def summarise(benchmark: Benchmark, verdicts: list[dict]) -> dict:
-    """{"all", "categories": {name}, "subjects": {name}}, each with accuracy, stderr and n;
-    AfriMMLU's F1 too."""
+    """{"all", "categories": {name}, "subjects": {name}}, each with accuracy, stderr and n."""
     subjects = {}
     for question, result in zip(benchmark.questions, verdicts):
         subjects.setdefault(question.subject, []).append(result["correct"])
     subjects = {name: accuracy(correct) for name, correct in subjects.items()}
     categories = {name: [part for subject, part in subjects.items() if subject in members]
                   for name, members in benchmark.categories.items()}
-    summary = {"all": pooled(list(subjects.values())), "subjects": subjects,
-               "categories": {name: pooled(parts) for name, parts in categories.items() if parts}}
-    if benchmark.task.name == "afrimmlu":               # one task of the harness, whatever its subjects
-        summary["all"] = accuracy([result["correct"] for result in verdicts])
-        summary["weighted_f1"] = weighted_f1([question.gold for question in benchmark.questions],
-                                             [result["choice"] for result in verdicts])
-    return summary
+    return {"all": pooled(list(subjects.values())), "subjects": subjects,
+            "categories": {name: pooled(parts) for name, parts in categories.items() if parts}}

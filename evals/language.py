@@ -1,132 +1,220 @@
-"""In which language is a reply? Naive Bayes over character n-grams, fitted on the run's own rows."""
+"""In which language is a reply, if in any of ours? A letter model of each, fitted on the run's own rows.
+
+    languages = fit_languages({"en": ["The lion eats meat.", ...], "sw": ["Simba anakula nyama.", ...]})
+    reply_language("Simba anakula nyama.", languages)                       # ("sw", 0.999)
+
+A word's *gain* under a language says, in nats, how much better the language explains it than its script does:
+
+    gain = sum of log P(script) + log((1 - BLEND) P(letter | letters before) / Q(letter | script) + BLEND)  # 1
+
+over its letters and its end. Q, the background, is how often a letter stands in any of the texts: what a text
+in any language of that script may look like. A text is in the language of the largest gain if
+
+    gain >= floor * letters - TOLERANCE                                                                     # 2
+
+and else in none of them: OTHER. Words are weighted by the root of how often they are said, since one word over
+and over tells little. Names (words with a capital) do not count.
+
+P and Q are smoothed as by Witten and Bell (1991); the path behind MIXED is Viterbi's (1967).
+"""
 
 import math
 import unicodedata
-from collections import Counter
+from collections import Counter, defaultdict
 from dataclasses import dataclass
 from functools import lru_cache
 
+from formats.languages import letter_script
+from formats.markup import prose
+
+OTHER = "other"             # what a reply in none of the languages is called
 MIXED = "mixed"             # what a reply in two languages is called:
 MIXED_SHARE = 0.2           # one with this part of its letters in another language than the rest
-SWITCH = 12.0               # nats that a change of language costs: a name or a loan word does not make one
-LONGEST_NGRAM = 4
-UNSEEN = 0.3                # added to every n-gram's count
-INDEPENDENCE = 0.3          # neighbouring n-grams overlap: their evidence counts for this part of itself
+SWITCH = 12.0               # nats that a change of language costs: a loan word does not make one
+CONTEXT = 4                 # letters that the next one is predicted from
+NEW, NEW_TO_ALL = 1e-3, 0.03   # a letter never seen before, to P and to Q: another language may well have it
+BLEND = 0.02                # bounds what one letter can say against a language
+FLOOR = 0.43                # nats a letter; less for a language whose own lines, held out, bring less:
+REFUSED, MARGIN = 0.005, 0.2   # then so many nats below the part of them that may be refused
+TOLERANCE = 5.0             # nats: few letters say little
+FOLDS = 4                   # parts of the texts that are held out in turn
 SURE = 0.8                  # below this posterior probability the classifier abstains
-SCRIPTS = {
-    "han": ((0x2E80, 0x2FDF), (0x3400, 0x4DBF), (0x4E00, 0x9FFF), (0xF900, 0xFAFF), (0x20000, 0x323AF)),
-    "hangul": ((0x1100, 0x11FF), (0x3130, 0x318F), (0xAC00, 0xD7AF)), "kana": ((0x3040, 0x30FF),),
-    "latin": ((0x0041, 0x024F), (0x1E00, 0x1EFF)), "cyrillic": ((0x0400, 0x052F),),
-    "greek": ((0x0370, 0x03FF),), "arabic": ((0x0600, 0x06FF), (0x0750, 0x077F)),
-    "hebrew": ((0x0590, 0x05FF),), "devanagari": ((0x0900, 0x097F),), "bengali": ((0x0980, 0x09FF),),
-    "tamil": ((0x0B80, 0x0BFF),), "thai": ((0x0E00, 0x0E7F),), "ethiopic": ((0x1200, 0x137F),)}
 
 
 @dataclass
+class Letters:
+    """How often each letter was seen after a context, and how often any was. " " ends a word."""
+    counts: dict[str, Counter]
+    totals: dict[str, float]
+
+
+@dataclass(eq=False)
 class LanguageModel:
-    """Per language, per n-gram length: how often each n-gram was seen, and the log-probs that follow."""
-    counts: dict[str, list[Counter]]
-    logp: dict[str, list[dict[str, float]]]
-    unseen_logp: dict[str, list[float]]  # of any n-gram the language has not shown
+    """letters: of each language, after the letters before. background: of all texts, after their script."""
+    letters: dict[str, Letters]
+    background: Letters
+    floors: dict[str, float]
 
 
-@lru_cache(maxsize=1 << 16)
-def script(char: str) -> str:
-    code = ord(char)
-    return next((name for name, ranges in SCRIPTS.items()
-                 if any(low <= code <= high for low, high in ranges)), "other")
-
+# ---- text -> words ----
 
 def split_words(text: str) -> list[str]:
-    """Runs of letters of one script."""
-    text = unicodedata.normalize("NFC", text)
-    letters = "".join(c if unicodedata.category(c)[0] in "LM" else " " for c in text)
-    return [piece for word in letters.split() for piece in pieces_by_script(word)]
-
-
-def pieces_by_script(word: str) -> list[str]:
-    """Cut where the script changes;
-    marks and letters of no listed script stay with what stands before them."""
-    pieces, before = [""], "other"
-    for char in word:
-        own = script(char)
-        if own != before and own != "other":
-            pieces += [""] if before != "other" else []
-            before = own
+    """Runs of letters of one script, of what is prose in the text. Marks and modifiers have no script."""
+    pieces, before = [""], None
+    for char in unicodedata.normalize("NFC", prose(text)):
+        kind = unicodedata.category(char)
+        if kind[0] not in "LM":
+            pieces, before = [*pieces, ""] if pieces[-1] else pieces, None
+            continue
+        script = letter_script(char) if kind[0] == "L" and kind != "Lm" else before
+        if before and script != before:
+            pieces.append("")
         pieces[-1] += char
-    return pieces
+        before = script
+    return [piece for piece in pieces if piece]
 
 
-def ngrams(word: str) -> list[list[str]]:
-    """Character n-grams of a word by length, in lower case, padded with spaces;
-    [0] holds each letter's script instead."""
-    padded = f" {word.lower()} "
-    return [[script(c) for c in word]] + [
-        [gram for i in range(len(padded) - n + 1) if (gram := padded[i:i + n]) != " "]
-        for n in range(1, LONGEST_NGRAM + 1)]
+def letters(text: str) -> int:
+    """How many letters of a text the classifier reads."""
+    return sum(unicodedata.category(char)[0] == "L" for word in split_words(text) for char in word)
+
+
+def without_names(words: list[str]) -> list[str]:
+    """Words without a capital, unless there is nothing else."""
+    return [word for word in words if not word[0].isupper()] or words
+
+
+# ---- words -> models ----
+
+def steps(word: str):
+    """(letter, its contexts, the shortest first) of a word and its end."""
+    padded = f" {word} "
+    for i in range(1, len(padded)):
+        yield padded[i], [padded[i - size:i] for size in range(min(CONTEXT, i) + 1)]
+
+
+def steps_and_scripts(word: str):
+    """Each letter's script too, as if it were a letter."""
+    yield from steps(word)
+    yield from [(letter_script(word[0]), ["script"])] * len(word)
+
+
+def steps_in_script(word: str):
+    for letter in word + " ":
+        yield letter, [letter_script(word[0])]
+
+
+def count_letters(words: Counter, walk) -> Letters:
+    """words: {word: how often it is said}."""
+    counts = defaultdict(Counter)
+    for word, often in words.items():
+        for letter, contexts in walk(word):
+            for context in contexts:
+                counts[context][letter] += math.sqrt(often)
+    return Letters(dict(counts), {context: seen.total() for context, seen in counts.items()})
+
+
+def fit_words(lines: dict[str, list[list[str]]]) -> LanguageModel:
+    """lines: the words of each line of each language."""
+    words = {language: Counter(word.lower() for line in part for word in line)
+             for language, part in lines.items()}
+    models = {language: count_letters(part, steps_and_scripts) for language, part in words.items()}
+    background = count_letters(sum(words.values(), Counter()), steps_in_script)
+    return LanguageModel(models, background, dict.fromkeys(words, FLOOR))
 
 
 def fit_languages(texts: dict[str, list[str]]) -> LanguageModel:
     """Fit the classifier on texts of each language (a few hundred lines are enough)."""
-    counts = {language: [Counter() for _ in range(LONGEST_NGRAM + 1)] for language in texts}
-    for language, lines in texts.items():
-        for line in lines:
-            for word in split_words(line):
-                for counter, grams in zip(counts[language], ngrams(word)):
-                    counter.update(grams)
-    logp, unseen = {}, {}
-    vocabulary = [len(set().union(*(counters[n] for counters in counts.values())))
-                  for n in range(LONGEST_NGRAM + 1)]
-    for language, counters in counts.items():
-        totals = [counter.total() + UNSEEN * (size + 1) for counter, size in zip(counters, vocabulary)]
-        logp[language] = [{gram: math.log((count + UNSEEN) / total) for gram, count in counter.items()}
-                          for counter, total in zip(counters, totals)]
-        unseen[language] = [math.log(UNSEEN / total) for total in totals]
-    return LanguageModel(counts, logp, unseen)
+    lines = {language: list(filter(None, map(split_words, part))) for language, part in texts.items()}
+    languages, brought = fit_words(lines), defaultdict(list)
+    for fold in range(FOLDS):
+        out = {language: held_out(part, fold) for language, part in lines.items()}
+        rest = fit_words({language: part[:out[language].start] + part[out[language].stop:]
+                          for language, part in lines.items()})
+        for language, part in lines.items():
+            for line in part[out[language]]:
+                found, size = total_gains(without_names(line), rest)
+                brought[language].append((found[language] + TOLERANCE) / size)
+    for language, own in brought.items():
+        worst = sorted(own)[int(REFUSED * len(own)) + 1:]      # one line at least may be in any language
+        languages.floors[language] = min([FLOOR, *(value - MARGIN for value in worst[:1])])
+    return languages
 
 
-def word_evidence(word: str, languages: LanguageModel) -> list[float]:
-    """Log-likelihood of a word under each language, in nats, overlap discounted."""
-    grams = ngrams(word)
-    return [INDEPENDENCE * sum(known.get(gram, unseen) for known, unseen, part in
-                               zip(languages.logp[language], languages.unseen_logp[language], grams)
-                               for gram in part) for language in languages.logp]
+def held_out(lines: list, fold: int) -> slice:
+    """Neighbours stay together: a prompt and its response are much alike."""
+    return slice(fold * len(lines) // FOLDS, (fold + 1) * len(lines) // FOLDS)
 
+
+# ---- evidence ----
+
+def probability(model: Letters, letter: str, contexts: list[str], new: float) -> float:
+    """Each context corrects what the shorter one says, the more the oftener it was seen."""
+    found = new
+    for context in contexts:
+        if context in model.counts:
+            seen = model.counts[context]
+            found = (seen.get(letter, 0) + len(seen) * found) / (model.totals[context] + len(seen))
+    return found
+
+
+@lru_cache(maxsize=1 << 16)
+def gains(word: str, languages: LanguageModel) -> dict[str, float]:
+    """Eq. 1 under each language."""
+    script, path = letter_script(word[0]), list(steps(word))
+    expected = [probability(languages.background, letter, [script], NEW_TO_ALL) for letter, _ in path]
+    found = {}
+    for language, model in languages.letters.items():
+        found[language] = len(word) * math.log(probability(model, script, ["script"], NEW))
+        for (letter, contexts), usual in zip(path, expected):
+            ratio = probability(model, letter, contexts, NEW) / usual
+            found[language] += math.log((1 - BLEND) * ratio + BLEND)
+    return found
+
+
+def total_gains(words: list[str], languages: LanguageModel) -> tuple[dict[str, float], float]:
+    """(gain of a text under each language, its letters and word ends)."""
+    found, size = dict.fromkeys(languages.letters, 0.0), 0.0
+    for word, often in Counter(map(str.lower, words)).items():
+        size += math.sqrt(often) * (len(word) + 1)
+        for language, gain in gains(word, languages).items():
+            found[language] += math.sqrt(often) * gain
+    return found, size
+
+
+# ---- verdict ----
 
 def reply_language(text: str, languages: LanguageModel) -> tuple[str | None, float]:
-    """(language, its posterior probability); "mixed" for a reply in two languages, with the share of its
-    letters that are not of the first; None when unsure or without letters."""
-    words = split_words(text)
+    """(language, its posterior probability); OTHER for a text in none of the languages; MIXED for one in two,
+    with the share of its letters that are not of the first; None when unsure or without letters."""
+    words = without_names(split_words(text))
     if not words:
         return None, 0.0
-    evidence, names = [word_evidence(word, languages) for word in words], list(languages.logp)
-    share = foreign_share(words, evidence)
+    found, size = total_gains(words, languages)
+    best = max(found, key=found.get)
+    missing = languages.floors[best] * size - TOLERANCE - found[best]
+    if missing > 0:
+        return OTHER, 1 / (1 + math.exp(-missing))
+    share = foreign_share(words, [list(gains(word.lower(), languages).values()) for word in words])
     if share >= MIXED_SHARE:
         return MIXED, share
-    scores = [sum(column) for column in zip(*evidence)]
-    best = max(range(len(names)), key=scores.__getitem__)
-    confidence = 1 / sum(math.exp(score - scores[best]) for score in scores)
-    return (names[best] if confidence >= SURE else None), confidence
+    confidence = 1 / sum(math.exp(gain - found[best]) for gain in found.values())
+    return (best if confidence >= SURE else None), confidence
 
 
 def foreign_share(words: list[str], evidence: list[list[float]]) -> float:
-    """Share of the text (in bytes of letters) outside its main language, along the likeliest path of
-    languages over the words; a change of language costs SWITCH nats (Viterbi 1967). Words with a capital,
-    names most of them, belong to no language."""
-    kept = [i for i, word in enumerate(words) if not word[0].isupper()]
-    if not kept:
-        return 0.0
-    words, evidence = [words[i] for i in kept], [evidence[i] for i in kept]
-    best, steps = evidence[0], []
+    """Share of a text (in bytes of letters) outside its main language, along the likeliest path of languages
+    over the words; a change of language costs SWITCH nats. evidence: of each word, under each language."""
+    best, steps_back = evidence[0], []
     for row in evidence[1:]:
         top = max(range(len(best)), key=best.__getitem__)
-        steps.append([state if best[state] >= best[top] - SWITCH else top for state in range(len(row))])
+        steps_back.append([state if best[state] >= best[top] - SWITCH else top for state in range(len(row))])
         best = [max(stay, best[top] - SWITCH) + own for stay, own in zip(best, row)]
-    state, letters = max(range(len(best)), key=best.__getitem__), Counter()
-    for word, step in zip(reversed(words), [*reversed(steps), None]):
-        letters[state] += len(word.encode())      # bytes: a Chinese character says as much as three letters
+    state, sizes = max(range(len(best)), key=best.__getitem__), Counter()
+    for word, step in zip(reversed(words), [*reversed(steps_back), None]):
+        sizes[state] += len(word.encode())        # bytes: a Chinese character says as much as three letters
         state = step[state] if step else state
-    return 1 - max(letters.values()) / letters.total()
+    return 1 - max(sizes.values()) / sizes.total()
 
 
 def texts_by_language(rows: list[dict], languages: tuple[str, ...]) -> dict[str, list[str]]:

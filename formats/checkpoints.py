@@ -1,19 +1,19 @@
 """Writing models and adapters for other tools, and comparing what was written with what was trained."""
 
-import json
 import shutil
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from engine.files import InputError, read_json, write_json, write_text, writing
+from engine.files import InputError, read_json, write_json, write_text
 from formats.configs import config_dict
-from formats.weights import (DTYPE_NAMES, MAX_SHARD_BYTES, add_update, open_weights, read_adapter,
-                             save_sharded, save_tensors)
+from formats.weights import (ADAPTER_CONFIG, ADAPTER_WEIGHTS, DTYPE_NAMES, MAX_SHARD_BYTES, PREFIX, Weights,
+                             add_update, read_adapter, save_sharded, save_tensors)
 from model import Llama, load, open_checkpoint
 
 COPIED = (".json", ".jinja", ".model", ".txt")        # a base's tokenizer and generation files, its licence
+MORE_TEMPLATES = "additional_chat_templates"          # transformers' folder of those beside the default one
 TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
 
 
@@ -21,91 +21,135 @@ def save(model: Llama, directory, dtype: torch.dtype = torch.float32,
          max_shard_bytes: int = MAX_SHARD_BYTES) -> None:
     """Write config.json and the weights as `dtype` in Hugging Face layout."""
     directory = Path(directory)
-    directory.mkdir(parents=True, exist_ok=True)
-    raw = {**config_dict(model.config), "torch_dtype": DTYPE_NAMES[dtype]}
-    (directory / "config.json").write_text(json.dumps(raw, indent=2) + "\n", encoding="utf-8")
+    write_json(directory / "config.json", config_dict(model.config) | {"torch_dtype": DTYPE_NAMES[dtype]})
     parameters = dict(model.named_parameters())
-    save_sharded(directory,
-                 {name: parameter.numel() * dtype.itemsize for name, parameter in parameters.items()},
-                 lambda name: parameters[name].detach().to("cpu", dtype).contiguous(), max_shard_bytes)
+    sizes = {name: parameter.numel() * dtype.itemsize for name, parameter in parameters.items()}
+
+    def tensor(name: str) -> Tensor:
+        return parameters[name].detach().to("cpu", dtype).contiguous()
+    save_sharded(directory, sizes, tensor, max_shard_bytes)
 
 
 def save_adapter(model, directory: Path, base: str, targets: tuple[str, ...], rank: int, alpha: float,
                  template: str) -> None:
     """The LoRA factors in PEFT's layout, fp32: loads in PEFT and vLLM over the base model `base`. With them
     the chat template they were trained in, which a server of a base model has to be given."""
-    tensors = {f"base_model.model.{name}.weight": parameter.detach().float().cpu().contiguous()
+    tensors = {f"{PREFIX}{name}.weight": parameter.detach().float().cpu().contiguous()
                for name, parameter in model.named_parameters() if ".lora_" in name}
-    save_tensors(directory / "adapter_model.safetensors", tensors)
-    write_json(directory / "adapter_config.json", {
-        "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": base, "r": rank,
-        "lora_alpha": alpha, "lora_dropout": 0.0, "target_modules": list(targets), "bias": "none",
-        "fan_in_fan_out": False, "inference_mode": True, "modules_to_save": None, "use_rslora": False,
-        "use_dora": False, "rank_pattern": {}, "alpha_pattern": {}})
+    save_tensors(directory / ADAPTER_WEIGHTS, tensors)
+    write_json(directory / ADAPTER_CONFIG, {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": base,
+        "target_modules": list(targets),
+        "r": rank,
+        "lora_alpha": alpha,
+        "inference_mode": True,
+        # PEFT's defaults, which vLLM wants to read
+        "lora_dropout": 0.0,
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "modules_to_save": None,
+        "use_rslora": False,
+        "use_dora": False,
+        "rank_pattern": {},
+        "alpha_pattern": {},
+    })
     write_text(directory / "chat_template.jinja", template)
 
 
-def save_model(directory: Path, base, tokenizer, change, max_shard_bytes: int = MAX_SHARD_BYTES) -> None:
+def save_model(directory: Path | None, base, tokenizer, change,
+               max_shard_bytes: int = MAX_SHARD_BYTES) -> None:
     """The base checkpoint (its directory) with change(parameter name, tensor) in the place of every tensor,
     as a whole Hugging Face directory. A tensor keeps the dtype it has in the base, and one that is
-    not changed its bits."""
+    not changed its bits. Without a directory change() is called alone: a rank takes part in gathering what
+    another one writes."""
     _, weights, names = open_checkpoint(base)
+    if directory is None:
+        for name in names:
+            change(name, weights[names[name]])
+        return
 
     def tensor(name: str) -> Tensor:
         old = weights[names[name]]
         return change(name, old).detach().to("cpu", old.dtype).contiguous()
-    save_sharded(directory, {name: weights[key].nbytes for name, key in names.items()}, tensor,
-                 max_shard_bytes)
-    for path in sorted(Path(base).iterdir()):
-        if path.suffix in COPIED and not path.name.endswith(".index.json"):
-            shutil.copyfile(path, directory / path.name)
-    generation = directory / "generation_config.json"
-    raw = read_json(generation) if generation.exists() else {"bos_token_id": tokenizer.bos_id}
-    stops = sorted(tokenizer.stop_ids)
-    write_json(generation, raw | {"eos_token_id": stops if len(stops) > 1 else stops[0]})
-    # base models bring none: ours is what was trained
-    write_text(directory / "chat_template.jinja", tokenizer.template)
+    sizes = {name: weights[key].nbytes for name, key in names.items()}
+    save_sharded(directory, sizes, tensor, max_shard_bytes)
+    copy_settings(Path(base), directory)
+    write_generation_config(directory, tokenizer)
+    write_tokenizer_config(directory, tokenizer)
 
 
 def save_merged(directory: Path, base, adapter: Path, tokenizer,
                 max_shard_bytes: int = MAX_SHARD_BYTES) -> None:
     """save_model with the adapter's products added, in at least fp32."""
-    updates = read_adapter(adapter, set(open_checkpoint(base)[2]))
+    _, weights, names = open_checkpoint(base)
+    updates = read_adapter(adapter, weights, names)
 
     def change(name: str, old: Tensor) -> Tensor:
         return add_update(old, updates[name](), name) if name in updates else old
     save_model(directory, base, tokenizer, change, max_shard_bytes)
 
 
-def save_delta(path: Path, base, parameters: dict[str, Tensor], named: str) -> None:
-    """What training added to the base's tensors, in their dtype:
-    a small file that `--adapter` takes over the base `named`."""
-    _, weights, names = open_checkpoint(base)
-    tensors = {}
-    for name, parameter in parameters.items():
-        old = weights[names[name]]
-        tensors[name] = (parameter.detach().cpu() - old.to(parameter.dtype)).to(old.dtype)
-    with writing(path):
-        save_tensors(path, tensors, base_model_name_or_path=named)
+def copy_settings(base: Path, directory: Path) -> None:
+    """All of a checkpoint but its weights: config, tokenizer, every chat template, licence."""
+    for path in sorted([*base.iterdir(), *base.glob(f"{MORE_TEMPLATES}/*.jinja")]):
+        if path.suffix in COPIED and path.is_file() and not path.name.endswith(".index.json"):
+            copy = directory / path.relative_to(base)
+            copy.parent.mkdir(exist_ok=True)
+            shutil.copyfile(path, copy)
+
+
+def write_generation_config(directory: Path, tokenizer) -> None:
+    """Every id that ends a reply goes in, whatever the base's own says."""
+    path = directory / "generation_config.json"
+    stops = sorted(tokenizer.stop_ids)
+    config = read_json(path, missing={"bos_token_id": tokenizer.bos_id})
+    write_json(path, config | {"eos_token_id": stops if len(stops) > 1 else stops[0]})
+
+
+def write_tokenizer_config(directory: Path, tokenizer) -> None:
+    """What makes other tools tokenise as it was trained: a template where the base brought none, and for a
+    class that transformers 5 builds anew whether each stretch of text begins with a space ("legacy")."""
+    path = directory / "tokenizer_config.json"
+    config = read_json(path, missing={})
+    if str(config.get("tokenizer_class")).startswith("LlamaTokenizer"):
+        write_json(path, config | {"legacy": begins_with_space(read_json(directory / "tokenizer.json"))})
+    default, more = directory / "chat_template.jinja", directory / MORE_TEMPLATES
+    if not (config.get("chat_template") or default.exists() or more.exists()):
+        write_text(default, tokenizer.template)
+
+
+def begins_with_space(tokenizer: dict) -> bool:
+    """Whether a SentencePiece tokenizer.json puts a space before every stretch of text between special
+    tokens, as Meta's code and transformers 4 do ("legacy"), and not before a text's start alone."""
+    parts = [tokenizer.get(name) or {} for name in ("normalizer", "pre_tokenizer")]
+    parts += parts[0].get("normalizers", []) + parts[1].get("pretokenizers", [])
+    return any(part.get("type") == "Prepend" or part.get("prepend_scheme") == "always" for part in parts)
 
 
 @torch.no_grad()
+def logits_of(model, tokens: Tensor) -> Tensor:
+    """(T, V) fp32 on the CPU, of tokens (1, T)."""
+    head = model.head.to(model.compute_dtype)
+    return (model(tokens)[0] @ head.T).float().cpu()
+
+
 def check_outputs(model, outputs: dict[Path, dict], ids: list[int], load=load) -> None:
     """Load what was written (`outputs`: path -> arguments of `load`, model's or ranks') and compare its
     logits of a text with the trained model's, on the same device in the same dtype. The model gives up its
     memory for that: it ends on the meta device."""
-    tokens = torch.tensor([ids], device=model.head.device)
     device, dtype = model.head.device, model.compute_dtype
-    expected = (model(tokens)[0] @ model.head.to(dtype).T).float().cpu()
+    tokens = torch.tensor([ids], device=device)
+    expected = logits_of(model, tokens)
     model.to("meta")
     for path, arguments in outputs.items():
-        again = load(device=device, dtype=dtype, **arguments)
-        found = (again(tokens)[0] @ again.head.T).float().cpu()
+        found = logits_of(load(device=device, dtype=dtype, **arguments), tokens)
         difference = ((found - expected).norm() / expected.norm()).item()
-        weights = open_weights(arguments["path"])
+        weights = Weights(arguments["path"])
         stored = weights[next(iter(weights))].dtype
         if not difference < max(TOLERANCE[dtype], TOLERANCE[stored]):
             raise InputError(f"{path} was written, but its logits differ from the trained model's "
-                            f"by {difference:.1e} of their size: do not use it, and report this")
+                             f"by {difference:.1e} of their size: do not use it, and report this")
         print(f"{path}: written, loaded again; "
               f"its logits differ from the trained model's by {difference:.1e} of their size")

@@ -1,13 +1,40 @@
 """config.json of a Llama-family checkpoint: the numbers that shape the model, or one line why not."""
 
 from dataclasses import asdict, dataclass
-from functools import partial
 from pathlib import Path
 
 from engine.files import InputError, read_json
 
 ARCHITECTURES = {"llama": "LlamaForCausalLM", "mistral": "MistralForCausalLM", "qwen2": "Qwen2ForCausalLM",
                  "qwen3": "Qwen3ForCausalLM"}
+# What a key that config.json leaves out means, per model_type: the defaults of transformers'
+# configuration_*.py. Keys that are not here are not read. A null is a value of its own.
+SAME = {
+    "hidden_size": 4096, "num_hidden_layers": 32, "num_attention_heads": 32, "head_dim": None,
+    "hidden_act": "silu", "rms_norm_eps": 1e-6, "rope_theta": 10000.0, "rope_scaling": None,
+    "rope_parameters": None, "tie_word_embeddings": False,
+}
+WINDOWED = {"sliding_window": 4096, "layer_types": None}
+QWEN = SAME | WINDOWED | {
+    "vocab_size": 151936, "intermediate_size": 22016, "num_key_value_heads": 32,
+    "max_position_embeddings": 32768, "use_sliding_window": False, "max_window_layers": 28,
+}
+DEFAULTS = {
+    "llama": SAME | {
+        "vocab_size": 32000, "intermediate_size": 11008, "num_key_value_heads": None,
+        "max_position_embeddings": 2048, "attention_bias": False, "mlp_bias": False},
+    "mistral": SAME | WINDOWED | {
+        "vocab_size": 32000, "intermediate_size": 14336, "num_key_value_heads": 8,
+        "max_position_embeddings": 131072},
+    "qwen2": QWEN,
+    "qwen3": QWEN | {"head_dim": 128, "attention_bias": False},
+}
+SLIDING, FULL = "sliding_attention", "full_attention"
+EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")
+ROPE_KEYS = {
+    "linear": ("factor",),
+    "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
+}
 
 
 @dataclass(frozen=True)
@@ -41,35 +68,32 @@ def read_config(directory) -> Config:
     kind = raw.get("model_type")
     if not isinstance(kind, str) or kind not in ARCHITECTURES:
         raise InputError(f"{path}: model_type {kind!r} is not supported, "
-                              f"only {', '.join(sorted(ARCHITECTURES))}")
-    rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
-    refuse_unsupported(path, raw, rope)
-    number, flag = partial(positive, path, raw), partial(boolean, path, raw)
-    heads, width = number("num_attention_heads"), number("hidden_size")
-    bias = flag("attention_bias")
-    window = raw.get("sliding_window") if kind == "mistral" else None
+                         f"only {', '.join(sorted(ARCHITECTURES))}")
+    values = {key: raw.get(key, default) for key, default in DEFAULTS[kind].items()}
+    refuse_unsupported(path, raw, values)
+    bias = boolean(path, values, "attention_bias")
     config = Config(
-        vocab_size=number("vocab_size"), hidden_size=width, intermediate_size=number("intermediate_size"),
-        num_hidden_layers=number("num_hidden_layers"), num_attention_heads=heads,
-        num_key_value_heads=number("num_key_value_heads", heads),
-        head_dim=number("head_dim", width // heads if width >= heads else 1),
-        rms_norm_eps=number("rms_norm_eps", 1e-6, float),
-        rope_theta=positive(path, {**raw, **rope}, "rope_theta", 10000.0, float),
-        rope_scaling=read_rope_scaling(path, rope),
-        max_position_embeddings=number("max_position_embeddings", 2048),
-        tie_word_embeddings=flag("tie_word_embeddings"), qkv_bias=bias or kind == "qwen2",
-        o_bias=bias and kind != "qwen2", mlp_bias=flag("mlp_bias"), qk_norm=kind == "qwen3",
-        sliding_window=number("sliding_window") if window is not None else None, model_type=kind)
+        **read_sizes(path, values),
+        **read_rope(path, raw, values),
+        rms_norm_eps=positive(path, values, "rms_norm_eps", float),
+        max_position_embeddings=positive(path, values, "max_position_embeddings"),
+        tie_word_embeddings=boolean(path, values, "tie_word_embeddings"),
+        qkv_bias=bias or kind == "qwen2",
+        o_bias=bias,
+        mlp_bias=boolean(path, values, "mlp_bias"),
+        qk_norm=kind == "qwen3",
+        sliding_window=read_window(path, values),
+        model_type=kind)
     if config.num_attention_heads % config.num_key_value_heads or config.head_dim % 2:
-        raise InputError(f"{path}: {heads} query heads over {config.num_key_value_heads} kv heads "
-                              f"of width {config.head_dim} do not divide evenly")
+        raise InputError(f"{path}: {config.num_attention_heads} query heads over "
+                         f"{config.num_key_value_heads} kv heads of width {config.head_dim} "
+                         f"do not divide evenly")
     return config
 
 
-def positive(path, raw: dict, key: str, default=None, kind=int):
-    """raw[key], or the default where it is null or absent, as `kind`.
-    InputError unless it is a positive number."""
-    value = default if raw.get(key) is None else raw[key]
+def positive(path, raw: dict, key: str, kind=int):
+    """raw[key] as `kind`. InputError unless it is a positive number."""
+    value = raw.get(key)
     good = (int,) if kind is int else (int, float)
     if isinstance(value, bool) or not isinstance(value, good) or not 0 < value < 1e12:
         raise InputError(f"{path}: {key} is {value!r}, a positive {kind.__name__} was expected")
@@ -77,51 +101,91 @@ def positive(path, raw: dict, key: str, default=None, kind=int):
 
 
 def boolean(path, raw: dict, key: str) -> bool:
-    """raw[key], false where it is null or absent. InputError when it is neither true nor false."""
-    value = False if raw.get(key) is None else raw[key]
+    """raw[key], false for a model_type without it. InputError when it is neither true nor false."""
+    value = raw.get(key, False)
     if not isinstance(value, bool):
         raise InputError(f"{path}: {key} is {value!r}, true or false was expected")
     return value
 
 
-def refuse_unsupported(path, raw: dict, rope: dict) -> None:
-    if not isinstance(rope, dict):
-        raise InputError(f"{path}: rope_scaling is {rope!r}, an object was expected")
-    for key in ("num_experts", "num_local_experts", "n_routed_experts"):
+def refuse_unsupported(path, raw: dict, values: dict) -> None:
+    for key in EXPERTS:
         if raw.get(key):
             raise InputError(f"{path}: {key} = {raw[key]}: mixture-of-experts models are not supported")
     if raw.get("quantization_config"):
         raise InputError(f"{path}: quantization_config: "
-                              f"use the unquantised checkpoint (fp32, bf16 or fp16)")
+                         f"use the unquantised checkpoint (fp32, bf16 or fp16)")
+    if raw.get("transformers_weights"):
+        raise InputError(f"{path}: transformers_weights = {raw['transformers_weights']!r} is not supported: "
+                         f"call the file model.safetensors, and take the key out")
+    if values["hidden_act"] != "silu":
+        raise InputError(f"{path}: hidden_act = {values['hidden_act']!r} is not supported, only silu")
+
+
+def read_sizes(path, values: dict) -> dict[str, int]:
+    """The widths and numbers of the layers. A head_dim or num_key_value_heads of null follows from others."""
+    heads, width = (positive(path, values, key) for key in ("num_attention_heads", "hidden_size"))
+    follows = {"num_key_value_heads": heads, "head_dim": max(width // heads, 1)}
+    values = values | {key: value for key, value in follows.items() if values[key] is None}
+    names = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
+             *follows)
+    return {name: positive(path, values, name) for name in names}
+
+
+def read_window(path, values: dict) -> int | None:
+    """How many of the last tokens a token sees, in every layer; None for all of them."""
+    chosen = boolean(path, {"use_sliding_window": True} | values, "use_sliding_window")
+    window = values.get("sliding_window") if chosen else None
+    kinds = layer_kinds(path, values, window)
+    if kinds == {FULL} and (window is None or "use_sliding_window" in values):
+        return None                                            # Mistral's window does not ask layer_types
+    if kinds == {SLIDING} and window is not None:
+        return positive(path, values, "sliding_window")
+    raise InputError(f"{path}: sliding_window {window} with layers of {', '.join(sorted(kinds))} is not "
+                     f"supported, only one window in all layers or none (use_sliding_window, layer_types)")
+
+
+def layer_kinds(path, values: dict, window) -> set[str]:
+    """The kinds of attention among the layers, as layer_types says, else max_window_layers."""
+    kinds, full = values.get("layer_types"), values.get("max_window_layers", 0)
+    if kinds is not None and not isinstance(kinds, list):
+        raise InputError(f"{path}: layer_types is {kinds!r}, a list was expected")
+    if kinds is not None:
+        return set(map(str, kinds))
+    if isinstance(full, bool) or not isinstance(full, int):
+        raise InputError(f"{path}: max_window_layers is {full!r}, a number of layers was expected")
+    if window is None or full >= values["num_hidden_layers"]:
+        return {FULL}
+    return {SLIDING} if full <= 0 else {FULL, SLIDING}
+
+
+def read_rope(path, raw: dict, values: dict) -> dict:
+    """rope_theta and rope_scaling (None, or its type and numbers), as transformers 5 finds them."""
+    rope = values["rope_scaling"] or values["rope_parameters"] or {}
+    if not isinstance(rope, dict):
+        raise InputError(f"{path}: rope_scaling is {rope!r}, an object was expected")
+    if any(isinstance(value, dict) for value in rope.values()):
+        raise InputError(f"{path}: rope_parameters of their own for each kind of layer are not supported")
     for where in (raw, rope):
         if where.get("partial_rotary_factor", 1) not in (1, None):
             raise InputError(f"{path}: partial_rotary_factor = {where['partial_rotary_factor']} "
-                                  f"is not supported")
-    if raw.get("hidden_act", "silu") != "silu":
-        raise InputError(f"{path}: hidden_act = {raw['hidden_act']!r} is not supported, only silu")
-    if any(isinstance(value, dict) for value in rope.values()):
-        raise InputError(f"{path}: rope_parameters of their own for each kind of layer "
-                              f"are not supported")
-    if raw.get("model_type") in ("qwen2", "qwen3"):
-        if raw.get("use_sliding_window") or "sliding" in str(raw.get("layer_types")):
-            raise InputError(f"{path}: use_sliding_window, sliding layer_types: "
-                                  f"not supported for {raw['model_type']}")
-
-
-def read_rope_scaling(path, rope: dict) -> dict | None:
+                             f"is not supported")
+    theta = positive(path, {"rope_theta": values["rope_theta"]} | rope, "rope_theta", float)
     kind = rope.get("rope_type") or rope.get("type") or "default"
     if kind == "default":
-        return None
-    needed = {"linear": ("factor",), "llama3": ("factor", "low_freq_factor", "high_freq_factor",
-                                                "original_max_position_embeddings")}
-    if kind not in needed:
-        raise InputError(f"{path}: rope_scaling of type {kind!r} is not supported, "
-                              f"only llama3 and linear")
-    for key in needed[kind]:
-        positive(f"{path}: rope_scaling", rope, key, kind=float)
+        return {"rope_theta": theta, "rope_scaling": None}
+    if kind not in ROPE_KEYS:
+        raise InputError(f"{path}: rope_scaling of type {kind!r} is not supported, only llama3 and linear")
+    context = "original_max_position_embeddings"
+    rope = {context: values["max_position_embeddings"]} | rope
+    if context in raw:
+        rope[context] = raw[context]
+    for key in ROPE_KEYS[kind]:
+        positive(f"{path}: rope_scaling", rope, key, float)
     if kind == "llama3" and rope["low_freq_factor"] >= rope["high_freq_factor"]:
         raise InputError(f"{path}: rope_scaling: low_freq_factor is not below high_freq_factor")
-    return {"rope_type": kind, **{key: rope[key] for key in needed[kind]}}
+    scaling = {"rope_type": kind} | {key: rope[key] for key in ROPE_KEYS[kind]}
+    return {"rope_theta": theta, "rope_scaling": scaling}
 
 
 def config_dict(config: Config) -> dict:
@@ -130,4 +194,6 @@ def config_dict(config: Config) -> dict:
     raw["attention_bias"] = config.o_bias
     for key in ("qkv_bias", "o_bias", "qk_norm"):
         del raw[key]
+    if "use_sliding_window" in DEFAULTS[config.model_type]:
+        raw |= {"use_sliding_window": config.sliding_window is not None, "max_window_layers": 0}
     return {"architectures": [ARCHITECTURES[config.model_type]], "hidden_act": "silu", **raw}

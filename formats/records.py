@@ -2,34 +2,150 @@
 
 A *row* is one sample: {"row_id": str, "en": {"prompt": str, "response": str}, "sw": {...}, ...}.
 
+    counts = Counter()
+    rows = read_rows("alpaca_data.json", "en", counts=counts)
+    print(describe_counts(counts))       # 52,002 read, 51,974 kept, 28 skipped: empty response (first: ...)
+
+Files are JSONL, one JSON list, one JSON object that holds such a list, CSV or TSV with a header; .gz too.
+Each record is told by its keys, so one file may mix formats; conversations.py has the table of them and says
+how to add one.
+
 What is kept of public data (every decision is counted, `describe_counts` prints the counts):
 - A conversation gives its first exchange; with turns="all" every user message and the reply right after it
   become a row of their own, without the turns before them.
 - OpenAssistant trees follow Open-Assistant's own top-1 rule (oasst_dataset.py): reviewed trees in the
   language, no deleted or synthetic message in the thread, replies of rank 0 or without a sibling.
-- System prompts in the data are left out, as nothing translates them.
-- Rows with an empty prompt or response are dropped.
+- System prompts, calls of tools and their results are left out, as nothing translates them; so are images.
+- A record that names another language than the one asked for is left out.
+- Rows with an empty prompt or response are dropped. Null and NaN are empty.
+- A record that cannot be read is skipped; a file most of whose records cannot be read is refused.
 """
 
+import csv
+import io
+import json
 import re
 from collections import Counter
+from dataclasses import dataclass
 from pathlib import Path
 
-from engine.files import HALF_A_CHARACTER, InputError, as_kind, check_unicode, need, read_records, write_jsonl
+from engine.files import HALF_A_CHARACTER, InputError, read_records, read_text, write_jsonl
 from formats import hub
+from formats.conversations import (FORMATS, UNKNOWN, OddRecord, Skip, as_list, as_text, find_format, is_blank,
+                                   named, read_conversation)
+from formats.languages import normal, script_of, suggestion
 
 PARTS = ("prompt", "response")
-ROLES = {"user": "user", "human": "user", "prompter": "user", "system": "system",
-         "assistant": "assistant", "gpt": "assistant", "chatgpt": "assistant", "model": "assistant"}
-FORMATS = ('parallel ({"en": {"prompt", "response"}, ...}), Alpaca (instruction, output), messages, ShareGPT '
-           '(conversations), OpenAssistant (trees or messages), prompt and response')
+LANGUAGE_KEYS = ("language_code", "lang", "language")
+SHOWN = 3               # different faults that the refusal of a file names
+PARQUET = ("parquet files, which are not read here; with pandas and pyarrow installed, convert each: "
+           "python -c \"import sys, pandas; pandas.read_parquet(sys.argv[1])"
+           ".to_json(sys.argv[2], orient='records', lines=True)\" X.parquet X.jsonl")
 
 
-def as_text(value, where):
-    """A message's text: a string, null (a tool call), or a list of parts that are joined."""
+# ---- files -> records ----
+
+def read_data(path):
+    """[(where, record)] of a data file; InputError with file and line."""
+    path = hub.data_file(path)
+    if path.suffix == ".parquet":
+        raise InputError(f"{path} is one of the {PARQUET}")
+    if Path(path.name.removesuffix(".gz")).suffix in (".csv", ".tsv"):
+        return read_table(path)
+    try:
+        records = read_records(path)
+    except InputError:
+        whole = object_in(read_text(path))
+        if whole is None:
+            raise
+        records = [(f"{path}:1", whole)]
+    if len(records) == 1 and isinstance(records[0][1], dict):
+        return unwrap(*records[0], path)
+    return records
+
+
+def object_in(text):
+    """The object that a text is, over several lines; None if it is anything else."""
+    try:
+        whole = json.loads(text)
+    except (ValueError, RecursionError):
+        return None
+    return whole if isinstance(whole, dict) else None
+
+
+def unwrap(where, record, path):
+    """[(where, record)] of a file with this one record, which may stand around a list of them, as in
+    {"data": [...]} or {"train": [...]}."""
+    lists = [key for key, value in record.items()
+             if isinstance(value, list) and value and all(isinstance(item, dict) for item in value)]
+    keys = find_format(record)[0] if find_format(record) else ("data",)
+    if not lists or is_message(record) or keys != ("data",):
+        return [(where, record)]
+    if len(lists) > 1:
+        raise InputError(f"{path}: lists of records under {named(lists)}: write the one wanted to a file")
+    return [(f"{path}[{lists[0]}][{item}]", inner) for item, inner in enumerate(record[lists[0]])]
+
+
+def clean_records(path):
+    """read_data with null for every NaN. InputError when there is nothing."""
+    records = read_data(path)
+    if not records:
+        raise InputError(f"{path}: the file is empty")
+    try:
+        return [(where, without_nan(record)) for where, record in records]
+    except RecursionError:
+        raise InputError(f"{path}: lists or objects nested too deeply") from None
+
+
+def without_nan(value):
+    """The value with null for every NaN, which pandas writes for it."""
+    if isinstance(value, dict):
+        return {key: without_nan(inner) for key, inner in value.items()}
     if isinstance(value, list):
-        return "".join(as_text(need(part, "text", where), where) for part in value)
-    return "" if value is None else as_kind(value, str, where)
+        return [without_nan(inner) for inner in value]
+    return None if value != value else value          # NaN alone differs from itself
+
+
+def read_table(path):
+    """[(where, {column: text})] of a csv or tsv file with a header."""
+    records, columns = [], None
+    for where, cells in table_cells(path):
+        if columns is None:
+            columns = cells
+            continue
+        if len(cells) != len(columns):
+            raise InputError(f"{where}: {len(cells)} cells below a header of {len(columns)}: "
+                             f"is a quotation mark missing?")
+        records.append((where, dict(zip(columns, cells))))
+    return records
+
+
+def table_cells(path):
+    """Yields ("file:line", cells) of a csv or tsv file; a record is named by its first line.
+    Blank lines are left out."""
+    tabs = Path(path.name.removesuffix(".gz")).suffix == ".tsv"
+    reader = csv.reader(io.StringIO(read_text(path), newline=""), delimiter="\t" if tabs else ",")
+    line = 1
+    while True:
+        try:
+            cells = next(reader)
+        except StopIteration:
+            return
+        except csv.Error as error:
+            raise InputError(f"{path}:{line}: not a table ({error}): is a quotation mark left open?") from None
+        if len(cells) > 1 or "".join(cells).strip():
+            yield f"{path}:{line}", cells
+        line = reader.line_num + 1
+
+
+# ---- what records say about themselves ----
+
+def identifier(record, where):
+    """row_id, or id (an object under "id" is Indonesian, no identifier), or file name and line."""
+    for key in ("row_id", "id"):
+        if isinstance(record.get(key), (str, int)):
+            return str(record[key])
+    return Path(where).name
 
 
 def languages_of(row):
@@ -37,121 +153,69 @@ def languages_of(row):
     return [key for key, value in row.items() if isinstance(value, dict) and {*PARTS} <= value.keys()]
 
 
-def identifier(record, where):
-    """row_id, or id (an object under "id" is Indonesian, no identifier), or file name and line."""
-    for key in ("row_id", "id"):
-        if isinstance(record.get(key), (str, int)):
-            return check_unicode(str(record[key]), where)
-    return Path(where).name
+def refuse_other_language(record, language, counts):
+    """Skip a record that says it is in another language."""
+    label = next((record[key] for key in LANGUAGE_KEYS if isinstance(record.get(key), str)), None)
+    if label is None or normal(label) == normal(language):
+        return
+    if script_of(label) is None:
+        counts[f"in the language {label!r:.40}, which is unknown: taken for {language}"] += 1
+        return
+    raise Skip(f"not in {language}")
 
 
-def held_languages(record, codes, where):
-    """The record without those of the languages that are null: not translated yet. InputError for another kind
-    than an object; a string under "id" is the identifier."""
-    for code in codes & record.keys():
-        if record[code] is not None and not (code == "id" and isinstance(record[code], (str, int))):
-            for part in PARTS:
-                need(record[code], part, f'{where}: language "{code}" (prompt and response, or null)')
-    return {key: value for key, value in record.items() if value is not None or key not in codes}
+# ---- conversations ----
+
+def conversation_rows(record, where, asked, counts):
+    """One row (the first exchange), or with turns="all" one for each user message with a reply."""
+    refuse_other_language(record, asked.language, counts)
+    messages = read_conversation(record, counts)
+    counts["system prompts left out"] += sum(role == "system" for role, _ in messages)
+    counts["messages of tools left out"] += sum(role == "tool" for role, _ in messages)
+    messages = [message for message in messages if message[0] != "system"]
+    pairs = [(question, reply) for (role, question), (other, reply) in zip(messages, messages[1:])
+             if (role, other) == ("user", "assistant")]
+    if asked.turns == "first":
+        opens = [role for role, _ in messages[:2]] == ["user", "assistant"]
+        counts["later turns left out"] += len(pairs[1:] if opens else pairs)
+        pairs = pairs[:1] if opens else []
+    if not pairs:
+        raise Skip("no user message followed by a reply")
+    name = identifier(record, where)
+    return [{"row_id": f"{name}#{turn}" if turn > 1 else name, asked.language: dict(zip(PARTS, pair))}
+            for turn, pair in enumerate(pairs, 1)]
 
 
-def parallel_rows(records, language, turns, counts):
-    """Rows of our own format; keys that are neither a language nor the identifier stay as they are."""
+# ---- OpenAssistant ----
+
+def is_message(record):
+    return (isinstance(record, dict) and isinstance(record.get("message_id"), str)
+            and isinstance(record.get("replies") or [], list))
+
+
+def hang_messages(records, skipped):
+    """[(where, record)] with flat OpenAssistant messages below their parents, as they are in trees; other
+    records stay. skipped: {reason: [where]}, which receives messages that have no place."""
+    messages, kept = {}, []
     for where, record in records:
-        row = {"row_id": identifier(record, where)}
-        for key, value in record.items():
-            rest = value
-            if isinstance(value, dict) and value.keys() & PARTS:
-                rest = {name: value[name] for name in value if name not in PARTS}
-                value = value | {part: as_text(need(value, part, where), where) for part in PARTS}
-            check_unicode([key, rest], where)
-            if key != "row_id" and (key != "id" or isinstance(value, dict)):
-                row[key] = value
-        if not languages_of(row):
-            raise InputError(f"{where}: no language with a prompt and a response (found: {', '.join(record)})")
-        yield row
-
-
-def conversation(record, where):
-    """[(role, text)] of a ShareGPT, messages, Alpaca or prompt-and-response record."""
-    if "conversations" in record or "messages" in record:
-        listed = as_kind(record["conversations" if "conversations" in record else "messages"], list, where)
-        speaker, text = ("from", "value") if any("from" in as_kind(message, dict, where)
-                                                 for message in listed) else ("role", "content")
-        return [(ROLES.get(str(need(message, speaker, where))), as_text(need(message, text, where), where))
-                for message in listed]
-    if "instruction" in record:
-        prompt, response = as_text(need(record, "instruction", where), where), need(record, "output", where)
-        extra = as_text(record.get("input"), where)
-        prompt += "\n" + extra if extra.strip() else ""
-    else:
-        prompt = as_text(need(record, "prompt", where), where)
-        response = need(record, "completion" if "completion" in record else "response", where)
-    system = [("system", record["system"])] if record.get("system") else []
-    earlier = [(role, as_text(text, where)) for turn in record.get("history") or []
-               for role, text in zip(("user", "assistant"), as_kind(turn, list, where))]
-    return [*system, *earlier, ("user", prompt), ("assistant", as_text(response, where))]
-
-
-def chat_rows(records, language, turns, counts):
-    """One row a conversation (its first exchange), or with turns="all" one a user message with a reply."""
-    for where, record in records:
-        messages = conversation(record, where)
-        counts["system prompts left out"] += sum(role == "system" for role, _ in messages)
-        messages = [message for message in messages if message[0] != "system"]
-        pairs = [(asked[1], reply[1]) for asked, reply in zip(messages, messages[1:])
-                 if (asked[0], reply[0]) == ("user", "assistant")]
-        if turns == "first":
-            opens = [role for role, _ in messages[:2]] == ["user", "assistant"]
-            counts["later turns left out"] += len(pairs[1:] if opens else pairs)
-            pairs = pairs[:1] if opens else []
-        counts["skipped: no user message followed by a reply"] += not pairs
-        for turn, (prompt, response) in enumerate(pairs):
-            name = identifier(record, where) + (f"#{turn + 1}" if turn else "")
-            yield {"row_id": name, language: {"prompt": prompt, "response": response}}
-
-
-def oasst_message(record, where):
-    """The message with its replies, their kinds checked; "where" is added."""
-    for key in ("message_id", "text"):
-        as_kind(need(as_kind(record, dict, where), key, where), str, where)
-    for key in ("lang", "parent_id"):
-        if record.get(key) is not None:
-            as_kind(record[key], str, where)
-    replies = as_kind(record.get("replies") or [], list, where)
-    return record | {"where": where, "replies": [oasst_message(reply, where) for reply in replies]}
-
-
-def oasst_roots(records):
-    """Root messages with their replies below them, out of trees, nested messages or flat messages."""
-    roots, by_id = [], {}
-    for where, record in records:
-        if "message_id" in record:
-            message = oasst_message(record, where)
-            by_id[message["message_id"]] = message
+        if not is_message(record):
+            kept.append((where, record))
+        elif record["message_id"] in messages:
+            skipped.setdefault("a message that was there before", []).append(where)
         else:
-            prompt = oasst_message(need(record, "prompt", where), where)
-            roots.append(prompt | {"tree_state": record.get("tree_state")})
-    for message in by_id.values():
-        if message.get("parent_id") in by_id:
-            by_id[message["parent_id"]]["replies"].append(message)
-        elif message.get("parent_id") is None:
-            roots.append(message)
+            copy = record | {"replies": [*(record.get("replies") or [])]}
+            messages[record["message_id"]] = copy
+            kept.append((where, copy))
+    roots = []
+    for where, record in kept:
+        parent = record.get("parent_id") if is_message(record) else None
+        if parent is None:
+            roots.append((where, record))
+        elif isinstance(parent, str) and parent in messages:
+            messages[parent]["replies"].append(record)
+        else:
+            skipped.setdefault("a message without its parent", []).append(where)
     return roots
-
-
-def oasst_edges(prompt, turns, counts):
-    """(prompt, best reply) of the first turn or of every turn below it, by Open-Assistant's top-1 rule."""
-    replies = prompt.get("replies") or []
-    for reply in replies:
-        best = len(replies) == 1 if reply.get("rank") is None else reply["rank"] == 0
-        if not best or unusable(reply):
-            continue
-        yield prompt, reply
-        later = [message for message in reply.get("replies") or [] if not unusable(message)]
-        counts["later turns left out"] += len(later) if turns == "first" else 0
-        for message in later if turns == "all" else []:
-            yield from oasst_edges(message, turns, counts)
 
 
 def unusable(message):
@@ -159,79 +223,194 @@ def unusable(message):
     return message.get("deleted") or message.get("synthetic")
 
 
-def oasst_fault(root, language):
-    """Why nothing of a tree is taken, or None."""
-    if root.get("tree_state") not in (None, "ready_for_export") or not root.get("review_result", True):
-        return "tree not reviewed"
-    if as_kind(need(root, "lang", root["where"]), str, root["where"]).split("-")[0] != language.split("-")[0]:
-        return f"tree not in {language}"
-    return "tree deleted or synthetic" if unusable(root) else None
+def replies_to(message):
+    """The replies, each of them an object."""
+    replies = as_list(message.get("replies") or [], "replies")
+    if not all(isinstance(reply, dict) for reply in replies):
+        raise OddRecord('"replies" holds no messages')
+    return replies
 
 
-def oasst_rows(records, language, turns, counts):
-    """Rows of OpenAssistant trees or messages in `language` ("pt" takes "pt-BR" too)."""
-    for root in oasst_roots(records):
-        why, where = oasst_fault(root, language), root["where"]
-        edges = [] if why else list(oasst_edges(root, turns, counts))
-        if not edges:
-            counts[f"skipped: {why or 'tree without a best reply'}"] += 1
-        for prompt, reply in edges:
-            texts = [as_text(need(message, "text", where), where) for message in (prompt, reply)]
-            yield {"row_id": check_unicode(reply["message_id"], where), language: dict(zip(PARTS, texts))}
+def best_replies(prompt, turns, counts):
+    """(prompt, best reply) of the first turn or of every turn below it, by Open-Assistant's top-1 rule."""
+    replies = replies_to(prompt)
+    for reply in replies:
+        best = len(replies) == 1 if reply.get("rank") is None else reply["rank"] == 0
+        if not best or unusable(reply):
+            continue
+        yield prompt, reply
+        later = [message for message in replies_to(reply) if not unusable(message)]
+        counts["later turns left out"] += len(later) if turns == "first" else 0
+        for message in later if turns == "all" else []:
+            yield from best_replies(message, turns, counts)
 
 
-def sniff(record, where):
-    """The reader for a file whose first record this is."""
-    keys = as_kind(record, dict, where).keys()
-    if "message_id" in keys or isinstance(record.get("prompt"), dict) and "message_id" in record["prompt"]:
-        return oasst_rows
-    if languages_of(record):
-        return parallel_rows
-    if any(wanted <= keys for wanted in ({"conversations"}, {"messages"}, {"instruction", "output"},
-                                         {"prompt", "response"}, {"prompt", "completion"})):
-        return chat_rows
-    raise InputError(f"{where}: unknown format (keys: {', '.join(keys)}); known: {FORMATS}")
+def tree_rows(record, asked, counts):
+    """Rows of one OpenAssistant tree, or of a message with its replies, in the language asked for ("pt" takes "pt-BR")."""
+    root = record if is_message(record) else record["prompt"]
+    if record.get("tree_state") not in (None, "ready_for_export") or not root.get("review_result", True):
+        raise Skip("tree not reviewed")
+    refuse_other_language(root, asked.language, counts)
+    if unusable(root):
+        raise Skip("tree deleted or synthetic")
+    pairs = list(best_replies(root, asked.turns, counts))
+    if not pairs:
+        raise Skip("tree without a best reply")
+    rows = []
+    for pair in pairs:
+        if not all(is_message(message) and "text" in message for message in pair):
+            raise OddRecord('a message without "message_id" or "text"')
+        texts = [as_text(message["text"], "text", counts) for message in pair]
+        rows.append({"row_id": pair[1]["message_id"], asked.language: dict(zip(PARTS, texts))})
+    return rows
+
+
+# ---- parallel ----
+
+def parallel_row(record, where, asked, counts):
+    """A row of our own format, whose languages are spelt as they were asked for: "zh" for "zh-CN". A language
+    that is null is not translated yet; keys that are neither a language nor the identifier stay as they are."""
+    row = {"row_id": identifier(record, where)}
+    for key, value in record.items():
+        if key == "row_id" or key == "id" and not isinstance(value, dict):
+            continue
+        if key not in asked.codes and not (isinstance(value, dict) and value.keys() & {*PARTS}):
+            row[key] = value
+        elif value is not None:
+            name = asked.spellings.get(normal(key), key)
+            if name != key and name not in record:
+                counts[f"{key!r:.40} taken for {name}"] += 1
+                key = name
+            row[key] = language_side(value, key, counts)
+    if not languages_of(row):
+        raise OddRecord("no language with a prompt and a response")
+    return row
+
+
+def language_side(value, language, counts):
+    """{"prompt": text, "response": text, ...} of one language of a row."""
+    missing = [part for part in PARTS if not isinstance(value, dict) or part not in value]
+    if missing:
+        raise OddRecord(f'language {language!r:.40} (prompt and response, or null): "{missing[0]}" is missing')
+    return value | {part: as_text(value[part], part, counts) for part in PARTS}
+
+
+# ---- records -> rows ----
+
+@dataclass(frozen=True)
+class Asked:
+    """What is wanted of a file; see read_rows. codes: the languages that its parallel rows are in.
+    spellings: {normal code: code} of the languages asked for."""
+    language: str
+    turns: str
+    codes: set
+    spellings: dict
+
+
+def record_rows(record, where, asked, counts):
+    """The rows of one record. Skip or OddRecord where it has none."""
+    if not isinstance(record, dict):
+        raise OddRecord("no object")
+    if any(code in record and (code != "id" or isinstance(record["id"], dict)) for code in asked.codes):
+        return [parallel_row(record, where, asked, counts)]
+    if is_message(record) or is_message(record.get("prompt")):
+        return tree_rows(record, asked, counts)
+    return conversation_rows(record, where, asked, counts)
 
 
 def row_fault(row):
     """Why a row cannot be used, or None."""
     for language in languages_of(row):
         for part in PARTS:
-            if not row[language][part].strip():
+            if is_blank(row[language][part]):
                 return f"empty {part}"
-            if re.search(HALF_A_CHARACTER, row[language][part]):
-                return "broken Unicode (half of a character)"
+    if re.search(HALF_A_CHARACTER, json.dumps(row, ensure_ascii=False)):
+        return "broken Unicode (half of a character)"
     return None
 
 
-def read_rows(path, language="en", turns="first", counts=None, targets=()):
-    """Rows of a file in any of FORMATS, told by its first record, or of a data set that hub.py knows by name.
+def usable_rows(record, where, asked, counts):
+    """(rows of a record, why others of its rows cannot be used). Skip or OddRecord where it has none."""
+    try:
+        rows = record_rows(record, where, asked, counts)
+        faults = [row_fault(row) for row in rows]
+    except RecursionError:
+        raise OddRecord("lists or objects nested too deeply") from None
+    kept = [row for row, fault in zip(rows, faults) if fault is None]
+    return kept, [fault for fault in faults if fault]
+
+
+def read_rows(path, language="en", turns="first", counts=None, targets=(), unique=False):
+    """Rows of a file in any of FORMATS, or of a data set that hub.py knows by name.
 
     language: of formats that hold only one. turns: "first" exchange of a conversation, or "all".
     counts: a Counter that receives what was read, kept and skipped, and why. targets: languages that parallel
-    rows may still lack; a key of that name has to be one.
+    rows may still lack; a key of that name has to be one. unique: refuse an identifier that two rows have, as
+    an evaluation needs; else the second one gets "#2".
     Raises InputError with file and line.
     """
     assert turns in ("first", "all"), f"turns {turns!r} is neither first nor all"
-    counts, records = Counter() if counts is None else counts, read_records(hub.data_file(path))
-    if not records:
-        raise InputError(f"{path}: the file is empty")
+    counts = Counter() if counts is None else counts
+    records = clean_records(path)
+    codes = {*targets}.union(*(languages_of(record) for _, record in records if isinstance(record, dict)))
+    asked = Asked(language, turns, codes, {normal(code): code for code in (language, *targets)})
     counts.update({"read": len(records), "kept": 0})
-    reader = sniff(records[0][1], records[0][0])
-    records = [(where, as_kind(record, dict, where)) for where, record in records]
-    if reader is parallel_rows:
-        codes = {*targets}.union(*(languages_of(record) for _, record in records))
-        records = [(where, held_languages(record, codes, where)) for where, record in records]
-    rows = []
-    try:
-        for row in reader(records, language, turns, counts):
-            why = row_fault(row)
-            counts[f"skipped: {why}" if why else "kept"] += 1
-            rows += [] if why else [row]
-    except RecursionError:
-        raise InputError(f"{path}: lists or objects nested too deeply after row {len(rows)}") from None
-    if not rows:
+    found, skipped, odd = [], {}, {}              # the last two: {reason: [where]}
+    for where, record in hang_messages(records, skipped):
+        try:
+            rows, faults = usable_rows(record, where, asked, counts)
+        except Skip as skip:
+            reasons = odd if isinstance(skip, OddRecord) else skipped
+            reasons.setdefault(str(skip), []).append(where)
+            continue
+        found += [(where, row) for row in rows]
+        for fault in faults:
+            skipped.setdefault(fault, []).append(where)
+    refuse_mostly_odd(odd, len(records))
+    counts["kept"] = len(found)
+    for reason, places in [*skipped.items(), *odd.items()]:
+        counts[f"skipped: {reason} (first: {Path(places[0]).name})"] = len(places)
+    if not found:
         raise InputError(f"{path}: no usable row ({describe_counts(counts)})")
+    if unique:
+        refuse_duplicates([(where, row["row_id"]) for where, row in found])
+    return number_duplicates([row for _, row in found], counts)
+
+
+def refuse_mostly_odd(odd, read):
+    """InputError when more than half of the records of a file cannot be read: the file is not what it is
+    taken for. odd: {reason: [where]}."""
+    number = sum(map(len, odd.values()))
+    if 2 * number <= read:
+        return
+    shown = "; ".join(f"{places[0]}: {reason}" for reason, places in [*odd.items()][:SHOWN])
+    known = f"; known: {FORMATS}" if any(reason.startswith(UNKNOWN) for reason in odd) else ""
+    raise InputError(f"{shown} ({number:,} of {read:,} records cannot be read){known}")
+
+
+def refuse_duplicates(identified):
+    """InputError naming both places when an identifier occurs twice. identified: [(where, identifier)]."""
+    seen = {}
+    for where, name in identified:
+        if name in seen:
+            raise InputError(f"{where}: the same identifier as in {seen[name]}: {str(name)[:80]!r}; "
+                             f"each question needs one of its own")
+        seen[name] = where
+
+
+def number_duplicates(rows, counts):
+    """The rows; the second one of an identifier gets "#2", and so on: none is lost, each has one answer."""
+    names, times = {row["row_id"] for row in rows}, Counter()
+    for row in rows:
+        name = row["row_id"]
+        times[name] += 1
+        if times[name] == 1:
+            continue
+        while f"{name}#{times[name]}" in names:
+            times[name] += 1
+        row["row_id"] = f"{name}#{times[name]}"
+        names.add(row["row_id"])
+        counts["repeated identifiers numbered"] += 1
     return rows
 
 
@@ -262,8 +441,10 @@ def require_languages(rows, *wanted):
     """The rows that hold all wanted languages; if none does, a InputError that names those in the data."""
     have = [row for row in rows if set(wanted) <= set(languages_of(row))]
     if not have:
-        there = ", ".join(sorted({language for row in rows for language in languages_of(row)})) or "none"
-        raise InputError(f"no row holds {' and '.join(wanted)}; languages in the data: {there}")
+        there = sorted({language for row in rows for language in languages_of(row)})
+        near = "".join(suggestion(code, there) for code in wanted if code not in there)
+        raise InputError(f"no row holds {' and '.join(wanted)}{near}; "
+                         f"languages in the data: {', '.join(there) or 'none'}")
     return have
 
 

@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from engine.files import InputError, read_json
-from formats.weights import open_weights
+from formats.weights import Weights
 from model import Embedding
 
 TIED = ("model.shared.weight", "lm_head.weight", "model.encoder.embed_tokens.weight",
@@ -190,7 +190,7 @@ def read_weights(path: Path):
     """Tensors by name, from safetensors if there are any, else from pytorch_model.bin (no code is run)."""
     old = path / "pytorch_model.bin"
     if not old.exists() or any(path.glob("model*.safetensors*")):
-        return open_weights(path)
+        return Weights(path)
     try:
         return torch.load(old, map_location="cpu", weights_only=True, mmap=True)
     except (RuntimeError, ValueError, pickle.UnpicklingError) as error:

@@ -18,7 +18,7 @@ import tokenizers
 from tokenizers import decoders, models
 
 from engine.files import InputError, read_json
-from formats.languages import M2M100_LANGUAGES, NLLB_CODES
+from formats.languages import M2M100_LANGUAGES, normal
 
 
 NORMAL, UNKNOWN, USER_DEFINED, BYTE = 1, 2, 4, 6  # kinds of SentencePiece's pieces
@@ -140,7 +140,7 @@ def read_sentencepiece(path: Path) -> tuple[tokenizers.Tokenizer, list[str], Nor
 class Tokenizer:
     """Text <-> model ids. to_model maps the tokenizer's own ids to the model's (None: they are the same)."""
     inner: tokenizers.Tokenizer
-    languages: dict[str, int]  # code -> id of its token
+    languages: dict[str, int]  # normal code (formats/languages.py) -> id of its token
     unknown: int
     to_model: list[int] | None = None
     normalize: Normalizer | None = None  # a tokenizer.json has its own
@@ -167,7 +167,7 @@ def load_tokenizer(path: Path) -> Tokenizer:
         inner, pieces, normalize = read_sentencepiece(spm)
         ids = read_json(vocab)
         unknown = ids.get("<unk>", 3)
-        languages = {code: len(ids) + i for i, code in enumerate(M2M100_LANGUAGES)}
+        languages = {normal(code): len(ids) + i for i, code in enumerate(M2M100_LANGUAGES)}
         return Tokenizer(inner, languages, unknown, [ids.get(piece, unknown) for piece in pieces], normalize)
     if not fast.exists():
         raise InputError(f"{path} has no tokenizer: {spm.name} and {vocab.name}, or {fast.name}")
@@ -178,8 +178,7 @@ def load_tokenizer(path: Path) -> Tokenizer:
     for i, token in inner.get_added_tokens_decoder().items():
         found = re.fullmatch(r"__([a-z]{2,3})__|([a-z]{3}_[A-Z][a-z]{3})", token.content)
         if found:
-            languages[found[1] or found[2]] = i
-    languages |= {short: languages[code] for short, code in NLLB_CODES.items() if code in languages}
+            languages[normal(found[1] or found[2])] = i
     if not languages:
         raise InputError(f"{fast} has no language tokens such as __sw__ or swh_Latn: no translator")
     return Tokenizer(inner, languages, inner.token_to_id("<unk>"))

@@ -47,6 +47,21 @@ def write_checkpoint(directory: Path, seed: int = 0, **shape) -> Path:
     return directory
 
 
+class Recorder:
+    """Stands for an optimiser: keeps the gradients of a step, by name, and moves nothing."""
+
+    def __init__(self, parameters: dict):
+        self.parameters, self.gradients = parameters, {}
+        self.param_groups = [{"params": list(parameters.values())}]
+
+    def step(self) -> None:
+        self.gradients = {name: parameter.grad for name, parameter in self.parameters.items()}
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        for parameter in self.parameters.values():
+            parameter.grad = None
+
+
 @pytest.fixture
 def checkpoint(tmp_path) -> Path:
     return write_checkpoint(tmp_path / "base")

@@ -5,6 +5,7 @@ import csv
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -70,20 +71,8 @@ def write_belebele(root):
     return root
 
 
-def write_afrimmlu(root):
-    for split, rows in (("test", ROTATIONS[0]), ("val", ROTATIONS[1])):
-        path = root / "data" / "swa" / f"{split}.tsv"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with open(path, "w", encoding="utf-8", newline="") as file:
-            csv.writer(file, delimiter="\t").writerows([["subject", "question", "choices", "answer"]] + [
-                ["anatomy" if i % 2 else "global_facts", q, str(list(options)), "ABCD"[gold]]
-                for i, (q, options, gold) in enumerate(rows)])
-    return root
-
-
-WRITERS = {"mmlu": write_mmlu, "cmmlu": write_cmmlu, "mmmlu": write_mmmlu, "belebele": write_belebele,
-           "afrimmlu": write_afrimmlu}
-LANGUAGE = {"mmmlu": "sw", "belebele": "de", "afrimmlu": "sw"}
+WRITERS = {"mmlu": write_mmlu, "cmmlu": write_cmmlu, "mmmlu": write_mmmlu, "belebele": write_belebele}
+LANGUAGE = {"mmmlu": "sw", "belebele": "de"}
 
 
 # -------------------------------------------------------------------------------------- lm-evaluation-harness
@@ -94,9 +83,6 @@ def hub_row(name, document):
     if name == "mmlu":
         return {"question": document.question, "subject": document.subject, "choices": list(document.options),
                 "answer": document.gold}
-    if name == "afrimmlu":
-        return {"subject": document.subject, "question": document.question,
-                "choices": str(list(document.options)), "answer": "ABCD"[document.gold]}
     if name == "belebele":
         return {"flores_passage": document.passage, "question": document.question,
                 **{f"mc_answer{i + 1}": option for i, option in enumerate(document.options)},
@@ -106,8 +92,7 @@ def hub_row(name, document):
 
 
 YAML = {"mmlu": "mmlu/default/mmlu_{}.yaml", "cmmlu": "cmmlu/cmmlu_{}.yaml",
-        "belebele": "belebele/belebele_deu_Latn.yaml", "mmmlu": "openai-mmmlu/default/mmmlu_sw_ke_{}.yaml",
-        "afrimmlu": "afrimmlu/direct/prompt_1/afrimmlu_direct_swa.yaml"}
+        "belebele": "belebele/belebele_deu_Latn.yaml", "mmmlu": "openai-mmmlu/default/mmmlu_sw_ke_{}.yaml"}
 SPLITS = {"test": "test", "dev": "dev", "val": "validation"}                      # their names on the hub
 
 
@@ -117,7 +102,7 @@ def harness_tasks(name, root, shots, work):
     from lm_eval.tasks import TaskManager
     task, folder = choice.TASKS[name], Path(lm_eval.__file__).parent / "tasks"
     splits = {SPLITS[split]:
-              choice.by_subject(task, choice.read_split(task, root, LANGUAGE.get(name, ""), split))
+              choice.by_subject(choice.read_split(task, root, LANGUAGE.get(name, ""), split))
               for split in filter(None, ("test", task.examples))}
     for number, subject in enumerate(splits["test"]):
         files = {split: write_lines(work / f"{number}-{split}.jsonl",
@@ -138,7 +123,6 @@ def harness_scores(tasks, judge, limit):
     back end."""
     questions = []
     for task in tasks:
-        task.set_fewshot_seed(choice.EXAMPLE_SEED)
         task.build_all_requests(limit=limit)
         found = {}
         for request, (logp, _) in zip(task.instances, judge.loglikelihood(task.instances, disable_tqdm=True)):
@@ -254,6 +238,15 @@ def test_scores_equal_one_forward_pass_a_choice(name, window, batch_tokens, tmp_
             for prompt, choices in choice.encode_questions(tokenizer, [question]) for ids in choices)
 
 
+def test_a_tokenizer_is_asked_for_its_encoder_alone_and_for_no_chat_template(tmp_path):
+    checkpoint = write_checkpoint(tmp_path / "model", max_position_embeddings=4096)
+    model, tokenizer = llama.load(checkpoint), load_tokenizer(checkpoint)
+    bare = SimpleNamespace(full=tokenizer.full, names=tokenizer.names)
+    questions = choice.read_benchmark("mmlu", write_mmlu(tmp_path / "files"), 1).questions
+    assert (choice.multiple_choice(model, bare, questions)
+            == choice.multiple_choice(model, tokenizer, questions))
+
+
 def test_the_header_of_a_subject_is_computed_once(tmp_path, monkeypatch):
     checkpoint = write_checkpoint(tmp_path / "model", max_position_embeddings=4096)
     model, tokenizer = llama.load(checkpoint), load_tokenizer(checkpoint)
@@ -335,13 +328,6 @@ def test_pooling_weights_by_questions_and_ignores_differences_between_subjects()
             and choice.pooled([choice.accuracy([True])])["stderr"] is None)
 
 
-def test_weighted_f1_equals_scikit_learn():
-    gold, chosen = [0, 1, 2, 3, 0, 1, 1, 2], [0, 1, 1, 3, 2, 1, 0, 2]
-    sklearn = pytest.importorskip("sklearn.metrics")
-    assert choice.weighted_f1(gold, chosen) == pytest.approx(
-        100 * sklearn.f1_score(gold, chosen, average="weighted"))
-
-
 # -------------------------------------------------------------------------------------------------- odd files
 
 @pytest.mark.parametrize("text", [
@@ -388,7 +374,7 @@ BELEBELE_ROW = ('{"flores_passage": "p", "question": "q", "question_number": 1, 
     ("mmlu", "test.jsonl", '{"question": "q", "choices": ["a", "b", "c", "d"], "answer": 3}',
      'test.jsonl:1: "subject" is missing'),
     ("mmlu", "test.jsonl", '{"question": "q", "subject": "anatomy", "choices": ["a"], "answer": 1}',
-     "test.jsonl:1: choices are no list of 4"),
+     "test.jsonl:1: choices is no list of 4"),
     ("cmmlu", "test/anatomy.csv", ",Question,A,B,C,D,Answer\n0,q,1,2,3,4,A\n0,r,1,2,3,4,A\n",
      "anatomy.csv:3: the same identifier as in .*:2"),
     ("cmmlu", "test/anatomy.csv", ",Question,A,B,C,D\n0,q,1,2,3,4\n", 'anatomy.csv:1: "Answer" is missing'),
@@ -404,9 +390,7 @@ BELEBELE_ROW = ('{"flores_passage": "p", "question": "q", "question_number": 1, 
     ("cmmlu", "test/alchemy.csv", ",Question,A,B,C,D,Answer\n0,q,1,2,3,4,A\n", "no subject 'alchemy'"),
     ("belebele", "deu_Latn.jsonl", BELEBELE_ROW % 5, "deu_Latn.jsonl:1: correct_answer_num is '5'"),
     ("belebele", "test.parquet", "PAR1", "pandas.read_parquet"),
-    ("mmmlu", "mmlu_DE-DE.csv", "", "found no mmlu_SW-KE"),
-    ("afrimmlu", "swa/test.tsv", "subject\tquestion\tchoices\tanswer\nx\tq\t__import__('os')\tA\n",
-     "test.tsv:2: choices are no list of 4")])
+    ("mmmlu", "mmlu_DE-DE.csv", "", "found no mmlu_SW-KE")])
 def test_a_bad_file_is_one_clear_line(name, file, text, wanted, tmp_path):
     path = tmp_path / file
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -1,6 +1,5 @@
 """clo.py: the equations, what is frozen and what learns, and that nothing but the data decides the result."""
 
-import argparse
 import json
 import math
 import os
@@ -8,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -18,9 +18,10 @@ from safetensors.torch import load_file
 import clo
 import data
 import model as llama
-from engine import runs
-from conftest import write_checkpoint
+from conftest import Recorder, write_checkpoint
+from engine import scale
 from engine.files import InputError, fill_directory, run
+from evals import heldout
 from formats.chat import load_tokenizer
 from formats.checkpoints import save, save_adapter
 from formats.configs import Config
@@ -42,20 +43,31 @@ def parallel_rows(n: int) -> list[dict]:
                                   for language in WORDS} for i in range(n)]
 
 
-def options(**changes) -> argparse.Namespace:
-    args = clo.parse_args(["--lang", "sw"])
-    vars(args).update({"row_tokens": 96, "batch_size": 4, "dtype": "fp64", "device": "cpu"} | changes)
-    return args
+CLO, DPO = clo.Objective(0.5, ("tgt",)), clo.Objective(0.0, ())
+SMALL = clo.Packing(batch_size=4, row_tokens=96)
 
 
-def prepared(checkpoint, stage="clo", rows=10, **changes):
-    """Model in float64, groups of forks, steps, reference, options."""
-    args = options(**changes)
+def objective(method: str) -> clo.Objective:
+    return clo.Objective(*clo.METHODS[method][0])
+
+
+def groups_of(checkpoint, rows: int = 10) -> list[list[data.Fork]]:
+    return data.make_forks(parallel_rows(rows), load_tokenizer(checkpoint), "en", "sw", 96)[0]
+
+
+def add_reference_(model, batches: list[data.Batch]) -> None:
+    """The reference pass: every batch gets the summed log-probs of its continuations under the model."""
+    for batch, logp in zip(batches, clo.summed_logps(model, batches, "reference")):
+        batch.ref_logp = logp
+
+
+def prepared(checkpoint, packing=SMALL):
+    """Model in float64, groups of forks, steps with their reference."""
     model = llama.load(checkpoint, dtype=torch.float64)
-    groups, _ = data.make_forks(parallel_rows(rows), load_tokenizer(checkpoint), "en", "sw", 96)
-    steps = clo.make_steps(groups, clo.METHODS[stage][0], args, seed=0)
-    flat = clo.reference_logps(model, steps, CPU, "reference")
-    return model, groups, steps, clo.group_by_step(flat, steps), args
+    groups = groups_of(checkpoint)
+    steps = clo.make_steps(groups, CLO, packing, seed=0)
+    add_reference_(model, [batch for step in steps for batch in step])
+    return model, groups, steps
 
 
 def logp_of(model, prompt: list[int], continuation: list[int]) -> torch.Tensor:
@@ -103,35 +115,37 @@ def test_anchor_counts_only_what_fell_per_token():
 
 
 def test_the_anchor_pulls_the_right_english_response_up_and_nothing_else(checkpoint):
-    model, groups, steps, reference, args = prepared(checkpoint, lam=0.0, anchor=1e6)
+    model, groups, steps = prepared(checkpoint)
     parameters = clo.make_trainable(model, "attention", 4, 8, seed=0)
-    lifted = [[ref + 3 for ref in step] for step in reference]          # the policy lies below this reference
-    clo.backward_step(model, steps[0], lifted[0], clo.METHODS["dpo"][0], args, CPU)
+    for batch in steps[0]:
+        batch.ref_logp = batch.ref_logp + 3                              # the policy lies below this reference
+    recorder = Recorder(parameters)
+    clo.train_step(model, steps[0], replace(DPO, anchor=1e6), recorder, math.inf)
     with torch.no_grad():
-        for parameter in parameters.values():
-            parameter -= 1e-9 * parameter.grad
-    for micro, before in zip(steps[0], reference[0]):
-        gain = (clo.continuation_logps(model, micro) - before)[micro.right[micro.right_language == 0]]
+        for name, gradient in recorder.gradients.items():
+            parameters[name] -= 1e-9 * gradient
+    for batch in steps[0]:
+        gain = (llama.continuation_logps(model, batch) - (batch.ref_logp - 3))[batch.english]
         assert (gain > 0).all()
 
 
 def test_continuation_logps_are_those_of_separate_sequences(checkpoint):
-    model, groups, steps, _, _ = prepared(checkpoint)
-    for micro in steps[0]:
-        found = clo.continuation_logps(model, micro).tolist()
+    model, groups, steps = prepared(checkpoint)
+    for batch in steps[0]:
+        found = llama.continuation_logps(model, batch).tolist()
         expected = [logp_of(model, fork.prompt, ids).item()
-                    for fork in micro.batch.forks for ids in fork.continuations]
+                    for fork in batch.forks for ids in fork.continuations]
         assert found == pytest.approx(expected, abs=1e-9)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 def test_before_training_every_reward_is_exactly_0_and_the_preference_term_is_ln_2(checkpoint, dtype):
-    _, groups, steps, _, args = prepared(checkpoint)
+    steps = clo.make_steps(groups_of(checkpoint), DPO, SMALL, seed=0)
     model = llama.load(checkpoint, dtype=dtype)
-    clo.make_trainable(model, "lora", 4, 8, seed=0)
-    reference = clo.group_by_step(clo.reference_logps(model, steps, CPU, "reference"), steps)
-    for step, ref in zip(steps, reference):
-        result = clo.backward_step(model, step, ref, clo.METHODS["dpo"][0], args, CPU)
+    parameters = clo.make_trainable(model, "lora", 4, 8, seed=0)
+    for step in steps:
+        add_reference_(model, step)
+        result = clo.train_step(model, step, DPO, Recorder(parameters), math.inf)
         assert result["rewards"].abs().max() == 0
         assert result["loss"].item() == pytest.approx(math.log(2), abs=1e-6)
 
@@ -139,41 +153,39 @@ def test_before_training_every_reward_is_exactly_0_and_the_preference_term_is_ln
 # ---- pairs and stages
 
 def test_both_directions_prefer_the_response_in_the_language_of_the_question(checkpoint):
-    _, groups, _, _, args = prepared(checkpoint, rows=3, row_tokens=512, micro_rows=9)
     rows, tokenizer = parallel_rows(3), load_tokenizer(checkpoint)
-    [[micro]] = clo.make_steps(groups, clo.METHODS["clo"][0], args, None)
-    continuations = [(fork, ids) for fork in micro.batch.forks for ids in fork.continuations]
-    assert len(micro.chosen) == 2 * 3 and len(micro.nll) == 3
-    for chosen, rejected, tgt in zip(micro.chosen, micro.rejected, micro.pair_language):
+    [[batch]] = clo.make_steps(groups_of(checkpoint, 3), CLO, clo.Packing(row_tokens=512, micro_rows=9), None)
+    continuations = [(fork, ids) for fork in batch.forks for ids in fork.continuations]
+    assert len(batch.chosen) == 2 * 3 and len(batch.nll) == 3
+    for chosen, rejected in zip(batch.chosen, batch.rejected):
         fork, right = continuations[chosen]
-        own, other = ("sw", "en") if tgt else ("en", "sw")
+        own, other = ("sw", "en") if batch.side[chosen] else ("en", "sw")
         row = rows[int(fork.row)]
         assert continuations[rejected][0] is fork
         assert tokenizer.decode(fork.prompt).endswith(row[own]["prompt"] + "\n\n### Response:\n")
         assert tokenizer.decode(right) == row[own]["response"]
         assert tokenizer.decode(continuations[rejected][1]) == row[other]["response"]
-    assert all(continuations[i][0].language == "sw" for i in micro.nll)
+    assert all(continuations[i][0].language == "sw" for i in batch.nll)
 
 
 def test_a_pair_with_equal_responses_leaves_the_preference_and_stays_in_the_nll(checkpoint):
-    rows = parallel_rows(2)
+    rows, packing = parallel_rows(2), clo.Packing(row_tokens=512)
     rows[0]["sw"]["response"] = rows[0]["en"]["response"]
     groups, _ = data.make_forks(rows, load_tokenizer(checkpoint), "en", "sw", 512)
-    args = options(row_tokens=512)
-    [[micro]] = clo.make_steps(groups, clo.METHODS["clo"][0], args, None)
-    assert len(micro.chosen) == 2 and len(micro.nll) == 2
-    [[micro]] = clo.make_steps(groups, clo.METHODS["dpo"][0], args, None)
-    assert len(micro.chosen) == 2 and {fork.row for fork in micro.batch.forks} == {"1"}
+    [[batch]] = clo.make_steps(groups, CLO, packing, None)
+    assert len(batch.chosen) == 2 and len(batch.nll) == 2
+    [[batch]] = clo.make_steps(groups, DPO, packing, None)
+    assert len(batch.chosen) == 2 and {fork.row for fork in batch.forks} == {"1"}
 
 
 @pytest.mark.parametrize("method, languages",
                          [("sft", {"en", "sw"}), ("sft-en", {"en"}), ("sft-tgt", {"sw"})])
 def test_plain_fine_tuning_reads_the_right_responses_of_its_languages_only(checkpoint, method, languages):
-    _, groups, _, _, args = prepared(checkpoint)
-    micros = [micro for step in clo.make_steps(groups, clo.METHODS[method][0], args, 0) for micro in step]
-    assert {fork.language for micro in micros for fork in micro.batch.forks} == languages
-    assert all(len(fork.continuations) == 1 for micro in micros for fork in micro.batch.forks)
-    assert sum(micro.nll_tokens for micro in micros) == sum(
+    groups = groups_of(checkpoint)
+    batches = [batch for step in clo.make_steps(groups, objective(method), SMALL, 0) for batch in step]
+    assert {fork.language for batch in batches for fork in batch.forks} == languages
+    assert all(len(fork.continuations) == 1 for batch in batches for fork in batch.forks)
+    assert clo.Counts.of(batches).nll_tokens == sum(
         len(fork.continuations[0]) for group in groups for fork in group if fork.language in languages)
 
 
@@ -181,66 +193,65 @@ def test_with_several_targets_an_english_fork_rejects_every_translation_and_metr
         checkpoint):
     rows = [row | {"yo": {"prompt": row["sw"]["prompt"] + " o", "response": row["sw"]["response"] + " e"}}
             for row in parallel_rows(4)]
-    args = options(lang="sw,yo", targets=["sw", "yo"], row_tokens=512, micro_rows=9)
     tokenizer, model = load_tokenizer(checkpoint), llama.load(checkpoint, dtype=torch.float64)
-    groups, _ = data.make_forks(rows, tokenizer, "en", args.targets, 512)
-    [[micro]] = clo.make_steps(groups, clo.METHODS["clo"][0], args, None)
-    assert len(micro.chosen) == 4 * 3 * 2 and len(micro.nll) == 4 * 2
-    continuations = [(fork, ids) for fork in micro.batch.forks for ids in fork.continuations]
-    for fork in micro.batch.forks:
-        wrong = [continuations[j][1] for i, j in zip(micro.chosen, micro.rejected)
+    groups, _ = data.make_forks(rows, tokenizer, "en", ["sw", "yo"], 512)
+    [[batch]] = clo.make_steps(groups, CLO, clo.Packing(row_tokens=512, micro_rows=9), None)
+    assert len(batch.chosen) == 4 * 3 * 2 and len(batch.nll) == 4 * 2
+    continuations = [(fork, ids) for fork in batch.forks for ids in fork.continuations]
+    for fork in batch.forks:
+        wrong = [continuations[j][1] for i, j in zip(batch.chosen, batch.rejected)
                  if continuations[i][0] is fork]
         others = [language for language in ("en", "sw", "yo") if language != fork.language]
         assert wrong == [tokenizer.response_ids(rows[int(fork.row)][language]["response"])
                          for language in others]
-    reference = clo.reference_logps(model, [[micro]], CPU)
-    found = clo.score_heldout(model, [[micro]], reference, args, CPU)
+    sums = clo.summed_logps(model, [batch], "")
+    found = heldout.score([batch], sums, sums, 0.5, ["sw", "yo"])
     for number, side in enumerate(["en", "tgt_sw", "tgt_yo"]):
-        of_side = micro.right_language == number
-        expected = -reference[0][micro.right[of_side]].sum() / micro.right_tokens[of_side].sum()
+        right = batch.right[batch.side[batch.right] == number]
+        expected = -sums[0][right].sum() / batch.length[right].sum()
         assert found[f"nll_{side}"] == pytest.approx(expected.item(), rel=1e-12)
     assert found["rewards/margins_tgt"] == 0 and "rewards/margins_tgt_yo" in found
 
 
 # ---- nothing but the data decides the gradient
 
-def gradients(checkpoint, **changes):
-    model, groups, _, _, args = prepared(checkpoint, **changes)
+def gradients(checkpoint, packing):
+    model = llama.load(checkpoint, dtype=torch.float64)
     parameters = clo.make_trainable(model, "lora", 4, 8, seed=0)
     with torch.no_grad():
         for i, parameter in enumerate(parameters.values()):
             parameter += 0.05 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(i),
                                             dtype=torch.float64)
-    step = clo.make_steps(groups, clo.METHODS["clo"][0], args, None)[0]
+    step = clo.make_steps(groups_of(checkpoint), CLO, packing, None)[0]
     noise = {}
-    reference = []
-    for micro in step:                # the same made-up reference for a continuation wherever it was packed
+    for batch in step:                # the same made-up reference for a continuation wherever it was packed
         sums = []
-        for fork in micro.batch.forks:
+        for fork in batch.forks:
             for number in range(len(fork.continuations)):
                 key = (fork.row, fork.language, number)
                 noise.setdefault(key, -10 - (sum(map(ord, "".join(map(str, key)))) % 17) / 4)
                 sums.append(noise[key])
-        reference.append(torch.tensor(sums, dtype=torch.float64))
-    result = clo.backward_step(model, step, reference, clo.METHODS["clo"][0], args, CPU)
-    return len(step), result["loss"].item(), [parameter.grad for parameter in parameters.values()]
+        batch.ref_logp = torch.tensor(sums, dtype=torch.float64)
+    recorder = Recorder(parameters)
+    result = clo.train_step(model, step, CLO, recorder, math.inf)
+    return len(step), result["loss"].item(), list(recorder.gradients.values())
 
 
 def test_micro_batching_and_row_length_change_nothing(checkpoint):
-    parts, loss, whole = gradients(checkpoint, batch_size=10, row_tokens=512, micro_rows=99)
+    parts, loss, whole = gradients(checkpoint, clo.Packing(10, 512, 99))
     assert parts == 1
-    for changes in ({"row_tokens": 96, "micro_rows": 1}, {"row_tokens": 96, "micro_rows": 3},
-                    {"row_tokens": 200, "micro_rows": 2}):
-        parts, other_loss, other = gradients(checkpoint, batch_size=10, **changes)
+    for packing in (clo.Packing(10, 96, 1), clo.Packing(10, 96, 3), clo.Packing(10, 200, 2)):
+        parts, other_loss, other = gradients(checkpoint, packing)
         assert parts > 1 and other_loss == pytest.approx(loss, abs=1e-12)
         for one, two in zip(whole, other):
             torch.testing.assert_close(two, one, rtol=0, atol=1e-10)
 
 
 def test_order_is_a_pure_function_of_the_seed_and_every_epoch_sees_every_step():
-    order = clo.step_order(7, 3, seed=5)
-    assert order == clo.step_order(7, 3, seed=5) != clo.step_order(7, 3, seed=6)
+    order = clo.step_order(7, 21, seed=5)
+    assert order == clo.step_order(7, 21, seed=5) != clo.step_order(7, 21, seed=6)
     assert all(sorted(order[i:i + 7]) == list(range(7)) for i in (0, 7, 14))
+    assert clo.step_order(7, 10, seed=5) == order[:10]                 # a fraction of an epoch is its beginning
 
 
 def test_learning_rate_rises_then_falls_to_nearly_0():
@@ -270,16 +281,14 @@ def test_lora_changes_nothing_at_first_and_merged_equals_unmerged(checkpoint):
 @pytest.mark.parametrize("mode, part", [("lora", ".lora_"), ("attention", ".self_attn."), ("full", "")])
 def test_only_the_chosen_weights_learn_and_the_frozen_stay_bit_equal(tmp_path, mode, part):
     path = write_checkpoint(tmp_path, model_type="qwen2", qkv_bias=True)
-    model, groups, steps, reference, args = prepared(path, train=mode)
+    model, groups, steps = prepared(path)
     before = {name: parameter.clone()
               for name, parameter in llama.load(path, dtype=torch.float64).named_parameters()}
     parameters = clo.make_trainable(model, mode, 4, 8, seed=0)
     start = {name: parameter.detach().clone() for name, parameter in parameters.items()}
     optimizer = torch.optim.AdamW(parameters.values(), lr=1e-2)
-    for step, ref in zip(steps, reference):
-        clo.backward_step(model, step, ref, clo.METHODS["clo"][0], args, CPU)
-        optimizer.step()
-        optimizer.zero_grad()
+    for step in steps:
+        clo.train_step(model, step, CLO, optimizer, math.inf)
     assert parameters and all(part in name for name in parameters)
     for name, parameter in model.named_parameters():
         if name in parameters:
@@ -474,7 +483,7 @@ def test_a_language_nobody_has_is_refused_with_those_there_are(world, capsys):
     (path / "eval.jsonl").unlink()
     fails(capsys, flags + ["--translator", str(path / "nowhere")], "nowhere")
     fails(capsys, flags + ["--translator", str(ROOT / "demo" / "m2m100")],
-          "xx", "holds en", "de, id, ko, sw, yo, zh")
+          "xx", "hold en", "de, id, ko, sw, yo, zh")
     assert not (path / "run").exists()
 
 
@@ -561,14 +570,13 @@ def test_a_dry_run_for_other_devices_needs_a_config_alone(world, capsys):
 
 def test_running_out_of_memory_names_the_flags_that_help():
     with pytest.raises(InputError, match="out of memory on cpu .*--micro-rows 1.*--dry-run"), \
-            clo.memory_advice(options(micro_rows=4)):
+            scale.memory_advice("cpu", ["--micro-rows 1"]):
         torch.empty(1 << 50)
-    with pytest.raises(RuntimeError, match="shape"), clo.memory_advice(options()):
+    with pytest.raises(RuntimeError, match="shape"), scale.memory_advice("cpu", []):
         torch.ones(2, 3) @ torch.ones(2, 3)
 
 
-def test_a_disk_that_is_too_small_is_refused_before_training(tmp_path):
-    parameters = {"weight": torch.empty(1000)}
-    runs.check_disk_space(tmp_path, parameters, 0)
-    with pytest.raises(InputError, match="GB free: make room"):
-        runs.check_disk_space(tmp_path, parameters, 1 << 60)
+def test_every_flag_decides_the_result_or_is_known_not_to():
+    args = clo.parse_args(["--lang", "sw"])
+    free = {"out", "dry_run", "gpus", "fresh", "tensorboard", "recompute", "targets", "eval_found"}
+    assert set(vars(args)) == {*clo.IDENTITY} | free

@@ -5,6 +5,8 @@ import io
 import itertools
 import json
 import math
+from collections import Counter
+from pathlib import Path
 from types import SimpleNamespace
 from unittest import mock
 
@@ -13,33 +15,18 @@ import pytest
 import eval as evaluation
 from conftest import write_checkpoint
 from engine import files
-from engine.files import InputError, Journal, read_records, write_jsonl
-from evals import answers
-from evals.answers import answer, answer_and_score, normalise, read_answers
-from evals.language import (INDEPENDENCE, SWITCH, UNSEEN, fit_languages, foreign_share, reply_language,
-                            texts_by_language)
-from formats.chat import load_tokenizer
+from engine.files import InputError, Journal
+from evals import instructions
+from evals.language import SWITCH, fit_languages, foreign_share, reply_language
 from formats import records
+from formats.chat import load_tokenizer
 from formats.records import read_rows
+from translate import Translation
 
 LANGUAGES = ("de", "en", "id", "ko", "sw", "yo", "zh")
 TEXTS = {"en": ["The lion eats meat.", "What is the capital of France?", "The river is long."],
          "sw": ["Simba anakula nyama.", "Mji mkuu wa Ufaransa ni upi?", "Mto ni mrefu."],
          "ko": ["사자는 고기를 먹어요.", "프랑스의 수도는 어디예요?", "강은 길어요."]}
-
-
-@pytest.mark.parametrize("reply, expected", [
-    ("The lion eats meat", "The lion eats meat."), ("  the LION\n eats meat!", "The lion eats meat."),
-    ("狮子吃肉", "狮子吃肉。"), ("Kìnnìún ń jẹ ẹran".replace("ì", "i\u0300"), "Kìnnìún ń jẹ ẹran.")])
-def test_case_spaces_final_punctuation_and_unicode_form_do_not_count(reply, expected):
-    assert normalise(reply) == normalise(expected)
-
-
-@pytest.mark.parametrize("reply", ["The lion eats", "The lion, eats meat.", "Lion eats meat.",
-                                   "Kìnnìún n jẹ ẹran"])
-def test_anything_else_counts(reply):
-    assert normalise(reply) not in map(
-        normalise, ["The lion eats meat.", "Kìnnìún ń jẹ ẹran."])
 
 
 def test_reply_language_knows_scripts_and_words_and_abstains_without_letters():
@@ -55,18 +42,6 @@ def test_reply_language_knows_scripts_and_words_and_abstains_without_letters():
 def test_reply_language_abstains_when_languages_fit_equally():
     languages = fit_languages({"aa": ["mama papa"], "bb": ["mama papa"]})
     assert reply_language("mama", languages) == (None, pytest.approx(0.5))
-
-
-def test_posteriors_are_bayes_rule_over_the_n_grams():
-    languages = fit_languages({"aa": ["ab"], "bb": ["ac"]})
-    # of "ab" the languages differ in " ab ", " ab", "ab ", "ab", "b " (and "b"), seen once in aa, never in bb
-    counts = {language: [sum(c.values()) for c in counters]
-              for language, counters in languages.counts.items()}
-    assert counts == {"aa": [2, 2, 3, 2, 1], "bb": [2, 2, 3, 2, 1]}
-    grams = {1: 1, 2: 2, 3: 2, 4: 1}                      # "b"; "ab" "b "; " ab" "ab "; " ab "
-    ratio = sum(n * math.log((1 + UNSEEN) / UNSEEN) for n in grams.values())
-    expected = 1 / (1 + math.exp(-INDEPENDENCE * ratio))
-    assert reply_language("ab", languages)[1] == pytest.approx(expected)
 
 
 def cut(text, language, first):
@@ -120,43 +95,6 @@ def test_reply_language_on_real_news(shared, capsys):
                for text in mixtures) / len(mixtures) >= 0.9
 
 
-def test_scores_leave_equal_responses_out_of_the_language_figure(tmp_path, monkeypatch):
-    rows = [{"row_id": str(i), "en": {"prompt": p, "response": r}, "sw": {"prompt": q, "response": s}}
-            for i, (p, r, q, s) in enumerate([
-                ("a", "The lion eats meat.", "b", "Simba anakula nyama."), ("c", "Paris", "d", "paris."),
-                ("e", "The river is long.", "f", "Mto ni mrefu.")])]
-    replies = {"a": "The lion eats meat", "b": "The lion eats meat.", "c": "Paris", "d": "Paris",
-               "e": "Mto", "f": "Mto ni mrefu"}
-    monkeypatch.setattr(answers, "answer",
-                        lambda model, tokenizer, questions, *_: [replies[q] for q in questions])
-    tokenizer = SimpleNamespace(fingerprint="0123456789abcdef0")
-    scores = answer_and_score(None, tokenizer, rows, ("en", "sw"),
-                                         fit_languages(TEXTS), 8, None, tmp_path / "answers.jsonl")
-    assert (scores["en"]["correct"], scores["en"]["right_language"], scores["en"]["n_language"]) == (
-        66.67, 50.0, 2)
-    assert (scores["sw"]["correct"], scores["sw"]["right_language"], scores["sw"]["n"]) == (66.67, 50.0, 3)
-    assert len((tmp_path / "answers.jsonl").read_text().splitlines()) == 6
-
-
-ANSWER = {"row_id": "0", "language": "en", "prompt": "q", "reply": "r", "expected": "r", "correct": True,
-          "reply_language": "en", "judged": True}
-
-
-@pytest.mark.parametrize("text, told", [
-    (None, "holds 0 answers, 2 were written: delete the result.json"), ("", "holds 0 answers, 2 were"),
-    (json.dumps(ANSWER), "holds 1 answers, 2 were written"), ("{}\n", ':1: "row_id" is missing'),
-    (json.dumps(ANSWER) + '\n{"row', ":2: not valid JSON"), ("5\n", ":1: dict expected, found int")])
-def test_answers_that_are_not_all_there_are_one_clear_line(tmp_path, text, told):
-    path, scores = tmp_path / "answers.jsonl", {"en": {"n": 2, "n_language": 2}, "heldout": {}, "seconds": 3}
-    if text is not None:
-        path.write_text(text)
-    with pytest.raises(InputError) as error:
-        read_answers(path, scores)
-    assert str(error.value).startswith(str(path)) and told in str(error.value)
-    write_jsonl(path, [ANSWER] * 2)
-    assert read_answers(path, scores) == [ANSWER] * 2
-
-
 @pytest.mark.parametrize("lines, told", [
     (["{}"], ":1: damaged"), (["[]"], ":1: damaged"), (['{"settings": 5}'], ":1: dict expected"),
     (['{"settings": {"a": 1}}', "{}"], ":2: damaged"), (['{"settings": {"a": 1}}', "5"], ":2: damaged"),
@@ -171,34 +109,6 @@ def test_a_damaged_journal_is_named_with_its_line(tmp_path, lines, told):
     path.write_bytes(b'{"settings": {"a": 1}}\n{"question": 1}\n{"question": "\xc3')     # killed in a letter
     with Journal(path, {"a": 1}, ("question",)) as journal:
         assert journal.done == [{"question": 1}]
-
-
-def test_several_languages_are_answered_and_a_response_shared_by_two_is_not_judged(tmp_path, monkeypatch):
-    rows = [{"row_id": "0", **{code: {"prompt": f"{code} {TEXTS[code][0]}", "response": TEXTS[code][0]}
-                               for code in TEXTS}},
-            {"row_id": "1", **{code: {"prompt": f"{code} {TEXTS[code][1]}",
-                                      "response": TEXTS["en" if code == "sw" else code][1]}
-                               for code in TEXTS}}]
-    monkeypatch.setattr(answers, "answer",
-                        lambda model, tokenizer, questions, *_: [q.split(" ", 1)[1] for q in questions])
-    languages = tuple(TEXTS)
-    classifier = fit_languages(texts_by_language(rows, languages))
-    scores = answer_and_score(None, SimpleNamespace(fingerprint="0" * 64), rows, languages,
-                                         classifier, 8, None, tmp_path / "answers.jsonl")
-    assert {code: (scores[code]["n"], scores[code]["n_language"]) for code in TEXTS} == {
-        "en": (2, 1), "sw": (2, 1), "ko": (2, 2)}
-    assert ([scores[code]["correct"] for code in TEXTS] == [100, 50, 100]
-            and scores["ko"]["right_language"] == 100)
-    lines = [line["language"] for _, line in read_records(tmp_path / "answers.jsonl")]
-    assert lines == ["en"] * 2 + ["sw"] * 2 + ["ko"] * 2
-
-
-def test_answers_equal_generate_one_at_a_time(checkpoint):
-    import model as llama
-    model, tokenizer = llama.load(checkpoint), load_tokenizer(checkpoint)
-    questions = ["What is it?", "Mji mkuu wa Ufaransa ni upi?", "x"]
-    together = answer(model, tokenizer, questions, 9)
-    assert together == [answer(model, tokenizer, [question], 9)[0] for question in questions]
 
 
 def run(*arguments, typed=""):
@@ -216,9 +126,62 @@ def run(*arguments, typed=""):
 def test_ask_answers_a_question_and_holds_a_conversation(tmp_path):
     path = write_checkpoint(tmp_path)
     one = run("ask", "--model", path, "--max-tokens", 5, "Where is the lion?")
-    assert one.returncode == 0 and one.stderr == ""
+    assert one.returncode == 0 and one.stderr == f"loading {path}\nanswering, at most 5 tokens\n"
+    assert one.stdout.endswith("\n(cut at --max-tokens 5)\n")
     talk = run("ask", "--model", path, "--max-tokens", 5, typed="Where is the lion?\n\nnever read\n")
     assert talk.returncode == 0 and talk.stdout.count("> ") == 2 and one.stdout.strip() in talk.stdout
+
+
+def test_ask_shows_the_base_and_adapters_side_by_side_each_as_it_answers_alone(tmp_path):
+    from test_checkpoints import with_lora, write_adapter
+    base = write_checkpoint(tmp_path / "base")
+    adapters = [write_adapter(with_lora(base, alpha=alpha), base, tmp_path / f"adapter{alpha}")
+                for alpha in (12, 500)]
+    both = ["--adapter", adapters[0], "--adapter", adapters[1]]
+    alone = [run("ask", *flags, "--max-tokens", 5, "Who?").stdout for flags in (
+        ["--model", base], both[:2], both[2:])]
+    names = [base, *adapters]
+    asked = run("ask", *both, "--beside", "--max-tokens", 5, "Who?")
+    assert asked.stdout == "".join(f"{name}:\n{text}" for name, text in zip(names, alone)), asked.stderr
+    talk = run("ask", *both, "--beside", "--max-tokens", 5, typed="Who?\n\n")
+    assert asked.stdout in talk.stdout and len(set(alone)) > 1
+    assert run("ask", *both, "--max-tokens", 5, "Who?").stdout == asked.stdout[asked.stdout.index(
+        f"{adapters[0]}:"):]
+
+
+@pytest.mark.parametrize("arguments", [
+    ["ask", "--top-p", "0", "Who?"], ["ask", "--temperature", "-1", "Who?"],
+    ["ask", "--max-tokens", "0", "Who?"], ["ask", "--seed", "-1", "Who?"],
+    ["ask", "--temperature", "nan", "Who?"], ["mc", "mmlu", ".", "--limit", "-3"],
+    ["mc", "mmlu", ".", "--shots", "-1"], ["mc", "mmlu", ".", "--batch-tokens", "0"],
+    ["perplexity", "--lang", "sw", "--batch-tokens", "x"],
+    ["alpaca", "--lang", "sw", "--instructions", "x", "--batch-size", "0"],
+    ["alpaca", "--lang", "sw", "--instructions", "x", "--beams", "0"],
+    ["alpaca", "--lang", "sw", "--instructions", "x", "--top-p", "1.5"],
+    ["judge", "a", "b", "--timeout", "inf"], ["judge", "a", "b", "--parallel", "0"],
+    ["judge", "a", "b", "--attempts", "0"], ["judge", "a", "b", "--judge-tokens", "0"],
+    ["judge", "a", "b", "--price-in", "-1"], ["judge", "a", "b", "--seed", "nan"],
+    ["judge", "a", "b", "--limit", "0"]])
+def test_every_number_of_every_command_is_checked_in_one_line(arguments):
+    result = run(*arguments)
+    assert result.returncode == 2 and result.stderr.count("\n") == 1 and "was expected" in result.stderr
+
+
+@pytest.mark.parametrize("command", evaluation.COMMANDS)
+def test_help_has_an_example_and_no_flag_without_words(command):
+    told = run(command, "--help").stdout
+    assert f"Example:\n  python eval.py {command} " in told and "None" not in told
+    assert all(len(line) <= 150 for line in told.splitlines())
+
+
+def test_alpaca_misses_the_model_before_it_translates(tmp_path, monkeypatch):
+    (tmp_path / "i.json").write_text('[{"instruction": "a"}]')
+    monkeypatch.setattr(instructions.translate, "load", lambda *_: pytest.fail("hours of translation"))
+    for flags in (["--adapter", tmp_path / "none", "--model", write_checkpoint(tmp_path / "base")],
+                  ["--model", tmp_path / "none"]):
+        result = run("alpaca", "--instructions", tmp_path / "i.json", "--lang", "sw",
+                     "--translator", "t", *flags)
+        assert result.returncode == 2 and str(tmp_path / "none") in result.stderr
 
 
 def test_ask_refuses_what_is_not_there_in_one_line(tmp_path):
@@ -246,7 +209,7 @@ def test_multiple_choice_from_the_command_line_resumes_to_the_same_numbers(tmp_p
     assert whole.returncode == 0, whole.stderr
     first = json.loads((tmp_path / "out" / "result.json").read_text())
     assert first["figures"]["mmlu 2-shot"]["n"] == 14 and set(first["categories"]) == {"stem", "humanities"}
-    for key in ("model hash", "tokenizer and template", "shots", "template", "description", "files",
+    for key in ("model hash", "tokenizer", "shots", "template", "description", "files",
                 "dtype", "scored"):
         assert key in first["settings"]
     answers = tmp_path / "out" / "answers.jsonl"
@@ -260,6 +223,27 @@ def test_multiple_choice_from_the_command_line_resumes_to_the_same_numbers(tmp_p
             and refused.stderr.count("\n") == 1)
 
 
+def test_another_limit_split_subject_or_dtype_is_another_result_in_its_own_directory(tmp_path, monkeypatch):
+    from test_choice import write_mmlu
+    write_mmlu(tmp_path / "files"), write_checkpoint(tmp_path / "m"), monkeypatch.chdir(tmp_path)
+    sequence = {"0-shot-first-3": ["--limit", "3"], "0-shot": [], "2-shot": ["--shots", "2"],
+                "0-shot-dev": ["--split", "dev"], "0-shot-anatomy": ["--subjects", " anatomy"],
+                "0-shot-anatomy,world_religions": ["--subjects", "world_religions, anatomy"]}
+    for more in [*sequence.values(), *sequence.values(), ["--dtype", "bf16"]]:
+        evaluation.main(["mc", "mmlu", "files", "--model", "m", "--device", "cpu", *more])
+    names = {path.parent.name: json.loads(path.read_text()) for path in Path().glob("runs/eval/*/result.json")}
+    assert set(names) == {*(f"mmlu-{name}-fp32-m" for name in sequence), "mmlu-0-shot-bf16-m"}
+    assert [list(result["figures"]) for result in map(names.get, (
+        "mmlu-0-shot-first-3-fp32-m", "mmlu-0-shot-fp32-m"))] == [["mmlu 0-shot first 3"], ["mmlu 0-shot"]]
+
+
+def test_names_of_directories_stay_short_and_tell_long_ones_apart():
+    model = "/".join(["directory"] * 40)
+    subjects = [evaluation.short([f"{name}{i}" for i in range(57)]) for name in ("anatomy", "law")]
+    first, second = (evaluation.out_directory(model, "mmlu", name) for name in subjects)
+    assert first != second and max(len(first.name), len(second.name)) < 140 and " " not in first.name
+
+
 def test_perplexity_per_byte_is_that_of_single_sequences_long_prompts_cut_and_said(tmp_path):
     import torch
     import model as llama
@@ -269,7 +253,8 @@ def test_perplexity_per_byte_is_that_of_single_sequences_long_prompts_cut_and_sa
     assert first.returncode == again.returncode == 0, first.stderr + again.stderr
     assert ("1 of 14 prompts were longer than the model reads" in first.stdout
             and "holds 14 answers" in again.stdout)
-    assert first.stdout.splitlines()[1:4] == again.stdout.splitlines()[2:5]
+    assert first.stdout.splitlines()[2:5] == again.stdout.splitlines()[3:6]
+    assert first.stdout.startswith(f"{rows}: 7 read, 7 kept\n")
     figures = json.loads((tmp_path / "out" / "result.json").read_text())["figures"]
     model, tokenizer = llama.load(path, dtype=torch.float64), load_tokenizer(path)
     for place, language in (("source", "en"), ("target", "sw")):
@@ -281,7 +266,10 @@ def test_perplexity_per_byte_is_that_of_single_sequences_long_prompts_cut_and_sa
             logp = (model(torch.tensor([ids[:-1]]))[0] @ model.head.T).log_softmax(-1)
             nll -= sum(logp[i - len(reply), token].item() for i, token in enumerate(reply))
             size += len(row[language]["response"].encode())
-        assert figures[f"nll/byte {place}"]["value"] == pytest.approx(nll / size, rel=1e-5)
+        nats, bits = figures[f"nll/byte {place}"], figures[f"bits/byte {place}"]
+        assert nats["value"] == pytest.approx(nll / size, rel=1e-5)
+        assert bits["value"] == pytest.approx(math.log2(math.e) * nll / size, rel=1e-5)
+        assert bits["stderr"] / bits["value"] == pytest.approx(nats["stderr"] / nats["value"])
         assert figures[f"perplexity/byte {place}"]["value"] == pytest.approx(math.exp(nll / size), rel=1e-5)
 
 
@@ -298,10 +286,10 @@ def test_the_error_of_a_ratio_agrees_with_the_bootstrap():
 
 def test_answers_for_alpaca_eval_have_its_format_and_resume(tmp_path):
     path = write_checkpoint(tmp_path / "model")
-    instructions = tmp_path / "instructions.json"
-    instructions.write_text(json.dumps(
+    asked = tmp_path / "instructions.json"
+    asked.write_text(json.dumps(
         [{"instruction": f"Say {i}", "dataset": "d", "output": "x"} for i in range(5)]))
-    command = ["alpaca", "--model", path, "--instructions", instructions, "--lang", "en", "--max-tokens", "6",
+    command = ["alpaca", "--model", path, "--instructions", asked, "--lang", "en", "--max-tokens", "6",
                "--batch-size", "2", "--out", tmp_path / "out", "--name", "tiny", "--temperature", "0.7"]
     assert run(*command).returncode == 0
     outputs = json.loads((tmp_path / "out" / "model_outputs.json").read_text())
@@ -316,30 +304,39 @@ def test_answers_for_alpaca_eval_have_its_format_and_resume(tmp_path):
     assert (settings["temperature"], settings["max_tokens"], settings["seed"]) == (0.7, 6, 0)
 
 
-def test_translated_instructions_are_the_same_for_every_system_and_each_is_there_once(
+def test_translated_instructions_are_the_same_for_every_system_and_what_failed_a_check_is_left_out(
         tmp_path, monkeypatch, capsys):
     calls = []
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(evaluation.translate, "load", lambda *_: SimpleNamespace(fingerprint="abc"))
-    monkeypatch.setattr(evaluation.translate, "translate", lambda texts, *_: calls.append(len(texts)) or [
-        {"Say 3": " ", "Say 5": "Say 1 1"}.get(text, f"{text} {len(calls)}") for text in texts])
-    args = SimpleNamespace(translator="t", device="cpu", source="en", lang="sw", beams=2)
+    monkeypatch.setattr(instructions.translate, "load", lambda *_: SimpleNamespace(
+        fingerprint="abc", check=lambda *_: None))
+
+    def translate(texts, *_):
+        calls.append(len(texts))
+        odd = {"Say 3": " ", "Say 5": "Say 1 1"}
+        faults = {"Say 7": Counter(length=2)}
+        return [Translation(odd.get(text, f"{text} {len(calls)}"), faults.get(text, Counter()))
+                for text in texts]
+
+    monkeypatch.setattr(instructions.translate, "translate", translate)
+    how = ("t", "cpu", "en", "sw", 2)
     items = [{"instruction": f"Say {i}", "dataset": None} for i in range(20)]
-    first = evaluation.translate_instructions(items, args)
-    assert evaluation.translate_instructions(items, args) == first and calls == [16, 4]
+    first = instructions.translate_instructions(items, *how)
+    assert instructions.translate_instructions(items, *how) == first and calls == [16, 4]
     assert [item["instruction"] for item in first] == [
-        f"Say {i} {1 + i // 16}" for i in range(20) if i not in (3, 5)]
-    assert "2 translations are left out: empty, or equal to an earlier one" in capsys.readouterr().out
+        f"Say {i} {1 + i // 16}" for i in range(20) if i not in (3, 5, 7)]
+    assert ("3 of 20 translated instructions are left out: 1 empty, 1 equal to an earlier one, 1 length"
+            in capsys.readouterr().out)
 
 
 def test_compare_prints_tables_settings_and_the_plots_it_drew(tmp_path):
     pytest.importorskip("matplotlib")
-    from test_report import write_run
+    from test_comparison import write_run
     runs = [write_run(tmp_path, f"r{seed}", seed=seed, right={"base": 0.0, "sft": 0.3, "clo": 0.7})
             for seed in range(2)]
     result = run("compare", *runs, "--baseline", "base", "--plot", tmp_path / "plots")
     assert result.returncode == 0, result.stderr
-    assert ("Difference from base in points" in result.stdout
+    assert ("Difference from base ± standard error" in result.stdout
             and result.stdout.count("| target correct |") == 2 + 1)
     assert f"- {runs[0]}, {runs[1]}: " in result.stdout and '"max_tokens": 64' in result.stdout
     assert [path.name for path in sorted((tmp_path / "plots").iterdir())] == ["learning.png", "tradeoff.png"]
@@ -355,7 +352,7 @@ def test_compare_prints_tables_settings_and_the_plots_it_drew(tmp_path):
     (["alpaca", "--instructions", "empty.json", "--lang", "en"], "holds no instruction"),
     (["alpaca", "--instructions", "half.json", "--lang", "en"], "half.json[0]: broken Unicode"),
     (["winrate", "rows.jsonl"], 'rows.jsonl:1: "preference" is missing'),
-    (["compare", "none"], "none: neither report.json"),
+    (["compare", "none"], "none: no such file or directory"),
     (["mc", "mmlu", "none"], "none: no such file or directory"),
     (["winrate", "odd.jsonl"], "odd.jsonl:1: the preference is 'M'"),
     (["ask", "--device", "quantum", "Who?"], "--device quantum cannot be used")])

@@ -13,7 +13,7 @@ from conftest import write_checkpoint
 from engine.files import InputError
 from formats.chat import load_tokenizer
 from formats.records import read_rows
-from formats.weights import open_weights
+from formats.weights import Weights
 from m2m100 import tokenizer as spm
 
 
@@ -31,7 +31,9 @@ WORDS = st.sampled_from(["en", "sw", "id", "row_id", "prompt", "response", "inst
                          "messages", "role", "content", "conversations", "from", "value", "message_id",
                          "parent_id", "text", "replies", "rank", "lang", "tree_state", "message_tree_id",
                          "user", "assistant", "prompter", "system", "history", "split", "completion",
-                         "review_result", "deleted", "synthetic"])
+                         "review_result", "deleted", "synthetic", "chosen", "rejected", "data", "conversation",
+                         "context", "inputs", "targets", "question", "answer", "choices", "tool_calls", "type",
+                         "language", "train", "human", "gpt", "tool", "\n\nHuman: q\n\nAssistant: r"])
 RECORDS = st.recursive(SCALARS | WORDS, lambda inner: (st.lists(inner, max_size=4)
                                                        | st.dictionaries(WORDS, inner, max_size=5)),
                        max_leaves=12)
@@ -144,7 +146,7 @@ def test_any_header_of_a_safetensors_file(base, tmp_path):
 def test_any_index(base, tmp_path):
     directory = tmp_path / "copy"
     shutil.copytree(base, directory)
-    names = list(open_weights(base))
+    names = list(Weights(base))
     original = {"metadata": {"total_size": 1}, "weight_map": dict.fromkeys(names, "model.safetensors")}
 
     @FUZZ

@@ -5,6 +5,7 @@ import gzip
 import hashlib
 import json
 import os
+import re
 import subprocess
 import sys
 import threading
@@ -14,7 +15,9 @@ from pathlib import Path
 import pytest
 
 from conftest import write_checkpoint
+from engine.files import InputError, write_json
 from formats import hub
+from formats.weights import adapter_base
 
 ROOT = Path(__file__).parents[1]
 CHUNK = 10 * 1024 ** 2         # bytes that huggingface_hub writes at a time
@@ -54,7 +57,8 @@ class Handler(BaseHTTPRequestHandler):
         if repository not in kind:
             return self.refuse(404, "RepoNotFound")
         if verb == "resolve":
-            return self.send_part(rest[-1], kind[repository].get(rest[-1]))
+            name = "/".join(rest[1:])
+            return self.send_part(name, kind[repository].get(name))
         listing = [{"type": "file", "path": name, "rfilename": name, "size": len(content),
                     "oid": etag(content)} for name, content in kind[repository].items()]
         body = listing if verb == "tree" else {"id": repository, "sha": COMMIT, "siblings": listing}
@@ -120,8 +124,14 @@ def call(server, cache: Path, *command, **environment):
                           capture_output=True, text=True, timeout=120)
 
 
-LOCAL = ("import sys\nfrom engine.files import InputError\nfrom formats import hub\ntry: print(hub.local(sys.argv[1]))\n"
-         "except InputError as error: print('error:', error)")
+LOCAL = """
+import sys
+from engine.files import InputError
+from formats import hub
+try:
+    print(hub.local(sys.argv[1]))
+except InputError as error:
+    print("error:", error)"""
 
 
 def test_only_needed_files_are_fetched_and_the_cache_answers_offline(server, tmp_path, tiny):
@@ -144,9 +154,28 @@ def test_only_needed_files_are_fetched_and_the_cache_answers_offline(server, tmp
 def test_shards_are_those_the_index_names(server, tmp_path, tiny):
     index = {"weight_map": {"a": "model-00001-of-00002.safetensors", "b": "model-00002-of-00002.safetensors"}}
     shards = {name: name.encode() for name in index["weight_map"].values()}
-    server.models["some/large"] = tiny | shards | {hub.INDEX: json.dumps(index).encode()}
+    large = tiny | shards | {hub.INDEX: json.dumps(index).encode()}
+    del large["model.safetensors"]
+    server.models["some/large"], server.models["some/both"] = large, tiny | large
     call(server, tmp_path, "-c", LOCAL, "some/large")
     assert {name for name in server.fetched() if name.endswith("safetensors")} == set(shards)
+    server.got.clear()                                   # with a whole file, that one, as transformers does
+    call(server, tmp_path, "-c", LOCAL, "some/both")
+    assert {name for name in server.fetched() if "model" in name} == {"model.safetensors"}
+
+
+def test_every_chat_template_comes_along(server, tmp_path, tiny):
+    server.models["some/tiny"] = tiny | {"additional_chat_templates/tool_use.jinja": b"T"}
+    directory = Path(call(server, tmp_path, "-c", LOCAL, "some/tiny").stdout.strip())
+    assert (directory / "additional_chat_templates" / "tool_use.jinja").read_bytes() == b"T"
+
+
+def test_an_adapter_may_lie_on_the_hub(server, tmp_path):
+    server.models["some/adapter"] = {"adapter_config.json": b"{}", "adapter_model.safetensors": b"x",
+                                     "README.md": b"y"}
+    result = call(server, tmp_path, "-c", LOCAL.replace("hub.local", "hub.local_adapter"), "some/adapter")
+    names = {path.name for path in Path(result.stdout.strip()).iterdir()}
+    assert names == {"adapter_config.json", "adapter_model.safetensors"}
 
 
 @pytest.mark.parametrize("repository, environment, told", [
@@ -239,12 +268,104 @@ def test_a_whole_run_needs_nothing_but_names_of_the_hub(server, tmp_path):
     assert reply.returncode == 0, reply.stderr
 
 
-def test_paths_stay_paths(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "demo" / "llama").mkdir(parents=True)
-    for path in ("demo/llama", "demo/lama", "llama", "/a/b", "./a/b", "../a", "a/b/c", "a/", "~/a",
-                 tmp_path / "none"):
-        assert not hub.is_id(path) and hub.local(path) == Path(path)
+# ---- paths
+
+@pytest.fixture
+def elsewhere(tmp_path, monkeypatch) -> Path:
+    """Another working directory, and a project of whose files some lie beside clo.py alone."""
+    project = tmp_path / "project"
+    write_checkpoint(project / "demo" / "llama")
+    (project / "demo" / "english.jsonl").write_text("{}")
+    (tmp_path / "cwd").mkdir()
+    monkeypatch.setattr(hub, "ROOT", project)
+    monkeypatch.chdir(tmp_path / "cwd")
+    return project
+
+
+def test_what_lies_here_comes_before_what_lies_beside_the_program(elsewhere):
+    assert hub.local("demo/llama") == elsewhere / "demo" / "llama"
+    assert hub.data_file("demo/english.jsonl") == elsewhere / "demo" / "english.jsonl"
+    write_checkpoint(Path("demo/llama"))
+    assert hub.local("demo/llama") == Path("demo/llama")
+    assert hub.local(elsewhere / "demo" / "llama") == elsewhere / "demo" / "llama"
+
+
+def test_a_path_found_beside_the_program_is_said_unless_it_is_a_default(elsewhere, capsys):
+    write_checkpoint(elsewhere / "runs" / "base")
+    assert hub.local("runs/base") == elsewhere / "runs" / "base"
+    assert capsys.readouterr().out == f"runs/base: {elsewhere}/runs/base is taken, here there is none\n"
+    hub.local("demo/llama")
+    assert not capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", ["demo/lama", "llama", "/a/b", "./a/b", "../a", "a/b/c", "a/", "~/a",
+                                  "demo/m2m100"])
+def test_a_path_that_is_not_there_is_no_hub_id(elsewhere, name):
+    assert not hub.is_id(name)
+    with pytest.raises(InputError, match=f"^{re.escape(name)}: no such directory"):
+        hub.local(name)
+
+
+def test_owner_and_name_are_a_hub_id_unless_there_is_such_a_directory(elsewhere):
     assert hub.is_id("Qwen/Qwen2.5-0.5B") and hub.is_id("meta-llama/Llama-3.2-1B")
-    (tmp_path / "oasst1").write_text("{}")
+    Path("Qwen").mkdir()
+    assert not hub.is_id("Qwen/Qwen2.5-0.5B")
+    Path("oasst1").write_text("{}")
     assert hub.data_file("oasst1") == Path("oasst1")
+
+
+def write_run(directory: Path, methods=("clo", "sft")) -> None:
+    """What a run with --merge leaves, as far as it matters for finding things."""
+    write_json(directory / "config.json", {"flags": {}, "inputs": {}, "versions": {}})
+    for method in methods:
+        write_json(directory / method / "adapter" / "adapter_config.json", {"peft_type": "LORA"})
+        write_json(directory / method / "model" / "config.json", {"model_type": "llama"})
+
+
+def test_the_adapter_of_a_method_is_taken_and_that_is_said(elsewhere, capsys):
+    write_run(Path("runs/sw"))
+    assert hub.local_adapter("runs/sw/clo") == hub.local_adapter("runs/sw/clo/adapter")
+    assert capsys.readouterr().out == "runs/sw/clo is no adapter, runs/sw/clo/adapter is one and is taken\n"
+
+
+@pytest.mark.parametrize("find, name, told", [
+    (hub.local_adapter, "runs/sw", "no adapter: there is no adapter_config.json; did you mean "
+     "--adapter runs/sw/clo/adapter or --adapter runs/sw/sft/adapter or --model"),
+    (hub.local_adapter, "runs/sw/clo/model", "no adapter: .*; did you mean --model runs/sw/clo/model[?]"),
+    (hub.local_adapter, "runs/sw/clo/adaptr", "no such directory.*; did you mean runs/sw/clo/adapter[?]"),
+    (hub.local, "runs/sw", "no model: there is no config.json with a model_type; did you mean --adapter"),
+    (hub.local, "runs/sw/clo/adapter", "no model: .*; did you mean --adapter runs/sw/clo/adapter[?]"),
+    (hub.local, "demo/lama", "no such directory.*; did you mean .*demo/llama[?]"),
+    (hub.local, "file", "is a file, a directory was expected"),
+    (hub.local_adapter, "nothing", "no such directory")])
+def test_a_near_miss_gets_a_hint(elsewhere, find, name, told):
+    write_run(Path("runs/sw"))
+    write_checkpoint(Path("demo/llama"))
+    Path("file").write_text("x")
+    with pytest.raises(InputError, match=told) as error:
+        find(name)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("recorded, where", [
+    ("base", "cwd/base"), ("runs/base", "project/runs/base"), ("demo/llama", "project/demo/llama")])
+def test_the_base_an_adapter_records_is_found_here_then_beside_the_program(elsewhere, recorded, where):
+    directory = write_checkpoint(elsewhere.parent / where)
+    write_json(Path("adapter/adapter_config.json"),
+               {"peft_type": "LORA", "base_model_name_or_path": recorded})
+    assert hub.local(adapter_base(hub.local_adapter("adapter"))).resolve() == directory
+
+
+def test_the_program_runs_from_any_directory(tmp_path):
+    """Its defaults lie beside it; eval.jsonl beside the data is found there too."""
+    if not (ROOT / "demo" / "m2m100").is_dir():
+        pytest.skip("the demo's checkpoints are not built")
+    kept = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    command = [sys.executable, str(ROOT / "clo.py"), "--lang", "sw"]
+    result = subprocess.run([*command, "--dry-run", "--gpus", "1"], cwd=tmp_path, env=kept,
+                            capture_output=True, text=True, timeout=120)
+    assert result.returncode == 0 and "demo/english.jsonl: " in result.stdout, result.stderr
+    assert "demo/eval.jsonl: " in result.stdout and not list(tmp_path.iterdir())
+    refused = subprocess.run([*command, "--model", "demo/lama"], cwd=tmp_path, env=kept, capture_output=True,
+                             text=True, timeout=120)
+    assert refused.returncode == 2 and refused.stderr.startswith("error: demo/lama: no such directory")

@@ -1,13 +1,11 @@
 """The training step: what it keeps in memory, what it leaves out, what it compiles;
 and what scale.py predicts of it."""
 
+import math
 import os
 import random
 import shutil
-import subprocess
-import sys
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
@@ -17,7 +15,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import clo
 import data
 import model as llama
-from engine import scale
+from bench import tables
+from conftest import Recorder
+from engine import ranks, scale
 from engine.files import InputError
 from formats.configs import Config
 
@@ -47,25 +47,27 @@ def make_forks(number: int = 6) -> list[list[data.Fork]]:
 
     def ids():
         return [rng.randrange(31) for _ in range(rng.randint(1, 9))]
-    return [[data.Fork(ids(), [ids(), ids()], language, row) for language in ("en", "sw")]
+    return [[data.Fork(ids(), [ids(), ids()], language, row, side) for side, language in enumerate(("en", "sw"))]
             for row in range(number)]
 
 
-def make_args(**changes):
-    args = clo.parse_args(["--lang", "sw", "--device", "cpu"])
-    vars(args).update({"row_tokens": 40, "batch_size": 3, "micro_rows": 2} | changes)
-    return args
+CLO = clo.Objective(0.5, ("tgt",))
+SMALL = clo.Packing(batch_size=3, row_tokens=40, micro_rows=2)
 
 
-def make_steps(**changes):
-    return clo.make_steps(make_forks(), clo.METHODS["clo"][0], make_args(**changes), seed=0)
+def make_steps(packing=SMALL):
+    return clo.make_steps(make_forks(), CLO, packing, seed=0)
 
 
-def gradients(model, step, **changes) -> dict[str, torch.Tensor]:
-    model.zero_grad(set_to_none=True)
-    clo.backward_step(model, step, None, clo.METHODS["clo"][0], make_args(**changes), CPU)
-    return {name: parameter.grad for name, parameter in model.named_parameters()
-            if parameter.grad is not None}
+def train_step(model, step, objective=CLO) -> tuple[dict, dict[str, torch.Tensor]]:
+    """What a step logs, and its gradients by name; nothing moves."""
+    recorder = Recorder({name: p for name, p in model.named_parameters() if p.requires_grad})
+    result = clo.train_step(model, step, objective, recorder, math.inf)
+    return result, recorder.gradients
+
+
+def gradients(model, step) -> dict[str, torch.Tensor]:
+    return train_step(model, step)[1]
 
 
 def kept_bytes(model, batch: data.Batch) -> int:
@@ -131,7 +133,7 @@ def test_recomputed_activations_give_bit_for_bit_the_same_gradients(shape, train
 
 
 def test_recomputing_keeps_one_vector_per_token_and_block():
-    model, batch = make_model(recompute=True), make_steps()[0][0].batch
+    model, batch = make_model(recompute=True), make_steps()[0][0]
     c = model.config
     tokens = batch.tokens.numel()
     # Beside every block's input: the last norm's, and its 1 / rms per token.
@@ -140,8 +142,8 @@ def test_recomputing_keeps_one_vector_per_token_and_block():
 
 def test_rows_of_one_shape_for_a_gpu_change_no_gradient():
     model = make_model()
-    plain, fixed = make_steps(), make_steps(device="cuda", micro_rows=4)
-    assert {tuple(micro.batch.tokens.shape) for step in fixed for micro in step} == {(4, 40)}
+    plain, fixed = make_steps(), make_steps(clo.Packing(3, 40, 4, trim=False))
+    assert {tuple(batch.tokens.shape) for step in fixed for batch in step} == {(4, 40)}
     for trimmed, padded in zip(plain, fixed):
         expected, found = gradients(model, trimmed), gradients(model, padded)
         assert all((found[name] - expected[name]).abs().max() < 1e-13 for name in expected)
@@ -149,53 +151,23 @@ def test_rows_of_one_shape_for_a_gpu_change_no_gradient():
 
 def equal_forks(number: int = 3) -> list[list[data.Fork]]:
     """Samples whose responses are the same in both languages: no pair."""
-    return [[data.Fork(fork.prompt, [fork.continuations[0]] * 2, fork.language, fork.row) for fork in group]
+    return [[replace(fork, continuations=[fork.continuations[0]] * 2) for fork in group]
             for group in make_forks(number)]
 
 
 def test_a_step_without_a_pair_learns_from_its_responses_alone():
-    model, stage = make_model(), clo.METHODS["clo"][0]
-    step, = clo.make_steps(equal_forks(), stage, make_args(), seed=0)
-    result = clo.backward_step(model, step, clo.reference_logps(model, [step], CPU), stage, make_args(), CPU)
+    model = make_model()
+    step, = clo.make_steps(equal_forks(), CLO, SMALL, seed=0)
+    result, _ = train_step(model, step)
     clo.check_first_rewards(result["rewards"])
     assert result["rewards"].shape == (2, 0) and result["loss"] == 0.5 * result["nll"] > 0
 
 
 def test_methods_that_prefer_refuse_data_without_any_pair():
     with pytest.raises(InputError, match="the same response in all languages, so clo finds"):
-        clo.check_pairs(equal_forks(), make_args(baseline="sft"))
-    clo.check_pairs(equal_forks(), make_args(method="sft", baseline="none"))
-    clo.check_pairs(equal_forks() + make_forks(1), make_args())
-
-
-@pytest.mark.parametrize("name, tokens, epochs", [("sft", 60, 5), ("sft-en", 30, 5), ("dpo", 96, 3)])
-def test_a_dry_run_counts_the_tokens_and_passes_of_each_stage(name, tokens, epochs):
-    args = make_args(epochs=3, baseline_epochs=5, batch_size=3)
-    groups = [[data.Fork([1] * 4, [[2] * 6, [3] * 6], language, 0) for language in ("en", "sw")]]
-    assert clo.step_tokens(groups, clo.METHODS[name][-1], args, count=7) == tokens
-    assert clo.epochs_of(name, args) == epochs
-
-
-def test_our_adamw_is_torchs_bit_for_bit():
-    ours, theirs = ([torch.nn.Parameter(torch.arange(-3.0, 4.0)), torch.nn.Parameter(torch.ones(2, 3))]
-                    for _ in range(2))
-    options = {"lr": 0.1, "weight_decay": 0.03}
-    optimizers = [clo.AdamW(ours, **options),
-                  torch.optim.AdamW(theirs, foreach=False, fused=False, **options)]
-    generator = torch.Generator().manual_seed(0)
-    for step in range(5):
-        for mine, other in zip(ours, theirs):
-            mine.grad = torch.randn(mine.shape, generator=generator)
-            other.grad = mine.grad.clone()
-        for optimizer in optimizers:
-            optimizer.param_groups[0]["lr"] = 0.1 / (step + 1)
-            optimizer.step()
-            optimizer.zero_grad()
-        assert all(torch.equal(mine, other) and mine.grad is None for mine, other in zip(ours, theirs))
-    for mine, other in zip(ours, theirs):
-        found, expected = optimizers[0].state[mine], optimizers[1].state[other]
-        assert (found.keys() == expected.keys()
-                and all(torch.equal(found[key], expected[key]) for key in found))
+        clo.check_pairs(equal_forks(), "rows", {"sft": [clo.Objective(1.0, ("en", "tgt"))], "clo": [CLO]})
+    clo.check_pairs(equal_forks(), "rows", {"sft": [clo.Objective(1.0, ("en", "tgt"))]})
+    clo.check_pairs(equal_forks() + make_forks(1), "rows", {"clo": [CLO]})
 
 
 class Waits(TorchDispatchMode):
@@ -225,15 +197,19 @@ def test_the_watch_sees_what_waits():
     assert waits.seen == ["_local_scalar_dense", "index"]
 
 
-@pytest.mark.parametrize("changes", [{}, {"anchor": 0.5}, {"preference": "simpo"}, {"preference": "ipo"}])
+@pytest.mark.parametrize("changes", [{}, {"anchor": 0.5}, {"kind": "simpo"}, {"kind": "ipo"}])
 def test_nothing_in_a_step_waits_for_the_device(changes):
-    model, steps = make_model(), make_steps(batch_size=6, micro_rows=1)
-    reference = clo.group_by_step(clo.reference_logps(model, steps, CPU), steps)
-    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    assert len(steps[0]) > 2
+    model, [step, *_] = make_model(), make_steps(clo.Packing(6, 40, 1))
+    for batch, logp in zip(step, clo.summed_logps(model, step, "reference")):
+        batch.ref_logp = logp
+    assert len(step) > 2
+    counts = clo.Counts.of(step)            # of what lies on the host
     with Waits() as waits:
-        clo.backward_step(model, steps[0], reference[0], clo.METHODS["clo"][0], make_args(**changes), CPU)
-        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        for batch in step:
+            logp = llama.continuation_logps(model, batch)
+            replace(CLO, **changes).loss(logp, batch, counts).backward()
+            clo.batch_figures(logp.sum(), logp.detach(), batch, CLO, counts)
+        torch.nn.utils.clip_grad_norm_([p for p in model.parameters() if p.requires_grad], 1.0)
     assert waits.seen == []
 
 
@@ -251,7 +227,7 @@ def test_every_op_of_a_step_has_a_fixed_order_of_sums_on_cuda():
     model, steps = make_model(), make_steps()
     model.requires_grad_(True)
     with Names() as names:
-        clo.backward_step(model, steps[0], None, clo.METHODS["clo"][0], make_args(), CPU)
+        train_step(model, steps[0])
     assert {"index_add", "index_select"} <= names.seen
     assert not names.seen & {"cumsum", "histc", "bincount", "median", "put_",
                              "nll_loss_forward", "nll_loss2d_forward"}
@@ -261,7 +237,7 @@ def test_deterministic_algorithms_are_asked_for_without_filling_memory():
     fill, blas = (torch.utils.deterministic.fill_uninitialized_memory,
                   os.environ.get("CUBLAS_WORKSPACE_CONFIG"))
     try:
-        clo.fix_order_of_sums()
+        ranks.fix_order_of_sums()
         assert (torch.are_deterministic_algorithms_enabled()
                 and torch.is_deterministic_algorithms_warn_only_enabled())
         assert (os.environ["CUBLAS_WORKSPACE_CONFIG"]
@@ -273,25 +249,10 @@ def test_deterministic_algorithms_are_asked_for_without_filling_memory():
          else os.environ.update(CUBLAS_WORKSPACE_CONFIG=blas))
 
 
-def test_the_next_micro_batch_is_sent_before_the_current_one_is_worked_on():
-    asked = []
-
-    class Item:
-        def __init__(self, number):
-            self.number = number
-
-        def to(self, device):
-            asked.append(self.number)
-            return self
-    moved = clo.sent([Item(i) for i in range(3)], CPU)
-    assert [(item.number, list(asked)) for item in moved] == [(0, [0, 1]), (1, [0, 1, 2]), (2, [0, 1, 2])]
-    assert list(clo.sent([], CPU)) == []
-
-
 @pytest.mark.slow
 def test_one_compiled_graph_serves_all_blocks_and_the_pass_without_gradient():
     from torch._dynamo.testing import CompileCounterWithBackend
-    model, batch = make_model(), make_steps()[0][0].batch
+    model, batch = make_model(), make_steps()[0][0]
     rows = (batch.tokens, batch.positions, batch.fork, batch.branch)
     counter = CompileCounterWithBackend("aot_eager")
     expected, model = model(*rows), make_model(compiler=counter)
@@ -333,7 +294,7 @@ def peak_bytes(function) -> int:
 @pytest.mark.parametrize("gradient, recompute", [(False, False), (False, True), (True, True)])
 def test_compiled_blocks_keep_nothing_that_is_not_needed_again(gradient, recompute):
     """Six more blocks may take their inputs alone where each is run again, and without a gradient nothing."""
-    batch, peaks = make_steps()[0][0].batch, {}
+    batch, peaks = make_steps()[0][0], {}
     for layers in (2, 8):
         torch.compiler.reset()
         model = llama.Llama(replace(SHAPES["llama"], num_hidden_layers=layers), None, recompute, "aot_eager")
@@ -410,7 +371,7 @@ def test_predicted_parameter_counts_are_those_of_the_model(shape):
 @pytest.mark.parametrize("recompute", [False, True])
 def test_predicted_activations_are_within_two_percent_of_the_bytes_kept(shape, train, recompute):
     model = make_model(shape, train, recompute=recompute)
-    batch = make_steps(row_tokens=80)[0][0].batch
+    batch = make_steps(clo.Packing(3, 80, 2))[0][0]
     c, tokens = model.config, batch.tokens.numel()
     gathers, _ = llama.unfold_forks(batch.fork, batch.branch)
     copies = sum(rows.numel() for rows in gathers) / tokens
@@ -422,7 +383,7 @@ def test_predicted_activations_are_within_two_percent_of_the_bytes_kept(shape, t
 
 @pytest.mark.parametrize("name", ["Llama-3.2-1B", "Llama-3-8B", "Llama-3-70B"])
 def test_micro_batches_are_the_largest_power_of_two_that_fits_with_a_margin(name):
-    c, plan = scale.MODELS[name], scale.Plan(row_tokens=1024)
+    c, plan = tables.MODELS[name], scale.Plan(row_tokens=1024)
 
     def needed(rows):
         return sum(scale.memory(c, replace(plan, micro_rows=rows)).values())
@@ -437,7 +398,7 @@ def test_micro_batches_are_the_largest_power_of_two_that_fits_with_a_margin(name
 
 
 def test_sharding_divides_weights_and_leaves_activations():
-    c = scale.MODELS["Llama-3-8B"]
+    c = tables.MODELS["Llama-3-8B"]
     one, eight = (scale.memory(c, scale.Plan(train="full", gpus=gpus, shard=gpus > 1)) for gpus in (1, 8))
     assert eight["trainables, gradients, AdamW"] * 8 == one["trainables, gradients, AdamW"]
     assert eight["activations"] == one["activations"]
@@ -445,28 +406,17 @@ def test_sharding_divides_weights_and_leaves_activations():
 
 
 def test_the_calculator_says_what_does_not_fit_and_what_recomputing_saves(capsys):
-    c = scale.MODELS["Llama-3-70B"]
+    c = tables.MODELS["Llama-3-70B"]
     text = scale.describe(c, scale.Plan(row_tokens=4096))
     assert ("too much for the device" in text and "--recompute would save" in text
             and f"{70_553_706_496:,}" in text)
-    scale.main(["--table"])
+    tables.main([])
     assert capsys.readouterr().out.count("Llama-3-8B") == 3
 
 
-def test_training_on_a_cpu_imports_no_compiler():
-    program = """
-import sys, torch, clo, model
-llama = model.initialise_(model.Llama(model.Config(31, 16, 24, 2, 4, 2, 6)))
-parameters = clo.make_trainable(llama, "lora", 2, 4, 0)
-optimizer = clo.make_optimizer(parameters.values(), 1e-3, 0.0, torch.device("cpu"))
-hidden = llama(torch.tensor([[1, 2, 3]]))[0]
-clo.kernels.token_logp(hidden, llama.head, torch.tensor([2, 3, 4])).sum().backward()
-torch.nn.utils.clip_grad_norm_(parameters.values(), 1.0)
-optimizer.step()
-optimizer.zero_grad()
-heavy = {"torch._dynamo", "torch._inductor", "transformers", "jinja2", "triton"} & set(sys.modules)
-sys.exit(", ".join(sorted(heavy)) or 0)
-"""
-    root = Path(clo.__file__).parent
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=root)
-    assert done.returncode == 0, done.stderr
+def test_the_stand_in_of_a_dry_run_has_the_shape_of_the_model_with_fewer_layers():
+    model = scale.stand_in(SHAPES["qwen3"], 2, CPU, torch.float32)
+    expected = {name: p.shape for name, p in llama.Llama(replace(SHAPES["qwen3"], num_hidden_layers=2)
+                                                         ).named_parameters()}
+    assert {name: p.shape for name, p in model.named_parameters()} == expected
+    assert model(torch.tensor([[1, 2, 3]])).isfinite().all()

@@ -1,0 +1,64 @@
+"""Held-out pairs during training: rewards, margins and accuracies split by direction, and the NLL of right responses.
+
+TRL's metric names, with a side behind each: `en` the source, `tgt` all targets, and where there are several
+targets each of them as `tgt_sw`. Watch nll_en: a preference loss alone lets it rise.
+"""
+
+import torch
+from torch import Tensor
+
+SAMPLE_ANSWERS = 2              # held-out questions whose answers every validation shows
+
+
+def sides(side: Tensor, targets: list[str]) -> dict[str, Tensor]:
+    """Masks of the directions that metrics are split by, those without a member left out. side (P,) as in
+    data.Batch."""
+    masks = {"en": side == 0, "tgt": side > 0}
+    if len(targets) > 1:
+        masks |= {f"tgt_{target}": side == number for number, target in enumerate(targets, 1)}
+    return {name: mask for name, mask in masks.items() if mask.any()}
+
+
+def pair_metrics(rewards: Tensor, logps: Tensor, side: Tensor, targets: list[str]) -> dict[str, float]:
+    """Means over the pairs of each direction. rewards, logps (2, P): chosen, rejected; side (P,)."""
+    metrics = {}
+    for name, mask in sides(side, targets).items():
+        chosen, rejected = rewards[:, mask]
+        metrics |= {f"rewards/chosen_{name}": chosen.mean().item(),
+                    f"rewards/rejected_{name}": rejected.mean().item(),
+                    f"rewards/margins_{name}": (chosen - rejected).mean().item(),
+                    f"rewards/accuracies_{name}": (chosen > rejected).double().mean().item(),
+                    f"logps/chosen_{name}": logps[0, mask].mean().item(),
+                    f"logps/rejected_{name}": logps[1, mask].mean().item()}
+    return metrics
+
+
+def score(batches: list, policy: list[Tensor], reference: list[Tensor], beta: float,
+          targets: list[str]) -> dict[str, float]:
+    """Metrics of held-out batches from the summed log-probs (S,) of each under the policy and the reference."""
+    rewards, logps, right = [], [], []
+    for batch, now, before in zip(batches, policy, reference):
+        pair = torch.stack((batch.chosen, batch.rejected))
+        logps.append(now[pair])
+        rewards.append(beta * (now - before)[pair])
+        right.append(now[batch.right])
+    side = torch.cat([batch.side[batch.chosen] for batch in batches])
+    metrics = pair_metrics(torch.cat(rewards, 1), torch.cat(logps, 1), side, targets)
+    nll, tokens = -torch.cat(right), torch.cat([batch.length[batch.right] for batch in batches])
+    by_side = sides(torch.cat([batch.side[batch.right] for batch in batches]), targets)
+    return metrics | {f"nll_{name}": (nll[mask].sum() / tokens[mask].sum()).item()
+                      for name, mask in by_side.items()}
+
+
+def describe(step: int, metrics: dict, answers: list[dict]) -> str:
+    """What the loop prints of a validation: a line of figures by side, a line for each sample answer."""
+    parts = []
+    for name, start in (("nll", "nll_"), ("accuracy", "rewards/accuracies_"), ("margin", "rewards/margins_")):
+        figures = [f"{key.removeprefix(start)} {value:.3f}"
+                   for key, value in metrics.items() if key.startswith(start)]
+        parts.append(f"{name} {', '.join(figures)}")
+    lines = [f"held-out, step {step}: {'; '.join(parts)}"]
+    for answer in answers:
+        wanted = "" if answer["reply"] == answer["expected"] else f"  (expected: {answer['expected']})"
+        lines.append(f"    {answer['language']}: {answer['reply']}{wanted}")
+    return "\n".join(lines)

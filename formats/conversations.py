@@ -1,0 +1,220 @@
+"""One record of a public data set -> its messages.
+
+To add a format, add a line to READERS: its name, the keys that tell it, and a reader, which is
+`reader(record, keys, counts) -> [(role, text)]` with the roles user, assistant, system and tool. A format of
+two plain columns needs no reader of its own: `columns` takes the first key for the prompt's.
+
+Null is empty. What cannot be read raises OddRecord, which costs that record alone; parts of messages that are
+no text are counted.
+"""
+
+import json
+import os
+import re
+import unicodedata
+
+ROLES = {name: role for role, names in {
+    "user": "user human prompter",
+    "assistant": "assistant gpt chatgpt model bot chatbot ai bing bard claude llm",
+    "system": "system developer",
+    "tool": "tool tool_call tool_response function function_call function_response observation ipython",
+}.items() for name in names.split()}
+ROLE_KEYS = ("role", "from")
+TEXT_KEYS = ("content", "value", "text")
+UNKNOWN = "unknown format"
+# Letters and symbols that print nothing: fillers of Hangul syllables, the empty Braille pattern.
+BLANK_LETTERS = "\u115f\u1160\u3164\uffa0\u2800"
+BLANK_CATEGORIES = ("Z", "M", "Cc", "Cf")        # spaces, marks on no letter, controls, formats
+
+
+class Skip(Exception):
+    """Why a sound record gives no row. Its place is not in the reason: reasons are counted."""
+
+
+class OddRecord(Skip):
+    """Why a record cannot be read: its neighbours can."""
+
+
+# ---- values ----
+
+def is_blank(text):
+    """Nothing in the text can be seen: it is empty, or spaces, zero-width, control and combining characters."""
+    return all(unicodedata.category(character).startswith(BLANK_CATEGORIES) or character in BLANK_LETTERS
+               for character in text)
+
+
+def as_text(value, key, counts):
+    """The text under a key. Null is empty, numbers and truth values stand as in the file, parts of a
+    list are joined; parts without text (images) are counted. OddRecord for anything else."""
+    if value is None:
+        return ""
+    if isinstance(value, str):
+        return value
+    if isinstance(value, (int, float)):
+        return json.dumps(value)
+    if not isinstance(value, list):
+        raise OddRecord(f'"{key}" holds an object where text is wanted')
+    if sum(isinstance(part, str) for part in value) > 1:
+        raise OddRecord(f'"{key}" holds {len(value)} texts where one is wanted')
+    return "".join(part_text(part, key, counts) for part in value)
+
+
+def part_text(part, key, counts):
+    """The text of one part of a message; an image has none."""
+    if isinstance(part, dict) and "text" not in part:
+        counts["parts without text left out (images, calls)"] += 1
+        return ""
+    return as_text(part["text"] if isinstance(part, dict) else part, key, counts)
+
+
+def as_list(value, key):
+    if not isinstance(value, list):
+        raise OddRecord(f'"{key}" holds no list')
+    return value
+
+
+def named(keys):
+    """Keys or other words out of a file, safe to print in one line."""
+    return ", ".join(f"{key!r:.40}" for key in list(keys)[:12])
+
+
+# ---- records -> messages ----
+
+def message_of(message, counts):
+    """(role, text) of {"role", "content"} or {"from", "value"}, in any spelling of the role."""
+    if not isinstance(message, dict):
+        raise OddRecord("a message that is no object")
+    role_key = next((key for key in ROLE_KEYS if message.get(key) is not None), None)
+    if role_key is None:
+        raise OddRecord(f'a message without "role" or "from" (keys: {named(message)})')
+    name = message[role_key]
+    role = ROLES.get(name.strip().lower()) if isinstance(name, str) else None
+    if role is None:
+        raise OddRecord(f'a message whose "{role_key}" is {name!r:.40}, an unknown role')
+    if role == "tool" or message.get("tool_calls") or message.get("function_call"):
+        return "tool", ""
+    held = [key for key in TEXT_KEYS if key in message]
+    if not held:
+        raise OddRecord(f'a message of role {name!r:.40} without "content" (keys: {named(message)})')
+    key = next((key for key in held if message[key] is not None), held[0])
+    return role, as_text(message[key], key, counts)
+
+
+def messages_of(value, role, key, counts):
+    """[(role, text)] of what a key holds: the text of one message, or a list of messages."""
+    if isinstance(value, dict) and "messages" in value:
+        value = value["messages"]
+    if isinstance(value, list) and any(map(has_role, value)):
+        return [message_of(message, counts) for message in value]
+    text = as_text(value, key, counts)
+    return dialogue(text) or [(role, text)]
+
+
+def has_role(item):
+    """A message has a role, a part of one message has none."""
+    return isinstance(item, dict) and any(key in item for key in ROLE_KEYS)
+
+
+def dialogue(text):
+    """[(role, text)] of a conversation written out as Anthropic's hh-rlhf does, else []."""
+    if not re.match(r"\s*Human:.*\n\nAssistant:", text, re.DOTALL):
+        return []
+    _, *turns = re.split(r"(?:^\s*|\n\n)(Human|Assistant):", text)
+    messages = [(ROLES[name.lower()], said.strip()) for name, said in zip(turns[::2], turns[1::2])]
+    return messages if messages[-1][1] else messages[:-1]         # a prompt ends with an open "Assistant:"
+
+
+def listed(record, keys, counts):
+    """Messages of a list; of a list of texts, which take turns; of turns of an input and an output."""
+    key, = keys
+    items = as_list(record[key], key)
+    if items and all(isinstance(item, str) for item in items):
+        return [("assistant" if number % 2 else "user", text) for number, text in enumerate(items)]
+    if items and all(isinstance(item, dict) and {"input", "output"} <= item.keys() for item in items):
+        return [(role, as_text(item[name], name, counts))
+                for item in items for role, name in (("user", "input"), ("assistant", "output"))]
+    return [message_of(item, counts) for item in items]
+
+
+def columns(record, keys, counts):
+    """Messages of a record with a column for the prompt and one for the response, and perhaps others for a
+    system prompt, earlier turns and what the prompt speaks about."""
+    asked, answered = keys
+    if record.get("choices") or record.get("options"):
+        raise OddRecord("a multiple-choice question, which is for a benchmark")
+    prompt = messages_of(record[asked], "user", asked, counts)
+    reply = messages_of(record[answered], "assistant", answered, counts)
+    if any(role == "user" for role, _ in reply):
+        return reply                                  # UltraFeedback: `chosen` begins with the prompt
+    texts = [prompt[-1][1], *(as_text(record.get(key), key, counts)
+                              for key in ("input", "context") if key != asked)]
+    prompt[-1] = (prompt[-1][0], "\n".join(text for text in texts if not is_blank(text)))
+    system = [as_text(record.get(key), key, counts) for key in ("system", "system_prompt")]
+    return [*(("system", text) for text in system if text), *earlier_turns(record, counts), *prompt, *reply]
+
+
+def earlier_turns(record, counts):
+    """Messages of the `history` that Alpaca files may have: [[prompt, response], ...]."""
+    messages = []
+    for turn in as_list(record.get("history") or [], "history"):
+        texts = [as_text(text, "history", counts) for text in as_list(turn, "history")]
+        messages += zip(("user", "assistant"), texts)
+    return messages
+
+
+def implicit_prompt(record, keys, counts):
+    """Messages of a preference pair without a prompt: both texts begin with it (TRL, "Dataset formats").
+    Where they part inside a word, the response begins with that word."""
+    chosen, rejected = (messages_of(record[key], "assistant", key, counts) for key in keys)
+    if len(chosen) != 1 or chosen[0][0] != "assistant":
+        return chosen
+    texts = chosen[0][1], rejected[0][1] if rejected else ""
+    shared = os.path.commonprefix(texts)
+    prompt = re.sub(r"\s\S*\Z", "", shared)
+    if is_blank(prompt) or shared in texts:
+        raise OddRecord("chosen and rejected do not begin with one prompt")
+    return [("user", prompt.strip()), ("assistant", texts[0][len(prompt):].strip())]
+
+
+# Name, keys that tell the format, reader. The first line whose keys a record has is taken.
+READERS = (
+    ("messages", ("messages",), listed),
+    ("ShareGPT", ("conversations",), listed),
+    ("ShareGPT", ("conversation",), listed),
+    ("Alpaca", ("instruction", "output"), columns),
+    ("Dolly", ("instruction", "response"), columns),
+    ("preferences", ("prompt", "chosen"), columns),
+    ("preferences", ("question", "chosen"), columns),
+    ("preferences", ("chosen", "rejected"), implicit_prompt),
+    ("prompt and response", ("prompt", "response"), columns),
+    ("prompt and completion", ("prompt", "completion"), columns),
+    ("Aya, FLAN", ("inputs", "targets"), columns),
+    ("OpenOrca", ("question", "response"), columns),
+    ("question and answer", ("question", "answer"), columns),
+    ("query and response", ("query", "response"), columns),
+    ("problem and solution", ("problem", "solution"), columns),
+    ("input and output", ("input", "output"), columns),
+    ("UltraChat", ("data",), listed),
+)
+FORMATS = ", ".join(['parallel ({"en": {"prompt", "response"}, ...})', "OpenAssistant (trees or messages)",
+                     *dict.fromkeys(f"{name} ({', '.join(keys)})" for name, keys, _ in READERS)])
+
+
+def find_format(record):
+    """(keys, reader) of the record's format, or None. Keys that hold null count where no others tell it: files
+    joined from several have the columns of all."""
+    filled = {key for key, value in record.items() if value is not None}
+    for held in (filled, record.keys()):
+        for _, keys, reader in READERS:
+            if {*keys} <= held:
+                return keys, reader
+    return None
+
+
+def read_conversation(record, counts):
+    """[(role, text)] of a record. OddRecord."""
+    found = find_format(record)
+    if found is None:
+        raise OddRecord(f"{UNKNOWN} (keys: {named(record)})")
+    keys, reader = found
+    return reader(record, keys, counts)

@@ -1,0 +1,249 @@
+"""A tokenizer as a checkpoint's files give it, and text -> ids without surprises.
+
+tokenizer.json holds the vocabulary; some added tokens stand in tokenizer_config.json, special_tokens_map.json
+or added_tokens.json alone. They are merged as transformers does, under the ids given.
+"""
+
+import copy
+import json
+import unicodedata
+
+import tokenizers
+
+from engine.files import InputError, as_kind, need, read_json
+
+NAMES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+FLAGS = ("single_word", "lstrip", "rstrip", "normalized")
+MOST_UNUSED = 100_000   # ids between two added tokens; more is a damaged file
+PRIVATE_USE = range(0xF0000, 0x10FFFE)  # characters that mean nothing
+AFTER_TOKEN = "\uf8ffafter a token\uf8ff"  # an added token of our own: text that follows it follows one
+
+
+# ---- files -> tokenizer ----
+
+def read_config(directory):
+    """tokenizer_config.json with special_tokens_map.json, which wins in a directory of the older kind."""
+    config = read_json(directory / "tokenizer_config.json", missing={})
+    older = read_json(directory / "special_tokens_map.json", missing={})
+    return older | config if "added_tokens_decoder" in config else config | older
+
+
+def added_token(token, where, special=True):
+    """tokenizers' AddedToken of a bare name, or of an object that holds its flags."""
+    token = {"content": token} if isinstance(token, str) else token
+    content = as_kind(need(token, "content", where), str, where)
+    flags = {flag: bool(token[flag]) for flag in FLAGS if flag in token}
+    return tokenizers.AddedToken(content, special=bool(token.get("special", special)), **flags)
+
+
+def special_tokens(config, where):
+    """({name: token}, [tokens without a name]) that the configuration calls special."""
+    named = {key: config[key] for key in NAMES if config.get(key)}
+    for key, value in config.items():
+        is_token = isinstance(value, str) and value or isinstance(value, dict) and "content" in value
+        if key.endswith("_token") and is_token:
+            named[key] = value
+    more = config.get("extra_special_tokens") or config.get("additional_special_tokens") or []
+    if isinstance(more, dict):
+        named, more = named | more, []
+    named = {key: added_token(token, f"{where}: {key}") for key, token in named.items()}
+    return named, [added_token(token, f"{where}: special tokens") for token in as_kind(more, list, where)]
+
+
+def numbered_tokens(source, config, listed, special, where):
+    """[(id, token)] of tokenizer.json, of added_tokens_decoder (whose flags win) and of added_tokens.json."""
+    ids, found = {}, {}
+    for entry in as_kind(source.get("added_tokens") or [], list, where):
+        token = added_token(entry, where, special=False)
+        ids[token.content] = need(entry, "id", where)
+        found[token.content] = token
+    decoder = as_kind(config.get("added_tokens_decoder") or {}, dict, where)
+    for number, entry in decoder.items():
+        token = added_token(entry, where, special=False)
+        ids.setdefault(token.content, int(number) if number.isdecimal() else number)
+        found[token.content] = token
+    for name, number in listed.items():
+        ids.setdefault(name, number)
+        found.setdefault(name, added_token(name, where, special=name in special))
+    for name, number in ids.items():
+        if type(number) is not int:
+            raise InputError(f"{where}: the added token {name!r} has the id {number!r}, "
+                             "a whole number was expected")
+    return [(ids[name], found[name]) for name in sorted(ids, key=ids.get)]
+
+
+def add_numbered(tokenizer, numbered, where):
+    """Give a tokenizer these added tokens under these ids, as the weights know them.
+
+    The library numbers new tokens one after another: gaps are filled with tokens that no text holds.
+    """
+    batch, free = [], tokenizer.get_vocab_size()
+    for number, token in numbered:
+        if tokenizer.token_to_id(token.content) is None:
+            if number - free > MOST_UNUSED:
+                raise InputError(f"{where}: the added token {token.content!r} has the id {number}, "
+                                 f"the vocabulary ends at {free}: files of different models?")
+            for gap in range(free, number):
+                batch.append(tokenizers.AddedToken(f"\uf8ffunused {gap}\uf8ff", normalized=False))
+            free = max(free, number) + 1
+        batch.append(token)
+    tokenizer.add_tokens(batch)
+    by_id = {}
+    for number, token in numbered:
+        other = by_id.setdefault(number, token.content)
+        if other != token.content:
+            raise InputError(f"{where}: the added tokens {token.content!r} and {other!r} have the same id, "
+                             f"{number}: give each its own")
+        known = tokenizer.token_to_id(token.content)
+        if known != number:
+            raise InputError(f"{where}: the added token {token.content!r} has the id {number}, "
+                             f"in the vocabulary it is {known}: files of different models?")
+
+
+def read_tokenizer(directory, config):
+    """(tokenizer, {name: special token}, ids of all special tokens) of a checkpoint's files."""
+    where = directory / "tokenizer.json"
+    if not where.exists():
+        raise InputError(f"{directory}: no tokenizer.json there; tokenizer.save_pretrained writes one")
+    source, listed = read_json(where, missing={}), read_json(directory / "added_tokens.json", missing={})
+    named, more = special_tokens(config, directory / "tokenizer_config.json")
+    special = {token.content for token in [*named.values(), *more]}
+    numbered = numbered_tokens(source, config, listed, special, where)
+    try:
+        tokenizer = tokenizers.Tokenizer.from_str(json.dumps(source | {"added_tokens": []}))
+    except Exception as error:  # the library raises nothing narrower
+        raise InputError(f"{where}: not a usable tokenizer: {error}") from None
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    add_numbered(tokenizer, numbered, where)
+    known = {token.content for _, token in numbered}
+    tokenizer.add_tokens([token for token in [*named.values(), *more] if token.content not in known])
+    ids = {number for number, token in tokenizer.get_added_tokens_decoder().items()
+           if token.special or token.content in special}
+    return tokenizer, {key: token.content for key, token in named.items()}, ids
+
+
+# ---- text -> ids ----
+
+def is_words(text):
+    """Letters, their marks, digits and spaces only: a template cannot mean a mark by it alone."""
+    return all(char.isspace() or unicodedata.category(char)[0] in "LMN" for char in text)
+
+
+def control_token(token, normalized):
+    """The same added token, flagged special: what Encoder can switch off."""
+    flags = {"single_word": token.single_word, "lstrip": token.lstrip, "rstrip": token.rstrip}
+    return tokenizers.AddedToken(token.content, special=True, normalized=normalized, **flags)
+
+
+def encoder_for(tokenizer, special, unk_id, written):
+    """An Encoder for a template that writes such text.
+
+    Added tokens in it that are more than words are control tokens beside the special ones. Special ones split
+    the text before a normaliser sees it, so that a word after <s> begins with Llama 2's space.
+    """
+    added = tokenizer.get_added_tokens_decoder()
+    control = special | {number for number, token in added.items()
+                         if token.content in written and not is_words(token.content)}
+    inner = copy.deepcopy(tokenizer)
+    inner.add_tokens([control_token(added[number], added[number].normalized and number not in special)
+                      for number in sorted(control)])
+    inner.add_tokens([tokenizers.AddedToken(AFTER_TOKEN, normalized=False)])
+    return Encoder(inner, control | {inner.token_to_id(AFTER_TOKEN)}, unk_id)
+
+
+class Encoder:
+    """Text -> ids, where control tokens may come out of a template's text but not out of a user's.
+
+    Other added tokens are text, as in pre-training. control: ids; unk_id is one of them only where a text
+    names it.
+    """
+
+    def __init__(self, tokenizer, control, unk_id):
+        self.tokenizer, self.control, self.unk_id = tokenizer, control, unk_id
+        self.names = {number: token.content for number, token in tokenizer.get_added_tokens_decoder().items()}
+
+    def encode(self, text, control=True):
+        """control=False: the tokenizer does not look for control tokens (flagged special in it)."""
+        self.tokenizer.encode_special_tokens = not control
+        encoding = self.tokenizer.encode(text, add_special_tokens=False)
+        self.tokenizer.encode_special_tokens = False
+        return encoding
+
+    def control_tokens(self, encoding, text):
+        """[(id, start, end)] of the control tokens in an encoded text."""
+        found = []
+        for token, (start, end) in zip(encoding.ids, encoding.offsets):
+            unknown = token == self.unk_id and text[start:end].strip() != self.names[token]
+            if token in self.control and not unknown:
+                found.append((token, start, end))
+        return found
+
+    def hide(self, *texts):
+        """(texts, hidden): control tokens in texts, each behind a private character; what those hide."""
+        used, marks = set("".join(texts)), {}
+        free = (mark for mark in map(chr, PRIVATE_USE) if mark not in used)
+        texts = [self._hide(text, marks, free) for text in texts]
+        return texts, {mark: name for name, mark in marks.items()}
+
+    def _hide(self, text, marks, free):
+        parts, cursor = [], 0
+        for _, start, end in self.control_tokens(self.encode(text), text):
+            name = text[start:end].strip()  # a token may take the spaces beside it
+            if name not in marks:
+                marks[name] = next(free)
+            start = text.index(name, start)
+            parts += [text[cursor:start], marks[name]]
+            cursor = start + len(name)
+        return "".join(parts) + text[cursor:]
+
+    def ids(self, text, hidden=None):
+        """Ids of rendered text: control tokens as themselves, what is hidden in it as plain text."""
+        encoding, shown = self.encode(text), str.maketrans(hidden or {})
+        if text.translate(shown) == text:
+            return encoding.ids
+        ids, cursor = [], 0
+        for token, start, end in self.control_tokens(encoding, text):
+            ids += self.plain(text[cursor:start].translate(shown), after_token=cursor > 0)
+            ids.append(token)
+            cursor = end
+        return ids + self.plain(text[cursor:].translate(shown), after_token=cursor > 0)
+
+    def plain(self, text, after_token=False):
+        """Ids of text, none a control token; a piece of the vocabulary that is one after all is cut."""
+        before = AFTER_TOKEN if after_token else ""
+        encoding = self.encode(before + text, control=False)
+        pieces = self.control_tokens(encoding, before + text)[after_token:]
+        cuts = [start + 1 - len(before) for _, start, end in pieces if end - start > 1]
+        if not cuts:
+            return encoding.ids[after_token:]
+        ids = self.plain(text[:cuts[0]], after_token)
+        for start, end in zip(cuts, [*cuts[1:], len(text)]):
+            ids += self.following("", text[start:end], self.plain)
+        return ids
+
+    def following(self, context, text, encode):
+        """Ids of text as it follows another, never with a space of the tokenizer's own where none is written.
+
+        Encoded together with the context, which then goes. Where the two would melt into one token, another
+        context takes its place: a letter, or the start of a line.
+        """
+        for anchor in filter(None, (context, "\n", "x")):
+            before, both = encode(anchor), encode(anchor + text)
+            if both[:len(before)] == before:
+                return both[len(before):]
+        return encode(text)
+
+
+def misread(tokenizer):
+    """{id: text} of added tokens that the library's decoder does not give back as they were.
+
+    To a byte-level one "ü" is half a character; others keep the space that encoding puts after added tokens.
+    """
+    def lost(text):
+        ids = tokenizer.encode(text, add_special_tokens=False).ids
+        return tokenizer.decode(ids, skip_special_tokens=False) != text
+
+    added = tokenizer.get_added_tokens_decoder().items()
+    return {number: token.content for number, token in added
+            if not token.special and lost(f"x{token.content}x")}

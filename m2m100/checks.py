@@ -1,0 +1,64 @@
+"""What shows that a translation cannot be trusted, to one who does not know the language: it `loops`, is in
+the `wrong_script`, is `copied`, has an `odd_length`.
+"""
+
+import re
+
+from formats.languages import letter_script, normal, script_of
+from formats.markup import prose
+
+LENGTH_RATIO = {"CJK": 0.35, "KANA": 0.45, "HANGUL": 0.55, "yo": 1.5, "en": 1.0}  # characters, English 1
+LETTER_WEIGHT = {"CJK": 3, "KANA": 2, "HANGUL": 2}      # Latin letters that say as much as one of these
+LONGEST_ACRONYM = 5
+WORDS = re.compile(r"[^\W\d_]+")
+LENGTH_BOUNDS = 0.4, 2.5  # of a translation over what is expected; people's go from 0.55 to 2.05 (NTREX)
+LENGTH_SLACK = 15         # characters added to both, so that short segments are not judged by their length
+
+
+def loops(ids: list[int]) -> bool:
+    """Whether a stretch repeats itself: tokens equal to those n before, 2n of them in a row, at least 8."""
+    for n in range(1, len(ids) // 3 + 1):
+        run = 0
+        for a, b in zip(ids, ids[n:]):
+            run = run + 1 if a == b else 0
+            if run >= max(8, 2 * n):
+                return True
+    return False
+
+
+def is_name(word: str) -> bool:
+    """Whether a word may be a name or an acronym: it has a capital, and is not shouted."""
+    return word[0].isupper() and (len(word) <= LONGEST_ACRONYM or not word.isupper())
+
+
+def wrong_script(text: str, language: str) -> bool:
+    """Whether less than three tenths of the text are in the language's script; False where that is not known.
+    Code does not count, nor do names in another script."""
+    script, words = script_of(language), WORDS.findall(prose(text))
+    own = ("KANA", "CJK") if script == "KANA" else (script,)
+    right = wrong = 0
+    for word in words:
+        inside = sum(letter_script(char) in own for char in word)
+        right += LETTER_WEIGHT.get(script, 1) * inside
+        wrong += 0 if is_name(word) else len(word) - inside
+    enough = wrong > 8 or wrong > 3 and not right and sum(map(len, words)) > 8
+    return script is not None and enough and right < 0.3 * (right + wrong)
+
+
+def copied(source: str, text: str) -> bool:
+    """Whether four in five of the source's words, names left out, came back as they were."""
+    words = [word for word in re.findall(r"[^\W\d_]{3,}", source) if word.islower()]
+    there = set(re.findall(r"[^\W\d_]{3,}", text))
+    return len(words) > 3 and sum(word in there for word in words) >= 0.8 * len(words)
+
+
+def odd_length(source: str, text: str, languages: tuple[str, str]) -> bool:
+    """Whether a translation is far shorter or longer than its language would have it; False for a
+    language of unknown script."""
+    scripts = [script_of(code) for code in languages]
+    if None in scripts:
+        return False
+    own, other = (LENGTH_RATIO.get(normal(code), LENGTH_RATIO.get(script, 1.15))
+                  for code, script in zip(languages, scripts))
+    ratio = (len(text) + LENGTH_SLACK) / (len(source) * other / own + LENGTH_SLACK)
+    return not LENGTH_BOUNDS[0] <= ratio <= LENGTH_BOUNDS[1]

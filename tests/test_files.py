@@ -1,0 +1,46 @@
+"""engine/files.py: the lock that one process holds and a kill releases."""
+
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from engine.files import InputError, locked
+
+ROOT = Path(__file__).parents[1]
+HOLDER = """import sys, time
+from engine.files import locked
+with locked(sys.argv[1]):
+    print("held", flush=True)
+    time.sleep(60)
+"""
+
+
+def holder(path):
+    """Another process that has the lock."""
+    process = subprocess.Popen([sys.executable, "-c", HOLDER, str(path)], cwd=ROOT, stdout=subprocess.PIPE)
+    assert process.stdout.readline() == b"held\n"
+    return process
+
+
+def test_a_second_process_is_refused_and_told_who_holds_the_file_by_any_of_its_names(tmp_path):
+    path, link = tmp_path / "out.jsonl", tmp_path / "link.jsonl"
+    link.symlink_to(path)
+    process = holder(path)
+    for name in (path, link, tmp_path / "." / "out.jsonl"):
+        with pytest.raises(InputError, match=f"out.jsonl is being written by process {process.pid} .*: wait"):
+            with locked(name):
+                raise AssertionError("the lock was given twice")
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    with locked(path):
+        assert (tmp_path / "out.jsonl.lock").exists()
+    assert [file.name for file in tmp_path.iterdir()] == ["link.jsonl"], "no lock is left behind"
+
+
+def test_a_lock_is_let_go_after_an_error(tmp_path):
+    for _ in range(2):
+        with pytest.raises(ZeroDivisionError), locked(tmp_path / "run" / "sw"):
+            1 / 0
