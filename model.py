@@ -20,8 +20,8 @@ prompt and do not see each other. With `fork` and `branch` (both (B, T)), token 
 
 and, for a sliding window of w (Mistral), positions[q] - positions[k] < w. A header that all forks begin with
 (few-shot examples) is left out of them and given as `prefix`, its keys and values: every token sees them too.
-Three ways to compute that attention, and one place that chooses (`fork_attention`): FlexAttention, which skips
-what the predicate hides, on CUDA; the dense mask, for what FlexAttention does not take; on the CPU one plain
+Three ways to compute that attention, and one place that chooses (`attention_for`): on CUDA FlexAttention, which
+skips what the predicate hides, or the dense mask, for what FlexAttention does not take; on the CPU one plain
 causal sequence for each continuation.
 
 References: LLaMA (arXiv 2302.13971), RoPE (arXiv 2104.09864), GQA (arXiv 2305.13245),
@@ -116,7 +116,7 @@ class SwiGLU(torch.autograd.Function):
     @staticmethod
     def forward(ctx, gate: Tensor, up: Tensor) -> Tensor:
         ctx.save_for_backward(gate, up)
-        # Not in place: the compiler of torch 2.11 would give `gate` and `up` a gradient of zero (issue 180642).
+        # Not in place: under torch 2.11's compiler `gate` and `up` would get a gradient of zero (issue 180642).
         return F.silu(gate) * up
 
     @staticmethod
@@ -200,7 +200,7 @@ def sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, causal: bo
         return F.scaled_dot_product_attention(q, k, v, mask).reshape(B, T, Q, D)
     q = q.transpose(1, 2)                                                        # (B, Q, T, D)
     if mask is not None and q.is_cuda and Q != G:
-        # CUDA's memory-efficient kernel takes masks or groups; without it all scores, (B, Q, T, S), are stored.
+        # CUDA's memory-efficient kernel takes a mask or groups, not both; without it all scores are stored.
         k = k.repeat_interleave(Q // G, dim=1)
         v = v.repeat_interleave(Q // G, dim=1)
     grouped = k.shape[1] != Q
@@ -258,9 +258,9 @@ def fork_lines(fork: Tensor, branch: Tensor) -> list[list[int]]:
 def unfold_forks(fork: Tensor, branch: Tensor) -> tuple[list[Tensor], Tensor]:
     """How to turn packed rows into one plain causal sequence per continuation, for attention alone.
 
-    Returns gathers, each (S, L) int64 of flat token indices (a line of `fork_lines` a row, right-padded; lines
-    of like length share a gather, so padding stays small), and restore (B*T,) int64: where each token's output
-    lies in the concatenation of the flattened gathers (a prompt's is read from its first continuation).
+    Returns gathers, each (S, L) int64 of flat token indices (a line of `fork_lines` a row, right-padded;
+    lines of like length share a gather, so padding stays small), and restore (B*T,) int64: where each token's
+    output lies in the concatenation of the flattened gathers (a prompt's is read from its first continuation).
     Padding restores line 0.
     """
     groups: list[list[list[int]]] = []
@@ -289,7 +289,8 @@ def attend_unfolded(q: Tensor, k: Tensor, v: Tensor, gathers: list[Tensor], rest
     """Packed forks on the CPU: gather each continuation behind its prompt (and the header, of which k and v
     have S - T tokens more than q), attend causally, put the rows back.
 
-    Only attention sees the prompt once per continuation; projections and MLP, nearly all the work, see it once.
+    Only attention sees the prompt once per continuation;
+    projections and MLP, nearly all the work, see it once.
     """
     B, T, Q, D = q.shape
     header = k.shape[1] - T
@@ -340,8 +341,8 @@ def attention_for(device: str, tokens: int, head_dim: int, header: bool) -> str:
 
 def fork_attention(fork: Tensor, branch: Tensor, positions: Tensor, head_dim: int, window: int | None = None,
                    header: int | None = None):
-    """The attention function of packed forks, after a header of so many tokens if there is one (then positions
-    count from its start); all three kinds are compared by the tests."""
+    """The attention function of packed forks; all three kinds are compared by the tests. After a header of so
+    many tokens, if there is one, positions count from its start."""
     kind = attention_for(fork.device.type, fork.shape[1], head_dim, header is not None)
     if kind == "flex":
         mask = flex_mask(fork, branch, positions, window)

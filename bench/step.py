@@ -42,10 +42,12 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 import clo
 import data
 import model as llama
-from engine import scale
+from bench import tables
+from engine import ranks, scale
 from engine.files import write_json
 from formats.checkpoints import save
 from formats.configs import Config
+from formats.weights import DTYPES
 from kernels.chunks import chunk_rows
 
 BOS, EOS, SPECIAL = 0, 1, 2                                       # ids; words follow the special tokens
@@ -66,18 +68,33 @@ def make_samples(args) -> list[list[data.Fork]]:
     for row in range(args.samples):
         prompts = [[BOS] + words(args.prompt, MAX_PROMPT) for _ in range(2)]
         replies = [words(args.response, MAX_RESPONSE) + [EOS] for _ in range(2)]
-        samples.append([data.Fork(prompts[own], [replies[own], replies[1 - own]], language, row)
+        samples.append([data.Fork(prompts[own], [replies[own], replies[1 - own]], language, row, own)
                         for own, language in enumerate(("en", "tgt"))])
     return samples
 
 
+def shape_of(args) -> Config:
+    if args.shape:
+        return tables.MODELS[args.shape]
+    heads = args.width // args.head_dim
+    return Config(args.vocab, args.width, args.mlp, args.layers, heads, heads, args.head_dim)
+
+
+def make_model(directory: Path, args, compiler=None) -> llama.Llama:
+    """The checkpoint's model; with --init-on-device random weights that never were on the CPU or a disk."""
+    device, dtype = torch.device(args.device), DTYPES[args.dtype]
+    if not args.init_on_device:
+        return llama.load(directory, device, dtype, None, args.recompute, compiler)
+    with torch.device("meta"):
+        model = llama.Llama(shape_of(args), dtype, args.recompute, compiler).to(dtype)
+    return llama.initialise_(model.to_empty(device=device)).requires_grad_(False).eval()
+
+
 def write_checkpoint(directory: Path, args) -> None:
     """A random Llama, and a tokenizer to which every word is one token, for those who want text."""
-    heads = args.width // args.head_dim
-    config = Config(args.vocab, args.width, args.mlp, args.layers, heads, heads, args.head_dim)
-    if args.shape:
-        config = scale.MODELS[args.shape]
-    save(llama.initialise_(llama.Llama(config)), directory, clo.DTYPES[args.dtype])
+    if args.init_on_device:
+        return
+    save(llama.initialise_(llama.Llama(shape_of(args))), directory, DTYPES[args.dtype])
     words = {"<s>": BOS, "</s>": EOS} | {f"w{i}": i for i in range(SPECIAL, args.vocab)}
     tokenizer = Tokenizer(models.WordLevel(words, "</s>"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
@@ -100,64 +117,74 @@ def elapsed(since: tuple[float, float]) -> dict:
 
 # ------------------------------------------------------------------------------------------------------ sides
 
-def our_arguments(args) -> argparse.Namespace:
-    return clo.parse_args([
-        "--lang", "tgt", "--device", args.device, "--dtype", args.dtype, "--lr", str(args.lr),
-        "--beta", "0.1", "--row-tokens", str(args.row_tokens), "--micro-rows", str(args.micro_rows),
-        "--batch-size", str(args.batch_size), "--lora-rank", str(args.rank), "--lora-alpha", "32"])
+DPO = clo.Objective(lam=0.0, nll=(), beta=0.1)
+
+
+def make_steps(samples: list[list[data.Fork]], args) -> list[list[data.Batch]]:
+    packing = clo.Packing(args.batch_size, args.row_tokens, args.micro_rows, trim=args.device == "cpu")
+    return clo.make_steps(samples, DPO, packing, seed=None)
 
 
 def run_ours(directory: Path, args) -> dict:
     """The reference pass and an epoch, with clo.py's own functions."""
-    device, stage, flags = torch.device(args.device), clo.METHODS["dpo"][0], our_arguments(args)
+    device = torch.device(args.device)
     if device.type == "cuda":
-        clo.fix_order_of_sums()
-    model = llama.load(directory, device, clo.DTYPES[args.dtype])
-    model.recompute = args.recompute
+        ranks.fix_order_of_sums()
+    model = make_model(directory, args, "inductor" if device.type == "cuda" else None)
     parameters = clo.make_trainable(model, "lora", args.rank, 32, 0)
-    if device.type == "cuda":
-        llama.compile_blocks_(model)
-    optimizer = clo.make_optimizer(parameters.values(), args.lr, 0.0, device)
+    optimizer = torch.optim.AdamW(parameters.values(), args.lr, weight_decay=0.0, fused=device.type == "cuda")
     samples = make_samples(args)
-    steps = clo.make_steps(samples, stage, flags, seed=None)
-    warm = clo.make_steps(samples[:1], stage, flags, seed=None)[0]
-    clo.backward_step(model, warm, None, stage, flags, device)
-    optimizer.zero_grad()
+    steps = make_steps(samples, args)
+    batches = [batch for step in steps for batch in step]
+    warm = make_steps(samples[:1], args)[0]
+    still = torch.optim.SGD(parameters.values(), lr=0.0)
+    clo.summed_logps(model, warm, "warm")              # both modes: what one of them compiles is not timed
+    clo.train_step(model, warm, DPO, still, 1.0)
     started = clock()
-    flat = clo.reference_logps(model, steps, device)
+    for batch, logp in zip(batches, clo.summed_logps(model, batches, "reference")):
+        batch.ref_logp = logp
     reference_seconds = elapsed(started)["seconds"]
-    for step, reference in zip(steps, clo.group_by_step(flat, steps)):
-        clo.backward_step(model, step, reference, stage, flags, device)
-        torch.nn.utils.clip_grad_norm_(parameters.values(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
+    for step in steps:
+        clo.train_step(model, step, DPO, optimizer, 1.0)
     spent = elapsed(started)
-    chosen = torch.cat([sums[micro.chosen] for micro, sums in zip(steps[0], flat)])
-    tflops = product_flops(model.config, steps) / spent["seconds"] / 1e12
+    if args.profile:
+        profile_step(lambda: clo.train_step(model, steps[0], DPO, still, 1.0), args.profile)
+    chosen = torch.cat([batch.ref_logp[batch.chosen] for batch in steps[0]])
+    tflops = product_flops(model.config, batches) / spent["seconds"] / 1e12
     return spent | {"reference_seconds": reference_seconds, "tflops": tflops,
                     "chosen_logp": chosen.mean().item()}
 
 
-def product_flops(c: Config, steps: list[list[clo.Micro]]) -> float:
+def profile_step(step, path: str) -> None:
+    """One more step, after the timed ones: its kernels as a table, and a trace for chrome://tracing in path."""
+    with torch.profiler.profile() as profile:
+        step()
+        clock()
+    order = "self_cuda_time_total" if torch.cuda.is_initialized() else "self_cpu_time_total"
+    print(profile.key_averages().table(sort_by=order, row_limit=25), file=sys.stderr)
+    profile.export_chrome_trace(path)
+
+
+def product_flops(c: Config, batches: list[data.Batch]) -> float:
     """FLOPs of run_products: 2 a weight and token forward, twice (reference and policy),
-    and for the gradient of the input."""
+    and for the gradient of the input. Padding is nobody's work."""
     counts = scale.parameters(c)
     shapes = scale.attention_shapes(c)
     first = sum(rows * columns for name, (rows, columns) in shapes.items() if name != "o_proj")
-    body, head = 3 * (counts["attention"] + counts["mlp"]) - first, 3 * c.vocab_size * c.hidden_size
-    micros = [micro for step in steps for micro in step]
-    return 2 * sum(micro.batch.fork.numel() * body + len(micro.batch.targets) * head for micro in micros)
+    body = 3 * (counts["attention"] + counts["mlp"]) - first
+    head = 3 * c.vocab_size * c.hidden_size
+    return 2 * sum(batch.used * body + len(batch.targets) * head for batch in batches)
 
 
 @torch.no_grad()
 def run_products(directory: Path, args) -> dict:
     """The products of run_ours with frozen weights:
     forward twice (reference and policy), gradients of inputs once."""
-    model = llama.load(directory, args.device, clo.DTYPES[args.dtype])
+    model = make_model(directory, args)
     weights = [(name, weight) for name, weight in model.named_parameters() if name.endswith("_proj.weight")]
     # the first input needs no gradient
     first = tuple(f"layers.0.self_attn.{name}_proj.weight" for name in "qkv")
-    steps = clo.make_steps(make_samples(args), clo.METHODS["dpo"][0], our_arguments(args), seed=None)
+    batches = [batch for step in make_steps(make_samples(args), args) for batch in step]
     widths = {width for _, weight in weights for width in weight.shape}
 
     def work(tokens: int, predicted: int, backward: bool) -> None:
@@ -174,11 +201,11 @@ def run_products(directory: Path, args) -> dict:
                 logits @ model.head
     work(256, 256, True)
     started = clock()
-    for micro in [micro for step in steps for micro in step]:
+    for batch in batches:
         for backward in (False, True):
-            work(micro.batch.fork.numel(), len(micro.batch.targets), backward)
+            work(batch.used, len(batch.targets), backward)
     spent = elapsed(started)
-    return spent | {"tflops": product_flops(model.config, steps) / spent["seconds"] / 1e12}
+    return spent | {"tflops": product_flops(model.config, batches) / spent["seconds"] / 1e12}
 
 
 def run_trl(directory: Path, args) -> dict:
@@ -198,7 +225,7 @@ def run_trl(directory: Path, args) -> dict:
         bf16=args.dtype == "bf16", use_cpu=args.device == "cpu", use_liger_kernel=args.trl_liger,
         precompute_ref_log_probs=args.trl_precompute, train_sampling_strategy=args.trl_sampling, report_to=[],
         save_strategy="no", logging_steps=1, disable_tqdm=True, dataloader_pin_memory=False)
-    model = transformers.AutoModelForCausalLM.from_pretrained(directory, dtype=clo.DTYPES[args.dtype])
+    model = transformers.AutoModelForCausalLM.from_pretrained(directory, dtype=DTYPES[args.dtype])
     adapter = LoraConfig(r=args.rank, lora_alpha=32,
                          target_modules=list(clo.ATTENTION), task_type="CAUSAL_LM")
     started = clock()
@@ -229,6 +256,8 @@ def run_apart(side: str, given: list[str], directory: str, args) -> dict:
                           env=os.environ | {"OMP_NUM_THREADS": str(args.threads)})
     if done.returncode:
         sys.exit(f"{side} failed:\n{done.stderr}")
+    if args.profile:
+        print(done.stderr)
     return json.loads(done.stdout.splitlines()[-1])
 
 
@@ -237,22 +266,21 @@ def run_apart(side: str, given: list[str], directory: str, args) -> dict:
 def run_flat(directory: Path, args) -> None:
     """Processor time per token of a step, and memory, for growing numbers of samples:
     a step may not depend on them."""
-    device, stage, flags = torch.device("cpu"), clo.METHODS["dpo"][0], our_arguments(args)
-    model = llama.load(directory, device, clo.DTYPES[args.dtype])
-    clo.make_trainable(model, "lora", args.rank, 32, 0)
+    model = llama.load(directory, dtype=DTYPES[args.dtype])
+    parameters = clo.make_trainable(model, "lora", args.rank, 32, 0)
+    still = torch.optim.SGD(parameters.values(), lr=0.0)
     for args.samples in (400, 1600, 6400):
         groups = make_samples(args)
         started = time.process_time()
-        steps = clo.make_steps(groups, stage, flags, seed=0)
+        steps = make_steps(groups, args)
         packing, each = time.process_time() - started, []
         for step in steps[::max(1, len(steps) // args.flat_steps)]:
             started = time.process_time()
-            clo.backward_step(model, step, None, stage, flags, device)
-            model.zero_grad(set_to_none=True)
-            each.append((time.process_time() - started) / sum(micro.batch.fork.numel() for micro in step))
+            clo.train_step(model, step, DPO, still, 1.0)
+            each.append((time.process_time() - started) / sum(batch.used for batch in step))
         print(f"{args.samples:6} samples: packing {1e6 * packing / args.samples:5.0f} us a sample; "
               f"step {1e6 * statistics.median(each):6.1f} us a token (median of {len(each)} steps); "
-              f"peak {clo.peak_memory_gb():.2f} GB")
+              f"peak {scale.peak_memory_gb():.2f} GB")
 
 
 def parse_args(argv=None) -> argparse.Namespace:
@@ -260,7 +288,7 @@ def parse_args(argv=None) -> argparse.Namespace:
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     add = parser.add_argument
     add("--device", default="cpu", help="cpu or cuda")
-    add("--shape", default=None, choices=list(scale.MODELS),
+    add("--shape", default=None, choices=list(tables.MODELS),
         help="of a known model, instead of the next five")
     add("--width", type=int, default=512, help="hidden width")
     add("--mlp", type=int, default=1376, help="mlp width")
@@ -283,7 +311,11 @@ def parse_args(argv=None) -> argparse.Namespace:
     add("--trl-precompute", action="store_true", help="TRL: reference log-probs in a pass of their own")
     add("--trl-sampling", default="sequential", choices=["sequential", "random", "group_by_length"],
         help="TRL: order")
-    add("--dtype", default="fp32", choices=list(clo.DTYPES))
+    add("--init-on-device", action="store_true",
+        help="random weights made on the device, for large shapes: nothing is written, so no side trl")
+    add("--profile", metavar="FILE", default=None,
+        help="ours: profile one more step; a table to stderr, a trace to FILE")
+    add("--dtype", default="fp32", choices=list(DTYPES))
     add("--threads", type=int, default=2)
     add("--rounds", type=int, default=1)
     add("--sides", nargs="+", default=list(SIDES), choices=list(SIDES))
@@ -292,17 +324,20 @@ def parse_args(argv=None) -> argparse.Namespace:
     add("--flat-steps", type=int, default=20, help="steps timed for each number of samples")
     add("--run", default=None,
         help="directory of the checkpoint: run one side here (the program does it by itself)")
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    if args.init_on_device and ("trl" in args.sides or args.flat):
+        parser.error("--init-on-device writes no checkpoint: give --sides ours products")
+    return args
 
 
 def main(argv=None) -> None:
     args = parse_args(argv)
     torch.set_num_threads(args.threads)
     if args.shape:
-        args.vocab = scale.MODELS[args.shape].vocab_size
+        args.vocab = tables.MODELS[args.shape].vocab_size
     if args.run:
         result = SIDES[args.sides[0]](Path(args.run), args)
-        print(json.dumps(result | {"peak_gb": clo.peak_memory_gb()}))
+        print(json.dumps(result | {"peak_gb": scale.peak_memory_gb()}))
         return
     with tempfile.TemporaryDirectory() as directory:
         write_checkpoint(Path(directory), args)

@@ -36,6 +36,9 @@ def pick_device(name: str) -> str:
         if torch.backends.mps.is_available():
             print("device: an Apple GPU is there, but MPS has not passed the tests; using the CPU "
                   "(--device mps tries it)")
+    # CUDA's allocator reads this when it starts: the buffer of logits grows with the rows, in place.
+    if "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:              # the variable's older name
+        os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
     own = name + ":" + os.environ["LOCAL_RANK"] if name == "cuda" and "RANK" in os.environ else name
     try:
         torch.empty(1, device=own)               # not every rank on the first GPU: half a GB there for each

@@ -29,6 +29,8 @@ GB = 1e9
 TRAINABLE_BYTES = 4 + 4 + 4 + 4          # fp32: the parameter, its gradient, AdamW's two moments
 DEVICE_BYTES = 141 * GB                  # of an H200
 HOST_BYTES = 0.3 * GB                    # Python and PyTorch on a CPU
+MARGIN = 0.15                            # of a device left free: what is predicted is an estimate
+MOST_MICRO_ROWS = 64                     # where choosing stops
 CONTEXT_BYTES = 1.5 * GB                 # a CUDA context, cuBLAS's workspace, what the allocator rounds up
 
 
@@ -148,6 +150,18 @@ def memory(c: Config, plan: Plan) -> dict[str, float]:
                 root + 2 * block if plan.train == "full" else 2 * learned / c.num_hidden_layers),
             "working": working_bytes(c, tokens, b),
             "the program itself": CONTEXT_BYTES if plan.device == "cuda" else HOST_BYTES}
+
+
+def fitting_micro_rows(c: Config, plan: Plan, device_bytes: float) -> int:
+    """The largest power of two of packed rows a micro-batch whose predicted memory leaves MARGIN of the
+    device free, at most MOST_MICRO_ROWS; 1 where not even that fits (`describe` says so)."""
+    rows = 1
+    while rows < MOST_MICRO_ROWS:
+        needed = sum(memory(c, replace(plan, micro_rows=2 * rows)).values())
+        if needed > (1 - MARGIN) * device_bytes:
+            break
+        rows *= 2
+    return rows
 
 
 # ------------------------------------------------------------------------------------------------------- time

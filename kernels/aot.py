@@ -7,8 +7,8 @@ Triton brings along. What the compiled code tells without running it:
     spills     bytes (AMD: registers) that did not fit and go to memory and back; one is a failure.
     shared     bytes of on-chip memory for one program, for the reductions across its warps.
 
-Exit code 0 when every dtype of q compiles without a spill, else 1. Needs a process without TRITON_INTERPRET=1,
-which replaces the compiler by the interpreter. `--asm DIR` writes PTX and AMD assembly for reading.
+Exit code 0 when every dtype of q compiles without a spill, else 1. Needs a process without
+TRITON_INTERPRET=1, which replaces the compiler by the interpreter. `--asm DIR` writes PTX and AMD assembly for reading.
 """
 
 import argparse

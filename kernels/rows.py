@@ -67,18 +67,6 @@ LIMIT = tl.constexpr(8.0)  # nats; the docstring says what bounds it from above,
 LOWEST = tl.constexpr(-3.0e38)  # below every logit, and yet a number: -inf - -inf would be none
 
 
-@triton.jit
-def rescale_(q_ptr, factor, first, N_WORDS: tl.constexpr, BLOCK_V: tl.constexpr):
-    """Multiply the blocks of q from word `first` on, which this program wrote before."""
-    tl.debug_barrier()  # another thread may have written what this one reads
-    for start in range(first, N_WORDS, BLOCK_V):
-        offs_v = start + tl.arange(0, BLOCK_V)
-        mask_v = offs_v < N_WORDS
-        q = tl.load(q_ptr + offs_v, mask=mask_v, other=0.0).to(tl.float32)
-        tl.debug_barrier()
-        tl.store(q_ptr + offs_v, q * factor, mask=mask_v)
-
-
 @triton.jit(do_not_specialize=["keep_q"])
 def row_kernel(
     logits_ptr, targets_ptr,  # in: (C, U), (C,)
@@ -112,9 +100,16 @@ def row_kernel(
         if peak > anchor + LIMIT:
             factor = tl.exp(anchor - peak)  # 0 for the first block
             sums *= factor
-            if keep_q != 0:
-                rescale_(q_ptr, factor, first + BLOCK_V, N_WORDS, BLOCK_V)
             anchor = peak
+            if keep_q != 0:
+                tl.debug_barrier()  # another thread may have written what this one reads
+                above = first + BLOCK_V
+                while above < N_WORDS:
+                    old_v = above + tl.arange(0, BLOCK_V)
+                    old = tl.load(q_ptr + old_v, mask=old_v < N_WORDS, other=0.0).to(tl.float32)
+                    tl.debug_barrier()
+                    tl.store(q_ptr + old_v, old * factor, mask=old_v < N_WORDS)
+                    above += BLOCK_V
         q = tl.exp(z - anchor)
         sums += q
         if keep_q != 0:

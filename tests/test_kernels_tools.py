@@ -113,6 +113,28 @@ def test_the_plot_has_a_bar_for_every_row_of_every_group(tmp_path):
     assert (tmp_path / "bars.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_a_gpu_spins_before_the_clock_starts(monkeypatch):
+    """So that the launches of the timed call wait behind the spin, and none of them is timed."""
+    order = []
+
+    class Event:
+        def __init__(self, enable_timing):
+            pass
+
+        def record(self):
+            order.append("record")
+
+        def synchronize(self):
+            pass
+
+        def elapsed_time(self, other):
+            return 1.5
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "_sleep", lambda cycles: order.append("spin"))
+    assert measure.time_ms(lambda: order.append("call"), torch.device("cuda")) == 1.5
+    assert order == ["spin", "record", "call", "record"]
+
+
 def test_a_peer_that_refuses_a_shape_is_named_and_left_out():
     def refuse(*_):
         raise RuntimeError("only for sm_999\nand a long trace")

@@ -6,6 +6,7 @@ from functools import partial
 import pytest
 import torch
 
+import data
 import model as llama
 from conftest import write_checkpoint
 from formats.configs import Config
@@ -163,6 +164,37 @@ def test_sampling_is_repeatable_and_top_p_zero_is_greedy():
             == llama.generate(model, [[1, 2]], 20, set()))
 
 
+@pytest.mark.parametrize("temperature", [1e-45, 1e-38, 1e-3, 1.0, 1e6])
+@pytest.mark.parametrize("top_p", [0.0, 1e-45, 1e-9, 0.5, 1.0])
+@pytest.mark.parametrize("scale", [1e-3, 1.0, 1e4])
+def test_sampling_is_finite_at_any_temperature_and_top_p(temperature, top_p, scale):
+    logits = scale * torch.randn(3, 41, generator=torch.Generator().manual_seed(0))
+    logits[:, 7] = -torch.inf
+    chosen = llama.pick_token(logits, temperature, top_p, torch.Generator().manual_seed(0))
+    assert (chosen != 7).all()
+    if temperature < 1e6 and (top_p < 1e-3 or temperature < 1e-30):                  # at 1e6 all are equal
+        assert torch.equal(chosen, logits.argmax(-1))
+
+
+def test_continuation_logps_are_sums_over_separate_sequences():
+    """Forks of two and of three continuations, one in the same row as another, behind a header too."""
+    model, header = random_model(), [3, 1, 4, 1]
+    forks = [data.Fork([5, 6, 7], [[8, 9], [10]], "en", "0"), data.Fork([11], [[12, 13], [14], [15, 1]], "sw", "1"),
+             data.Fork([2, 3], [[4, 5, 6, 7], [8]], "en", "2")]
+    batch = data.micro_batches(forks, 16, 2, ends=False)[0]
+    for shared in ([], header):
+        prefix = llama.keys_and_values(model, shared) if shared else None
+        found = llama.continuation_logps(model, batch, prefix)
+        expected = []
+        for fork in batch.forks:
+            for ids in fork.continuations:
+                tokens = torch.tensor([shared + fork.prompt + ids])
+                logp = (model(tokens)[0] @ model.head.T).log_softmax(-1)
+                first = len(shared) + len(fork.prompt)
+                expected.append(sum(logp[first - 1 + i, token] for i, token in enumerate(ids)))
+        torch.testing.assert_close(found, torch.stack(expected), rtol=0, atol=1e-10)
+
+
 def test_real_checkpoint_continues_as_the_independent_reference(shared):
     path = shared / "models" / "story_llama"
     reference = json.loads((path / "reference_output.json").read_text())
@@ -178,6 +210,43 @@ def test_flex_mask_hides_and_shows_what_eq_1_says():
     sees = llama.fork_predicate(fork, branch, positions, 4)
     assert (fork < 0).any()
     assert torch.equal(flex.create_mask(sees, 2, 1, 18, 18, device="cpu")[:, 0], dense)
+
+
+@pytest.mark.parametrize("device, tokens, head_dim, header, expected", [
+    ("cpu", 1024, 128, False, "unfolded"), ("cpu", 1024, 8, True, "unfolded"),
+    ("cuda", 1024, 128, False, "flex"), ("cuda", 128, 16, False, "flex"), ("cuda", 200, 80, False, "flex"),
+    ("cuda", 1024, 8, False, "dense"), ("cuda", 96, 64, False, "dense"), ("cuda", 1024, 128, True, "dense")])
+def test_what_flex_attention_does_not_take_goes_by_the_dense_mask(device, tokens, head_dim, header, expected):
+    assert llama.attention_for(device, tokens, head_dim, header) == expected
+
+
+def test_the_kind_of_attention_that_was_chosen_is_the_one_that_runs(monkeypatch):
+    monkeypatch.setattr(llama, "attention_for", lambda *_: "dense")
+    _, fork, branch, positions, _ = packed_row()
+    q, k, v = (torch.randn(2, 18, heads, 6, dtype=torch.float64) for heads in (4, 2, 2))
+    attend = llama.fork_attention(fork, branch, positions, 6)
+    assert attend.func is llama.sdpa
+    assert torch.equal(attend(q, k, v), llama.sdpa(q, k, v, llama.dense_mask(fork, branch, positions)))
+
+
+@pytest.mark.parametrize("device, masked, copied", [
+    ("cuda", True, True), ("cuda", False, False), ("cpu", True, False)])
+def test_kv_heads_are_copied_where_a_mask_would_keep_cuda_from_a_fused_kernel(device, masked, copied):
+    """Shapes alone (fake tensors need no GPU): with 6 query heads for 2 of keys, a mask on CUDA."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+    from torch.overrides import TorchFunctionMode
+
+    class Calls(TorchFunctionMode):
+        def __torch_function__(self, function, types, args=(), kwargs=None):
+            if function is torch.nn.functional.scaled_dot_product_attention:
+                seen.append((args[1].shape[1], args[2].shape[1], kwargs["enable_gqa"]))
+            return function(*args, **(kwargs or {}))
+    seen = []
+    with FakeTensorMode(), Calls():
+        q, k = (torch.zeros(2, 9, heads, 8, device=device) for heads in (6, 2))
+        mask = torch.ones(2, 1, 9, 9, dtype=torch.bool, device=device) if masked else None
+        out = llama.sdpa(q, k, k, mask, causal=not masked)
+    assert out.shape == q.shape and seen == [(6, 6, False) if copied else (2, 2, True)]
 
 
 def test_window_only_matters_beyond_its_length():

@@ -97,6 +97,30 @@ def test_swiglu_has_the_gradient_of_what_it_computes():
     assert torch.autograd.gradcheck(llama.SwiGLU.apply, (gate, up))
 
 
+class Mutations(TorchDispatchMode):
+    """Records the operations that write into a tensor they were given."""
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function._schema.is_mutable:
+            self.seen.append(function.overloadpacket.__name__)
+        return function(*args, **(kwargs or {}))
+
+
+def test_no_autograd_function_works_in_place():
+    """The compiler of torch 2.11 gives the inputs of one that does a gradient of zero, without a word."""
+    functions = [value for value in vars(llama).values()
+                 if isinstance(value, type) and issubclass(value, torch.autograd.Function)]
+    assert functions == [llama.SwiGLU]
+    gate, up = (torch.randn(3, 5, dtype=torch.float64, requires_grad=True) for _ in range(2))
+    before = gate.detach().clone(), up.detach().clone()
+    with Mutations() as mutations:
+        llama.SwiGLU.apply(gate, up).sum().backward()
+    assert mutations.seen == [] and torch.equal(gate, before[0]) and torch.equal(up, before[1])
+
+
 @pytest.mark.parametrize("train", TRAIN)
 @pytest.mark.parametrize("shape", ["llama", "qwen3"])
 def test_recomputed_activations_give_bit_for_bit_the_same_gradients(shape, train):
@@ -241,6 +265,49 @@ def test_one_compiled_graph_serves_all_blocks_and_the_pass_without_gradient():
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.skipif(
+    shutil.which("g++") is None, reason="torch.compile needs a C++ compiler on a CPU"))])
+def test_compiled_blocks_have_the_gradients_of_plain_ones(backend, recompute):
+    step = make_steps()[0][:1]                          # on a CPU every other batch is compiled anew
+    expected = gradients(make_model(), step)
+    torch.compiler.reset()
+    found = gradients(make_model(recompute=recompute, compiler=backend), step)
+    assert expected.keys() == found.keys()
+    for name in expected:
+        torch.testing.assert_close(found[name], expected[name], rtol=1e-9, atol=1e-12)
+
+
+def peak_bytes(function) -> int:
+    """The most memory that was taken at one time while function ran, beyond what there was before."""
+    with torch.profiler.profile(profile_memory=True) as profile:
+        function()
+    held = most = 0
+    for event in profile.profiler.kineto_results.events():
+        if event.name() == "[memory]":
+            held += event.nbytes()
+            most = max(most, held)
+    return most
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("gradient, recompute", [(False, False), (False, True), (True, True)])
+def test_compiled_blocks_keep_nothing_that_is_not_needed_again(gradient, recompute):
+    """Six more blocks may take their inputs alone where each is run again, and without a gradient nothing."""
+    batch, peaks = make_steps()[0][0], {}
+    for layers in (2, 8):
+        torch.compiler.reset()
+        model = llama.Llama(replace(SHAPES["llama"], num_hidden_layers=layers), None, recompute, "aot_eager")
+        llama.initialise_(model).double()
+        clo.make_trainable(model, "lora", rank=3, alpha=6, seed=0)
+        with torch.set_grad_enabled(gradient):
+            model(batch.tokens, batch.positions, batch.fork, batch.branch)        # compiles
+            peaks[layers] = peak_bytes(lambda: model(batch.tokens, batch.positions, batch.fork, batch.branch))
+    inputs = 6 * batch.tokens.numel() * 16 * 8
+    assert peaks[8] - peaks[2] <= (1.1 * inputs if gradient else 0.1 * inputs)
+
+
+@pytest.mark.slow
 def test_a_compiled_block_takes_the_mask_of_other_rows_without_compiling_again():
     from torch._dynamo.testing import CompileCounterWithBackend
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
@@ -312,6 +379,22 @@ def test_predicted_activations_are_within_two_percent_of_the_bytes_kept(shape, t
     if recompute:                                                # the block that is run again comes later
         predicted -= tokens * max(scale.block_bytes(c, train, 3, 8, copies, first) for first in (True, False))
     assert kept_bytes(model, batch) == pytest.approx(predicted, rel=0.02)
+
+
+@pytest.mark.parametrize("name", ["Llama-3.2-1B", "Llama-3-8B", "Llama-3-70B"])
+def test_micro_batches_are_the_largest_power_of_two_that_fits_with_a_margin(name):
+    c, plan = tables.MODELS[name], scale.Plan(row_tokens=1024)
+
+    def needed(rows):
+        return sum(scale.memory(c, replace(plan, micro_rows=rows)).values())
+    for device_gb in (24, 80, 141):
+        limit = (1 - scale.MARGIN) * device_gb * scale.GB
+        rows = scale.fitting_micro_rows(c, plan, device_gb * scale.GB)
+        assert rows in (1, 2, 4, 8, 16, 32, 64)
+        assert rows == 1 or needed(rows) <= limit
+        assert rows == scale.MOST_MICRO_ROWS or needed(2 * rows) > limit
+    assert scale.fitting_micro_rows(c, plan, 1e15) == scale.MOST_MICRO_ROWS
+    assert scale.fitting_micro_rows(c, plan, 1e6) == 1
 
 
 def test_sharding_divides_weights_and_leaves_activations():
