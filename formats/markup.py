@@ -269,21 +269,20 @@ def find_rows(document: Document) -> set[int]:
         return NEWLINE.fullmatch(between) is not None  # and no code in between
 
     for i, line in enumerate(lines):
-        if not has_pipe[i]:
+        if i in rows or not has_pipe[i]:
             continue
+        follows = i > 0 and has_pipe[i - 1] and row_follows(i - 1)
+        same = follows and cell_count(document, lines[i - 1]) == cell_count(document, line)
         style = boxed_row(document, line)
-        below = style == "tight" and row_follows(i) and boxed_row(document, lines[i + 1]) == "tight"
-        if style == "padded":
-            rows.add(i)
-        elif below and cell_count(document, line) == cell_count(document, lines[i + 1]):
-            rows.update((i, i + 1))
-        heading = i > 0 and has_pipe[i - 1] and row_follows(i - 1)
-        if heading and is_rule(document, line) and (
-                cell_count(document, lines[i - 1]) == cell_count(document, line)):
+        if same and is_rule(document, line):
             last = i
             while row_follows(last):
                 last += 1
             rows.update(range(i - 1, last + 1))
+        elif style == "padded":
+            rows.add(i)
+        elif style == "tight" and same and boxed_row(document, lines[i - 1]) == "tight":
+            rows.update((i - 1, i))
     return rows
 
 
