@@ -10,6 +10,7 @@ import argparse
 
 from engine import flags, scale
 from formats.configs import Config
+from formats.weights import DTYPES
 
 # Shapes from the models' own config.json.
 MODELS = {
@@ -44,7 +45,7 @@ def table(train: str, plan: scale.Plan, device_bytes: float, step_tokens: int) -
 def parse_args(argv=None) -> argparse.Namespace:
     parser = flags.Parser(description=__doc__.splitlines()[0])
     add = parser.add_argument
-    add("--dtype", default="bf16", choices=list(scale.ITEMSIZE), help="compute type")
+    add("--dtype", default="bf16", choices=list(DTYPES), help="compute type")
     add("--lora-rank", type=flags.positive_int, default=16, help="rank R")
     add("--row-tokens", type=flags.positive_int, default=4096, help="tokens of a packed row")
     add("--step-tokens", type=flags.positive_int, default=64 * 4096,
