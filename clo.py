@@ -67,6 +67,7 @@ METHODS = {
     "sft+dpo": [(1.0, ("en", "tgt")), (0.0, ())],
 }
 LOOK = 4                        # rows that a dry run translates
+TIMED_LAYERS = (1, 4)           # of the models that a dry run times
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 SIMPO_GAMMA = 0.5               # nats a token by which simpo wants the right response ahead
 # Peak learning rates at this hidden width; they scale with its inverse (muP).
@@ -485,7 +486,7 @@ def summed_logps(model: llama.Llama, batches: list[data.Batch], label: str) -> l
     """continuation_logps of every batch in order, on the CPU; the code path of training, without its gradient."""
     shares = ranks.deal(len(batches))
     sums = []
-    for i, counted in progress(shares, desc=label, unit="batch"):
+    for i, counted in progress(shares, desc=label, unit="batch", disable=not label):
         logp = llama.continuation_logps(model, batches[i].to(model.head.device)).cpu()
         if counted:
             sums.append(logp)
@@ -542,6 +543,26 @@ def sample_answers(model: llama.Llama, job: Job) -> list[dict]:
              "expected": decode(fork.continuations[0]).strip()} for fork, reply in zip(job.samples, replies)]
 
 
+def reference_nll(model: llama.Llama, job: Job) -> dict[str, list[float]]:
+    """Nats of the expected answer, stop token included, to each question that is answered, by language."""
+    nats = {}
+    for language in job.languages:
+        forks = [data.Fork(job.tokenizer.prompt_ids(row[language]["prompt"], job.args.system_prompt),
+                           [job.tokenizer.response_ids(row[language]["response"])], language, row["row_id"])
+                 for row in job.answered[:job.args.answers]]
+        longest = max(fork.length for fork in forks)
+        if longest > model.config.max_position_embeddings:
+            print(f"a question with its answer in {language} has {longest} tokens, the model was made for "
+                  f"{model.config.max_position_embeddings}: its bits per byte say little")
+        batches = data.micro_batches(forks, max(job.packing.row_tokens, longest), job.packing.micro_rows,
+                                     job.packing.trim, ends=False)
+        nats[language] = [0.0] * len(forks)
+        for batch, sums in zip(batches, summed_logps(model, batches, f"expected answers {language}")):
+            for i, logp in zip(batch.order, sums.tolist()):
+                nats[language][i] = -logp
+    return nats
+
+
 def run_method(name: str, job: Job) -> dict:
     """Load the base model, train it by one method (or not at all: 'base'), export it and score it. A finished
     method is read back from its result.json."""
@@ -584,7 +605,9 @@ def run_method(name: str, job: Job) -> dict:
             policy = summed_logps(model, job.heldout, "held-out")
     scores = answer_and_score(model, job.tokenizer, job.answered, job.languages, job.classifier,
                               args.max_new_tokens, args.system_prompt,
-                              directory / "answers.jsonl" if ranks.rank() == 0 else None, args.answers)
+                              directory / "answers.jsonl" if ranks.rank() == 0 else None,
+                              args.answers,
+                              reference_nll(model, job))
     scores["heldout"] = heldout.score(job.heldout, policy, base, args.beta, args.targets)
     scores["train_seconds"] = round(seconds, 2)
     if stages:
@@ -796,7 +819,7 @@ def dry_run(args, device: torch.device) -> None:
         check_pairs(groups, args.data, wanted_objectives(args))
     packing = Packing(args.batch_size, args.row_tokens, chosen["micro_rows"], trim=plan.device != "cuda")
     if here:
-        print(f"timing one and two layers on {device} in {chosen['dtype']}")
+        print(f"timing models of {' and '.join(map(str, TIMED_LAYERS))} layers on {device} in {chosen['dtype']}")
     total, each = 0.0, math.ceil(count / args.batch_size)
     for name in dict.fromkeys((args.baseline, args.method)):
         for part, objective in stages_of(name, args):
@@ -819,19 +842,23 @@ def dry_run(args, device: torch.device) -> None:
 def measured_seconds(config, plan: scale.Plan, steps: list[list[data.Batch]], objective: Objective,
                      device: torch.device, tokens: float) -> dict[str, float]:
     """Seconds of a step and of its reference pass over so many row tokens: the run's own step, on its own rows,
-    timed with models of one and of two layers, the rest of which cost what the second does."""
-    batches = sorted((batch for step in steps for batch in step), key=lambda batch: -batch.tokens.numel())[:1]
-    timed = []
-    for layers in (1, 2):
+    timed with models of few layers; a layer more costs what the last ones did."""
+    batches = [max((batch for step in steps for batch in step), key=lambda batch: batch.used)]
+    timed = {}
+    for layers in TIMED_LAYERS:
         model = scale.stand_in(config, layers, device, DTYPES[plan.dtype])
         parameters = make_trainable(model, plan.train, plan.rank, 32, 0, device)
         optimizer = torch.optim.AdamW(parameters.values(), foreach=False)
-        timed.append({
+        timed[layers] = {
             "step": scale.seconds_of(lambda: train_step(model, batches, objective, optimizer, 1.0), device),
-            "reference": scale.seconds_of(lambda: summed_logps(model, batches, None), device)})
-    one, two = timed
-    share = tokens / sum(batch.used for batch in batches)
-    return {key: share * (one[key] + (config.num_hidden_layers - 1) * (two[key] - one[key])) for key in one}
+            "reference": scale.seconds_of(lambda: summed_logps(model, batches, ""), device)}
+    few, more = TIMED_LAYERS
+    share = tokens / batches[0].used
+    seconds = {}
+    for key in ("step", "reference"):
+        layer = (timed[more][key] - timed[few][key]) / (more - few)
+        seconds[key] = share * (timed[few][key] + (config.num_hidden_layers - few) * layer)
+    return seconds
 
 
 # ----------------------------------------------------------------------------------------------- command line

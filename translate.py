@@ -267,7 +267,8 @@ def translate_rows(rows: list[dict], translator: Translator, source: str, target
     chunk each and the first one writes: the file is that of one process. A row of which a segment failed is
     left out of the result, and its translation is filed under "clo", unless keep_failed.
     """
-    path, targets = Path(path), [target] if isinstance(target, str) else list(target)
+    path, source = Path(path), normal(source)
+    targets = [normal(code) for code in ([target] if isinstance(target, str) else target)]
     translator.check(source, targets)
     rows = require_languages(rows, source)
     job = Job(translator, source, targets[0], beams, batch_tokens)

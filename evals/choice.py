@@ -16,13 +16,12 @@ lm_eval/tasks.
 """
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
 
 import data
-import kernels
 import model as llama
 from engine.files import InputError, as_kind, fingerprint, need, read_records
 from formats import hub
@@ -486,19 +485,14 @@ def sequence_logps(model, forks: list[data.Fork], batch_tokens: int, shared: lis
     shared: tokens all prompts begin with; they are computed once.
     batch_tokens: of a forward pass, at most, but for longer forks.
     """
-    shared, device = shared or [], model.head.device
+    shared = shared or []
     prefix = llama.keys_and_values(model, shared)
-    rest = [data.Fork(fork.prompt[len(shared):], fork.continuations, fork.language, fork.row)
-            for fork in forks]
+    rest = [replace(fork, prompt=fork.prompt[len(shared):]) for fork in forks]
     longest = max(fork.length for fork in rest)
     for batch in data.micro_batches(rest, max(batch_tokens, longest), 1, ends=False):
-        on = batch.to(device)
-        hidden = model(on.tokens, on.positions, on.fork, on.branch, prefix=prefix)              # (1, T, H)
-        predicted = hidden.reshape(-1, hidden.shape[-1]).index_select(0, on.row_index)          # (N, H)
-        logp = kernels.token_logp(predicted, model.head.to(predicted.dtype), on.targets)
+        sums = llama.continuation_logps(model, batch.to(model.head.device), prefix).cpu()
         sizes = [len(fork.continuations) for fork in batch.forks]
-        sums = torch.zeros(sum(sizes), dtype=logp.dtype, device=device).index_add(0, on.sequence, logp)
-        yield batch.order, [part.tolist() for part in sums.cpu().split(sizes)]
+        yield batch.order, [part.tolist() for part in sums.split(sizes)]
 
 
 def score(model, tokenizer, questions: list[Question], batch_tokens: int = 2048):

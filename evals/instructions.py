@@ -8,6 +8,7 @@ from tqdm import tqdm
 import translate
 from engine.files import InputError, Journal, as_kind, check_unicode, fingerprint, need, read_records
 from evals.answers import HASH_DIGITS, Decoding
+from formats.languages import normal
 from formats.records import refuse_duplicates
 
 TRANSLATED_AT_ONCE = 16     # instructions between two writes
@@ -18,7 +19,7 @@ def read_instructions(path, language: str) -> list[dict]:
     or of parallel rows that hold the language."""
     found = []
     for where, record in read_records(path):
-        own = as_kind(record, dict, where).get(language)
+        own = {normal(key): side for key, side in as_kind(record, dict, where).items()}.get(language)
         text = own["prompt"] if isinstance(own, dict) and "prompt" in own else \
             need(record, "instruction", where)
         item = {"instruction": as_kind(text, str, where), "dataset": record.get("dataset")}

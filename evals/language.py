@@ -3,17 +3,17 @@
     languages = fit_languages({"en": ["The lion eats meat.", ...], "sw": ["Simba anakula nyama.", ...]})
     reply_language("Simba anakula nyama.", languages)                       # ("sw", 0.999)
 
-A word's *gain* under a language says, in nats, how much better the language explains it than its script does:
+A word's *gain* under a language is how much better the language explains it than its script does, in nats:
 
-    gain = sum of log P(script) + log((1 - BLEND) P(letter | letters before) / Q(letter | script) + BLEND)  # 1
+    gain = sum of log P(script) + log((1 - BLEND) P(letter | letters before) / Q(letter | script) + BLEND) # 1
 
-over its letters and its end. Q, the background, is how often a letter stands in any of the texts: what a text
-in any language of that script may look like. A text is in the language of the largest gain if
+over its letters and its end. Q, the background, is how often a letter stands in any text: what a text in any
+language of that script may look like. A text is in the language of the largest gain if
 
-    gain >= floor * letters - TOLERANCE                                                                     # 2
+    gain >= floor * letters - TOLERANCE                                                                    # 2
 
-and else in none of them: OTHER. Words are weighted by the root of how often they are said, since one word over
-and over tells little. Names (words with a capital) do not count.
+and else in none of them: OTHER. Words are weighted by the root of how often they are said, since one word
+over and over tells little. Names (words with a capital) do not count.
 
 P and Q are smoothed as by Witten and Bell (1991); the path behind MIXED is Viterbi's (1967).
 """
@@ -32,7 +32,7 @@ MIXED = "mixed"             # what a reply in two languages is called:
 MIXED_SHARE = 0.2           # one with this part of its letters in another language than the rest
 SWITCH = 12.0               # nats that a change of language costs: a loan word does not make one
 CONTEXT = 4                 # letters that the next one is predicted from
-NEW, NEW_TO_ALL = 1e-3, 0.03   # a letter never seen before, to P and to Q: another language may well have it
+NEW = 1e-3                  # P of a letter never seen before; to Q it is one of as many more as were seen
 BLEND = 0.02                # bounds what one letter can say against a language
 FLOOR = 0.43                # nats a letter; less for a language whose own lines, held out, bring less:
 REFUSED, MARGIN = 0.005, 0.2   # then so many nats below the part of them that may be refused
@@ -162,7 +162,8 @@ def probability(model: Letters, letter: str, contexts: list[str], new: float) ->
 def gains(word: str, languages: LanguageModel) -> dict[str, float]:
     """Eq. 1 under each language."""
     script, path = letter_script(word[0]), list(steps(word))
-    expected = [probability(languages.background, letter, [script], NEW_TO_ALL) for letter, _ in path]
+    new = 1 / len(languages.background.counts.get(script, " "))
+    expected = [probability(languages.background, letter, [script], new) for letter, _ in path]
     found = {}
     for language, model in languages.letters.items():
         found[language] = len(word) * math.log(probability(model, script, ["script"], NEW))
@@ -184,37 +185,55 @@ def total_gains(words: list[str], languages: LanguageModel) -> tuple[dict[str, f
 
 # ---- verdict ----
 
+def lacking(words: list[str], language: str, languages: LanguageModel) -> float:
+    """Nats that words lack for being in the language (eq. 2); negative if they are."""
+    found, size = total_gains(words, languages)
+    return languages.floors[language] * size - TOLERANCE - found[language]
+
+
 def reply_language(text: str, languages: LanguageModel) -> tuple[str | None, float]:
     """(language, its posterior probability); OTHER for a text in none of the languages; MIXED for one in two,
     with the share of its letters that are not of the first; None when unsure or without letters."""
     words = without_names(split_words(text))
     if not words:
         return None, 0.0
-    found, size = total_gains(words, languages)
+    path = likeliest_path([gains(word.lower(), languages) for word in words])
+    share, most = foreign_share(words, path)
+    if share >= MIXED_SHARE:
+        part = [word for word, language in zip(words, path) if language == most]
+        if lacking(part, most, languages) <= 0:
+            return MIXED, share
+    found, _ = total_gains(words, languages)
     best = max(found, key=found.get)
-    missing = languages.floors[best] * size - TOLERANCE - found[best]
+    missing = lacking(words, best, languages)
     if missing > 0:
         return OTHER, 1 / (1 + math.exp(-missing))
-    share = foreign_share(words, [list(gains(word.lower(), languages).values()) for word in words])
-    if share >= MIXED_SHARE:
-        return MIXED, share
     confidence = 1 / sum(math.exp(gain - found[best]) for gain in found.values())
     return (best if confidence >= SURE else None), confidence
 
 
-def foreign_share(words: list[str], evidence: list[list[float]]) -> float:
-    """Share of a text (in bytes of letters) outside its main language, along the likeliest path of languages
-    over the words; a change of language costs SWITCH nats. evidence: of each word, under each language."""
-    best, steps_back = evidence[0], []
+def likeliest_path(evidence: list[dict[str, float]]) -> list[str]:
+    """The language of each word: a change costs SWITCH nats. evidence: gain of each word by language."""
+    best, origins = evidence[0], []
     for row in evidence[1:]:
-        top = max(range(len(best)), key=best.__getitem__)
-        steps_back.append([state if best[state] >= best[top] - SWITCH else top for state in range(len(row))])
-        best = [max(stay, best[top] - SWITCH) + own for stay, own in zip(best, row)]
-    state, sizes = max(range(len(best)), key=best.__getitem__), Counter()
-    for word, step in zip(reversed(words), [*reversed(steps_back), None]):
-        sizes[state] += len(word.encode())        # bytes: a Chinese character says as much as three letters
-        state = step[state] if step else state
-    return 1 - max(sizes.values()) / sizes.total()
+        top = max(best, key=best.get)
+        entry = best[top] - SWITCH                      # worth of coming from the best other language
+        origins.append({language: language if best[language] >= entry else top for language in row})
+        best = {language: max(best[language], entry) + gain for language, gain in row.items()}
+    path = [max(best, key=best.get)]
+    for origin in reversed(origins):
+        path.append(origin[path[-1]])
+    return path[::-1]
+
+
+def foreign_share(words: list[str], path: list[str]) -> tuple[float, str]:
+    """(share of the text that is not in its main language, that language), in bytes of letters: a Chinese
+    character says as much as three letters."""
+    sizes = Counter()
+    for word, language in zip(words, path):
+        sizes[language] += len(word.encode())
+    (most, size), = sizes.most_common(1)
+    return 1 - size / sizes.total(), most
 
 
 def texts_by_language(rows: list[dict], languages: tuple[str, ...]) -> dict[str, list[str]]:

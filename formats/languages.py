@@ -4,8 +4,8 @@
     normal("zh-TW") == "zh_Hant";  normal("sr-Latn") == "sr_Latn";  normal("pt-BR") == "pt"
     script_of("te") == "TELUGU";  script_of("zho_Hant") == "CJK";  script_of("xx") is None
 
-A *normal code* is ISO 639-1's or, where that has none, ISO 639-3's; a script that is not the language's usual
-one follows: a text in traditional characters is no answer to a question in simplified ones. Regions are dropped
+A *normal code* is ISO 639-1's or, where that has none, ISO 639-3's; a script that is not the language's
+usual one follows: a text in traditional characters is no answer to a simplified question. Regions are dropped
 (pt-BR and pt-PT are one language here), but for those that mean a script: zh-TW, zh-HK and zh-MO. What the
 table lacks stays as it is: data may hold any key, and the script of an unknown language is unknown.
 
@@ -19,8 +19,8 @@ from functools import lru_cache
 
 from engine.files import InputError
 
-# One entry a language and script: normal code, NLLB's and FLORES's code, other codes, names with a capital. NLLB
-# lacks br and fy, whose second codes are made like its own, and calls Santali in Ol Chiki sat_Beng.
+# One entry a language and script: normal code, NLLB's and FLORES's code, other codes, names with a capital.
+# NLLB lacks br and fy, whose second codes are made like its own, and calls Santali in Ol Chiki sat_Beng.
 TABLE = """
 ace ace_Latn Acehnese; ace_Arab ace_Arab; acm acm_Arab Mesopotamian_Arabic; acq acq_Arab Taizzi-Adeni_Arabic;
 aeb aeb_Arab Tunisian_Arabic; af afr_Latn afr Afrikaans; ajp ajp_Arab South_Levantine_Arabic;
@@ -71,7 +71,8 @@ pt por_Latn por Portuguese Brazilian_Portuguese; qu quy_Latn quy que Quechua Aya
 rn run_Latn run Rundi Kirundi; ro ron_Latn ron rum mo Romanian Moldovan; ru rus_Cyrl rus Russian;
 rw kin_Latn kin Kinyarwanda; sa san_Deva san Sanskrit; sat sat_Olck sat_Beng Santali;
 sc srd_Latn srd Sardinian; scn scn_Latn Sicilian; sd snd_Arab snd Sindhi; sg sag_Latn sag Sango;
-shn shn_Mymr Shan; si sin_Sinh sin Sinhala Sinhalese; si_Latn sin_Latn; sk slk_Latn slk slo Slovak; sl slv_Latn slv Slovenian;
+shn shn_Mymr Shan; si sin_Sinh sin Sinhala Sinhalese; si_Latn sin_Latn; sk slk_Latn slk slo Slovak;
+ sl slv_Latn slv Slovenian;
 sm smo_Latn smo Samoan; sn sna_Latn sna Shona; so som_Latn som Somali;
 sq als_Latn als sqi alb Albanian Tosk_Albanian; sr srp_Cyrl srp Serbian; sr_Latn srp_Latn;
 ss ssw_Latn ssw Swati Swazi; st sot_Latn sot Sotho Southern_Sotho Sesotho; su sun_Latn sun Sundanese;
@@ -123,7 +124,7 @@ def spellings() -> tuple[dict[str, str], dict[str, str]]:
         code, flores, *others = entry.split()
         nllb[code] = flores
         for spelling in (code, flores, *others):
-            assert known.setdefault(fold(spelling), code) == code, f"{spelling} is {known[fold(spelling)]} too"
+            assert known.setdefault(fold(spelling), code) == code, f"{spelling} has two languages"
     return known, nllb
 
 
@@ -156,7 +157,7 @@ def suggestion(code: str, there) -> str:
     """Of the languages `there`, the one that `code` may have meant: " (did you mean sw?)", or nothing."""
     names = {fold(name): name for name in there}
     names |= {spelling: names[own] for spelling, own in spellings()[0].items() if own in names}
-    near = difflib.get_close_matches(fold(code), names, 1)
+    near = difflib.get_close_matches(fold(normal(code)), names, 1)
     return f" (did you mean {names[near[0]]}?)" if near else ""
 
 

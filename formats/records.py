@@ -270,6 +270,7 @@ def tree_rows(record, asked, counts):
 def parallel_row(record, where, asked, counts):
     """A row of our own format, whose languages are spelt as they were asked for: "zh" for "zh-CN". A language
     that is null is not translated yet; keys that are neither a language nor the identifier stay as they are."""
+    refuse_double_language(record, where)
     row = {"row_id": identifier(record, where)}
     for key, value in record.items():
         if key == "row_id" or key == "id" and not isinstance(value, dict):
@@ -278,13 +279,23 @@ def parallel_row(record, where, asked, counts):
             row[key] = value
         elif value is not None:
             name = asked.spellings.get(normal(key), key)
-            if name != key and name not in record:
+            if name != key:
                 counts[f"{key!r:.40} taken for {name}"] += 1
                 key = name
             row[key] = language_side(value, key, counts)
     if not languages_of(row):
         raise OddRecord("no language with a prompt and a response")
     return row
+
+
+def refuse_double_language(record, where):
+    """InputError when two keys of a row are spellings of one language."""
+    first = {}
+    for key, value in record.items():
+        if isinstance(value, dict) and value.keys() & {*PARTS}:
+            before = first.setdefault(normal(key), key)
+            if before != key:
+                raise InputError(f"{where}: {before!r:.40} and {key!r:.40} are the same language: leave one")
 
 
 def language_side(value, language, counts):

@@ -64,13 +64,11 @@ def test_each_row_gives_one_fork_a_language_with_its_own_response_first(chatml):
                       "forks with equal continuations (no preference to learn)": 2}
 
 
-def test_more_targets_mean_more_continuations_and_chosen_means_one(chatml):
+def test_more_targets_mean_more_continuations(chatml):
     groups, _ = data.make_forks(ROWS, chatml, "en", ["sw", "de"])
     texts = [[chatml.decode(ids) for ids in fork.continuations] for fork in groups[0]]
     assert texts == [["It is Paris.", "Ni Paris.", "Ja."], ["Ni Paris.", "It is Paris.", "Ja."],
                      ["Ja.", "It is Paris.", "Ni Paris."]]
-    groups, _ = data.make_forks(ROWS, chatml, "en", "sw", continuations="chosen")
-    assert [len(fork.continuations) for group in groups for fork in group] == [1] * 4
 
 
 def test_a_fork_too_long_keeps_its_prompt_and_loses_the_ends_of_its_responses(chatml):

@@ -2,7 +2,6 @@
 
 import contextlib
 import io
-import itertools
 import json
 import math
 from collections import Counter
@@ -17,82 +16,11 @@ from conftest import write_checkpoint
 from engine import files
 from engine.files import InputError, Journal
 from evals import instructions
-from evals.language import SWITCH, fit_languages, foreign_share, reply_language
 from formats import records
 from formats.chat import load_tokenizer
 from formats.records import read_rows
 from translate import Translation
 
-LANGUAGES = ("de", "en", "id", "ko", "sw", "yo", "zh")
-TEXTS = {"en": ["The lion eats meat.", "What is the capital of France?", "The river is long."],
-         "sw": ["Simba anakula nyama.", "Mji mkuu wa Ufaransa ni upi?", "Mto ni mrefu."],
-         "ko": ["사자는 고기를 먹어요.", "프랑스의 수도는 어디예요?", "강은 길어요."]}
-
-
-def test_reply_language_knows_scripts_and_words_and_abstains_without_letters():
-    languages = fit_languages(TEXTS)
-    assert reply_language("The capital is Paris.", languages)[0] == "en"
-    assert reply_language("Mji mkuu ni Paris.", languages)[0] == "sw"
-    # no syllable of it seen but by script
-    assert reply_language("개는 물을 마셔요.", languages)[0] == "ko"
-    for text in ("", "42", "?!", "\U0001f600 3.14"):
-        assert reply_language(text, languages) == (None, 0.0)
-
-
-def test_reply_language_abstains_when_languages_fit_equally():
-    languages = fit_languages({"aa": ["mama papa"], "bb": ["mama papa"]})
-    assert reply_language("mama", languages) == (None, pytest.approx(0.5))
-
-
-def cut(text, language, first):
-    """The first or second half of a text, between words where there are any."""
-    pieces = list(text) if language == "zh" else text.split()
-    half = pieces[:len(pieces) // 2] if first else pieces[len(pieces) // 2:]
-    return ("" if language == "zh" else " ").join(half)
-
-
-def test_a_reply_in_two_languages_is_mixed_and_a_name_does_not_make_one():
-    english = ["the lion is a large cat and it eats meat", "what is the capital of this country",
-               "the river is long and wide"]
-    swahili = ["simba ni paka mkubwa na anakula nyama", "mji mkuu wa nchi hii ni upi",
-               "mto huu ni mrefu na mpana"]
-    languages = fit_languages({"en": english, "sw": swahili})
-    found, share = reply_language(
-        "The lion is a large cat, na anakula nyama kwenye mto mrefu.", languages)
-    assert found == "mixed" and 0.2 <= share <= 0.8
-    assert reply_language(
-        "simba ni paka mkubwa wa National Geographic Society", languages)[0] == "sw"
-    assert reply_language("mji mkuu ni meat", languages)[0] == "sw"
-
-
-def test_foreign_share_is_the_likeliest_path():
-    words, evidence = ["aa", "bb", "cc", "dd"], [[0.0, -9.0], [0.0, -9.0], [-20.0, 0.0], [-1.0, 0.0]]
-    switch = SWITCH
-    best = max(((sum(row[s] for row, s in zip(evidence, path))
-                 - switch * sum(a != b for a, b in zip(path, path[1:])), path)
-                for path in itertools.product((0, 1), repeat=4)))[1]
-    assert best == (0, 0, 1, 1) and foreign_share(words, evidence) == 0.5
-    assert foreign_share(["Aa", "Bb"], evidence[:2]) == 0.0
-
-
-@pytest.mark.slow
-def test_reply_language_on_real_news(shared, capsys):
-    lines = [json.loads(line) for line in (shared / "parallel" / "ntrex_1000.jsonl").read_text().splitlines()]
-    fit, test = lines[:500], lines[500:]
-    for codes in [("en", code) for code in LANGUAGES if code != "en"] + [LANGUAGES]:
-        languages = fit_languages({code: [line[code] for line in fit] for code in codes})
-        found = [(code, reply_language(line[code], languages)[0])
-                 for line in test for code in codes]
-        right = sum(code == guess for code, guess in found) / len(found)
-        with capsys.disabled():
-            print(f"\n{' '.join(codes)}: {100 * right:.2f} % right, "
-                  f"{sum(guess is None for _, guess in found)} abstentions, "
-                  f"{sum(guess == 'mixed' for _, guess in found)} called mixed, of {len(found)}")
-        assert right >= (0.995 if len(codes) == 2 else 0.97)
-    mixtures = [cut(line[a], a, True) + " " + cut(line[b], b, False)
-                for line in test[::25] for a in LANGUAGES for b in LANGUAGES if a != b]
-    assert sum(reply_language(text, languages)[0] == "mixed"
-               for text in mixtures) / len(mixtures) >= 0.9
 
 
 @pytest.mark.parametrize("lines, told", [

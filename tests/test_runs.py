@@ -11,14 +11,16 @@ import torch
 from safetensors.torch import save_file
 
 from engine import runs
-from engine import files
 from engine.files import InputError, write_json
 
 FLAGS = {"seed": 0, "model": "nowhere/base", "data": "nowhere/rows.jsonl"}
 
 
-def begin(directory, fresh=False, resume=False, **flags):
-    return runs.open_run(directory, FLAGS | flags, {"data": "1"}, fresh, resume)
+CHOSEN = {"dtype": "fp32", "micro_rows": 1}
+
+
+def begin(directory, fresh=False, inputs=None, chosen=CHOSEN, **flags):
+    return runs.open_run(directory, FLAGS | flags, inputs or {"data": "1"}, chosen, fresh)[0]
 
 
 def refused(*words, **keywords):
@@ -32,25 +34,41 @@ def tree(directory: Path) -> dict:
 
 # ---- the directory
 
-def test_fresh_empties_the_directory_of_a_run(tmp_path):
+def test_fresh_renames_the_old_run_aside_and_says_so(tmp_path, capsys):
     run = begin(tmp_path / "run")
     (run / "clo").mkdir()
     (run / "clo" / "result.json").write_text("{}")
-    (run / "link").symlink_to(tmp_path / "elsewhere", target_is_directory=True)
-    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "run.old-1").mkdir()
+    before = {path.relative_to(run): content for path, content in tree(run).items()}
     begin(run, fresh=True, beta=2)
-    assert [path.name for path in run.iterdir()] == ["config.json"] and (tmp_path / "elsewhere").exists()
+    assert [path.name for path in run.iterdir()] == ["config.json"]
+    aside = tmp_path / "run.old-2"
+    assert {path.relative_to(aside): content for path, content in tree(aside).items()} == before
+    assert f"{run} is now {aside}" in capsys.readouterr().out
 
 
 def test_a_run_that_had_nothing_yet_makes_room_for_a_corrected_command(tmp_path):
     begin(tmp_path, beta=1)
-    with refused("belongs to a run with beta = 1, now it is 2"):
-        begin(tmp_path, resume=True, beta=2)
     begin(tmp_path, beta=2)
     (tmp_path / "translated-sw.jsonl").write_text("")
     with refused("belongs to a run with beta = 2, now it is 1"):
         begin(tmp_path, beta=1)
     assert json.loads((tmp_path / "config.json").read_text())["flags"]["beta"] == 2
+
+
+def test_a_changed_file_is_named_by_the_flag_and_the_file(tmp_path):
+    run = begin(tmp_path / "run", inputs={"data": "1", "tokenizer": "2"})
+    (run / "translated-sw.jsonl").write_text("")
+    with refused("the contents of nowhere/rows.jsonl changed"):
+        begin(run, inputs={"data": "3", "tokenizer": "2"})
+    with refused("the contents of the tokenizer of nowhere/base changed"):
+        begin(run, inputs={"data": "1", "tokenizer": "4"})
+
+
+def test_a_run_that_goes_on_keeps_what_it_chose_when_it_began(tmp_path):
+    run = begin(tmp_path / "run", chosen={"dtype": "bf16", "micro_rows": 4})
+    (run / "translated-sw.jsonl").write_text("")
+    assert runs.open_run(run, FLAGS, {"data": "1"}, CHOSEN)[1] == {"dtype": "bf16", "micro_rows": 4}
 
 
 FOREIGN = {"a model's": json.dumps({"model_type": "llama", "hidden_size": 16}), "a list": "[]",
@@ -82,7 +100,7 @@ def test_fresh_spares_what_the_new_run_reads(tmp_path, name, below):
     (tmp_path / "run" / below).mkdir(parents=True, exist_ok=True)
     (tmp_path / "link").symlink_to(tmp_path / "run")
     before = tree(tmp_path)
-    with refused("--fresh would delete", "choose another --out"):
+    with refused("--fresh would move", "choose another --out"):
         begin(tmp_path / "run", fresh=True, **{name: str(tmp_path / "link" / below)})
     assert tree(tmp_path) == before
 
@@ -97,32 +115,8 @@ def test_a_file_as_run_directory_is_refused(tmp_path):
 
 def test_a_kill_while_the_config_is_written_leaves_a_directory_to_begin_in(tmp_path):
     (tmp_path / "config.json.tmp").write_text('{"flags"')
-    with refused("holds no run"):
-        begin(tmp_path, resume=True)
     begin(tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["config.json"]
-
-
-@pytest.mark.parametrize("deleted", range(4))
-def test_a_deletion_that_is_killed_can_be_repeated(tmp_path, monkeypatch, deleted):
-    run = begin(tmp_path / "run")
-    for name in "abc":
-        (run / name).mkdir()
-    done, remove = [], files.remove
-
-    def removed(path):
-        if len(done) == deleted:
-            raise KeyboardInterrupt
-        done.append(remove(path))
-    monkeypatch.setattr(runs, "remove", removed)
-    if deleted < 3:
-        with pytest.raises(KeyboardInterrupt):
-            begin(run, fresh=True)
-        with refused("deletion was killed", "--fresh"):
-            begin(run)
-    monkeypatch.undo()
-    begin(run, fresh=True)
-    assert [path.name for path in run.iterdir()] == ["config.json"]
 
 
 # ---- checkpoints
