@@ -20,9 +20,9 @@ prompt and do not see each other. With `fork` and `branch` (both (B, T)), token 
 
 and, for a sliding window of w (Mistral), positions[q] - positions[k] < w. A header that all forks begin with
 (few-shot examples) is left out of them and given as `prefix`, its keys and values: every token sees them too.
-Three ways to compute that attention, and one place that chooses (`attention_for`): on CUDA FlexAttention, which
-skips what the predicate hides, or the dense mask, for what FlexAttention does not take; on the CPU one plain
-causal sequence for each continuation.
+Three ways to compute that attention, and one place that chooses (`attention_for`): on CUDA FlexAttention,
+which skips what the predicate hides, or the dense mask, for what FlexAttention does not take; on the CPU one
+plain causal sequence for each continuation.
 
 References: LLaMA (arXiv 2302.13971), RoPE (arXiv 2104.09864), GQA (arXiv 2305.13245),
 RMSNorm (arXiv 1910.07467), FlexAttention (arXiv 2412.05496), LoRA (arXiv 2106.09685).
@@ -116,7 +116,7 @@ class SwiGLU(torch.autograd.Function):
     @staticmethod
     def forward(ctx, gate: Tensor, up: Tensor) -> Tensor:
         ctx.save_for_backward(gate, up)
-        # Not in place: under torch 2.11's compiler `gate` and `up` would get a gradient of zero (issue 180642).
+        # Not in place: then torch 2.11's compiler gives `gate` and `up` a gradient of zero (issue 180642).
         return F.silu(gate) * up
 
     @staticmethod
@@ -260,8 +260,8 @@ def unfold_forks(fork: Tensor, branch: Tensor) -> tuple[list[Tensor], Tensor]:
 
     Returns gathers, each (S, L) int64 of flat token indices (a line of `fork_lines` a row, right-padded;
     lines of like length share a gather, so padding stays small), and restore (B*T,) int64: where each token's
-    output lies in the concatenation of the flattened gathers (a prompt's is read from its first continuation).
-    Padding restores line 0.
+    output lies in the concatenation of the flattened gathers (a prompt's is read from its first
+    continuation). Padding restores line 0.
     """
     groups: list[list[list[int]]] = []
     for line in fork_lines(fork, branch):

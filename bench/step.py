@@ -156,7 +156,7 @@ def run_ours(directory: Path, args) -> dict:
 
 
 def profile_step(step, path: str) -> None:
-    """One more step, after the timed ones: its kernels as a table, and a trace for chrome://tracing in path."""
+    """One more step, after the timed ones: its kernels as a table, and a trace (chrome://tracing) in path."""
     with torch.profiler.profile() as profile:
         step()
         clock()

@@ -8,7 +8,8 @@ Triton brings along. What the compiled code tells without running it:
     shared     bytes of on-chip memory for one program, for the reductions across its warps.
 
 Exit code 0 when every dtype of q compiles without a spill, else 1. Needs a process without
-TRITON_INTERPRET=1, which replaces the compiler by the interpreter. `--asm DIR` writes PTX and AMD assembly for reading.
+TRITON_INTERPRET=1, which replaces the compiler by the interpreter. `--asm DIR` writes PTX and AMD assembly
+for reading.
 """
 
 import argparse

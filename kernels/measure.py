@@ -61,7 +61,8 @@ def example(shape, dtype, device, mode):
     targets = torch.randint(V, (N,), generator=generator, device=device)
     upstream = torch.randn(N, generator=generator, device=device) / N
     hidden.requires_grad_(mode != "forward")
-    return hidden, weight.requires_grad_(mode == "trainable"), targets, upstream
+    weight.requires_grad_(mode == "trainable")
+    return hidden, weight, targets, upstream
 
 
 def run(function, hidden, weight, targets, upstream):
@@ -70,15 +71,18 @@ def run(function, hidden, weight, targets, upstream):
     output = function(hidden, weight, targets)
     if output.requires_grad:
         output.backward(upstream.to(output.dtype) if output.ndim else None)
-    return [x for x in (output.detach(), hidden.grad, weight.grad) if x is not None]
+    results = (output.detach(), hidden.grad, weight.grad)
+    return [x for x in results if x is not None]
 
 
 def copies(data, rows, dtype=None):
     """The first `rows` rows of `example`, as new leaves, in `dtype` or their own."""
     hidden, weight, targets, upstream = data
-    leaves = [x.detach().to(dtype or x.dtype, copy=True).requires_grad_(x.requires_grad)
-              for x in (hidden[:rows], weight)]
-    return *leaves, targets[:rows], upstream[:rows]
+
+    def leaf(x):
+        copy = x.detach().to(dtype or x.dtype, copy=True)
+        return copy.requires_grad_(x.requires_grad)
+    return leaf(hidden[:rows]), leaf(weight), targets[:rows], upstream[:rows]
 
 
 def refusals():
@@ -123,7 +127,8 @@ def error_ratios(functions, data, rows):
 
 def floor(shape, dtype, device, mode):
     """A function that runs only the matrix products `mode` needs, whole, into memory taken beforehand."""
-    (N, H, V), half = shape, dtype in (torch.bfloat16, torch.float16)
+    N, H, V = shape
+    half = dtype in (torch.bfloat16, torch.float16)
     hidden, weight, _, _ = (x.detach() for x in example(shape, dtype, device, "forward"))
     # Not zeros: a GPU multiplies zeros with less power, so faster.
     signs = torch.rand(N if mode != "forward" else 0, V, dtype=dtype, device=device)
@@ -146,7 +151,8 @@ def time_ms(function, device, clock=time.perf_counter):
         start = clock()
         function()
         return (clock() - start) * 1e3
-    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    start = torch.cuda.Event(enable_timing=True)
+    end = torch.cuda.Event(enable_timing=True)
     torch.cuda._sleep(SPIN_CYCLES)
     start.record()
     function()
@@ -165,7 +171,8 @@ def resident_bytes(field):
 
 def peak_here(name, shape, dtype, device, mode):
     """Bytes that one call takes at its highest beyond its inputs, its results included, in this process."""
-    function, data = contenders(device)[name], example(shape, dtype, device, mode)
+    function = contenders(device)[name]
+    data = example(shape, dtype, device, mode)
     run(function, *example((8, shape[1], 64), dtype, device, mode))  # thread pools and libraries come first
     if device.type == "cuda":
         torch.cuda.synchronize()

@@ -113,9 +113,11 @@ def logp_op(hidden: Tensor, weight: Tensor, targets: Tensor, hidden_grad: bool, 
 
 @torch.library.register_fake("clo::token_logp")
 def logp_fake(hidden, weight, targets, hidden_grad, keep, chunk_bytes, backend):
-    (N, H), V = hidden.shape, weight.shape[0]
-    return (hidden.new_empty(N, dtype=accumulation_dtype(hidden.dtype)),
-            hidden.new_empty(N if hidden_grad else 0, H), hidden.new_empty(N if keep else 0, V))
+    N, H = hidden.shape
+    V = weight.shape[0]
+    logp = hidden.new_empty(N, dtype=accumulation_dtype(hidden.dtype))
+    direction = hidden.new_empty(N if hidden_grad else 0, H)
+    return logp, direction, hidden.new_empty(N if keep else 0, V)
 
 
 @operator("token_logp_backward")
@@ -146,7 +148,8 @@ def logp_save(ctx, inputs, output):
     ctx.mark_non_differentiable(direction, kept)
     ctx.set_materialize_grads(False)
     ctx.weight_grad = ctx.needs_input_grad[1]
-    ctx.save_for_backward(direction, *((hidden, weight, targets, logp, kept) if ctx.weight_grad else ()))
+    rest = (hidden, weight, targets, logp, kept) if ctx.weight_grad else ()
+    ctx.save_for_backward(direction, *rest)
 
 
 def logp_gradient(ctx, grad, _direction, _kept):
@@ -189,9 +192,11 @@ def mean_nll_op(hidden: Tensor, weight: Tensor, targets: Tensor, ignore_index: i
 
 @torch.library.register_fake("clo::linear_cross_entropy")
 def mean_nll_fake(hidden, weight, targets, ignore_index, hidden_grad, weight_grad, chunk_bytes, backend):
-    (N, H), V = hidden.shape, weight.shape[0]
-    return (hidden.new_empty((), dtype=accumulation_dtype(hidden.dtype)),
-            hidden.new_empty(N if hidden_grad else 0, H), weight.new_empty(V if weight_grad else 0, H))
+    N, H = hidden.shape
+    V = weight.shape[0]
+    loss = hidden.new_empty((), dtype=accumulation_dtype(hidden.dtype))
+    grad_hidden = hidden.new_empty(N if hidden_grad else 0, H)
+    return loss, grad_hidden, weight.new_empty(V if weight_grad else 0, H)
 
 
 def mean_nll_save(ctx, inputs, output):
@@ -203,8 +208,9 @@ def mean_nll_save(ctx, inputs, output):
 
 def mean_nll_gradient(ctx, grad, _grad_hidden, _grad_weight):
     grad_hidden, grad_weight = ctx.saved_tensors
-    return (grad_hidden * grad if ctx.hidden_grad else None, grad_weight * grad if ctx.weight_grad else None,
-            None, None, None, None, None, None)
+    by_hidden = grad_hidden * grad if ctx.hidden_grad else None
+    by_weight = grad_weight * grad if ctx.weight_grad else None
+    return by_hidden, by_weight, None, None, None, None, None, None
 
 
 torch.library.register_autograd("clo::linear_cross_entropy", mean_nll_gradient, setup_context=mean_nll_save)

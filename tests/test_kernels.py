@@ -18,7 +18,7 @@ TRIANGLE = [[1.0, 2.0, 3.0, 0.0]]  # the logits of the worked example, target 2
 
 @pytest.fixture(params=[*BACKENDS, "torch, narrow", *(backend + ", narrow" for backend in BACKENDS[1:])])
 def walk(request, monkeypatch):
-    """A backend; "narrow": with tiles of at most 16 words (torch) or blocks of 32 (triton), many where V is 101."""
+    """A backend; "narrow": with tiles of at most 16 words (torch) or blocks of 32 (triton), where V is 101."""
     backend, _, narrow = request.param.partition(", ")
     if narrow and backend == "torch":
         monkeypatch.setattr(chunks, "CPU_TILE_WORDS", 16)
@@ -247,8 +247,8 @@ def test_float64_stays_float64(tile_words, monkeypatch):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_a_confident_target_keeps_its_digits(walk, dtype):
-    """At p_y = 1 - 1e-6, 1 - p_y from a difference in fp32 would be 6 % off; at 1 - 1e-10, zero. (The gradient
-    of fp16 ends at 6e-8.)"""
+    """At p_y = 1 - 1e-6, 1 - p_y from a difference in fp32 would be 6 % off; at 1 - 1e-10, zero. (fp16 has no
+    gradient below 6e-8.)"""
     def exact(hidden, weight, targets):  # log_softmax would cancel in float64 too
         z = hidden @ weight.T
         others = z.scatter(1, targets[:, None], -torch.inf).logsumexp(1)

@@ -179,7 +179,8 @@ def test_sampling_is_finite_at_any_temperature_and_top_p(temperature, top_p, sca
 def test_continuation_logps_are_sums_over_separate_sequences():
     """Forks of two and of three continuations, one in the same row as another, behind a header too."""
     model, header = random_model(), [3, 1, 4, 1]
-    forks = [data.Fork([5, 6, 7], [[8, 9], [10]], "en", "0"), data.Fork([11], [[12, 13], [14], [15, 1]], "sw", "1"),
+    forks = [data.Fork([5, 6, 7], [[8, 9], [10]], "en", "0"),
+             data.Fork([11], [[12, 13], [14], [15, 1]], "sw", "1"),
              data.Fork([2, 3], [[4, 5, 6, 7], [8]], "en", "2")]
     batch = data.micro_batches(forks, 16, 2, ends=False)[0]
     for shared in ([], header):

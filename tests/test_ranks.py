@@ -398,3 +398,13 @@ if __name__ == "__main__":
     parts = {part.__name__: part
              for part in (shared_model, memory_of_loading, one_fails, one_is_killed, first_fails)}
     ranks.run(lambda: parts[sys.argv[1]](Path(sys.argv[2])))
+
+
+@pytest.mark.parametrize("given, expected", [
+    ({}, "expandable_segments:True"), ({"PYTORCH_ALLOC_CONF": "backend:native"}, "backend:native"),
+    ({"PYTORCH_CUDA_ALLOC_CONF": "backend:native"}, None)])
+def test_cudas_memory_grows_in_place_unless_the_user_says_otherwise(given, expected, monkeypatch):
+    """Set before CUDA is touched for the first time, which is where the device is picked."""
+    monkeypatch.setattr(ranks.os, "environ", dict(given))
+    ranks.pick_device("cpu")
+    assert ranks.os.environ.get("PYTORCH_ALLOC_CONF") == expected
