@@ -751,9 +751,8 @@ def main(argv=None) -> None:
         ranks.on_first(lambda: lock.enter_context(locked(args.out)))
         job = make_job(args, device)
         methods, answers = {}, {}
-        for number, name in enumerate(dict.fromkeys(["base", args.baseline, args.method]), 3):
-            if name == "none":
-                continue
+        wanted = [name for name in ("base", args.baseline, args.method) if name != "none"]
+        for number, name in enumerate(dict.fromkeys(wanted), 3):
             print(f"\n{number}. {'Base model' if name == 'base' else 'Train ' + name}")
             methods[name] = run_method(name, job)
             answers[name] = read_answers(job.run / name / "answers.jsonl", methods[name])

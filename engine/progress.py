@@ -9,15 +9,16 @@ LINE_EVERY = 3.0    # seconds between two lines of a log; work that ends sooner 
 
 
 class LogLines:
-    """A stream for tqdm whose every redraw is a line of its own."""
+    """A stream for tqdm whose every redraw is a line of its own, unless it says what the last one said."""
 
     def __init__(self, stream):
-        self.stream = stream
+        self.stream, self.last = stream, ""
 
     def write(self, text: str) -> None:
         text = text.strip("\r\n ")
-        if text:
+        if text and text != self.last:
             self.stream.write(text + "\n")
+            self.last = text
 
     def flush(self) -> None:
         self.stream.flush()
@@ -29,4 +30,4 @@ def progress(iterable=None, **options) -> tqdm:
     if sys.stderr.isatty():
         return tqdm(iterable, **options)
     return tqdm(iterable, file=LogLines(sys.stderr), ncols=100, mininterval=LINE_EVERY, maxinterval=LINE_EVERY,
-                delay=LINE_EVERY, **options)
+                delay=LINE_EVERY, position=0, **options)

@@ -220,13 +220,16 @@ def peak_memory_gb() -> float:
 
 
 def stand_in(c: Config, layers: int, device: torch.device, dtype: torch.dtype) -> llama.Llama:
-    """A model of this shape with so many layers, for timing: every weight is the same number."""
+    """A model of this shape with so many layers, for timing: its weights repeat a few random numbers, which is
+    quick. (Equal ones would give gradients so small that a CPU takes longer over them.)"""
     with torch.device("meta"):
         model = llama.Llama(replace(c, num_hidden_layers=layers))
     model = model.to(dtype).to_empty(device=device).requires_grad_(False)
+    numbers = 0.02 * torch.randn(1 << 16, device=device, dtype=dtype)
     with torch.no_grad():
         for parameter in model.parameters():
-            parameter.fill_(0.02)
+            times = -(-parameter.numel() // len(numbers))
+            parameter.copy_(numbers.repeat(times)[:parameter.numel()].view_as(parameter))
     return model
 
 
