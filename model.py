@@ -20,9 +20,9 @@ prompt and do not see each other. With `fork` and `branch` (both (B, T)), token 
 
 and, for a sliding window of w (Mistral), positions[q] - positions[k] < w. A header that all forks begin with
 (few-shot examples) is left out of them and given as `prefix`, its keys and values: every token sees them too.
-Three ways to compute that attention, and one place that chooses (`attention_for`): on CUDA FlexAttention,
-which skips what the predicate hides, or the dense mask, for what FlexAttention does not take; on the CPU one
-plain causal sequence for each continuation.
+Three ways to compute that attention, and one place that chooses (`fork_attention`): on CUDA FlexAttention,
+which skips what the predicate hides, or the dense mask, for what FlexAttention does not take; elsewhere one
+plain causal sequence for each continuation, if the batch says which (`lines`).
 
 References: LLaMA (arXiv 2302.13971), RoPE (arXiv 2104.09864), GQA (arXiv 2305.13245),
 RMSNorm (arXiv 1910.07467), FlexAttention (arXiv 2412.05496), LoRA (arXiv 2106.09685).
@@ -242,70 +242,30 @@ def dense_mask(fork: Tensor, branch: Tensor, positions: Tensor, window: int | No
     return torch.cat((distance < (window or math.inf), seen), dim=-1)[:, None]
 
 
-def fork_lines(fork: Tensor, branch: Tensor) -> list[list[int]]:
-    """Every continuation behind its prompt, and every prompt without one, as flat indices of their tokens;
-    the shortest first."""
-    parts: dict[tuple[int, int], list[int]] = {}
-    for index, part in enumerate(zip(fork.reshape(-1).tolist(), branch.reshape(-1).tolist())):
-        parts.setdefault(part, []).append(index)
-    parts = {(f, b): indices for (f, b), indices in parts.items() if f >= 0}
-    branched = {f for f, b in parts if b > 0}
-    lines = [parts.get((f, 0), []) + indices for (f, b), indices in parts.items() if b > 0]
-    lines += [indices for (f, b), indices in parts.items() if f not in branched]
-    return sorted(lines, key=len)
-
-
-def unfold_forks(fork: Tensor, branch: Tensor) -> tuple[list[Tensor], Tensor]:
-    """How to turn packed rows into one plain causal sequence per continuation, for attention alone.
-
-    Returns gathers, each (S, L) int64 of flat token indices (a line of `fork_lines` a row, right-padded;
-    lines of like length share a gather, so padding stays small), and restore (B*T,) int64: where each token's
-    output lies in the concatenation of the flattened gathers (a prompt's is read from its first
-    continuation). Padding restores line 0.
-    """
-    groups: list[list[list[int]]] = []
-    for line in fork_lines(fork, branch):
-        shortest = len(groups[-1][0]) if groups else 0
-        if shortest and len(line) <= max(1.1 * shortest, shortest + 8):
-            groups[-1].append(line)
-        else:
-            groups.append([line])
-    gathers, places, offset = [], {}, 0
-    for group in groups:
-        width = len(group[-1])
-        rows = torch.zeros(len(group), width, dtype=torch.int64)
-        for row, line in zip(rows, group):
-            row[:len(line)] = torch.tensor(line)
-            for column, index in enumerate(line):
-                places.setdefault(index, offset + column)
-            offset += width
-        gathers.append(rows.to(fork.device))
-    restore = [places.get(index, 0) for index in range(fork.numel())]
-    return gathers, torch.tensor(restore, device=fork.device)
-
-
-def attend_unfolded(q: Tensor, k: Tensor, v: Tensor, gathers: list[Tensor], restore: Tensor,
-                    window: int | None = None) -> Tensor:
+def attend_unfolded(q: Tensor, k: Tensor, v: Tensor, lines, window: int | None = None) -> Tensor:
     """Packed forks on the CPU: gather each continuation behind its prompt (and the header, of which k and v
-    have S - T tokens more than q), attend causally, put the rows back.
+    have S - T tokens more than q), attend causally, put the rows back. lines: a data.Lines.
 
     Only attention sees the prompt once per continuation;
     projections and MLP, nearly all the work, see it once.
     """
     B, T, Q, D = q.shape
     header = k.shape[1] - T
-    q, k, v = (x.reshape(x.shape[0] * x.shape[1], -1) for x in (q, k, v))
+    q, k, v = (x.flatten(0, 1).flatten(1) for x in (q, k, v))                  # (B T, Q D), (B S, G D) twice
     outputs = []
-    for rows in gathers:
-        lines, length = rows.shape
+    for rows in lines.gathers:
         keys = rows
         if header:
-            shared = torch.arange(header, device=rows.device).expand(lines, -1)
+            shared = torch.arange(header, device=rows.device).expand(len(rows), -1)
             keys = torch.cat((shared, rows + header * (rows // T + 1)), dim=1)
-        queries = q.index_select(0, rows.view(-1)).view(lines, length, -1, D)
-        own_k, own_v = (x.index_select(0, keys.view(-1)).view(lines, header + length, -1, D) for x in (k, v))
-        outputs.append(attend_causal(queries, own_k, own_v, window).reshape(lines * length, Q * D))
-    return torch.cat(outputs).index_select(0, restore).view(B, T, Q, D)
+        seen = attend_causal(take(q, rows, D), take(k, keys, D), take(v, keys, D), window)
+        outputs.append(seen.reshape(-1, Q * D))
+    return torch.cat(outputs).index_select(0, lines.restore).view(B, T, Q, D)
+
+
+def take(x: Tensor, rows: Tensor, head_dim: int) -> Tensor:
+    """The rows (L, W) of x (tokens, heads * D) as (L, W, heads, D)."""
+    return x.index_select(0, rows.view(-1)).view(*rows.shape, -1, head_dim)
 
 
 @lru_cache(maxsize=None)
@@ -328,29 +288,24 @@ def attend_flex(q: Tensor, k: Tensor, v: Tensor, mask, flex) -> Tensor:
     return flex(q, k, v, block_mask=mask, enable_gqa=q.shape[1] != k.shape[1]).transpose(1, 2)
 
 
-def attention_for(device: str, tokens: int, head_dim: int, header: bool) -> str:
-    """Which attention packed rows of so many tokens take: "unfolded", "flex" or "dense".
-
-    FlexAttention's kernels want heads of 16 channels at least, and a tile of 128 queries. With a header
-    (scoring) row lengths differ, and each would compile it anew.
-    """
-    if device != "cuda":
-        return "unfolded"
-    return "flex" if head_dim >= 16 and tokens >= 128 and not header else "dense"
+def flex_takes(device: str, tokens: int, head_dim: int, header: int | None) -> bool:
+    """Whether FlexAttention takes packed rows of so many tokens. Its kernels want CUDA, heads of 16 channels
+    at least, and a tile of 128 queries. With a header (scoring) row lengths differ, and each would compile it
+    anew."""
+    return device == "cuda" and head_dim >= 16 and tokens >= 128 and header is None
 
 
 def fork_attention(fork: Tensor, branch: Tensor, positions: Tensor, head_dim: int, window: int | None = None,
-                   header: int | None = None):
+                   header: int | None = None, lines=None):
     """The attention function of packed forks; all three kinds are compared by the tests. After a header of so
-    many tokens, if there is one, positions count from its start."""
-    kind = attention_for(fork.device.type, fork.shape[1], head_dim, header is not None)
-    if kind == "flex":
+    many tokens, if there is one, positions count from its start. lines: a data.Lines, to walk instead of
+    masking."""
+    if lines is not None:
+        return partial(attend_unfolded, lines=lines, window=window)
+    if flex_takes(fork.device.type, fork.shape[1], head_dim, header):
         mask = flex_mask(fork, branch, positions, window)
         return partial(attend_flex, mask=mask, flex=compiled_flex()[0])
-    if kind == "dense":
-        return partial(sdpa, mask=dense_mask(fork, branch, positions, window, header or 0))
-    gathers, restore = unfold_forks(fork, branch)
-    return partial(attend_unfolded, gathers=gathers, restore=restore, window=window)
+    return partial(sdpa, mask=dense_mask(fork, branch, positions, window, header or 0))
 
 
 # ------------------------------------------------------------------------------------------------------ cache
@@ -466,33 +421,31 @@ class Llama(nn.Module):
         return self.given_dtype or self.model["embed_tokens"].weight.dtype
 
     def forward(self, tokens: Tensor, positions: Tensor | None = None, fork: Tensor | None = None,
-                branch: Tensor | None = None, cache: Cache | None = None, prefix=None) -> Tensor:
-        """Hidden states (B, T, H) of tokens (B, T) int64. Alone: causal. With fork and branch: eq. 1.
-        With cache: T new tokens after what it holds. positions (B, T) default to 0, 1, ..., T-1 in every row.
-        prefix, only with fork and branch: `keys_and_values` of the header every fork continues;
-        positions count from its end."""
+                branch: Tensor | None = None, lines=None, cache: Cache | None = None, prefix=None) -> Tensor:
+        """Hidden states (B, T, H) of tokens (B, T) int64. Alone: causal. With fork and branch: eq. 1, by way
+        of `lines` (a data.Lines) if given, else by a mask. With cache: T new tokens after what it holds.
+        positions (B, T) default to 0, 1, ..., T-1 in every row. prefix, only with fork and branch:
+        `keys_and_values` of the header every fork continues; positions count from its end."""
         B, T = tokens.shape
+        c = self.config
+        run, layers = run_block, [None] * c.num_hidden_layers
         if positions is None:
             positions = torch.arange(T, device=tokens.device).expand(B, T)
-        layers = [None] * self.config.num_hidden_layers
-        run = run_block
         if cache is not None:
-            attend = cache.attention(T)
-            layers = cache.layers
+            attend, layers = cache.attention(T), cache.layers
         elif fork is None:
-            attend = partial(attend_causal, window=self.config.sliding_window)
+            attend = partial(attend_causal, window=c.sliding_window)
         else:
             header = None
             if prefix is None:
                 run = self.run_forks
             else:
+                layers = prefix
                 header = prefix[0].k.shape[1]
                 positions = positions + header
-                layers = prefix
-            attend = fork_attention(fork, branch, positions, self.config.head_dim,
-                                    self.config.sliding_window, header)
+            attend = fork_attention(fork, branch, positions, c.head_dim, c.sliding_window, header, lines)
         x = self.model["embed_tokens"](tokens).to(self.compute_dtype)
-        cos, sin = rotation(self.config, positions, x.dtype)
+        cos, sin = rotation(c, positions, x.dtype)
         return self.model["norm"](self.run_blocks(run, x, cos, sin, attend, layers))
 
     def run_blocks(self, run, x: Tensor, cos: Tensor, sin: Tensor, attend, layers) -> Tensor:
@@ -525,7 +478,7 @@ def continuation_logps(model: Llama, batch, prefix=None) -> Tensor:
 
     The walk that training, reference pass, validation and scoring all take. prefix as in `forward`.
     """
-    hidden = model(batch.tokens, batch.positions, batch.fork, batch.branch, prefix=prefix)       # (B, T, H)
+    hidden = model(batch.tokens, batch.positions, batch.fork, batch.branch, batch.lines, prefix=prefix)
     predicted = hidden.flatten(0, 1).index_select(0, batch.row_index)                            # (N, H)
     logp = kernels.token_logp(predicted, model.head.to(predicted.dtype), batch.targets)          # (N,)
     return logp.new_zeros(len(batch.length)).index_add(0, batch.sequence, logp)

@@ -5,6 +5,7 @@ import random
 from pathlib import Path
 
 import pytest
+import torch
 
 import data
 from engine.files import InputError, run
@@ -116,6 +117,23 @@ def test_packed_predictions_are_those_of_separate_sequences(trim):
     found = [(sequence, visible(batch, *divmod(index, width)), target) for sequence, index, target in
              zip(batch.sequence.tolist(), batch.row_index.tolist(), batch.targets.tolist())]
     assert found == expected
+
+
+@pytest.mark.parametrize("ends", [True, False])
+def test_lines_walk_every_continuation_behind_its_prompt_once(ends):
+    """Without ends a continuation of one token leaves no line, and a prompt left alone is one."""
+    for batch in data.micro_batches(random_forks(23), 40, 3, ends=ends):
+        flat, expected = batch.tokens.flatten(), []
+        for fork in batch.forks:
+            laid = [ids if ends else ids[:-1] for ids in fork.continuations]
+            expected += [fork.prompt + ids for ids in laid if ids] or [fork.prompt]
+        found = [row for rows in batch.lines.gathers for row in flat[rows].tolist()]
+        expected.sort(key=len)
+        assert [row[:len(line)] for row, line in zip(found, expected)] == expected
+        assert len(found) == len(expected)
+        walked = torch.cat([rows.flatten() for rows in batch.lines.gathers])
+        used = (batch.fork >= 0).flatten()
+        assert walked[batch.lines.restore][used].equal(torch.arange(len(flat))[used])
 
 
 def test_packing_loses_no_fork_and_is_the_same_every_time():

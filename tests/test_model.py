@@ -36,12 +36,12 @@ def random_model(window=None, dtype=torch.float64, **shape) -> llama.Llama:
 
 
 def packed_row():
-    """Two rows: a fork of 3 + (2, 4) tokens, one of 2 + (3, 1, 2), padding; one of 4 + (1)."""
+    """Two rows: a fork of 3 + (2, 4) tokens, one of 2 + (3, 1, 2), padding; one of 4 + (1). And their lines."""
     layout = [[(0, 3, (2, 4)), (1, 2, (3, 1, 2))], [(2, 4, (1,))]]
     T = 18
     grids = torch.zeros(3, 2, T, dtype=torch.int64)
     grids[0] = -1
-    parts = {}
+    parts, lines = {}, []
     for b, row in enumerate(layout):
         cursor = 0
         for fork, prompt, lengths in row:
@@ -53,16 +53,17 @@ def packed_row():
                 grids[2, b, here] = torch.arange(first, first + length)
                 if branch:
                     parts[fork, branch] = (b, slice(start, start + prompt), here)
+                    lines.append([b * T + t for t in (*range(start, start + prompt), *range(T)[here])])
                 cursor += length
     tokens = torch.randint(41, (2, T), generator=torch.Generator().manual_seed(2))
-    return tokens, *grids, parts
+    return tokens, *grids, parts, data.unfold(lines, 2 * T)
 
 
 @pytest.mark.parametrize("window", [None, 3])
 def test_packed_forks_equal_separate_sequences(window):
     model = random_model(window)
-    tokens, fork, branch, positions, parts = packed_row()
-    packed = model(tokens, positions, fork, branch)
+    tokens, fork, branch, positions, parts, lines = packed_row()
+    packed = model(tokens, positions, fork, branch, lines)
     for b, prompt, own in parts.values():
         alone = model(torch.cat((tokens[b, prompt], tokens[b, own]))[None])[0]
         together = torch.cat((packed[b, prompt], packed[b, own]))
@@ -71,11 +72,11 @@ def test_packed_forks_equal_separate_sequences(window):
 
 @pytest.mark.parametrize("window", [None, 3])
 def test_unfolded_attention_equals_the_dense_mask_with_its_gradients(window):
-    _, fork, branch, positions, _ = packed_row()
+    _, fork, branch, positions, _, lines = packed_row()
     q, k, v = (torch.randn(2, 18, heads, 6, dtype=torch.float64, requires_grad=True) for heads in (4, 2, 2))
     real = fork >= 0
     dense = llama.sdpa(q, k, v, llama.dense_mask(fork, branch, positions, window))[real]
-    unfolded = llama.fork_attention(fork, branch, positions, 6, window)(q, k, v)[real]
+    unfolded = llama.attend_unfolded(q, k, v, lines, window)[real]
     torch.testing.assert_close(unfolded, dense, rtol=0, atol=1e-12)
     weights = torch.randn_like(dense)
     for one, other in zip(torch.autograd.grad((dense * weights).sum(), (q, k, v)),
@@ -84,7 +85,7 @@ def test_unfolded_attention_equals_the_dense_mask_with_its_gradients(window):
 
 
 def test_visibility_is_the_predicate_of_the_design():
-    _, fork, branch, positions, _ = packed_row()
+    _, fork, branch, positions, _, _ = packed_row()
     seen = llama.dense_mask(fork, branch, positions, window=4)[:, 0]
     for b in range(2):
         for q in range(18):
@@ -206,7 +207,7 @@ def test_real_checkpoint_continues_as_the_independent_reference(shared):
 
 def test_flex_mask_hides_and_shows_what_eq_1_says():
     flex = pytest.importorskip("torch.nn.attention.flex_attention")
-    _, fork, branch, positions, _ = packed_row()
+    _, fork, branch, positions, _, _ = packed_row()
     dense = llama.dense_mask(fork, branch, positions, window=4)[:, 0]
     sees = llama.fork_predicate(fork, branch, positions, 4)
     assert (fork < 0).any()
@@ -214,19 +215,19 @@ def test_flex_mask_hides_and_shows_what_eq_1_says():
 
 
 @pytest.mark.parametrize("device, tokens, head_dim, header, expected", [
-    ("cpu", 1024, 128, False, "unfolded"), ("cpu", 1024, 8, True, "unfolded"),
-    ("cuda", 1024, 128, False, "flex"), ("cuda", 128, 16, False, "flex"), ("cuda", 200, 80, False, "flex"),
-    ("cuda", 1024, 8, False, "dense"), ("cuda", 96, 64, False, "dense"), ("cuda", 1024, 128, True, "dense")])
-def test_what_flex_attention_does_not_take_goes_by_the_dense_mask(device, tokens, head_dim, header, expected):
-    assert llama.attention_for(device, tokens, head_dim, header) == expected
+    ("cpu", 1024, 128, None, False), ("mps", 1024, 128, None, False), ("cuda", 1024, 128, None, True),
+    ("cuda", 128, 16, None, True), ("cuda", 200, 80, None, True), ("cuda", 1024, 8, None, False),
+    ("cuda", 96, 64, None, False), ("cuda", 1024, 128, 7, False), ("cuda", 1024, 128, 0, False)])
+def test_flex_attention_gets_what_its_kernels_take(device, tokens, head_dim, header, expected):
+    assert llama.flex_takes(device, tokens, head_dim, header) == expected
 
 
-def test_the_kind_of_attention_that_was_chosen_is_the_one_that_runs(monkeypatch):
-    monkeypatch.setattr(llama, "attention_for", lambda *_: "dense")
-    _, fork, branch, positions, _ = packed_row()
-    q, k, v = (torch.randn(2, 18, heads, 6, dtype=torch.float64) for heads in (4, 2, 2))
+def test_lines_are_walked_where_a_batch_has_them_and_a_mask_hides_the_rest_where_not():
+    _, fork, branch, positions, _, lines = packed_row()
+    assert llama.fork_attention(fork, branch, positions, 6, lines=lines).func is llama.attend_unfolded
     attend = llama.fork_attention(fork, branch, positions, 6)
     assert attend.func is llama.sdpa
+    q, k, v = (torch.randn(2, 18, heads, 6, dtype=torch.float64) for heads in (4, 2, 2))
     assert torch.equal(attend(q, k, v), llama.sdpa(q, k, v, llama.dense_mask(fork, branch, positions)))
 
 
@@ -260,24 +261,24 @@ def test_window_only_matters_beyond_its_length():
 @pytest.mark.parametrize("window", [None, 5])
 def test_forks_behind_a_header_equal_whole_sequences(window):
     model = random_model(window)
-    tokens, fork, branch, positions, parts = packed_row()
+    tokens, fork, branch, positions, parts, lines = packed_row()
     header = torch.randint(41, (4,), generator=torch.Generator().manual_seed(5))
     prefix = llama.keys_and_values(model, header.tolist())
-    packed = model(tokens, positions, fork, branch, prefix=prefix)
+    packed = model(tokens, positions, fork, branch, lines, prefix=prefix)
     for b, prompt, own in parts.values():
         alone = model(torch.cat((header, tokens[b, prompt], tokens[b, own]))[None])[0, len(header):]
         torch.testing.assert_close(torch.cat((packed[b, prompt], packed[b, own])), alone, rtol=0, atol=1e-10)
-    empty = model(tokens, positions, fork, branch, prefix=llama.keys_and_values(model, []))
+    empty = model(tokens, positions, fork, branch, lines, prefix=llama.keys_and_values(model, []))
     torch.testing.assert_close(empty[fork >= 0], model(tokens, positions, fork, branch)[fork >= 0],
                                rtol=0, atol=1e-12)
 
 
 @pytest.mark.parametrize("window", [None, 5])
 def test_the_mask_with_a_header_equals_the_unfolded_attention(window):
-    _, fork, branch, positions, _ = packed_row()
+    _, fork, branch, positions, _, lines = packed_row()
     q, k, v = (torch.randn(2, 18, heads, 6, dtype=torch.float64) for heads in (4, 2, 2))
     header = llama.Header(*(torch.randn(1, 3, 2, 6, dtype=torch.float64) for _ in range(2)))
     k, v = header.append_(k, v)
     dense = llama.sdpa(q, k, v, llama.dense_mask(fork, branch, positions + 3, window, 3))
-    unfolded = llama.fork_attention(fork, branch, positions + 3, 6, window, 3)(q, k, v)
+    unfolded = llama.attend_unfolded(q, k, v, lines, window)
     torch.testing.assert_close(unfolded[fork >= 0], dense[fork >= 0], rtol=0, atol=1e-12)

@@ -84,7 +84,7 @@ def kept_bytes(model, batch: data.Batch) -> int:
             kept[memory.data_ptr()] = memory.nbytes()
         return tensor
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        hidden = model(batch.tokens, batch.positions, batch.fork, batch.branch)
+        hidden = model(batch.tokens, batch.positions, batch.fork, batch.branch, batch.lines)
     assert hidden.requires_grad
     return sum(kept.values())
 
@@ -253,7 +253,7 @@ def test_deterministic_algorithms_are_asked_for_without_filling_memory():
 def test_one_compiled_graph_serves_all_blocks_and_the_pass_without_gradient():
     from torch._dynamo.testing import CompileCounterWithBackend
     model, batch = make_model(), make_steps()[0][0]
-    rows = (batch.tokens, batch.positions, batch.fork, batch.branch)
+    rows = (batch.tokens, batch.positions, batch.fork, batch.branch, batch.lines)
     counter = CompileCounterWithBackend("aot_eager")
     expected, model = model(*rows), make_model(compiler=counter)
     for _ in range(2):
@@ -295,14 +295,15 @@ def peak_bytes(function) -> int:
 def test_compiled_blocks_keep_nothing_that_is_not_needed_again(gradient, recompute):
     """Six more blocks may take their inputs alone where each is run again, and without a gradient nothing."""
     batch, peaks = make_steps()[0][0], {}
+    rows = (batch.tokens, batch.positions, batch.fork, batch.branch, batch.lines)
     for layers in (2, 8):
         torch.compiler.reset()
         model = llama.Llama(replace(SHAPES["llama"], num_hidden_layers=layers), None, recompute, "aot_eager")
         llama.initialise_(model).double()
         clo.make_trainable(model, "lora", rank=3, alpha=6, seed=0)
         with torch.set_grad_enabled(gradient):
-            model(batch.tokens, batch.positions, batch.fork, batch.branch)        # compiles
-            peaks[layers] = peak_bytes(lambda: model(batch.tokens, batch.positions, batch.fork, batch.branch))
+            model(*rows)        # compiles
+            peaks[layers] = peak_bytes(lambda: model(*rows))
     inputs = 6 * batch.tokens.numel() * 16 * 8
     assert peaks[8] - peaks[2] <= (1.1 * inputs if gradient else 0.1 * inputs)
 
@@ -373,8 +374,7 @@ def test_predicted_activations_are_within_two_percent_of_the_bytes_kept(shape, t
     model = make_model(shape, train, recompute=recompute)
     batch = make_steps(clo.Packing(3, 80, 2))[0][0]
     c, tokens = model.config, batch.tokens.numel()
-    gathers, _ = llama.unfold_forks(batch.fork, batch.branch)
-    copies = sum(rows.numel() for rows in gathers) / tokens
+    copies = sum(rows.numel() for rows in batch.lines.gathers) / tokens
     predicted = scale.activation_bytes(c, tokens, train, recompute, 3, 8, copies)
     if recompute:                                                # the block that is run again comes later
         predicted -= tokens * max(scale.block_bytes(c, train, 3, 8, copies, first) for first in (True, False))
