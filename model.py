@@ -29,6 +29,7 @@ RMSNorm (arXiv 1910.07467), FlexAttention (arXiv 2412.05496), LoRA (arXiv 2106.0
 """
 
 import math
+from dataclasses import dataclass
 from functools import lru_cache, partial
 
 import torch
@@ -37,10 +38,9 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import kernels
-from engine.files import InputError
 from formats import hub
 from formats.configs import Config, read_config
-from formats.weights import EMBEDDING, HEAD, Weights, add_update, read_adapter
+from formats.weights import Weights, add_update, check_depth, match_names, read_adapter
 
 # ----------------------------------------------------------------------------------------------------- layers
 
@@ -52,14 +52,13 @@ class Linear(nn.Module):
         self.weight = nn.Parameter(torch.empty(out_features, in_features))
         self.bias = nn.Parameter(torch.empty(out_features)) if bias else None
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x):
         bias = None if self.bias is None else self.bias.to(x.dtype)
         return F.linear(x, self.weight.to(x.dtype), bias)
 
 
 class Embedding(nn.Embedding):
-    """nn.Embedding without its random start,
-    which on the meta device alone would import half of torch's compiler."""
+    """nn.Embedding without its random start, which on the meta device would import torch's compiler."""
 
     def reset_parameters(self) -> None:
         pass
@@ -73,7 +72,7 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.empty(width))
         self.eps = eps
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x):
         weight = self.weight.to(x.dtype)
         if x.dtype.itemsize >= 4:
             return F.rms_norm(x, weight.shape, weight, self.eps)
@@ -94,7 +93,7 @@ class Attention(nn.Module):
         self.q_norm = RMSNorm(c.head_dim, c.rms_norm_eps) if c.qk_norm else None
         self.k_norm = RMSNorm(c.head_dim, c.rms_norm_eps) if c.qk_norm else None
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, attend, cache=None) -> Tensor:
+    def forward(self, x, cos, sin, attend, cache=None):
         B, T, H = x.shape
         q = self.q_proj(x).view(B, T, -1, self.head_dim)                         # (B, T, Q, D)
         k = self.k_proj(x).view(B, T, -1, self.head_dim)                         # (B, T, G, D)
@@ -114,14 +113,14 @@ class SwiGLU(torch.autograd.Function):
     plain autograd keeps silu(gate) as well, a fifth of all that a block keeps."""
 
     @staticmethod
-    def forward(ctx, gate: Tensor, up: Tensor) -> Tensor:
+    def forward(ctx, gate, up):
         ctx.save_for_backward(gate, up)
         # Not in place: then torch 2.11's compiler gives `gate` and `up` a gradient of zero (issue 180642).
         return F.silu(gate) * up
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor]:
+    def backward(ctx, grad):
         gate, up = ctx.saved_tensors
         return torch.ops.aten.silu_backward(grad * up, gate), grad * F.silu(gate)
 
@@ -133,7 +132,7 @@ class MLP(nn.Module):
         self.up_proj = Linear(c.hidden_size, c.intermediate_size, c.mlp_bias)
         self.down_proj = Linear(c.intermediate_size, c.hidden_size, c.mlp_bias)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x):
         return self.down_proj(SwiGLU.apply(self.gate_proj(x), self.up_proj(x)))
 
 
@@ -145,32 +144,35 @@ class Block(nn.Module):
         self.post_attention_layernorm = RMSNorm(c.hidden_size, c.rms_norm_eps)
         self.mlp = MLP(c)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, attend, cache=None) -> Tensor:
+    def forward(self, x, cos, sin, attend, cache=None):
         x = x + self.self_attn(self.input_layernorm(x), cos, sin, attend, cache)
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
-def rope_frequencies(config: Config, device=None) -> Tensor:
+def rope_frequencies(config: Config, device=None):
     """Angle per position of each pair of channels, (D/2,) fp32: theta^(-2i/D),
     stretched as rope_scaling says.
 
     llama3 leaves wavelengths short against the original context alone, divides the long ones by `factor`, and
     interpolates between (transformers' `_compute_llama3_parameters`, from Meta's llama-models).
     """
-    D, scaling = config.head_dim, config.rope_scaling
+    D = config.head_dim
+    scaling = config.rope_scaling
     frequency = 1.0 / config.rope_theta ** (torch.arange(0, D, 2, dtype=torch.float32, device=device) / D)
     if scaling is None:
         return frequency
     if scaling["rope_type"] == "linear":
         return frequency / scaling["factor"]
-    factor, low, high = scaling["factor"], scaling["low_freq_factor"], scaling["high_freq_factor"]
+    factor = scaling["factor"]
+    low = scaling["low_freq_factor"]
+    high = scaling["high_freq_factor"]
     context = scaling["original_max_position_embeddings"]
     turns = context * frequency / (2 * math.pi)                      # full ones over that context
     keep = ((turns - low) / (high - low)).clamp(0, 1)
     return (1 - keep) * frequency / factor + keep * frequency
 
 
-def rotation(c: Config, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+def rotation(c: Config, positions, dtype: torch.dtype):
     """cos and sin of `rotate` at positions (B, T): each (B, T, 1, D), the first half of sin negated."""
     angles = positions[..., None] * rope_frequencies(c, positions.device)                # (B, T, D/2)
     cos = angles.cos().to(dtype)[:, :, None]
@@ -178,7 +180,7 @@ def rotation(c: Config, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, 
     return torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1)
 
 
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+def rotate(x, cos, sin):
     """RoPE in the half-split layout of Hugging Face checkpoints: channel i turns with channel i + D/2.
 
     x (B, T, heads, D); cos, sin (B, T, 1, D) of `rotation`.
@@ -187,13 +189,15 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 # -------------------------------------------------------------------------------------------------- attention
-# Every function below takes q (B, T, Q, D), k and v (B, S, G, D) and returns (B, T, Q, D).
+# Every function below that takes q (B, T, Q, D), k and v (B, S, G, D) returns (B, T, Q, D). window: the most
+# tokens that one sees, itself included; None for all.
 
-def sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, causal: bool = False) -> Tensor:
+def sdpa(q, k, v, mask=None, causal: bool = False):
     """Scaled dot-product attention; G kv heads serve Q/G query heads each.
     mask (B or 1, 1, T, S): True where a query may see, or what is added to its scores."""
     B, T, Q, D = q.shape
-    k, v = k.transpose(1, 2), v.transpose(1, 2)                                  # (B, G, S, D)
+    k = k.transpose(1, 2)                                                        # (B, G, S, D)
+    v = v.transpose(1, 2)
     G = k.shape[1]
     if T == 1:          # the query heads of a group become its queries: no key is copied for each of them
         q = q.reshape(B, G, Q // G, D)
@@ -207,7 +211,7 @@ def sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, causal: bo
     return F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal, enable_gqa=grouped).transpose(1, 2)
 
 
-def attend_causal(q: Tensor, k: Tensor, v: Tensor, window: int | None = None) -> Tensor:
+def attend_causal(q, k, v, window=None):
     """Plain causal attention of T tokens, the last ones of S, each seeing at most the last `window`."""
     T, S = q.shape[1], k.shape[1]
     if T == S and (window is None or T <= window):
@@ -218,7 +222,7 @@ def attend_causal(q: Tensor, k: Tensor, v: Tensor, window: int | None = None) ->
     return sdpa(q, k, v, mask=seen[None, None])
 
 
-def fork_predicate(fork: Tensor, branch: Tensor, positions: Tensor, window: int | None = None):
+def fork_predicate(fork, branch, positions, window=None):
     """Eq. 1 in the form FlexAttention asks: (row, head, query, key) -> may see. On grids of indices it is the
     dense mask. Padding sees itself, so that no softmax is empty."""
     def sees(b, _, q, k):
@@ -231,8 +235,7 @@ def fork_predicate(fork: Tensor, branch: Tensor, positions: Tensor, window: int 
     return sees
 
 
-def dense_mask(fork: Tensor, branch: Tensor, positions: Tensor, window: int | None = None,
-               header: int = 0) -> Tensor:
+def dense_mask(fork, branch, positions, window=None, header: int = 0):
     """Eq. 1 as a boolean mask (B, 1, T, header + T). With a header, positions count from its start."""
     B, T = fork.shape
     rows = torch.arange(B, device=fork.device)[:, None, None]
@@ -242,13 +245,10 @@ def dense_mask(fork: Tensor, branch: Tensor, positions: Tensor, window: int | No
     return torch.cat((distance < (window or math.inf), seen), dim=-1)[:, None]
 
 
-def attend_unfolded(q: Tensor, k: Tensor, v: Tensor, lines, window: int | None = None) -> Tensor:
+def attend_unfolded(q, k, v, lines, window=None):
     """Packed forks on the CPU: gather each continuation behind its prompt (and the header, of which k and v
-    have S - T tokens more than q), attend causally, put the rows back. lines: a data.Lines.
-
-    Only attention sees the prompt once per continuation;
-    projections and MLP, nearly all the work, see it once.
-    """
+    have S - T tokens more than q), attend causally, put the rows back. lines: a data.Lines. Only attention
+    sees the prompt once per continuation; projections and MLP, nearly all the work, see it once."""
     B, T, Q, D = q.shape
     header = k.shape[1] - T
     q, k, v = (x.flatten(0, 1).flatten(1) for x in (q, k, v))                  # (B T, Q D), (B S, G D) twice
@@ -263,7 +263,7 @@ def attend_unfolded(q: Tensor, k: Tensor, v: Tensor, lines, window: int | None =
     return torch.cat(outputs).index_select(0, lines.restore).view(B, T, Q, D)
 
 
-def take(x: Tensor, rows: Tensor, head_dim: int) -> Tensor:
+def take(x, rows, head_dim: int):
     """The rows (L, W) of x (tokens, heads * D) as (L, W, heads, D)."""
     return x.index_select(0, rows.view(-1)).view(*rows.shape, -1, head_dim)
 
@@ -275,14 +275,14 @@ def compiled_flex():
     return torch.compile(flex_attention, dynamic=False), torch.compile(create_block_mask, dynamic=False)
 
 
-def flex_mask(fork: Tensor, branch: Tensor, positions: Tensor, window: int | None = None):
+def flex_mask(fork, branch, positions, window=None):
     """Eq. 1 as a block-sparse mask: tiles that nobody may see are skipped, forward and backward."""
     B, T = fork.shape
     predicate = fork_predicate(fork, branch, positions, window)
     return compiled_flex()[1](predicate, B, None, T, T, device=fork.device)
 
 
-def attend_flex(q: Tensor, k: Tensor, v: Tensor, mask, flex) -> Tensor:
+def attend_flex(q, k, v, mask, flex):
     """flex: compiled_flex()[0], given from outside because a compiled block traces this function."""
     q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
     return flex(q, k, v, block_mask=mask, enable_gqa=q.shape[1] != k.shape[1]).transpose(1, 2)
@@ -295,8 +295,7 @@ def flex_takes(device: str, tokens: int, head_dim: int, header: int | None) -> b
     return device == "cuda" and head_dim >= 16 and tokens >= 128 and header is None
 
 
-def fork_attention(fork: Tensor, branch: Tensor, positions: Tensor, head_dim: int, window: int | None = None,
-                   header: int | None = None, lines=None):
+def fork_attention(fork, branch, positions, head_dim: int, window=None, header=None, lines=None):
     """The attention function of packed forks; all three kinds are compared by the tests. After a header of so
     many tokens, if there is one, positions count from its start. lines: a data.Lines, to walk instead of
     masking."""
@@ -322,7 +321,7 @@ class LayerCache:
         self.v = torch.empty(shape, device=device, dtype=dtype).transpose(1, 2)
         self.length = 0
 
-    def append_(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    def append_(self, k, v):
         """k and v (B, T, G, D) behind what is there; all of it, (B, length, G, D)."""
         end = self.length + k.shape[1]
         self.k[:, self.length:end] = k
@@ -330,7 +329,7 @@ class LayerCache:
         self.length = end
         return self.k[:, :end], self.v[:, :end]
 
-    def keep_(self, rows: Tensor) -> None:
+    def keep_(self, rows) -> None:
         self.k = self.k.transpose(1, 2)[rows].transpose(1, 2)
         self.v = self.v.transpose(1, 2)[rows].transpose(1, 2)
 
@@ -338,7 +337,7 @@ class LayerCache:
 class Cache:
     """KV cache of a left-padded batch. `start` (B,) is each row's number of padding columns."""
 
-    def __init__(self, c: Config, start: Tensor, capacity: int, dtype):
+    def __init__(self, c: Config, start, capacity: int, dtype):
         shape = (len(start), capacity, c.num_key_value_heads, c.head_dim)
         self.layers = [LayerCache(*shape, start.device, dtype) for _ in range(c.num_hidden_layers)]
         self.start = start
@@ -346,23 +345,23 @@ class Cache:
         self.window = c.sliding_window
 
     def attention(self, T: int):
-        """Attention of T new tokens over everything cached,
-        the new ones included (which `append_` adds first)."""
+        """Attention of T new tokens over everything cached and themselves (`append_` adds them first)."""
         past = self.layers[0].length
         reaches = self.window is None or past + T <= self.window
         if not self.padded and reaches and (T == 1 or past == 0):
             return partial(sdpa, causal=True)
-        device, dtype = self.start.device, self.layers[0].k.dtype
+        device = self.start.device
         query = past + torch.arange(T, device=device)[:, None]
         key = torch.arange(past + T, device=device)[None, :]
         seen = (key <= query) & (key >= self.start[:, None, None])
         if self.window is not None:
             seen &= query - key < self.window
         seen |= key == query            # a padding query sees itself: an empty softmax row would be NaN
-        bias = torch.zeros(seen.shape, dtype=dtype, device=device).masked_fill(~seen, -math.inf)
+        bias = torch.zeros(seen.shape, dtype=self.layers[0].k.dtype, device=device)
+        bias.masked_fill_(~seen, -math.inf)
         return partial(sdpa, mask=bias[:, None])   # made once for all layers
 
-    def keep_(self, rows: Tensor) -> None:
+    def keep_(self, rows) -> None:
         """Drop all rows but these, so that finished replies cost nothing."""
         self.start = self.start[rows]
         self.padded = bool(self.start.any())
@@ -370,17 +369,18 @@ class Cache:
             layer.keep_(rows)
 
 
+@dataclass
 class Header:
     """Keys and values (1, P, G, D) of one layer for P tokens that every row continues."""
+    k: Tensor
+    v: Tensor
 
-    def __init__(self, k: Tensor, v: Tensor):
-        self.k, self.v = k, v
-
-    def append_(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    def append_(self, k, v):
         """k and v (B, T, G, D) behind the header's, (B, P + T, G, D)."""
         B = len(k)
-        return (torch.cat((self.k.expand(B, -1, -1, -1), k), dim=1),
-                torch.cat((self.v.expand(B, -1, -1, -1), v), dim=1))
+        k = torch.cat((self.k.expand(B, -1, -1, -1), k), dim=1)
+        v = torch.cat((self.v.expand(B, -1, -1, -1), v), dim=1)
+        return k, v
 
 
 # ------------------------------------------------------------------------------------------------------ model
@@ -436,20 +436,18 @@ class Llama(nn.Module):
         elif fork is None:
             attend = partial(attend_causal, window=c.sliding_window)
         else:
-            header = None
-            if prefix is None:
-                run = self.run_forks
-            else:
-                layers = prefix
-                header = prefix[0].k.shape[1]
-                positions = positions + header
+            run = run_block if prefix else self.run_forks
+            layers = prefix or layers
+            header = prefix[0].k.shape[1] if prefix else None
+            positions = positions + (header or 0)
             attend = fork_attention(fork, branch, positions, c.head_dim, c.sliding_window, header, lines)
         x = self.model["embed_tokens"](tokens).to(self.compute_dtype)
         cos, sin = rotation(c, positions, x.dtype)
         return self.model["norm"](self.run_blocks(run, x, cos, sin, attend, layers))
 
     def run_blocks(self, run, x: Tensor, cos: Tensor, sin: Tensor, attend, layers) -> Tensor:
-        gradient, compiled = torch.is_grad_enabled(), run is not run_block
+        gradient = torch.is_grad_enabled()
+        compiled = run is not run_block
         if self.recompute and gradient:
             run = partial(checkpoint, run, use_reentrant=False, preserve_rng_state=False)
         # A compiled block runs as if for a gradient even where none is wanted: else another graph would be
@@ -474,10 +472,8 @@ def keys_and_values(model: Llama, tokens: list[int]) -> list[Header]:
 
 
 def continuation_logps(model: Llama, batch, prefix=None) -> Tensor:
-    """Log-prob of each of the S continuations of a data.Batch, summed over its tokens, (S,).
-
-    The walk that training, reference pass, validation and scoring all take. prefix as in `forward`.
-    """
+    """Log-prob of each of the S continuations of a data.Batch, summed over its tokens, (S,): the walk that
+    training, reference pass, validation and scoring all take. prefix as in `forward`."""
     hidden = model(batch.tokens, batch.positions, batch.fork, batch.branch, batch.lines, prefix=prefix)
     predicted = hidden.flatten(0, 1).index_select(0, batch.row_index)                            # (N, H)
     logp = kernels.token_logp(predicted, model.head.to(predicted.dtype), batch.targets)          # (N,)
@@ -485,61 +481,17 @@ def continuation_logps(model: Llama, batch, prefix=None) -> Tensor:
 
 
 # ---------------------------------------------------------------------------------------------------- loading
-
-
-def check_tensors(weights: Weights, shapes: dict[str, tuple]) -> None:
-    """InputError unless `weights` holds exactly these names with these shapes."""
-    missing = [key for key in shapes if key not in weights]
-    if missing:
-        raise InputError(f"{weights.directory}: tensor {missing[0]} is missing ({len(missing)} in all): "
-                         f"the weights do not belong to this config.json")
-    surplus = [key for key in weights if key not in shapes]
-    if surplus:
-        raise InputError(f"{weights.directory}: tensor {surplus[0]} is unknown to this architecture "
-                         f"({len(surplus)} in all): the weights do not belong to this config.json")
-    for key, shape in shapes.items():
-        if weights.shape(key) != tuple(shape):
-            raise InputError(f"{weights.directory}: tensor {key} has shape {list(weights.shape(key))}, "
-                             f"config.json asks for {list(shape)}")
-
-
-def checkpoint_names(model: Llama, weights: Weights) -> dict[str, str]:
-    """Parameter name -> tensor name. They are equal but for a tied head,
-    which files hold under one or both names."""
-    names = {name: name for name, _ in model.named_parameters()}
-    if model.lm_head is not None and HEAD not in weights:
-        raise InputError(f"{weights.directory}: tie_word_embeddings is false, yet there is no {HEAD}: if the "
-                         f"embedding is the head too, write tie_word_embeddings true in config.json")
-    if model.lm_head is not None or HEAD not in weights:
-        return names
-    if EMBEDDING not in weights:
-        return names | {EMBEDDING: HEAD}
-    if weights.shape(EMBEDDING) != weights.shape(HEAD) or not torch.equal(weights[EMBEDDING], weights[HEAD]):
-        raise InputError(f"{weights.directory}: tie_word_embeddings is true, yet {EMBEDDING} and {HEAD} "
-                         f"differ: if both were trained, write tie_word_embeddings false in config.json; "
-                         f"if the head is a leftover, take {HEAD} out of the file")
-    return names
-
-
 def open_checkpoint(directory, compute_dtype=None, recompute: bool = False,
                     compiler=None) -> tuple[Llama, Weights, dict[str, str]]:
     """The model without memory (on the meta device), its tensors, and parameter name -> tensor name
     in the order of the files. InputError when anything is missing, surplus or of another shape."""
-    config, weights = read_config(directory), Weights(directory)
-    last = f"model.layers.{config.num_hidden_layers - 1}.input_layernorm.weight"
-    if last not in weights:                                        # before any number of layers is built
-        raise InputError(f"{directory}: tensor {last} is missing, though num_hidden_layers is "
-                         f"{config.num_hidden_layers}: the weights do not belong to this config.json")
+    config = read_config(directory)
+    weights = Weights(directory)
+    check_depth(weights, config.num_hidden_layers)                 # before any number of layers is built
     with torch.device("meta"):
         model = Llama(config, compute_dtype, recompute, compiler)
-    names = checkpoint_names(model, weights)
-    shapes = {names[name]: parameter.shape for name, parameter in model.named_parameters()}
-    ignored = {key for key in weights if key.endswith("rotary_emb.inv_freq")}
-    if model.lm_head is None:
-        ignored |= {EMBEDDING, HEAD} - set(shapes)
-    weights.where = {key: file for key, file in weights.where.items() if key not in ignored}
-    check_tensors(weights, shapes)
-    return model, weights, dict(sorted(names.items(), key=lambda pair: weights.where[pair[1]]))
+    shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+    return model, weights, match_names(weights, shapes)
 
 
 def load(path, device="cpu", dtype: torch.dtype = torch.float32, adapter=None, recompute: bool = False,
@@ -604,8 +556,7 @@ def generate(model: Llama, prompts: list[list[int]], max_tokens: int, stop_ids, 
 
 def generate_batch(model: Llama, prompts: list[list[int]], max_tokens: int, stop_ids,
                    pick) -> list[list[int]]:
-    """One left-padded batch: a pass over the prompts,
-    then one token a step for the replies not yet finished."""
+    """One left-padded batch: a pass over the prompts, then one token a step for replies not yet finished."""
     device = model.head.device
     width = max(map(len, prompts))
     padding = [width - len(prompt) for prompt in prompts]

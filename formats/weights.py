@@ -108,6 +108,63 @@ def open_safetensors(path: Path):
                          f"download it again") from None
 
 
+def check_depth(weights: Weights, layers: int) -> None:
+    """InputError unless the last of so many layers is there."""
+    last = f"model.layers.{layers - 1}.input_layernorm.weight"
+    if last not in weights:
+        raise InputError(f"{weights.directory}: tensor {last} is missing, though num_hidden_layers is "
+                         f"{layers}: the weights do not belong to this config.json")
+
+
+def match_names(weights: Weights, shapes: dict[str, tuple]) -> dict[str, str]:
+    """Parameter name -> tensor name in the order of the files, for a model's parameters by name and shape.
+
+    Takes tensors that no model has (old files' angles, a second copy of a tied head) out of `weights`.
+    InputError when what is left is not exactly the parameters.
+    """
+    names = tensor_names(weights, shapes)
+    ignored = {key for key in weights if key.endswith("rotary_emb.inv_freq")}
+    if HEAD not in shapes:
+        ignored |= {EMBEDDING, HEAD} - set(names.values())
+    weights.where = {key: file for key, file in weights.where.items() if key not in ignored}
+    check_tensors(weights, {names[name]: shape for name, shape in shapes.items()})
+    return dict(sorted(names.items(), key=lambda pair: weights.where[pair[1]]))
+
+
+def tensor_names(weights: Weights, shapes: dict[str, tuple]) -> dict[str, str]:
+    """Parameter name -> tensor name. They are equal but for a tied head,
+    which files hold under one or both names."""
+    names = {name: name for name in shapes}
+    if HEAD in shapes and HEAD not in weights:
+        raise InputError(f"{weights.directory}: tie_word_embeddings is false, yet there is no {HEAD}: if the "
+                         f"embedding is the head too, write tie_word_embeddings true in config.json")
+    if HEAD in shapes or HEAD not in weights:
+        return names
+    if EMBEDDING not in weights:
+        return names | {EMBEDDING: HEAD}
+    if weights.shape(EMBEDDING) != weights.shape(HEAD) or not torch.equal(weights[EMBEDDING], weights[HEAD]):
+        raise InputError(f"{weights.directory}: tie_word_embeddings is true, yet {EMBEDDING} and {HEAD} "
+                         f"differ: if both were trained, write tie_word_embeddings false in config.json; "
+                         f"if the head is a leftover, take {HEAD} out of the file")
+    return names
+
+
+def check_tensors(weights: Weights, shapes: dict[str, tuple]) -> None:
+    """InputError unless `weights` holds exactly these names with these shapes."""
+    missing = [key for key in shapes if key not in weights]
+    if missing:
+        raise InputError(f"{weights.directory}: tensor {missing[0]} is missing ({len(missing)} in all): "
+                         f"the weights do not belong to this config.json")
+    surplus = [key for key in weights if key not in shapes]
+    if surplus:
+        raise InputError(f"{weights.directory}: tensor {surplus[0]} is unknown to this architecture "
+                         f"({len(surplus)} in all): the weights do not belong to this config.json")
+    for key, shape in shapes.items():
+        if weights.shape(key) != shape:
+            raise InputError(f"{weights.directory}: tensor {key} has shape {list(weights.shape(key))}, "
+                             f"config.json asks for {list(shape)}")
+
+
 def save_sharded(directory: Path, sizes: dict[str, int], tensor: Callable[[str], Tensor],
                  max_shard_bytes: int = MAX_SHARD_BYTES) -> None:
     """Write tensor(name) for every name of `sizes` (bytes), in files of at most max_shard_bytes unless one
