@@ -18,17 +18,16 @@ from collections import Counter
 from dataclasses import asdict
 from pathlib import Path
 
-from tqdm import tqdm
-
 import model as llama
 from engine import flags, ranks
 from engine.files import InputError, Journal, check_unicode, fingerprint, run, write_json
 from engine.flags import REQUIRED
+from engine.progress import progress
 from evals import choice, comparison, judge, plots
 from evals.answers import Decoding
 from evals.instructions import (answer_instructions, model_outputs, read_instructions,
                                 translate_instructions)
-from evals.report import table
+from evals.report import table, with_error
 from evals.systems import (DEFAULT_MODEL, check_system, compute_dtype, directory_name, find_base, open_model,
                            out_directory)
 from evals.verdict import VERDICT
@@ -50,12 +49,6 @@ def finish(out: Path, settings: dict, figures: dict, **details) -> None:
     """result.json: the figures and everything they depend on. `compare` reads it."""
     write_json(out / "result.json", {"figures": figures, **details, "settings": settings})
     print(f"settings and details: {out}/result.json; answers: {out}/answers.jsonl")
-
-
-def with_error(value: float, error: float | None, digits: int = 2) -> str:
-    if error is None:
-        return f"{value:.{digits}f}"
-    return f"{value:.{digits}f} ± {error:.{digits}f}"
 
 
 # -------------------------------------------------------------------------------------------------------- ask
@@ -143,7 +136,7 @@ def mc(args) -> None:
     total = summary["all"]
     categories = {f"all of {name}": part for name, part in summary["categories"].items()}
     print(table([figure, "accuracy %", "questions"],
-                [[name, with_error(part["accuracy"], part["stderr"]), str(part["n"])]
+                [[name, with_error(part["accuracy"], part["stderr"], 2), str(part["n"])]
                  for name, part in {**summary["subjects"], **categories, "all": total}.items()]))
     cut = tell_cut(journal)
     finish(out, settings, {figure: {"value": total["accuracy"], "stderr": total["stderr"], "n": total["n"]}},
@@ -169,7 +162,7 @@ def score_questions(model, tokenizer, questions: dict, figure: str, journal: Jou
     """Add a line for each of {name: Question} that the journal does not hold yet."""
     done = {line["question"] for line in journal.done}
     left = [name for name in questions if name not in done]
-    with tqdm(total=len(questions), initial=len(done), desc=figure, unit="question") as bar:
+    with progress(total=len(questions), initial=len(done), desc=figure, unit="question") as bar:
         for i, found in choice.score(model, tokenizer, [questions[name] for name in left], batch_tokens):
             journal.add({"question": left[i], "gold": questions[left[i]].gold, **found,
                          "scores": {figure: 100.0 * found["correct"]}})
@@ -200,7 +193,7 @@ def perplexity(args) -> None:
                                             args.template_args)
     tell_notes(tokenizer)
     settings |= {"language": args.lang, "source": args.source, "data": args.data,
-                 "data hash": choice.file_hash(args.data), "split": args.split, "rows": len(rows),
+                 "data hash": fingerprint(Path(args.data)), "split": args.split, "rows": len(rows),
                  "system_prompt": args.system_prompt,
                  "scored": "the response and its stop token, after the prompt"}
     name = ["perplexity", args.lang, args.source if args.source != "en" else "",
@@ -245,7 +238,7 @@ def score_responses(model, tokenizer, rows: list[dict], place: str, language: st
         [reply], longest)]
     forks = [part.fork for part in parts]
     shared = choice.common_prefix([fork.prompt for fork in forks])
-    with tqdm(total=len(rows), initial=len(done), desc=f"nll {language}", unit="row") as bar:
+    with progress(total=len(rows), initial=len(done), desc=f"nll {language}", unit="row") as bar:
         for order, logps in choice.sequence_logps(model, forks, args.batch_tokens, shared):
             for i, (logp,) in zip(order, logps):
                 journal.add({"question": left[i]["row_id"], "place": place, "nll": -logp, "cut": parts[i].cut,
@@ -343,7 +336,7 @@ def winrate(args) -> None:
     """The win rate that a file of annotations in alpaca_eval's format gives."""
     rate = win_rate(read_annotations(args.annotations))
     print(describe_rate(rate))
-    print(json.dumps(rate | {"annotations hash": choice.file_hash(args.annotations)}))
+    print(json.dumps(rate | {"annotations hash": fingerprint(Path(args.annotations))}))
 
 
 # ---------------------------------------------------------------------------------------------------- compare

@@ -22,6 +22,7 @@ import clo
 import eval as evaluation
 import translate
 from engine.files import run
+from engine.progress import progress
 from formats.records import read_rows, write_rows
 
 FIGURES = ("en correct", "en in en", "tgt correct", "tgt in tgt", "nll_en", "nll_tgt", "train s")
@@ -78,7 +79,7 @@ def main(argv=None) -> None:
             for flag, values in (s.split("=", 1) for s in args.settings)]
     grid = [dict(point) for point in itertools.product(*axes)]
     lines = []
-    for point in tqdm(grid, unit="setting"):
+    for point in progress(grid, unit="setting"):
         found = []
         for lang, seed in itertools.product(args.lang.split(","), range(args.seeds)):
             method = point.get("method", "clo")

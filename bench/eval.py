@@ -22,9 +22,9 @@ from pathlib import Path
 import numpy as np
 import torch
 from report import table
-from tqdm import tqdm
 
 import model as llama
+from engine.progress import progress
 from evals import choice as benchmarks
 from formats.chat import load_tokenizer
 from formats.checkpoints import save
@@ -81,7 +81,7 @@ def compete(rivals: dict, subjects: list[list], repeats: int) -> tuple[dict, dic
     times, scores = {name: np.zeros((repeats, 2)) for name in rivals}, {}
     for score in rivals.values():
         score(subjects[0][:2])
-    with tqdm(total=repeats * len(subjects) * len(rivals), desc="turns") as bar:
+    with progress(total=repeats * len(subjects) * len(rivals), desc="turns") as bar:
         for repeat in range(repeats):
             scores = {name: [] for name in rivals}
             for questions in subjects:

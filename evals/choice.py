@@ -365,7 +365,7 @@ def read_benchmark(name: str, path, shots: int = 0, language: str = "", subjects
              for document in documents[:limit]]
     questions = [make_question(task, document, pools.get(document.subject, []), shots, language)
                  for document in asked]
-    used = {str(path.relative_to(root) if root.is_dir() else path.name): file_hash(path)
+    used = {str(path.relative_to(root) if root.is_dir() else path.name): fingerprint(path)
             for path in {**files, **examples}}
     settings = {"benchmark": name, "language": language, "split": split, "shots": shots,
                 "examples from": task.examples or split, "description": task.description,
@@ -384,10 +384,6 @@ def categories_of(task: Task) -> dict[str, set[str]]:
     if task.name == "belebele":
         return {}
     return {name: set(part.split()) for name, part in MMLU_CATEGORIES.items()}
-
-
-def file_hash(path) -> str:
-    return fingerprint(Path(path))
 
 
 # ----------------------------------------------------------------------------------------- questions -> forks

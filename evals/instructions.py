@@ -3,10 +3,9 @@
 from collections import Counter
 from pathlib import Path
 
-from tqdm import tqdm
-
 import translate
 from engine.files import InputError, Journal, as_kind, check_unicode, fingerprint, need, read_records
+from engine.progress import progress
 from evals.answers import HASH_DIGITS, Decoding
 from formats.languages import normal
 from formats.records import refuse_duplicates
@@ -41,7 +40,7 @@ def translate_instructions(items: list[dict], model: str, device: str, source: s
     path = Path("runs/eval") / f"instructions-{language}-{key}.jsonl"
     keys, title = ("source", "instruction", "faults"), f"translate to {language}"
     with Journal(path, settings, keys) as journal, \
-            tqdm(total=len(items), initial=len(journal.done), desc=title, unit="instruction") as bar:
+            progress(total=len(items), initial=len(journal.done), desc=title, unit="instruction") as bar:
         for first in range(len(journal.done), len(items), TRANSLATED_AT_ONCE):
             texts = [item["instruction"] for item in items[first:first + TRANSLATED_AT_ONCE]]
             drawn_texts = translate.translate(texts, source, language, translator, beams)
@@ -78,7 +77,7 @@ def answer_instructions(model, tokenizer, items: list[dict], how: Decoding, batc
     """Add answers to the journal, a batch at a time. Sampling starts anew with each batch,
     so that a resumed run equals an undisturbed one."""
     done = len(journal.done)
-    with tqdm(total=len(items), initial=done, desc="answers", unit="answer") as bar:
+    with progress(total=len(items), initial=done, desc="answers", unit="answer") as bar:
         for first in range(done // batch_size * batch_size, len(items), batch_size):
             questions = [item["instruction"] for item in items[first:first + batch_size]]
             replies = how.replies(model, tokenizer, questions, first)

@@ -12,10 +12,9 @@ from collections import Counter
 from pathlib import Path
 
 import numpy as np
-from tqdm import tqdm
 
-from engine.files import InputError, Journal, as_kind, need, read_json, read_records
-from evals.choice import file_hash
+from engine.files import InputError, Journal, as_kind, fingerprint, need, read_json, read_records
+from engine.progress import progress
 from evals.verdict import NoVerdict
 from formats.records import describe_counts
 
@@ -110,8 +109,8 @@ def answer_settings(outputs: str, reference: str) -> dict:
     """What made the answers, from the result.json beside them if there is one, and their hashes."""
     beside = Path(outputs).with_name("result.json")
     settings = need(read_json(beside), "settings", beside) if beside.is_file() else {"model": outputs}
-    return settings | {"outputs hash": file_hash(outputs), "reference": reference,
-                       "reference hash": file_hash(reference)}
+    return settings | {"outputs hash": fingerprint(Path(outputs)), "reference": reference,
+                       "reference hash": fingerprint(Path(reference))}
 
 
 def left_to_judge(pairs: list[dict], done: list[dict]) -> tuple[list[dict], bool]:
@@ -131,7 +130,7 @@ def annotation_records(pairs: list[dict], done: list[dict], annotator: str) -> l
 async def keep_verdicts(verdicts, total: int, figure: str, journal: Journal) -> list[NoVerdict]:
     """Add the verdicts to the journal as they come; why the other pairs have none."""
     failed = []
-    with tqdm(total=total, initial=len(journal.done), desc="judged", unit="pair") as bar:
+    with progress(total=total, initial=len(journal.done), desc="judged", unit="pair") as bar:
         async for pair, found in verdicts:
             if isinstance(found, NoVerdict):
                 failed.append(found)
