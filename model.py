@@ -150,8 +150,7 @@ class Block(nn.Module):
 
 
 def rope_frequencies(config: Config, device=None):
-    """Angle per position of each pair of channels, (D/2,) fp32: theta^(-2i/D),
-    stretched as rope_scaling says.
+    """Angle per position of each pair of channels, (D/2,) fp32: theta^(-2i/D), stretched by rope_scaling.
 
     llama3 leaves wavelengths short against the original context alone, divides the long ones by `factor`, and
     interpolates between (transformers' `_compute_llama3_parameters`, from Meta's llama-models).
@@ -290,15 +289,13 @@ def attend_flex(q, k, v, mask, flex):
 
 def flex_takes(device: str, tokens: int, head_dim: int, header: int | None) -> bool:
     """Whether FlexAttention takes packed rows of so many tokens. Its kernels want CUDA, heads of 16 channels
-    at least, and a tile of 128 queries. With a header (scoring) row lengths differ, and each would compile it
-    anew."""
+    at least, and a tile of 128 queries. With a header row lengths differ, and each would compile it anew."""
     return device == "cuda" and head_dim >= 16 and tokens >= 128 and header is None
 
 
 def fork_attention(fork, branch, positions, head_dim: int, window=None, header=None, lines=None):
-    """The attention function of packed forks; all three kinds are compared by the tests. After a header of so
-    many tokens, if there is one, positions count from its start. lines: a data.Lines, to walk instead of
-    masking."""
+    """The attention function of packed forks; the tests compare all three kinds. After a header of so many
+    tokens, if any, positions count from its start. lines: a data.Lines, to walk instead of masking."""
     if lines is not None:
         return partial(attend_unfolded, lines=lines, window=window)
     if flex_takes(fork.device.type, fork.shape[1], head_dim, header):
@@ -385,7 +382,7 @@ class Header:
 
 # ------------------------------------------------------------------------------------------------------ model
 
-def run_block(block: Block, x: Tensor, cos: Tensor, sin: Tensor, attend, cache=None) -> Tensor:
+def run_block(block, x, cos, sin, attend, cache=None):
     """A block as a function of its weights too: compiled, one graph serves all blocks of a model."""
     return block(x, cos, sin, attend, cache)
 
@@ -420,19 +417,20 @@ class Llama(nn.Module):
     def compute_dtype(self) -> torch.dtype:
         return self.given_dtype or self.model["embed_tokens"].weight.dtype
 
-    def forward(self, tokens: Tensor, positions: Tensor | None = None, fork: Tensor | None = None,
-                branch: Tensor | None = None, lines=None, cache: Cache | None = None, prefix=None) -> Tensor:
+    def forward(self, tokens, positions=None, fork=None, branch=None, lines=None, cache=None, prefix=None):
         """Hidden states (B, T, H) of tokens (B, T) int64. Alone: causal. With fork and branch: eq. 1, by way
         of `lines` (a data.Lines) if given, else by a mask. With cache: T new tokens after what it holds.
         positions (B, T) default to 0, 1, ..., T-1 in every row. prefix, only with fork and branch:
         `keys_and_values` of the header every fork continues; positions count from its end."""
         B, T = tokens.shape
         c = self.config
-        run, layers = run_block, [None] * c.num_hidden_layers
+        run = run_block
+        layers = [None] * c.num_hidden_layers
         if positions is None:
             positions = torch.arange(T, device=tokens.device).expand(B, T)
         if cache is not None:
-            attend, layers = cache.attention(T), cache.layers
+            attend = cache.attention(T)
+            layers = cache.layers
         elif fork is None:
             attend = partial(attend_causal, window=c.sliding_window)
         else:
@@ -445,7 +443,7 @@ class Llama(nn.Module):
         cos, sin = rotation(c, positions, x.dtype)
         return self.model["norm"](self.run_blocks(run, x, cos, sin, attend, layers))
 
-    def run_blocks(self, run, x: Tensor, cos: Tensor, sin: Tensor, attend, layers) -> Tensor:
+    def run_blocks(self, run, x, cos, sin, attend, layers):
         gradient = torch.is_grad_enabled()
         compiled = run is not run_block
         if self.recompute and gradient:
@@ -481,10 +479,10 @@ def continuation_logps(model: Llama, batch, prefix=None) -> Tensor:
 
 
 # ---------------------------------------------------------------------------------------------------- loading
-def open_checkpoint(directory, compute_dtype=None, recompute: bool = False,
-                    compiler=None) -> tuple[Llama, Weights, dict[str, str]]:
-    """The model without memory (on the meta device), its tensors, and parameter name -> tensor name
-    in the order of the files. InputError when anything is missing, surplus or of another shape."""
+
+def open_checkpoint(directory, compute_dtype=None, recompute=False, compiler=None):
+    """The model without memory (on the meta device), its Weights, and {parameter name: tensor name} in the
+    order of the files. InputError when anything is missing, surplus or of another shape."""
     config = read_config(directory)
     weights = Weights(directory)
     check_depth(weights, config.num_hidden_layers)                 # before any number of layers is built
@@ -494,8 +492,7 @@ def open_checkpoint(directory, compute_dtype=None, recompute: bool = False,
     return model, weights, match_names(weights, shapes)
 
 
-def load(path, device="cpu", dtype: torch.dtype = torch.float32, adapter=None, recompute: bool = False,
-         compiler=None) -> Llama:
+def load(path, device="cpu", dtype=torch.float32, adapter=None, recompute=False, compiler=None) -> Llama:
     """The model in a Hugging Face directory or on the hub, on `device` in `dtype`, with a PEFT LoRA adapter
     added if given; recompute and compiler as in `Llama`.
 
@@ -554,14 +551,13 @@ def generate(model: Llama, prompts: list[list[int]], max_tokens: int, stop_ids, 
     return replies
 
 
-def generate_batch(model: Llama, prompts: list[list[int]], max_tokens: int, stop_ids,
-                   pick) -> list[list[int]]:
+def generate_batch(model, prompts, max_tokens, stop_ids, pick):
     """One left-padded batch: a pass over the prompts, then one token a step for replies not yet finished."""
     device = model.head.device
     width = max(map(len, prompts))
-    padding = [width - len(prompt) for prompt in prompts]
-    start = torch.tensor(padding, device=device)
-    tokens = torch.tensor([[0] * pad + prompt for pad, prompt in zip(padding, prompts)], device=device)
+    padded = [[0] * (width - len(prompt)) + prompt for prompt in prompts]
+    start = torch.tensor([width - len(prompt) for prompt in prompts], device=device)
+    tokens = torch.tensor(padded, device=device)
     positions = (torch.arange(width, device=device) - start[:, None]).clamp(min=0)
     cache = Cache(model.config, start, width + max_tokens, model.compute_dtype)
     stops = torch.tensor(sorted(stop_ids), device=device)
@@ -590,7 +586,7 @@ def generate_batch(model: Llama, prompts: list[list[int]], max_tokens: int, stop
     return replies
 
 
-def pick_token(logits: Tensor, temperature: float, top_p: float, generator) -> Tensor:
+def pick_token(logits, temperature, top_p, generator):
     """Next token (B,) from logits (B, V)."""
     if temperature == 0:
         return logits.argmax(-1)
