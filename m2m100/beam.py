@@ -143,7 +143,8 @@ def fill_logits_(logits: Tensor, hidden: Tensor, head: Tensor) -> Tensor:
     for rows in head_parts(head):
         part = torch.mm(head[rows].to(logits.dtype), columns, out=logits[rows])
         higher = torch.maximum(peak, part.amax(0))
-        mass = mass * (peak - higher).exp_() + (part - higher).exp_().sum(0)
+        mass *= (peak - higher).exp_()
+        mass += (part - higher).exp_().sum(0)
         peak = higher
     return peak + mass.log()
 
@@ -184,14 +185,16 @@ def extend(state: Beams, logp: Tensor, token: Tensor, alpha: float, end: int, an
     """
     T = state.history.shape[2] + 1
     K = logp.shape[2] // 2
-    total, place = (logp + state.score[..., None]).flatten(1).topk(2 * K)
+    sums = logp + state.score[..., None]
+    total, place = sums.flatten(1).topk(2 * K)
     parent = place // (2 * K)  # (B, 2K)
     token = token.flatten(1).gather(1, place)
 
     last = state.limit <= T
     ends = (token == end) | last[:, None]
     ends = ends[:, :K] & (state.finished < K)[:, None]
-    best, which = (total[:, :K] / T**alpha).masked_fill(~ends, -math.inf).max(1)  # eq. 4
+    mean = total[:, :K] / T**alpha  # eq. 4
+    best, which = mean.masked_fill(~ends, -math.inf).max(1)
     which = which[:, None]
     ended = follow(state.history, parent.gather(1, which))[:, 0]  # (B, T - 1)
     ended = torch.cat([ended, token.gather(1, which)], dim=1)
@@ -222,7 +225,8 @@ def repeats(history: Tensor, n: int) -> tuple[Tensor, Tensor] | None:
     if T < n:
         return None
     grams = history.unfold(1, n - 1, 1)  # (R, T - n + 2, n - 1)
-    return history[:, n - 1:], (grams[:, :-1] == grams[:, -1:]).all(2)
+    again = grams[:, :-1] == grams[:, -1:]
+    return history[:, n - 1:], again.all(2)
 
 
 # ---- the search ----
@@ -230,7 +234,8 @@ def repeats(history: Tensor, n: int) -> tuple[Tensor, Tensor] | None:
 def remember(model: M2M100, sources: list[list[int]]) -> tuple[list[tuple[Tensor, Tensor]], Tensor]:
     """The decoder's memory of the sources, longest first, and its mask (B, S). Encoded in groups of like
     length, so that little of the work is padding."""
-    c, device = model.config, model.head.device
+    c = model.config
+    device = model.head.device
     B, S = len(sources), len(sources[0])
     heads = c.decoder_attention_heads
     D = c.d_model // heads
@@ -240,12 +245,12 @@ def remember(model: M2M100, sources: list[list[int]]) -> tuple[list[tuple[Tensor
     while first < B:
         length = len(sources[first])
         group = [ids for ids in sources[first:] if 4 * len(ids) >= 3 * length]
-        tokens = torch.tensor([ids + [c.pad_token_id] * (length - len(ids)) for ids in group], device=device)
+        padded = [ids + [c.pad_token_id] * (length - len(ids)) for ids in group]
         lengths = torch.tensor([len(ids) for ids in group], device=device)
         group_mask = torch.arange(length, device=device) < lengths[:, None]
         rows = slice(first, first + len(group))
         mask[rows, :length] = group_mask
-        encoded = model.encode(tokens, group_mask)
+        encoded = model.encode(torch.tensor(padded, device=device), group_mask)
         for layer_memory, (key, value) in zip(memory, model.memory(encoded)):
             layer_memory[0, rows, :, :length] = key
             layer_memory[1, rows, :, :length] = value
@@ -262,7 +267,9 @@ def beam_search(model: M2M100, sources: list[list[int]], language: int, limits: 
     beams=1 is greedy; no_repeat=n allows no n-gram twice. Log-probs and their sums are of at least fp32,
     whatever the model's type.
     """
-    c, head, B = model.config, model.head, len(sources)
+    c = model.config
+    head = model.head
+    B = len(sources)
     exact = torch.promote_types(head.dtype, torch.float32)
     order = sorted(range(B), key=lambda i: -len(sources[i]))
     memory, mask = remember(model, [sources[i] for i in order])
@@ -288,13 +295,18 @@ def beam_search(model: M2M100, sources: list[list[int]], language: int, limits: 
             return answers.as_lists()
         if 8 * len(going) > 7 * B and caches[0].has_room(beams):
             continue  # tidying copies the caches: only when it pays
-        used = state.visible[going].any(1)
-        used_first = used.sort(descending=True, stable=True).indices
-        most = int(used.sum(1).max())
-        slots = used_first[:, :most]
         if len(going) < B:
             mask = mask[going]
             memory = [(key[going], value[going]) for key, value in memory]
+        slots = used_slots(state.visible[going])
         state = state.keep(going, slots)
         for cache in caches:
             cache.keep_(going, slots)
+
+
+def used_slots(visible: Tensor) -> Tensor:
+    """The slots (B, n) that a sentence's hypotheses see by visible (B, K, slots), and others to fill up."""
+    used = visible.any(1)
+    used_first = used.sort(descending=True, stable=True).indices
+    most = int(used.sum(1).max())
+    return used_first[:, :most]

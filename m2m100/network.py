@@ -54,7 +54,10 @@ class Attention(nn.Module):
     def __init__(self, width: int, heads: int):
         super().__init__()
         self.heads = heads
-        self.q_proj, self.k_proj, self.v_proj, self.out_proj = (nn.Linear(width, width) for _ in range(4))
+        self.q_proj = nn.Linear(width, width)
+        self.k_proj = nn.Linear(width, width)
+        self.v_proj = nn.Linear(width, width)
+        self.out_proj = nn.Linear(width, width)
 
     def split(self, x: Tensor) -> Tensor:
         B, T, H = x.shape
@@ -73,12 +76,15 @@ class Attention(nn.Module):
 class EncoderLayer(nn.Module):
     def __init__(self, width: int, heads: int, ffn: int):
         super().__init__()
-        self.self_attn, self.self_attn_layer_norm = Attention(width, heads), nn.LayerNorm(width)
-        self.fc1, self.fc2 = nn.Linear(width, ffn), nn.Linear(ffn, width)
+        self.self_attn = Attention(width, heads)
+        self.self_attn_layer_norm = nn.LayerNorm(width)
+        self.fc1 = nn.Linear(width, ffn)
+        self.fc2 = nn.Linear(ffn, width)
         self.final_layer_norm = nn.LayerNorm(width)
 
     def feed_forward(self, x: Tensor) -> Tensor:
-        return x + self.fc2(F.relu(self.fc1(self.final_layer_norm(x)), inplace=True))
+        y = self.fc1(self.final_layer_norm(x))
+        return x + self.fc2(F.relu(y, inplace=True))
 
     def forward(self, x: Tensor, mask: Tensor) -> Tensor:
         y = self.self_attn_layer_norm(x)
@@ -88,21 +94,25 @@ class EncoderLayer(nn.Module):
 class DecoderLayer(EncoderLayer):
     def __init__(self, width: int, heads: int, ffn: int):
         super().__init__(width, heads, ffn)
-        self.encoder_attn, self.encoder_attn_layer_norm = Attention(width, heads), nn.LayerNorm(width)
+        self.encoder_attn = Attention(width, heads)
+        self.encoder_attn_layer_norm = nn.LayerNorm(width)
 
     def forward(self, x: Tensor, memory, memory_mask: Tensor, cache=None, mask=None) -> Tensor:
         """x (B, T, H); memory: keys and values of the source. Without a cache, self-attention is causal."""
         y = self.self_attn_layer_norm(x)
-        keys = self.self_attn.keys(y) if cache is None else cache.append_(*self.self_attn.keys(y))
+        keys = self.self_attn.keys(y)
+        if cache is not None:
+            keys = cache.append_(*keys)
         x = x + self.self_attn(y, *keys, mask, causal=cache is None)
-        x = x + self.encoder_attn(self.encoder_attn_layer_norm(x), *memory, memory_mask)
-        return self.feed_forward(x)
+        y = self.encoder_attn_layer_norm(x)
+        return self.feed_forward(x + self.encoder_attn(y, *memory, memory_mask))
 
 
 class Stack(nn.Module):
     def __init__(self, layers: list[nn.Module], width: int):
         super().__init__()
-        self.layers, self.layer_norm = nn.ModuleList(layers), nn.LayerNorm(width)
+        self.layers = nn.ModuleList(layers)
+        self.layer_norm = nn.LayerNorm(width)
 
 
 class M2M100(nn.Module):
@@ -128,10 +138,12 @@ class M2M100(nn.Module):
     def embed(self, tokens: Tensor, positions: Tensor) -> Tensor:
         """Eq. 1 and 2 of tokens (B, T) at positions (B or 1, T); a padding token has no position."""
         half = self.config.d_model // 2
-        frequency = torch.exp(torch.arange(half, device=tokens.device) * (-math.log(10000) / (half - 1)))
+        channel = torch.arange(half, device=tokens.device)
+        frequency = torch.exp(channel * (-math.log(10000) / (half - 1)))
         angle = positions.unsqueeze(-1).float() * frequency
         waves = torch.cat([angle.sin(), angle.cos()], dim=-1)
-        waves = waves.masked_fill((positions == self.config.pad_token_id).unsqueeze(-1), 0.0)
+        padding = positions == self.config.pad_token_id
+        waves = waves.masked_fill(padding.unsqueeze(-1), 0.0)
         scale = math.sqrt(self.config.d_model) if self.config.scale_embedding else 1.0
         return self.model.shared(tokens) * scale + waves.to(self.head.dtype)
 
@@ -157,9 +169,10 @@ class M2M100(nn.Module):
         Without caches the T tokens follow each other, from place `start` on. With them they are T beams, all
         at place `start`, and visible (B, T, slots) says what each sees of the cache, itself included.
         """
-        first = self.config.pad_token_id + 1 + start
-        places = torch.arange(tokens.shape[1] if caches is None else 1, device=tokens.device)[None] + first
-        x, source = self.embed(tokens, places), self.bias(source_mask[:, None, None, :])
+        T = tokens.shape[1] if caches is None else 1
+        places = torch.arange(T, device=tokens.device) + self.config.pad_token_id + 1 + start
+        x = self.embed(tokens, places[None])
+        source = self.bias(source_mask[:, None, None, :])
         seen = None if visible is None else self.bias(visible[:, None])
         for i, layer in enumerate(self.model.decoder.layers):
             x = layer(x, memory[i], source, caches and caches[i], seen)
@@ -170,7 +183,8 @@ class M2M100(nn.Module):
 
         Row t has seen the target up to t and predicts t + 1. Logits are hidden @ head.T.
         """
-        return self.decode(target, 0, self.memory(self.encode(source, source_mask)), source_mask)
+        memory = self.memory(self.encode(source, source_mask))
+        return self.decode(target, 0, memory, source_mask)
 
 
 def read_config(path: Path) -> Config:
@@ -179,11 +193,13 @@ def read_config(path: Path) -> Config:
     if raw.get("model_type") != "m2m_100":
         raise InputError(f"{file}: model_type {raw.get('model_type')!r} is neither M2M100 nor NLLB")
     for field in fields(Config):
-        if field.default is MISSING and not isinstance(raw.get(field.name), int):
-            raise InputError(f"{file}: {field.name} is {raw.get(field.name)!r}, a number was expected")
+        value = raw.get(field.name)
+        if field.default is MISSING and not isinstance(value, int):
+            raise InputError(f"{file}: {field.name} is {value!r}, a number was expected")
     if raw.get("activation_function", "relu") != "relu":
         raise InputError(f"{file}: activation_function is {raw['activation_function']!r}, not relu")
-    return Config(**{field.name: raw[field.name] for field in fields(Config) if field.name in raw})
+    given = {field.name: raw[field.name] for field in fields(Config) if field.name in raw}
+    return Config(**given)
 
 
 def read_weights(path: Path):
@@ -201,7 +217,8 @@ def read_weights(path: Path):
 def load_model(path, device="cpu", dtype: torch.dtype = torch.float32) -> M2M100:
     """The network with the directory's weights. One table stands for its up to four tied copies."""
     path = Path(path)
-    config, weights = read_config(path), read_weights(path)
+    config = read_config(path)
+    weights = read_weights(path)
     with torch.device("meta"):
         model = M2M100(config)
     table = next((name for name in TIED if name in weights), TIED[0])

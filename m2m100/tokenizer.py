@@ -20,8 +20,8 @@ from tokenizers import decoders, models
 from engine.files import InputError, read_json
 from formats.languages import M2M100_LANGUAGES, normal
 
-
 NORMAL, UNKNOWN, USER_DEFINED, BYTE = 1, 2, 4, 6  # kinds of SentencePiece's pieces
+FIXED_BYTES = {1: 8, 5: 4}  # of protobuf's wire types with a fixed size
 
 
 def wire_fields(message: bytes):
@@ -29,19 +29,23 @@ def wire_fields(message: bytes):
     def varint(at):
         value = shift = 0
         while True:
-            value |= (message[at] & 127) << shift
-            at, shift = at + 1, shift + 7
-            if message[at - 1] < 128:
+            byte = message[at]
+            value |= (byte & 127) << shift
+            at += 1
+            shift += 7
+            if byte < 128:
                 return value, at
 
     at = 0
     while at < len(message):
         key, at = varint(at)
-        if key & 7 == 0:
+        kind = key & 7
+        if kind == 0:
             value, at = varint(at)
         else:
-            size, at = varint(at) if key & 7 == 2 else ({1: 8, 5: 4}[key & 7], at)
-            value, at = message[at:at + size], at + size
+            size, at = varint(at) if kind == 2 else (FIXED_BYTES[kind], at)
+            value = message[at:at + size]
+            at += size
         yield key >> 3, value
 
 
@@ -64,7 +68,9 @@ class Normalizer:
         self.texts = self.charsmap[4 + size:]
 
     def __call__(self, text: str) -> str:
-        raw, at, out = text.encode("utf-8"), 0, bytearray()
+        raw = text.encode("utf-8")
+        out = bytearray()
+        at = 0
         while at < len(raw):
             length, replacement = self.match(raw, at)
             out += replacement
@@ -72,33 +78,47 @@ class Normalizer:
         text = out.decode("utf-8")
         if self.remove_extra_whitespaces:
             text = re.sub(" {2,}", " ", text).strip(" ")
-        return (" " * (self.add_dummy_prefix and text != "") + text).replace(" ", "▁")
+        if self.add_dummy_prefix and text:
+            text = " " + text
+        return text.replace(" ", "▁")
 
     def match(self, raw: bytes, at: int) -> tuple[int, bytes]:
         """(bytes taken at raw[at:], their replacement) by the longest rule, or a character as it is."""
         length = 1 if raw[at] < 0x80 else 2 if raw[at] < 0xE0 else 3 if raw[at] < 0xF0 else 4
-        found, node, unit = (length, raw[at:at + length]), 0, self.trie[0] if self.trie else 0
-        for end in range(at, len(raw) if self.trie else at):
-            node ^= unit >> 10 << (unit >> 6 & 8) ^ raw[end]
+        found = length, raw[at:at + length]
+        if not self.trie:
+            return found
+        node = children(self.trie[0])
+        for end in range(at, len(raw)):
+            node ^= raw[end]
             unit = self.trie[node]
             if unit & 0x800000FF != raw[end]:
                 break
+            node ^= children(unit)
             if unit >> 8 & 1:
-                start = self.trie[node ^ unit >> 10 << (unit >> 6 & 8)] & 0x7FFFFFFF
+                start = self.trie[node] & 0x7FFFFFFF
                 found = end + 1 - at, self.texts[start:self.texts.index(b"\0", start)]
         return found
+
+
+def children(unit: int) -> int:
+    """What leads from a unit of the trie to its children, by exclusive or with its place."""
+    return unit >> 10 << (unit >> 6 & 8)
 
 
 def bpe(pieces: list[str], scores: list[float], kinds: list[int], unknown: int) -> models.BPE:
     """SentencePiece joins the neighbours that form the best piece: so every split of a piece is a merge, best
     piece first, and of its splits the longest left part first."""
-    ids, merges = {piece: i for i, piece in enumerate(pieces)}, []
+    ids = {piece: i for i, piece in enumerate(pieces)}
+    merges = []
     for piece, score, kind in zip(pieces, scores, kinds):
-        splits = [(piece[:i], piece[i:]) for i in range(1, len(piece))] if kind == NORMAL else []
-        merges += [((score, len(a)), (a, b)) for a, b in splits if a in ids and b in ids]
+        for i in range(1, len(piece) if kind == NORMAL else 0):
+            left, right = piece[:i], piece[i:]
+            if left in ids and right in ids:
+                merges.append(((score, i), (left, right)))
     merges.sort(key=lambda merge: merge[0], reverse=True)
-    return models.BPE(ids, [pair for _, pair in merges], unk_token=pieces[unknown], fuse_unk=True,
-                      byte_fallback=BYTE in kinds)
+    pairs = [pair for _, pair in merges]
+    return models.BPE(ids, pairs, unk_token=pieces[unknown], fuse_unk=True, byte_fallback=BYTE in kinds)
 
 
 def unigram(pieces: list[str], scores: list[float], kinds: list[int], unknown: int) -> models.Unigram:
@@ -113,7 +133,8 @@ def read_sentencepiece(path: Path) -> tuple[tokenizers.Tokenizer, list[str], Nor
     Fields by sentencepiece_model.proto. Model: 1 piece {1 text, 2 score, 3 kind}, 2 trainer {3 algorithm},
     3 normalizer {2 charsmap, 3 add_dummy_prefix, 4 remove_extra_whitespaces}.
     """
-    pieces, scores, kinds, trainer, rules = [], [], [], {}, {}
+    pieces, scores, kinds = [], [], []
+    trainer, rules = {}, {}
     try:
         for number, value in wire_fields(path.read_bytes()):
             if number == 1:
@@ -121,18 +142,23 @@ def read_sentencepiece(path: Path) -> tuple[tokenizers.Tokenizer, list[str], Nor
                 pieces.append(piece[1].decode("utf-8"))
                 scores.append(struct.unpack("<f", piece.get(2, bytes(4)))[0])
                 kinds.append(piece[3])
-            elif number in (2, 3):
-                (trainer if number == 2 else rules).update(wire_fields(value))
+            elif number == 2:
+                trainer.update(wire_fields(value))
+            elif number == 3:
+                rules.update(wire_fields(value))
         unknown = kinds.index(UNKNOWN)
     except (IndexError, KeyError, TypeError, ValueError, struct.error) as error:
         raise InputError(f"{path} is no SentencePiece model ({error}): download it again") from None
     if USER_DEFINED in kinds:
         piece = pieces[kinds.index(USER_DEFINED)]
         raise InputError(f"{path}: user-defined pieces such as {piece!r} are not supported")
-    inner = tokenizers.Tokenizer((bpe if trainer.get(3, 1) == 2 else unigram)(pieces, scores, kinds, unknown))
+    algorithm = bpe if trainer.get(3, 1) == 2 else unigram
+    inner = tokenizers.Tokenizer(algorithm(pieces, scores, kinds, unknown))
     normalize = Normalizer(rules.get(2, b""), bool(rules.get(3, 1)), bool(rules.get(4, 1)))
     steps = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
-    inner.decoder = decoders.Sequence(steps + [decoders.Strip(" ", 1, 0)] * normalize.add_dummy_prefix)
+    if normalize.add_dummy_prefix:
+        steps.append(decoders.Strip(" ", 1, 0))
+    inner.decoder = decoders.Sequence(steps)
     return inner, pieces, normalize
 
 
@@ -152,7 +178,8 @@ class Tokenizer:
 
     def encode(self, text: str) -> list[int]:
         """Pieces of one line, without language and end tokens."""
-        text = text if self.normalize is None else self.normalize(text)
+        if self.normalize is not None:
+            text = self.normalize(text)
         ids = self.inner.encode(text, add_special_tokens=False).ids
         return ids if self.to_model is None else [self.to_model[i] for i in ids]
 
@@ -162,13 +189,16 @@ class Tokenizer:
 
 def load_tokenizer(path: Path) -> Tokenizer:
     """M2M100's SentencePiece model with vocab.json, or a tokenizer.json whose added tokens are languages."""
-    spm, vocab, fast = path / "sentencepiece.bpe.model", path / "vocab.json", path / "tokenizer.json"
+    spm = path / "sentencepiece.bpe.model"
+    vocab = path / "vocab.json"
+    fast = path / "tokenizer.json"
     if spm.exists() and vocab.exists():
         inner, pieces, normalize = read_sentencepiece(spm)
         ids = read_json(vocab)
         unknown = ids.get("<unk>", 3)
         languages = {normal(code): len(ids) + i for i, code in enumerate(M2M100_LANGUAGES)}
-        return Tokenizer(inner, languages, unknown, [ids.get(piece, unknown) for piece in pieces], normalize)
+        to_model = [ids.get(piece, unknown) for piece in pieces]
+        return Tokenizer(inner, languages, unknown, to_model, normalize)
     if not fast.exists():
         raise InputError(f"{path} has no tokenizer: {spm.name} and {vocab.name}, or {fast.name}")
     read_json(fast)  # for its error messages
