@@ -57,7 +57,8 @@ def example(shape, dtype, device, mode):
     N, H, V = shape
     generator = torch.Generator(device).manual_seed(0)
     hidden = torch.randn(N, H, generator=generator, device=device).to(dtype)
-    weight = (torch.randn(V, H, generator=generator, device=device) * (2 * H**-0.5)).to(dtype)
+    weight = torch.randn(V, H, generator=generator, device=device) * (2 * H**-0.5)
+    weight = weight.to(dtype)
     targets = torch.randint(V, (N,), generator=generator, device=device)
     upstream = torch.randn(N, generator=generator, device=device) / N
     hidden.requires_grad_(mode != "forward")
@@ -78,11 +79,11 @@ def run(function, hidden, weight, targets, upstream):
 def copies(data, rows, dtype=None):
     """The first `rows` rows of `example`, as new leaves, in `dtype` or their own."""
     hidden, weight, targets, upstream = data
-
-    def leaf(x):
+    leaves = []
+    for x in (hidden[:rows], weight):
         copy = x.detach().to(dtype or x.dtype, copy=True)
-        return copy.requires_grad_(x.requires_grad)
-    return leaf(hidden[:rows]), leaf(weight), targets[:rows], upstream[:rows]
+        leaves.append(copy.requires_grad_(x.requires_grad))
+    return *leaves, targets[:rows], upstream[:rows]
 
 
 def refusals():
@@ -118,10 +119,12 @@ def error_ratios(functions, data, rows):
         except refusals() as failure:
             if name.startswith(("ours", "eager")):
                 raise
-            refused[name] = (str(failure).strip() or type(failure).__name__).splitlines()[0]
+            reason = str(failure).strip() or type(failure).__name__
+            refused[name] = reason.splitlines()[0]
             continue
         ndim = outputs[0].ndim
-        ratios[name] = max(a / b for a, b in zip(error_of(outputs, truth[ndim]), plain[ndim]))
+        errors = error_of(outputs, truth[ndim])
+        ratios[name] = max(error / usual for error, usual in zip(errors, plain[ndim]))
     return ratios, refused
 
 
@@ -133,12 +136,18 @@ def floor(shape, dtype, device, mode):
     # Not zeros: a GPU multiplies zeros with less power, so faster.
     signs = torch.rand(N if mode != "forward" else 0, V, dtype=dtype, device=device)
     wide = torch.float32 if half and device.type == "cuda" else dtype
-    outputs = [torch.empty(size, dtype=wide, device=device) for size in ((N, V), (N, H), (V, H))]
-    products = [(hidden, weight.T), (signs, weight), (signs.T, hidden)][:MODES[mode]]
+    into = partial(torch.empty, dtype=wide, device=device)
+    products = [
+        (hidden, weight.T, into(N, V)),
+        (signs, weight, into(N, H)),
+        (signs.T, hidden, into(V, H))]
 
     def multiply():
-        for (a, b), out in zip(products, outputs):
-            torch.mm(a, b, out_dtype=wide, out=out) if wide != dtype else torch.mm(a, b, out=out)
+        for a, b, out in products[:MODES[mode]]:
+            if wide == dtype:
+                torch.mm(a, b, out=out)
+            else:
+                torch.mm(a, b, out_dtype=wide, out=out)
     return multiply
 
 
@@ -165,8 +174,10 @@ def resident_bytes(field):
     """This process's memory: "VmRSS" now, "VmHWM" at its highest (both highest where there is no /proc)."""
     status = Path("/proc/self/status")
     if status.exists():
-        return int(status.read_text().split(field + ":")[1].split()[0]) * 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+        behind = status.read_text().split(field + ":")[1]
+        return int(behind.split()[0]) * 1024
+    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return most if sys.platform == "darwin" else most * 1024
 
 
 def peak_here(name, shape, dtype, device, mode):

@@ -32,7 +32,9 @@ def backend_for(device_type, dtype=torch.float32):
 
     Triton where there is a GPU and Triton; float64, which is for checks, is left to torch.
     """
-    return "triton" if device_type == "cuda" and dtype != torch.float64 and find_spec("triton") else "torch"
+    if device_type == "cuda" and dtype != torch.float64 and find_spec("triton"):
+        return "triton"
+    return "torch"
 
 
 def token_logp(hidden, weight, targets, *, chunk_bytes=0, keep_bytes=KEEP_BYTES, backend=""):
@@ -44,9 +46,9 @@ def token_logp(hidden, weight, targets, *, chunk_bytes=0, keep_bytes=KEEP_BYTES,
     `backend_for` says. A target outside 0..V-1 raises RuntimeError (on a GPU, a device-side assertion).
     """
     check(hidden, weight, targets)
-    hidden_grad, weight_grad = wants_gradient(hidden), wants_gradient(weight)
-    keep = weight_grad and hidden.shape[0] * weight.shape[0] * weight.dtype.itemsize <= keep_bytes
-    return logp_op(hidden, weight, targets, hidden_grad, keep, chunk_bytes, backend)[0]
+    sign_bytes = hidden.shape[0] * weight.shape[0] * weight.dtype.itemsize
+    keep = wants_gradient(weight) and sign_bytes <= keep_bytes
+    return logp_op(hidden, weight, targets, wants_gradient(hidden), keep, chunk_bytes, backend)[0]
 
 
 def linear_cross_entropy(hidden, weight, targets, ignore_index=-100, *, chunk_bytes=0, backend=""):
@@ -75,7 +77,8 @@ def wants_gradient(tensor):
 def walk(hidden, weight, targets, hidden_grad, weight_grad, chunk_bytes, backend):
     """`chunks`, after a check of the targets without a host sync: on a GPU it fails in the stream."""
     N, V = hidden.shape[0], weight.shape[0]
-    torch._assert_async(((targets >= 0) & (targets < V)).all(), f"a target is outside 0..{V - 1}")
+    inside = (targets >= 0) & (targets < V)
+    torch._assert_async(inside.all(), f"a target is outside 0..{V - 1}")
     rows = chunk_rows(N, V, hidden.dtype, hidden.device, chunk_bytes)
     backend = backend or backend_for(hidden.device.type, hidden.dtype)
     return chunks(hidden, weight, targets, rows, backend, hidden_grad, weight_grad)
@@ -83,7 +86,8 @@ def walk(hidden, weight, targets, hidden_grad, weight_grad, chunk_bytes, backend
 
 def direction_into(out, scale, weight, targets, product):
     """out (C, H) <- scale (C,) * (weight[y] - product), eq. 5 where scale = 1 - p_y; rounded once."""
-    torch.mul(torch.sub(weight[targets], product, out=product), scale[:, None], out=out)
+    torch.sub(weight[targets], product, out=product)
+    torch.mul(product, scale[:, None], out=out)
 
 
 def operator(name):
@@ -124,7 +128,8 @@ def logp_fake(hidden, weight, targets, hidden_grad, keep, chunk_bytes, backend):
 def logp_backward_op(hidden: Tensor, weight: Tensor, targets: Tensor, logp: Tensor, kept: Tensor,
                      grad: Tensor, chunk_bytes: int, backend: str) -> Tensor:
     """Gradient of the head (V, H): signs (kept, or computed again) times hidden times grad, over tokens."""
-    scaled = (hidden * (grad * logp.expm1())[:, None]).to(hidden.dtype)  # (N, H)
+    scale = grad * logp.expm1()
+    scaled = (hidden * scale[:, None]).to(hidden.dtype)  # (N, H)
     total = weight.new_zeros(weight.shape, dtype=logp.dtype)
     if kept.shape[0] == hidden.shape[0]:
         for words in tile_words(weight.shape[0], weight.device):
@@ -200,10 +205,11 @@ def mean_nll_fake(hidden, weight, targets, ignore_index, hidden_grad, weight_gra
 
 
 def mean_nll_save(ctx, inputs, output):
-    ctx.hidden_grad, ctx.weight_grad = inputs[4], inputs[5]
-    ctx.mark_non_differentiable(*output[1:])
+    _, _, _, _, ctx.hidden_grad, ctx.weight_grad, _, _ = inputs
+    _, *gradients = output
+    ctx.mark_non_differentiable(*gradients)
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(*output[1:])
+    ctx.save_for_backward(*gradients)
 
 
 def mean_nll_gradient(ctx, grad, _grad_hidden, _grad_weight):
