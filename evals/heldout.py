@@ -7,6 +7,7 @@ targets each of them as `tgt_sw`. Watch nll_en: a preference loss alone lets it 
 import torch
 from torch import Tensor
 
+SHOWN = {"nll": "nll_", "accuracy": "rewards/accuracies_", "margin": "rewards/margins_"}
 SAMPLE_ANSWERS = 2              # held-out questions whose answers every validation shows
 
 
@@ -24,36 +25,41 @@ def pair_metrics(rewards: Tensor, logps: Tensor, side: Tensor, targets: list[str
     metrics = {}
     for name, mask in sides(side, targets).items():
         chosen, rejected = rewards[:, mask]
-        metrics |= {f"rewards/chosen_{name}": chosen.mean().item(),
-                    f"rewards/rejected_{name}": rejected.mean().item(),
-                    f"rewards/margins_{name}": (chosen - rejected).mean().item(),
-                    f"rewards/accuracies_{name}": (chosen > rejected).double().mean().item(),
-                    f"logps/chosen_{name}": logps[0, mask].mean().item(),
-                    f"logps/rejected_{name}": logps[1, mask].mean().item()}
+        values = {
+            "rewards/chosen": chosen,
+            "rewards/rejected": rejected,
+            "rewards/margins": chosen - rejected,
+            "rewards/accuracies": (chosen > rejected).double(),
+            "logps/chosen": logps[0, mask],
+            "logps/rejected": logps[1, mask]}
+        metrics |= {f"{key}_{name}": value.mean().item() for key, value in values.items()}
     return metrics
 
 
 def score(batches: list, policy: list[Tensor], reference: list[Tensor], beta: float,
           targets: list[str]) -> dict[str, float]:
     """Metrics of held-out batches from the summed log-probs (S,) of each under the policy and the reference."""
-    rewards, logps, right = [], [], []
+    rewards, logps, nll = [], [], []
     for batch, now, before in zip(batches, policy, reference):
         pair = torch.stack((batch.chosen, batch.rejected))
         logps.append(now[pair])
         rewards.append(beta * (now - before)[pair])
-        right.append(now[batch.right])
+        nll.append(-now[batch.right])
     side = torch.cat([batch.side[batch.chosen] for batch in batches])
     metrics = pair_metrics(torch.cat(rewards, 1), torch.cat(logps, 1), side, targets)
-    nll, tokens = -torch.cat(right), torch.cat([batch.length[batch.right] for batch in batches])
-    by_side = sides(torch.cat([batch.side[batch.right] for batch in batches]), targets)
-    return metrics | {f"nll_{name}": (nll[mask].sum() / tokens[mask].sum()).item()
-                      for name, mask in by_side.items()}
+    nll = torch.cat(nll)
+    tokens = torch.cat([batch.length[batch.right] for batch in batches])
+    side = torch.cat([batch.side[batch.right] for batch in batches])
+    for name, mask in sides(side, targets).items():
+        mean = nll[mask].sum() / tokens[mask].sum()
+        metrics[f"nll_{name}"] = mean.item()
+    return metrics
 
 
 def describe(step: int, metrics: dict, answers: list[dict]) -> str:
     """What the loop prints of a validation: a line of figures by side, a line for each sample answer."""
     parts = []
-    for name, start in (("nll", "nll_"), ("accuracy", "rewards/accuracies_"), ("margin", "rewards/margins_")):
+    for name, start in SHOWN.items():
         figures = [f"{key.removeprefix(start)} {value:.3f}"
                    for key, value in metrics.items() if key.startswith(start)]
         parts.append(f"{name} {', '.join(figures)}")

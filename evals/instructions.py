@@ -18,9 +18,12 @@ def read_instructions(path, language: str) -> list[dict]:
     or of parallel rows that hold the language."""
     found = []
     for where, record in read_records(path):
-        own = {normal(key): side for key, side in as_kind(record, dict, where).items()}.get(language)
-        text = own["prompt"] if isinstance(own, dict) and "prompt" in own else \
-            need(record, "instruction", where)
+        sides = {normal(key): side for key, side in as_kind(record, dict, where).items()}
+        own = sides.get(language)
+        if isinstance(own, dict) and "prompt" in own:
+            text = own["prompt"]
+        else:
+            text = need(record, "instruction", where)
         item = {"instruction": as_kind(text, str, where), "dataset": record.get("dataset")}
         found.append((where, check_unicode(item, where)))
     refuse_duplicates([(where, item["instruction"]) for where, item in found])
@@ -36,17 +39,18 @@ def translate_instructions(items: list[dict], model: str, device: str, source: s
     translator = translate.load(model, device)
     translator.check(source, [language])
     settings = {"translator": translator.fingerprint, "source": source, "lang": language, "beams": beams}
-    key = fingerprint([item["instruction"] for item in items], settings)[:HASH_DIGITS]
+    texts = [item["instruction"] for item in items]
+    key = fingerprint(texts, settings)[:HASH_DIGITS]
     path = Path("runs/eval") / f"instructions-{language}-{key}.jsonl"
-    keys, title = ("source", "instruction", "faults"), f"translate to {language}"
-    with Journal(path, settings, keys) as journal, \
+    title = f"translate to {language}"
+    with Journal(path, settings, ("source", "instruction", "faults")) as journal, \
             progress(total=len(items), initial=len(journal.done), desc=title, unit="instruction") as bar:
         for first in range(len(journal.done), len(items), TRANSLATED_AT_ONCE):
-            texts = [item["instruction"] for item in items[first:first + TRANSLATED_AT_ONCE]]
-            drawn_texts = translate.translate(texts, source, language, translator, beams)
-            for text, drawn in zip(texts, drawn_texts):
-                journal.add({"source": text, "instruction": drawn, "faults": drawn.faults})
-            bar.update(len(texts))
+            asked = texts[first:first + TRANSLATED_AT_ONCE]
+            translations = translate.translate(asked, source, language, translator, beams)
+            for text, found in zip(asked, translations):
+                journal.add({"source": text, "instruction": found, "faults": found.faults})
+            bar.update(len(asked))
     print(f"translated instructions, the same for every system: {path}")
     return keep_translated(items, journal.done)
 
@@ -54,13 +58,16 @@ def translate_instructions(items: list[dict], model: str, device: str, source: s
 def keep_translated(items: list[dict], lines: list[dict]) -> list[dict]:
     """The items with their translations; those that failed a check, are empty or equal an earlier one are
     left out and counted."""
-    kept, left_out = {}, Counter()
+    kept = {}
+    left_out = Counter()
     for item, line in zip(items, lines):
         text = line["instruction"]
         if line["faults"]:
             left_out.update(line["faults"].keys())
-        elif not text.strip() or text in kept:
-            left_out["empty" if not text.strip() else "equal to an earlier one"] += 1
+        elif not text.strip():
+            left_out["empty"] += 1
+        elif text in kept:
+            left_out["equal to an earlier one"] += 1
         else:
             kept[text] = item | {"instruction": text}
     if len(kept) < len(items):
@@ -81,13 +88,20 @@ def answer_instructions(model, tokenizer, items: list[dict], how: Decoding, batc
         for first in range(done // batch_size * batch_size, len(items), batch_size):
             questions = [item["instruction"] for item in items[first:first + batch_size]]
             replies = how.replies(model, tokenizer, questions, first)
-            new = list(zip(questions, replies))[len(journal.done) - first:]
-            for question, (text, tokens) in new:
+            known = len(journal.done) - first
+            for question, (text, tokens) in zip(questions[known:], replies[known:]):
                 journal.add({"instruction": question, "output": text, "tokens": tokens})
                 bar.update()
 
 
 def model_outputs(items: list[dict], lines: list[dict], generator: str) -> list[dict]:
     """The records of alpaca_eval's model_outputs.json."""
-    return [{"dataset": item["dataset"], "instruction": item["instruction"], "output": line["output"],
-             "generator": generator, "datasplit": "eval"} for item, line in zip(items, lines)]
+    records = []
+    for item, line in zip(items, lines):
+        records.append({
+            "dataset": item["dataset"],
+            "instruction": item["instruction"],
+            "output": line["output"],
+            "generator": generator,
+            "datasplit": "eval"})
+    return records

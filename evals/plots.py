@@ -126,7 +126,8 @@ def plot_curves(results: list[Result], path: Path) -> bool:
     trained = [result for result in results if result.curves.get(TARGET)]
     if not trained:
         return False
-    plt, rows = import_pyplot(), by_row(trained)
+    plt = import_pyplot()
+    rows = by_row(trained)
     languages, sizes, methods = values_of(rows)
     places = list(itertools.product(languages, (TARGET, SOURCE)))
     across = 2 if len(languages) <= 2 else PANELS_ACROSS
@@ -157,13 +158,14 @@ def plot_tradeoff(results: list[Result], path: Path) -> bool:
     traded = [title for title in TRADED if all(has_both(result, title) for result in answered)]
     if not answered or not traded:
         return False
-    plt, rows = import_pyplot(), by_row(answered)
+    plt = import_pyplot()
+    rows = by_row(answered)
     languages, sizes, methods = values_of(rows)
     figure, axes = panels(plt, min(len(languages), PANELS_ACROSS), len(languages))
     for axis, language in zip(axes, languages):
         for i, method in enumerate(methods):
-            of_sizes = {size: rows.get((language, size, method)) for size in sizes}
-            groups = {size: group for size, group in of_sizes.items() if group}
+            groups = {size: rows[language, size, method]
+                      for size in sizes if (language, size, method) in rows}
             if groups:
                 draw_points(axis, i, method, groups, traded[0], numbered=len(sizes) > 1)
         finish_panel(axis, f"{language}, {', '.join(sizes)} samples",

@@ -25,7 +25,9 @@ def read_config(directory):
     """tokenizer_config.json with special_tokens_map.json, which wins in a directory of the older kind."""
     config = read_json(directory / "tokenizer_config.json", missing={})
     older = read_json(directory / "special_tokens_map.json", missing={})
-    return older | config if "added_tokens_decoder" in config else config | older
+    if "added_tokens_decoder" in config:
+        return older | config
+    return config | older
 
 
 def added_token(token, where, special=True):
@@ -40,8 +42,9 @@ def special_tokens(config, where):
     """({name: token}, [tokens without a name]) that the configuration calls special."""
     named = {key: config[key] for key in NAMES if config.get(key)}
     for key, value in config.items():
-        is_token = isinstance(value, str) and value or isinstance(value, dict) and "content" in value
-        if key.endswith("_token") and is_token:
+        is_name = isinstance(value, str) and value
+        is_object = isinstance(value, dict) and "content" in value
+        if key.endswith("_token") and (is_name or is_object):
             named[key] = value
     more = config.get("extra_special_tokens") or config.get("additional_special_tokens") or []
     if isinstance(more, dict):
@@ -105,10 +108,12 @@ def read_tokenizer(directory, config):
     where = directory / "tokenizer.json"
     if not where.exists():
         raise InputError(f"{directory}: no tokenizer.json there; tokenizer.save_pretrained writes one")
-    source, listed = read_json(where, missing={}), read_json(directory / "added_tokens.json", missing={})
+    source = read_json(where, missing={})
+    listed = read_json(directory / "added_tokens.json", missing={})
     named, more = special_tokens(config, directory / "tokenizer_config.json")
     special = {token.content for token in [*named.values(), *more]}
     numbered = numbered_tokens(source, config, listed, special, where)
+    placed = {token.content for _, token in numbered}
     try:
         tokenizer = tokenizers.Tokenizer.from_str(json.dumps(source | {"added_tokens": []}))
     except Exception as error:  # the library raises nothing narrower
@@ -116,11 +121,11 @@ def read_tokenizer(directory, config):
     tokenizer.no_truncation()
     tokenizer.no_padding()
     add_numbered(tokenizer, numbered, where)
-    known = {token.content for _, token in numbered}
-    tokenizer.add_tokens([token for token in [*named.values(), *more] if token.content not in known])
-    ids = {number for number, token in tokenizer.get_added_tokens_decoder().items()
-           if token.special or token.content in special}
-    return tokenizer, {key: token.content for key, token in named.items()}, ids
+    tokenizer.add_tokens([token for token in [*named.values(), *more] if token.content not in placed])
+    added = tokenizer.get_added_tokens_decoder().items()
+    ids = {number for number, token in added if token.special or token.content in special}
+    names = {key: token.content for key, token in named.items()}
+    return tokenizer, names, ids
 
 
 # ---- text -> ids ----
@@ -143,8 +148,9 @@ def encoder_for(tokenizer, special, unk_id, written):
     the text before a normaliser sees it, so that a word after <s> begins with Llama 2's space.
     """
     added = tokenizer.get_added_tokens_decoder()
-    control = special | {number for number, token in added.items()
-                         if token.content in written and not is_words(token.content)}
+    marks = {number for number, token in added.items()
+             if token.content in written and not is_words(token.content)}
+    control = special | marks
     inner = copy.deepcopy(tokenizer)
     inner.add_tokens([control_token(added[number], added[number].normalized and number not in special)
                       for number in sorted(control)])
