@@ -67,6 +67,7 @@ METHODS = {
     "sft+dpo": [(1.0, ("en", "tgt")), (0.0, ())],
 }
 LOOK = 4                        # rows that a dry run translates
+CLASSIFIER_ROWS = 1000          # rows that the classifier of reply language learns from
 TIMED_LAYERS = (1, 4)           # of the models that a dry run times
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 SIMPO_GAMMA = 0.5               # nats a token by which simpo wants the right response ahead
@@ -621,6 +622,7 @@ def export(model: llama.Llama, parameters: dict[str, nn.Parameter], job: Job, di
     Hugging Face directory. Each is loaded again and compared with the model, which gives up its memory."""
     args, tokenizer = job.args, job.tokenizer
     adapter, merged, outputs = directory / "adapter", directory / "model", {}
+    print(f"writing the results to {directory}")
     if args.train == "lora":
         ranks.on_first(lambda: fill_directory(adapter, lambda path: save_adapter(
             model, path, args.base, ATTENTION, args.lora_rank, args.lora_alpha, tokenizer.template)))
@@ -726,11 +728,12 @@ def make_job(args, device: torch.device) -> Job:
     print(f"compute type {chosen['dtype']}, {chosen['micro_rows']} packed rows per forward pass")
     packing = Packing(args.batch_size, args.row_tokens, chosen["micro_rows"], trim=device.type != "cuda")
     heldout_steps = make_steps(heldout_groups, PAIRS, packing, None)
-    languages = (args.source, *args.targets)
+    print(f"reply language: learned from {min(len(rows), CLASSIFIER_ROWS):,} of {len(rows):,} rows")
+    texts = texts_by_language(rows[:CLASSIFIER_ROWS], (args.source, *args.targets))
     return Job(args, run, device, chosen["dtype"], packing, tokenizer, identity, groups,
                [batch for step in heldout_steps for batch in step],
                [fork for group in heldout_groups[:heldout.SAMPLE_ANSWERS] for fork in group],
-               answered, fit_languages(texts_by_language(rows, languages)))
+               answered, fit_languages(texts))
 
 
 def main(argv=None) -> None:
