@@ -38,6 +38,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import kernels
+from engine.progress import progress
 from formats import hub
 from formats.configs import Config, read_config
 from formats.weights import Weights, add_update, check_depth, match_names, read_adapter
@@ -505,7 +506,7 @@ def load(path, device="cpu", dtype=torch.float32, adapter=None, recompute=False,
     model, weights, names = open_checkpoint(path, dtype, recompute, compiler)
     updates = {} if adapter is None else read_adapter(adapter, weights, names)
     state = {}
-    for name, key in names.items():
+    for name, key in progress(names.items(), desc="load", unit="tensor", leave=False, delay=1):
         tensor = weights[key]
         if name in updates:
             tensor = add_update(tensor, updates[name](), f"{adapter}: {name}")
