@@ -308,10 +308,8 @@ def fork_attention(fork, branch, positions, head_dim: int, window=None, header=N
 # ------------------------------------------------------------------------------------------------------ cache
 
 class LayerCache:
-    """Keys and values of one layer, (B, capacity, G, D), of which the first `length` columns are filled.
-
-    In memory a head's columns lie side by side, (B, G, capacity, D), which is how attention reads them.
-    """
+    """Keys and values of one layer, (B, capacity, G, D), of which the first `length` columns are filled. In
+    memory a head's columns lie side by side, (B, G, capacity, D), which is how attention reads them."""
 
     def __init__(self, B: int, capacity: int, G: int, D: int, device, dtype):
         shape = (B, G, capacity, D)
