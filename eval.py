@@ -181,44 +181,73 @@ def ratio(nll: list[float], sizes: list[int]) -> dict:
 def perplexity(args) -> None:
     """NLL of held-out responses per UTF-8 byte (the stop token's too), in nats and in bits, which models with
     other tokenizers can be compared with, and its exponential."""
-    counts = Counter()
     args.data = str(hub.data_file(args.data))
-    rows = read_rows(args.data, args.source, counts=counts, targets=[args.lang], unique=True)
-    rows = require_languages(rows, args.source, args.lang)
-    print(f"{args.data}: {describe_counts(counts)}")
-    rows = [row for row in rows if row.get("split", args.split) == args.split] if args.split else rows
-    if not rows:
-        raise InputError(f"{args.data} has no row of split {args.split!r}: see --split")
+    rows = scored_rows(args)
     model, tokenizer, settings = open_model(args.model, args.adapter, args.device, args.dtype,
                                             args.template_args)
     tell_notes(tokenizer)
-    settings |= {"language": args.lang, "source": args.source, "data": args.data,
-                 "data hash": fingerprint(Path(args.data)), "split": args.split, "rows": len(rows),
-                 "system_prompt": args.system_prompt,
-                 "scored": "the response and its stop token, after the prompt"}
-    name = ["perplexity", args.lang, args.source if args.source != "en" else "",
-            Path(args.data).with_suffix("").as_posix().strip("./"), args.split if args.split != "test" else "",
-            fingerprint(args.system_prompt)[:6] if args.system_prompt else "", settings["dtype"]]
+    settings |= {
+        "language": args.lang,
+        "source": args.source,
+        "data": args.data,
+        "data hash": fingerprint(Path(args.data)),
+        "split": args.split,
+        "rows": len(rows),
+        "system_prompt": args.system_prompt,
+        "scored": "the response and its stop token, after the prompt"}
+    name = [
+        "perplexity",
+        args.lang,
+        args.source if args.source != "en" else "",
+        Path(args.data).with_suffix("").as_posix().strip("./"),
+        args.split if args.split != "test" else "",
+        fingerprint(args.system_prompt)[:6] if args.system_prompt else "",
+        settings["dtype"]]
     out = args.out or out_directory(args.adapter or args.model, *name)
     places = ((comparison.SOURCE, args.source), (comparison.TARGET, args.lang))
     keys = ("question", "place", "nll", "bytes", "tokens", "cut")
     with Journal(out / "answers.jsonl", settings, keys, args.fresh) as journal:
         for place, language in places:
             score_responses(model, tokenizer, rows, place, language, journal, args)
-    figures, lines = {}, []
+    figures, cells = {}, []
     for place, language in places:
-        found = [line for line in journal.done if line["place"] == place]
-        nats = ratio([line["nll"] for line in found], [line["bytes"] for line in found]) | {"digits": 4}
-        bits = nats | {key: nats[key] and nats[key] / math.log(2) for key in ("value", "stderr")}
-        exponential = {"value": math.exp(nats["value"]), "n": nats["n"], "digits": 4}
-        figures |= {f"bits/byte {place}": bits, f"nll/byte {place}": nats,
-                    f"perplexity/byte {place}": exponential}
-        per_token = sum(line["nll"] for line in found) / sum(line["tokens"] for line in found)
-        lines.append([language, with_error(bits["value"], bits["stderr"], 4),
-                      with_error(nats["value"], nats["stderr"], 4), f"{exponential['value']:.4f}",
-                      f"{per_token:.4f}", str(nats["n"])])
-    print(table(["", "bits per byte", "nll per byte", "perplexity per byte", "nll per token", "rows"], lines))
+        found, shown = byte_figures(place, [line for line in journal.done if line["place"] == place])
+        figures |= found
+        cells.append([language, *shown])
+    print(table(["", "bits per byte", "nll per byte", "perplexity per byte", "nll per token", "rows"], cells))
     finish(out, settings, figures, cut=tell_cut(journal))
+
+
+def scored_rows(args) -> list[dict]:
+    """The rows of --data in both languages and of --split."""
+    counts = Counter()
+    rows = read_rows(args.data, args.source, counts=counts, targets=[args.lang], unique=True)
+    rows = require_languages(rows, args.source, args.lang)
+    print(f"{args.data}: {describe_counts(counts)}")
+    if args.split:
+        rows = [row for row in rows if row.get("split", args.split) == args.split]
+    if not rows:
+        raise InputError(f"{args.data} has no row of split {args.split!r}: see --split")
+    return rows
+
+
+def byte_figures(place: str, lines: list[dict]) -> tuple[dict, list[str]]:
+    """Figures of one language's answers, and the cells that show them."""
+    nats = ratio([line["nll"] for line in lines], [line["bytes"] for line in lines]) | {"digits": 4}
+    bits = nats | {key: nats[key] and nats[key] / math.log(2) for key in ("value", "stderr")}
+    exponential = {"value": math.exp(nats["value"]), "n": nats["n"], "digits": 4}
+    per_token = sum(line["nll"] for line in lines) / sum(line["tokens"] for line in lines)
+    figures = {
+        f"bits/byte {place}": bits,
+        f"nll/byte {place}": nats,
+        f"perplexity/byte {place}": exponential}
+    cells = [
+        with_error(bits["value"], bits["stderr"], 4),
+        with_error(nats["value"], nats["stderr"], 4),
+        f"{exponential['value']:.4f}",
+        f"{per_token:.4f}",
+        str(nats["n"])]
+    return figures, cells
 
 
 def score_responses(model, tokenizer, rows: list[dict], place: str, language: str,
