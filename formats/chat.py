@@ -77,6 +77,17 @@ class Template:
         texts = [node.data for node in tree.find_all(jinja2.nodes.TemplateData)]
         texts += [node.value for node in tree.find_all(jinja2.nodes.Const) if isinstance(node.value, str)]
         self.literals = "\n".join(texts)
+        self.takes_parts = False
+        self.takes_parts = not self.writes_question() and self.writes_question(as_parts=True)
+
+    def writes_question(self, as_parts=False):
+        question = {"role": "user", "content": parts(USER) if as_parts else USER}
+        try:
+            text = self.render([question], asking=True)
+        except InputError:
+            return False
+        printed = as_parts and (repr(USER) in text or json.dumps(USER) in text)  # the list as code
+        return USER in text and not printed
 
     def refusal(self, what):
         return InputError(f"{self.where}: the chat template {what}: mend it, or put another into "
@@ -84,10 +95,17 @@ class Template:
 
     def render(self, messages, asking):
         """The text of messages; asking: with what stands before a reply."""
+        if self.takes_parts:
+            messages = [message | {"content": parts(message["content"])} for message in messages]
         try:
             return self.template.render(messages=messages, add_generation_prompt=asking, **self.variables)
         except TEMPLATE_MISTAKES as error:
             raise self.refusal(f"fails ({describe(error)})") from None
+
+
+def parts(text):
+    """Content as models that see images have it: some templates read nothing else."""
+    return [{"type": "text", "text": text}]
 
 
 def describe(error):
@@ -129,6 +147,8 @@ class Chat:
         notes = [("what finished replies begin with, {!r}, is part of the prompt", self.prompt[shared:]),
                  ("what only an open reply begins with, {!r}, is left out", opening[shared:]),
                  ("what finished replies end with, {!r}, is left out", unwritten)]
+        if self.template.takes_parts:
+            notes.append(("messages are given to it as lists of parts, {}", parts("...")))
         return [f"chat template: {note.format(text)}" for note, text in notes if text]
 
     def finished(self, messages, reply):

@@ -213,6 +213,8 @@ ADAPTER_SETTINGS = {
         "layer_replication", "target_parameters", "alora_invocation_tokens", "arrow_config", "kasa_config",
         "monteclora_config"), ())}
 
+MERGE = "merge it with PEFT (merge_and_unload), and give that directory with --model"
+
 
 def read_adapter(directory, weights: Weights, names: dict[str, str]) -> dict[str, Callable[[], Tensor]]:
     """{parameter name: function giving what is to be added to it} of a PEFT LoRA directory: scale B A
@@ -229,6 +231,9 @@ def read_adapter(directory, weights: Weights, names: dict[str, str]) -> dict[str
             raise InputError(f"{directory}: {key} is no factor of a pair lora_A, lora_B")
         elif key == module + LORA_A:
             layer = module.removeprefix(PREFIX)
+            if layer + ".weight" == HEAD and HEAD not in names:
+                raise InputError(f"{directory} changes lm_head, which is the embedding "
+                                 f"(tie_word_embeddings): train it without lm_head in target_modules")
             if layer + ".weight" not in names:
                 raise InputError(f"{directory}: {layer}.weight is no parameter of the model: "
                                  f"another base model's adapter?")
@@ -268,11 +273,12 @@ def check_carried(file, key: str, weights: Weights, names: dict[str, str], where
     if name == HEAD and HEAD not in names:                     # a tied head
         name = EMBEDDING
     if name not in names:
-        raise InputError(f"{where}: {key} is no factor of a pair lora_A, lora_B")
+        raise InputError(f"{where} holds {key}, and not only pairs of lora_A, lora_B "
+                         f"for the layers of the model: {MERGE}")
     carried, base = read_finite(file, key, where), weights[names[name]]
     if carried.shape != base.shape or not torch.equal(carried, base.to(carried.dtype)):
         raise InputError(f"{where} carries {key}, trained or resized; only LoRA factors are added to a base: "
-                         f"merge it with PEFT (merge_and_unload), and give that directory with --model")
+                         f"{MERGE}")
 
 
 def read_finite(file, key: str, where) -> Tensor:
@@ -295,7 +301,7 @@ def read_lora_config(path: Path) -> dict:
                          f"only LORA adapters are supported")
     for key, fine in ADAPTER_SETTINGS.items():
         if config.get(key) and config[key] not in fine:
-            raise InputError(f"{path}: {key} = {config[key]!r} is not supported")
+            raise InputError(f"{path}: {key} = {config[key]!r} is not supported: {MERGE}")
     positive(path, config, "r")
     positive(path, config, "lora_alpha", float)
     for key in ("rank_pattern", "alpha_pattern"):

@@ -663,6 +663,26 @@ def test_a_template_nothing_can_be_trained_in_is_one_clear_line(tmp_path, templa
     assert "\n" not in str(error.value) and str(error.value).endswith("put another into chat_template.jinja")
 
 
+@pytest.mark.parametrize("content", [
+    "{% for part in m['content'] %}{% if part.type == 'text' %}{{ part.text }}{% endif %}{% endfor %}",
+    "{{ m.content[0].text }}"])
+def test_a_template_that_reads_lists_of_parts_alone_gets_them(tmp_path, content):
+    transformers = pytest.importorskip("transformers")
+    template = ("{{ bos_token }}{% for m in messages %}[INST]{{ m.role }} " + content
+                + "{{ eos_token if m.role == 'assistant' else '[/INST]' }}{% endfor %}"
+                "{% if add_generation_prompt %}[INST]assistant {% endif %}")
+    tokenizer = make_tokenizer(tmp_path, template, added=["[INST]", "[/INST]"])
+    reference = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    turns = [("system", "Be brief."), ("user", "What is 2 + 2?"), ("assistant", "It is 4.")]
+    messages = [{"role": role, "content": [{"type": "text", "text": text}]} for role, text in turns]
+    expected = reference.apply_chat_template(messages, return_dict=False)
+    prompt = reference.apply_chat_template(messages[:2], add_generation_prompt=True, return_dict=False)
+    assert tokenizer.prompt_ids("What is 2 + 2?", "Be brief.") == prompt
+    assert tokenizer.decode(prompt + tokenizer.response_ids("It is 4."), special=True) == (
+        tokenizer.decode(expected, special=True))
+    assert "lists of parts" in " ".join(tokenizer.chat.notes)
+
+
 def test_the_marks_of_replies_in_a_template_leave_its_text_alone(tmp_path):
     marked = MISTRAL.replace("{{ ' ' + message['content'] + eos_token }}",
                              "{% generation %}{{ ' ' + message['content'] + eos_token }}{% endgeneration %}")

@@ -212,8 +212,11 @@ def test_adapted_or_resized_embeddings_are_refused_by_name(checkpoint, tmp_path)
     peft = pytest.importorskip("peft")
     theirs = peft_model(checkpoint, peft.LoraConfig(r=3, target_modules=["embed_tokens", "q_proj"]))
     theirs.save_pretrained(tmp_path / "adapter")
-    with pytest.raises(InputError, match="embed_tokens.lora_embedding_A is no factor of a pair"):
+    with pytest.raises(InputError, match="embed_tokens.lora_embedding_A, .*merge_and_unload"):
         llama.load(checkpoint, adapter=tmp_path / "adapter")
+    peft_model(checkpoint, peft.LoraConfig(target_modules=["lm_head"])).save_pretrained(tmp_path / "tied")
+    with pytest.raises(InputError, match="changes lm_head, which is the embedding"):
+        llama.load(checkpoint, adapter=tmp_path / "tied")
     model = peft_model(checkpoint, peft.LoraConfig(r=3, target_modules=["q_proj"]))
     model.base_model.model.resize_token_embeddings(330)
     model.save_pretrained(tmp_path / "grown", save_embedding_layers=True)
@@ -238,6 +241,15 @@ def test_adapters_of_other_kinds_are_refused_by_key(checkpoint, tmp_path, change
         llama.load(checkpoint, adapter=adapter)
 
 
+@pytest.mark.parametrize("change", [{"use_dora": True}, {"bias": "lora_only"}, {"lora_bias": True}])
+def test_an_adapter_that_is_more_than_lora_is_refused_with_the_remedy(checkpoint, tmp_path, change):
+    adapter = write_adapter(with_lora(checkpoint), checkpoint, tmp_path / "adapter")
+    path = adapter / "adapter_config.json"
+    write_json(path, json.loads(path.read_text()) | change)
+    with pytest.raises(InputError, match="merge it with PEFT"):
+        llama.load(checkpoint, adapter=adapter)
+
+
 @pytest.mark.parametrize("change", [
     lambda tensors: tensors.pop("base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"),
     lambda tensors: tensors.pop("base_model.model.model.layers.1.self_attn.o_proj.lora_B.weight"),
@@ -248,7 +260,7 @@ def test_an_adapter_with_more_or_less_than_pairs_of_factors_is_refused(checkpoin
     tensors = load_file(adapter / "adapter_model.safetensors")
     change(tensors)
     save_file(tensors, adapter / "adapter_model.safetensors")
-    with pytest.raises(InputError, match="no factor of a pair|holds no LoRA factors"):
+    with pytest.raises(InputError, match="no factor of a pair|not only pairs|holds no LoRA factors"):
         llama.load(checkpoint, adapter=adapter)
 
 
