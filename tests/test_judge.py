@@ -277,11 +277,27 @@ def test_a_passing_fault_is_tried_again(serve, connect, fault):
     (500, "HTTP 500"), (400, "HTTP 400"), (401, "HTTP 401"), (b"", "no chat"),
     (b"<html>busy</html>", "no chat"),
     (b"[1]", "no chat"), (b"\xff\xfe", "no chat"), (b"null", "no chat"), ({"choices": []}, "no chat"),
-    (0.6, "no connection")])
+    (b"[" * 100_000, "no chat"), ({"error": {"message": f"no credit: {KEY}"}}, "no chat"),
+    (said(f"I see {KEY}, \ud83d"), "no verdict"), (0.6, "no connection")])
 def test_a_lasting_fault_gives_no_verdict_and_shows_no_key(serve, connect, fault, told):
     with pytest.raises(judge.NoVerdict, match=told) as error:
         verdict(connect(serve(fault), timeout=0.2, attempts=1))
-    assert KEY not in error.value.message and "127.0.0.1" not in error.value.message
+    message = error.value.message
+    assert KEY not in message and "127.0.0.1" not in message and message.encode() and "\n" not in message
+
+
+def test_an_error_inside_a_good_status_is_shown_in_the_servers_words(serve, connect):
+    with pytest.raises(judge.NoVerdict) as error:
+        verdict(connect(serve({"error": {"message": "insufficient credits", "code": 402}})))
+    assert error.value.message == "{'message': 'insufficient credits', 'code': 402}"
+
+
+@pytest.mark.parametrize("text", ["Many thanks, both are fine.", "may be equal", "M1 and M2"])
+def test_a_first_token_that_begins_another_word_is_no_verdict(text):
+    with pytest.raises(judge.NoVerdict):
+        reply = completion(0.0, 0.0, text)
+        reply["choices"][0]["logprobs"]["content"][0] = {"token": text[0], "logprob": -0.01, "top_logprobs": []}
+        read(reply)
 
 
 @pytest.mark.parametrize("body, told", [
