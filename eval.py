@@ -41,6 +41,7 @@ from formats.records import describe_counts, read_rows, require_languages
 from formats.weights import DTYPES, adapter_base
 
 JUDGE = "gpt-4o"
+OUTPUTS = "model_outputs"            # what alpaca_eval calls a file of answers; its directory names the system
 
 
 # ---------------------------------------------------------------------------------------------------- figures
@@ -332,7 +333,7 @@ def judge_outputs(args) -> None:
         "order": args.order,
         "order seed": args.seed,
         "language": args.lang or settings.get("language")}
-    out = args.out or judge_directory(args.outputs, args.reference, args.judge_model, args.order, args.limit)
+    out = args.out or judge_directory(args)
     model, reference = pairs[0]["generator_2"], pairs[0]["generator_1"]
     figure = f"win rate over {reference}"
     keys = ("question", "preference", "reading", "refused", "prompt_tokens", "completion_tokens")
@@ -352,13 +353,16 @@ def judge_outputs(args) -> None:
     finish(out, settings, {figure: value}, win_rate=rate, failed=kinds, **details)
 
 
-def judge_directory(outputs: str, reference: str, judge_model: str, order: str, limit: int | None) -> Path:
+def judge_directory(args) -> Path:
     """Beside the answers; whatever is not the default has a directory of its own."""
-    name = ["against", Path(reference).parent.name]
-    name += [judge_model] if judge_model != JUDGE else []
-    name += [order] if order != "random" else []
-    name += [f"first {limit}"] if limit else []
-    return Path(outputs).parent / directory_name(*name)
+    model, reference = Path(args.outputs), Path(args.reference)
+    name = [model.stem] if model.stem != OUTPUTS else []
+    name += ["against", reference.stem if reference.stem != OUTPUTS else reference.parent.name]
+    name += [args.judge_model] if args.judge_model != JUDGE else []
+    name += [args.order] if args.order != "random" else []
+    name += [f"seed {args.seed}"] if args.seed else []
+    name += [f"first {args.limit}"] if args.limit else []
+    return model.parent / directory_name(*name)
 
 
 def winrate(args) -> None:
@@ -374,6 +378,8 @@ def compare(args) -> None:
     """One table over runs and evaluations, paired differences from the baseline, and plots when asked."""
     if args.plot:
         plots.import_pyplot()
+        if Path(args.plot).is_file():
+            raise InputError(f"--plot {args.plot}: a file, a directory is wanted")
     directories, left_out = comparison.find_results(args.runs)
     if left_out:
         print(f"left out, no finished run or evaluation: {', '.join(map(str, left_out))}\n")

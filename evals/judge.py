@@ -71,6 +71,13 @@ class Judge:
 
     async def verdict(self, messages: list[dict]) -> tuple[float, str, Counter]:
         """(preference, how it was read, tokens used). Raises NoVerdict."""
+        try:
+            return await self.ask_and_read(messages)
+        except NoVerdict as fault:
+            raise fault.shown(self.client.api_key) from None
+
+    async def ask_and_read(self, messages: list[dict]) -> tuple[float, str, Counter]:
+        """A reply without a verdict is asked for again, with room to reason."""
         used: Counter = Counter()
         reply = await self.ask(messages, self.tokens, used)
         try:
@@ -110,15 +117,15 @@ class Judge:
         except (openai.APIConnectionError, asyncio.TimeoutError) as error:
             raise NoVerdict("no connection", f"{error.__cause__ or error}" or "no reply in time",
                             about_one_pair=False) from None
-        except ValueError:
+        except (ValueError, RecursionError):
             raise NoVerdict("no chat completion", "a reply that is not JSON") from None
 
     def server_message(self, error) -> str:
-        """What the server wrote, without the key, which it may repeat."""
+        """What the server wrote."""
         body = error.body or error.response.text
         if isinstance(body, dict):
             body = f"{body.get('message') or body.get('detail') or body} {body.get('param') or ''}"
-        return str(body).replace(self.client.api_key, "***")
+        return str(body)
 
 
 def request_options(room: int, refused: set[str]) -> dict:

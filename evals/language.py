@@ -19,6 +19,7 @@ P and Q are smoothed as by Witten and Bell (1991); the path behind MIXED is Vite
 """
 
 import math
+import re
 import unicodedata
 from collections import Counter, defaultdict
 from dataclasses import dataclass
@@ -26,6 +27,9 @@ from functools import lru_cache
 
 from formats.languages import letter_script
 from formats.markup import prose
+
+ASCII = re.compile("[!-~]+")                                    # among spaces and other letters:
+CODE = re.compile(r"[/\\={}@#]|[A-Za-z\d](?:[_.][A-Za-z]|\()")  # a path, assignment, call or hashtag
 
 OTHER = "other"             # what a reply in none of the languages is called
 MIXED = "mixed"             # what a reply in two languages is called:
@@ -35,8 +39,9 @@ CONTEXT = 4                 # letters that the next one is predicted from
 NEW = 1e-3                  # P of a letter never seen before; to Q it is one of as many more as were seen
 BLEND = 0.02                # bounds what one letter can say against a language
 FLOOR = 0.43                # nats a letter; less for a language whose own lines, held out, bring less:
-REFUSED, MARGIN = 0.005, 0.2   # then so many nats below the part of them that may be refused
+REFUSED, MARGIN = 0.015, 0.2   # then so many nats below this part of them, mostly code, lists and names
 TOLERANCE = 5.0             # nats: few letters say little
+ENOUGH = 200_000            # characters of a language that are read; more make it slower, hardly better
 FOLDS = 4                   # parts of the texts that are held out in turn
 SURE = 0.8                  # below this posterior probability the classifier abstains
 
@@ -60,11 +65,13 @@ class LanguageModel:
 
 def split_words(text: str) -> list[str]:
     """Runs of letters of one script, of what is prose in the text. Marks and modifiers have no script."""
+    text = ASCII.sub(lambda run: " " if CODE.search(run[0]) else run[0], prose(text))
     pieces, before = [""], None
-    for char in unicodedata.normalize("NFC", prose(text)):
+    for char in unicodedata.normalize("NFC", text):
         kind = unicodedata.category(char)
         if kind[0] not in "LM":
-            pieces, before = [*pieces, ""] if pieces[-1] else pieces, None
+            pieces.append("")
+            before = None
             continue
         script = letter_script(char) if kind[0] == "L" and kind != "Lm" else before
         if before and script != before:
@@ -125,7 +132,7 @@ def fit_words(lines: dict[str, list[list[str]]]) -> LanguageModel:
 
 def fit_languages(texts: dict[str, list[str]]) -> LanguageModel:
     """Fit the classifier on texts of each language (a few hundred lines are enough)."""
-    lines = {language: list(filter(None, map(split_words, part))) for language, part in texts.items()}
+    lines = {language: list(filter(None, map(split_words, enough(part)))) for language, part in texts.items()}
     languages, brought = fit_words(lines), defaultdict(list)
     for fold in range(FOLDS):
         out = {language: held_out(part, fold) for language, part in lines.items()}
@@ -139,6 +146,12 @@ def fit_languages(texts: dict[str, list[str]]) -> LanguageModel:
         worst = sorted(own)[int(REFUSED * len(own)) + 1:]      # one line at least may be in any language
         languages.floors[language] = min([FLOOR, *(value - MARGIN for value in worst[:1])])
     return languages
+
+
+def enough(texts: list[str]) -> list[str]:
+    """Every text, or every third, fifth, ...: both of prompts and of responses, which take turns."""
+    size = sum(map(len, texts))
+    return texts[::2 * (size // (2 * ENOUGH)) + 1]
 
 
 def held_out(lines: list, fold: int) -> slice:

@@ -14,6 +14,7 @@ UNFINISHED = re.compile(r"<[\w:]*(think|thought|reason)\w*>|\[THINK]|START_THINK
                         re.I)
 PART = "0-9A-Za-z_\u00c0-\u024f\u0300-\u036f\u1e00-\u1eff'’&/-"         # of a word, for a letter beside it
 LETTER = rf"(?:(?<![{PART}])(?<!\d )|(?<=answer_))([mM])(?![{PART}])"       # alone, and no unit of measure
+LONGER_WORD = re.compile(rf"\W*[mM][{PART}]")          # "Maybe": its first token may well be an M
 # all of a sentence, or announced as the end of one
 FINAL = re.compile(rf"(?:^|[.!?:=。：]|\bis)\W*(?i:answer[_ ])?{LETTER}[^\w.!?。\n]*(?=[.!?。]|$)", re.M)
 
@@ -23,8 +24,13 @@ class NoVerdict(Exception):
 
     def __init__(self, kind: str, message: str, about_one_pair: bool = True):
         super().__init__(kind)
-        self.kind, self.about_one_pair = kind, about_one_pair
-        self.message = " ".join(message.split())[:LONGEST_MESSAGE]
+        self.kind, self.about_one_pair, self.message = kind, about_one_pair, message
+
+    def shown(self, secret: str) -> "NoVerdict":
+        """With a message of one short line without the secret, which servers may repeat."""
+        text = " ".join(self.message.replace(secret, "***").split())
+        printable = text.encode(errors="replace").decode()
+        return NoVerdict(self.kind, printable[:LONGEST_MESSAGE], self.about_one_pair)
 
 
 def read_verdict(reply) -> tuple[float, str]:
@@ -34,15 +40,16 @@ def read_verdict(reply) -> tuple[float, str]:
         choice, mass = reply.choices[0], letter_mass(reply.choices[0].logprobs)
         text, refusal = message_text(choice.message.content), choice.message.refusal
     except (AttributeError, IndexError, KeyError, TypeError):
-        raise NoVerdict("no chat completion", str(reply)) from None
+        raise NoVerdict("no chat completion", str(getattr(reply, "error", None) or reply)) from None
     if refusal or choice.finish_reason == "content_filter":
         raise NoVerdict("refusal", str(refusal or text))
-    if mass and sum(mass.values()) >= ENOUGH:
+    if mass and sum(mass.values()) >= ENOUGH and not LONGER_WORD.match(text):
         return 2 - mass["m"] / sum(mass.values()), "probabilities"
     whole = choice.finish_reason != "length" or not mass and re.fullmatch(rf"\W*{LETTER}\W*", text)
     letter = named_letter(text) if whole else None
     if not letter:
-        raise NoVerdict("no verdict in the reply" if whole else "reply cut", text[-LONGEST_MESSAGE:])
+        end = text[-LONGEST_MESSAGE:] or "an empty reply"
+        raise NoVerdict("no verdict in the reply" if whole else "reply cut", end)
     return (1.0 if letter == "m" else 2.0), "text"
 
 

@@ -24,7 +24,7 @@ def read_outputs(path) -> dict[str, dict]:
     InputError for a missing text or a repeated instruction."""
     outputs, places = {}, {}
     for where, record in read_records(path):
-        instruction, output = (as_kind(need(record, key, where), str, where)
+        instruction, output = (as_kind(need(record, key, where), str, f"{where}: {key}")
                                for key in ("instruction", "output"))
         if instruction in outputs:
             raise InputError(f"{where}: the same instruction as in {places[instruction]}: "
@@ -79,7 +79,7 @@ def read_annotations(path) -> list[dict]:
     for where, line in annotations:
         check_preference(need(line, "preference", where), where)
         for key in ("output_1", "output_2"):
-            as_kind(need(line, key, where), str, where)
+            as_kind(need(line, key, where), str, f"{where}: {key}")
     return [line for _, line in annotations]
 
 

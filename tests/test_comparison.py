@@ -242,6 +242,14 @@ def test_plotting_without_matplotlib_is_one_clear_line(tmp_path, monkeypatch):
         evaluation.main(["compare", str(tmp_path / "never read"), "--plot", str(tmp_path / "plots")])
 
 
+def test_a_file_in_the_place_of_the_plots_is_refused_before_anything_is_read(tmp_path):
+    import eval as evaluation
+    pytest.importorskip("matplotlib")
+    (tmp_path / "plots").write_text("")
+    with pytest.raises(InputError, match="plots: a file, a directory is wanted"):
+        evaluation.main(["compare", str(tmp_path / "never read"), "--plot", str(tmp_path / "plots")])
+
+
 @pytest.mark.slow
 def test_legends_and_titles_stay_inside_the_picture(tmp_path):
     pyplot = pytest.importorskip("matplotlib.pyplot")

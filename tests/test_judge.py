@@ -277,11 +277,27 @@ def test_a_passing_fault_is_tried_again(serve, connect, fault):
     (500, "HTTP 500"), (400, "HTTP 400"), (401, "HTTP 401"), (b"", "no chat"),
     (b"<html>busy</html>", "no chat"),
     (b"[1]", "no chat"), (b"\xff\xfe", "no chat"), (b"null", "no chat"), ({"choices": []}, "no chat"),
-    (0.6, "no connection")])
+    (b"[" * 100_000, "no chat"), ({"error": {"message": f"no credit: {KEY}"}}, "no chat"),
+    (said(f"I see {KEY}, \ud83d"), "no verdict"), (0.6, "no connection")])
 def test_a_lasting_fault_gives_no_verdict_and_shows_no_key(serve, connect, fault, told):
     with pytest.raises(judge.NoVerdict, match=told) as error:
         verdict(connect(serve(fault), timeout=0.2, attempts=1))
-    assert KEY not in error.value.message and "127.0.0.1" not in error.value.message
+    message = error.value.message
+    assert KEY not in message and "127.0.0.1" not in message and message.encode() and "\n" not in message
+
+
+def test_an_error_inside_a_good_status_is_shown_in_the_servers_words(serve, connect):
+    with pytest.raises(judge.NoVerdict) as error:
+        verdict(connect(serve({"error": {"message": "insufficient credits", "code": 402}})))
+    assert error.value.message == "{'message': 'insufficient credits', 'code': 402}"
+
+
+@pytest.mark.parametrize("text", ["Many thanks, both are fine.", "may be equal", "M1 and M2"])
+def test_a_first_token_that_begins_another_word_is_no_verdict(text):
+    with pytest.raises(judge.NoVerdict):
+        reply = completion(0.0, 0.0, text)
+        reply["choices"][0]["logprobs"]["content"][0] = {"token": text[0], "logprob": -0.01, "top_logprobs": []}
+        read(reply)
 
 
 @pytest.mark.parametrize("body, told", [
@@ -479,7 +495,7 @@ def test_answers_are_joined_on_the_exact_instruction(tmp_path, capsys):
     ("[]", "holds no answers"), ("{", "a.json:1: not valid JSON"),
     ('[{"instruction": "x", "output": "1"}, {"instruction": "x", "output": "2"}]',
      r"a.json\[1\]: the same instruction as in .*a.json\[0\]"),
-    ('[{"instruction": "x", "output": null}]', r"a.json\[0\]: str expected")])
+    ('[{"instruction": "x", "output": null}]', r"a.json\[0\]: output: str expected")])
 def test_a_bad_file_of_answers_is_one_clear_line(tmp_path, text, wanted):
     (tmp_path / "a.json").write_text(text)
     with pytest.raises(InputError, match=wanted):
@@ -548,6 +564,16 @@ def test_refused_pairs_are_counted_again_in_every_rerun_and_the_win_rate_stands(
     assert first == second and first["failed"] == {"HTTP 400": 5}
     assert first["win_rate"]["n_total"] == 3 and first["win_rate"]["no_preference"] == 5
     assert capsys.readouterr().out.count("5 of 8 pairs have no verdict") == 2
+
+
+@pytest.mark.parametrize("arguments, wanted", [
+    (["clo/model_outputs.json", "sft/model_outputs.json"], "clo/against-sft"),
+    (["clo/model_outputs.json", "results/davinci.json"], "clo/against-davinci"),
+    (["results/a.json", "results/b.json"], "results/a-against-b"),
+    (["results/a.json", "results/c.json", "--limit", "5", "--seed", "2"], "results/a-against-c-seed-2-first-5"),
+    (["a.json", "b.json", "--order", "both", "--judge-model", "x/y"], "a-against-b-x-y-both")])
+def test_every_pair_of_files_and_every_setting_has_a_directory_of_its_own(arguments, wanted):
+    assert evaluation.judge_directory(evaluation.parse_args(["judge", *arguments])) == Path(wanted)
 
 
 def test_draws_of_equal_answers_do_not_prove_that_the_judge_answers(serve, tmp_path, monkeypatch):

@@ -9,7 +9,7 @@ import pytest
 
 from evals import language
 from evals.language import (BLEND, MIXED, NEW, OTHER, SWITCH, fit_languages, foreign_share, gains, letters,
-                            likeliest_path, reply_language, split_words)
+                            likeliest_path, reply_language, split_words, texts_by_language)
 from formats.records import read_rows
 
 CODES = ("de", "en", "id", "ko", "sw", "yo", "zh")
@@ -134,6 +134,8 @@ def test_one_language_of_three_and_a_fourth_is_other():
     " $$\\frac{the sum of all the numbers}{the others}$$", " mwalimu.the.teacher@school.example.org",
     "\n\n| kitu | bei |\n|---|---|\n| samaki | 20 |\n",
     " <a href=\"https://example.org/the-old-man\">mzee</a>", " `the_old_man_walked_slowly_down(river)`",
+    "\nimport the_words\nprint(the_words.of_the_river(the_children=5))\n", " #theoldmanandtheriver @theteacher",
+    " /usr/local/share/the/river --the-children=where", " the_river.txt na the.teacher(children)",
     " (New York Times, National Geographic Society, United Nations)"])
 def test_code_links_formulas_and_names_in_a_swahili_reply_leave_it_swahili(two, addition):
     text = "Mzee alitembea polepole hadi mtoni kila asubuhi." + addition
@@ -164,6 +166,20 @@ def test_words_are_cut_where_the_script_changes_and_marks_stay():
     assert split_words("Tokyo東京タワーへ") == ["Tokyo", "東京", "タワーへ"]
     assert split_words("Kí ni o\u0300wu\u0301ro\u0323\u0300?") == ["Kí", "ni", "òwúrọ\u0300"]
     assert letters("Kí ni o\u0300wu\u0301ro\u0323\u0300?") == 9
+
+
+def test_what_looks_like_code_is_cut_from_what_is_written_beside_it():
+    assert split_words("看README.md文件 os.walk(x) na/au C# 你好。") == ["看", "文件", "你好"]
+    assert split_words("tembo, simba (nyoka). 'kiboko'") == ["tembo", "simba", "nyoka", "kiboko"]
+
+
+def test_of_many_texts_some_prompts_and_some_responses_are_read(monkeypatch):
+    texts = [f"{kind} {i}" for i in range(100) for kind in ("prompt", "response")]
+    assert language.enough(texts) == texts
+    monkeypatch.setattr(language, "ENOUGH", 400)
+    kept = language.enough(texts)
+    assert 300 <= sum(map(len, kept)) <= 800
+    assert {text.split()[0] for text in kept} == {"prompt", "response"} and kept[-1][-2:] > "95"
 
 
 def test_a_language_without_texts_is_never_the_answer():
@@ -201,6 +217,19 @@ def test_other_languages_are_neither_and_own_lines_are_kept_on_real_news(shared,
         print(f"\ncalled neither: {100 * mean:.2f} % on average, {100 * worst:.1f} % at worst; own lines "
               f"abstained: {100 * own[False] / own.total():.2f} %; under {SHORT} letters: {dict(brief)}")
     assert mean >= 0.98 and worst >= 0.95 and own[False] <= 0.005 * own.total()
+
+
+@pytest.mark.slow
+def test_rows_with_lists_and_code_do_not_open_a_language_to_others(shared):
+    """Fitted on 200 rows of instructions, some of which hold hardly a sentence."""
+    rows = read_rows(shared / "pairs" / "alpaca_en_pt.jsonl")
+    languages = fit_languages(texts_by_language(rows[:200], ("en", "pt")))
+    found = Counter(reply_language(line["de"], languages)[0] for line in news(shared)[500:])
+    assert found["en"] + found["pt"] <= 0.08 * found.total()
+    for code in ("en", "pt"):
+        own = [text for text in (row[code]["response"] for row in rows[2000:]) if letters(text) >= SHORT]
+        found = Counter(reply_language(text, languages)[0] for text in own)
+        assert found[OTHER] <= 0.015 * len(own)
 
 
 def half(text, code, first):
