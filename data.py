@@ -74,11 +74,14 @@ def training_rows(path, source, targets, turns="first"):
 
 def evaluation_rows(path, source, targets, trained):
     """The rows of a file that hold every language. trained: the training rows; questions that are among them are
-    counted and said. InputError when two rows have one identifier."""
+    counted and said. InputError when all are the same, or two rows have one identifier."""
     with naming(path):
         rows = require_languages(read_counted(path, source, "first", targets, unique=True), source, *targets)
     known = {row[source]["prompt"] for row in trained}
     shared = sum(row[source]["prompt"] in known for row in rows)
+    if known == {row[source]["prompt"] for row in rows}:
+        raise InputError(f"{path} asks the same questions as the training rows: the run would train on its test; "
+                         f"leave it out, and rows are held out of the training rows")
     if shared:
         print(f"{shared} of its {len(rows)} questions are among the training rows, too: "
               f"what they score is no test of anything new")
