@@ -177,3 +177,14 @@ def test_an_evaluation_with_the_questions_of_the_training_rows_is_refused_and_so
         data.evaluation_rows(path, "en", ["sw"], rows)
     assert len(data.evaluation_rows(path, "en", ["sw"], rows[:1])) == 4
     assert "1 of its 4 questions are among the training rows, too" in capsys.readouterr().out
+
+
+def test_the_command_takes_several_languages_in_any_spelling(tmp_path, capsys):
+    rows = [{"row_id": "1", "en": sides("q", "r"), "zh-CN": sides("问", "答"), "swh_Latn": sides("s", "j")}]
+    write_rows(tmp_path / "rows.jsonl", rows)
+    data.main([str(tmp_path / "rows.jsonl"), "--lang", "zh, SW", "--trl", str(tmp_path / "trl.jsonl")])
+    assert "trl.jsonl: 6 preference rows" in capsys.readouterr().out
+    pairs = [json.loads(line) for line in open(tmp_path / "trl.jsonl", encoding="utf-8")]
+    told = [tuple(pair[part][0]["content"] for part in ("prompt", "chosen", "rejected")) for pair in pairs]
+    assert told == [("q", "r", "答"), ("q", "r", "j"), ("问", "答", "r"), ("问", "答", "j"), ("s", "j", "r"),
+                    ("s", "j", "答")]
