@@ -21,6 +21,7 @@ import numpy as np
 import torch
 
 from engine.files import InputError, run
+from engine.progress import progress
 from formats.chat import load_tokenizer
 from formats.languages import language_list, normal
 from formats.records import (FORMATS, describe_counts, languages_of, read_rows, require_languages,
@@ -152,7 +153,7 @@ def make_forks(rows, tokenizer, source="en", target="sw", row_tokens=1024, syste
     wanted = [source, *([target] if isinstance(target, str) else target)]
     usable, groups = require_languages(rows, *wanted), []
     counts = Counter({"rows": len(rows), f"without {' and '.join(wanted)}": len(rows) - len(usable)})
-    for row in usable:
+    for row in progress(usable, desc="tokenise", unit="row", leave=False):
         uncut = row_forks(row, tokenizer, wanted, system)
         group = [replace(fork, continuations=cut_to_fit(fork.continuations, row_tokens - len(fork.prompt)))
                  for fork in uncut]

@@ -38,6 +38,7 @@ from torch.utils.checkpoint import checkpoint
 
 import kernels
 from engine.files import InputError
+from engine.progress import progress
 from formats import hub
 from formats.configs import Config, read_config
 from formats.weights import EMBEDDING, HEAD, Weights, add_update, read_adapter
@@ -603,7 +604,7 @@ def load(path, device="cpu", dtype: torch.dtype = torch.float32, adapter=None, r
     model, weights, names = open_checkpoint(path, dtype, recompute, compiler)
     updates = {} if adapter is None else read_adapter(adapter, weights, names)
     state = {}
-    for name, key in names.items():
+    for name, key in progress(names.items(), desc="load", unit="tensor", leave=False, delay=1):
         tensor = weights[key]
         if name in updates:
             tensor = add_update(tensor, updates[name](), f"{adapter}: {name}")

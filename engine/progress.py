@@ -27,7 +27,7 @@ class LogLines:
 def progress(iterable=None, **options) -> tqdm:
     """A tqdm bar on standard error with tqdm's own options."""
     options["disable"] = options.get("disable", False) or os.environ.get("RANK", "0") != "0"
-    if sys.stderr.isatty():
-        return tqdm(iterable, **options)
-    return tqdm(iterable, file=LogLines(sys.stderr), ncols=100, mininterval=LINE_EVERY, maxinterval=LINE_EVERY,
-                delay=LINE_EVERY, position=0, **options)
+    if not sys.stderr.isatty():
+        options |= {"file": LogLines(sys.stderr), "ncols": 100, "mininterval": LINE_EVERY,
+                    "maxinterval": LINE_EVERY, "delay": LINE_EVERY, "position": 0}
+    return tqdm(iterable, **options)

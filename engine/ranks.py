@@ -24,6 +24,7 @@ from torch import Tensor
 import model as llama
 from engine import files
 from engine.files import InputError
+from engine.progress import progress
 from formats.weights import add_update, read_adapter
 
 LONGEST_WAIT = timedelta(days=1)             # ranks wait while the first one reads and writes
@@ -186,7 +187,7 @@ def load(path, device, dtype: torch.dtype, adapter=None, prepare: Callable = lam
     prepare(model)
     shard_(model)
     parameters = dict(model.named_parameters())
-    for name, key in names.items():
+    for name, key in progress(names.items(), desc="load", unit="tensor", leave=False, delay=1):
         rows = own_rows(parameters[name])
         tensor = weights[key][rows]
         if name in updates:

@@ -12,6 +12,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from engine.progress import progress
 from engine.files import InputError, read_json, say_once, write_json
 from formats.configs import positive
 
@@ -126,7 +127,8 @@ def save_sharded(directory: Path, sizes: dict[str, int], tensor: Callable[[str],
     where = {}
     for number, names in enumerate(shards, 1):
         file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        save_tensors(directory / file, {name: tensor(name) for name in names})
+        made = progress(names, desc=f"write {file}", unit="tensor", leave=False, delay=1)
+        save_tensors(directory / file, {name: tensor(name) for name in made})
         where |= dict.fromkeys(names, file)
     write_json(directory / INDEX, {"metadata": {"total_size": sum(sizes.values())}, "weight_map": where})
 
