@@ -81,8 +81,8 @@ def evaluation_rows(path, source, targets, trained):
     known = {row[source]["prompt"] for row in trained}
     shared = sum(row[source]["prompt"] in known for row in rows)
     if known == {row[source]["prompt"] for row in rows}:
-        raise InputError(f"{path} asks the same questions as the training rows: the run would train on its test; "
-                         f"leave it out, and rows are held out of the training rows")
+        raise InputError(f"{path} asks the same questions as the training rows: the run would train on its "
+                         f"test; leave it out, and rows are held out of the training rows")
     if shared:
         print(f"{shared} of its {len(rows)} questions are among the training rows, too: "
               f"what they score is no test of anything new")
@@ -360,7 +360,7 @@ def parse_args(argv=None):
     parser.add_argument("--source", type=normal, default="en",
                         help="source language, and that of one-language files")
     parser.add_argument("--lang",
-                        help="target language, or several: sw,yo; without it each prompt has its own response only")
+                        help="target language, or several: sw,yo; without it each prompt has its own response")
     parser.add_argument("--turns", choices=("first", "all"), default="first", help="turns of a conversation")
     parser.add_argument("--model", help="Hugging Face directory whose tokenizer and template make the forks")
     parser.add_argument("--system", help="system prompt before every prompt")

@@ -363,7 +363,8 @@ def print_translations(args, targets: list[str], translator: Translator) -> None
 def check_out(out: Path, data: Path) -> None:
     """InputError if it is no file, or writing it or what lies beside it meanwhile would overwrite the data."""
     if out.exists() and not out.is_file():
-        raise InputError(f"--out {out} is {'a directory' if out.is_dir() else 'no file'}: give the name of a file")
+        kind = "a directory" if out.is_dir() else "no file"
+        raise InputError(f"--out {out} is {kind}: give the name of a file")
     for suffix in ("", ".tmp", ".lock"):
         name = out.with_name(out.name + suffix)
         linked = name.exists() and data.exists() and name.samefile(data)

@@ -21,7 +21,7 @@ ROLES = {name: role for role, names in {
 }.items() for name in names.split()}
 ROLE_KEYS = ("role", "from")
 TEXT_KEYS = ("content", "value", "text")
-TURN_KEYS = (("input", "output"), ("human", "assistant"))     # of an object that holds a question and its reply
+TURN_KEYS = (("input", "output"), ("human", "assistant"))     # of an object that holds a whole turn
 UNKNOWN = "unknown format"
 # Letters and symbols that print nothing: fillers of Hangul syllables, the empty Braille pattern.
 BLANK_LETTERS = "\u115f\u1160\u3164\uffa0\u2800"

@@ -44,7 +44,8 @@ def test_a_completion_labelled_as_a_bad_one_is_not_trained_on(tmp_path):
     """TRL's "Unpaired preference", plain and conversational."""
     path = write_lines(tmp_path / "kto.jsonl", {"prompt": "q", "completion": "bad", "label": False},
                        {"prompt": say("q"), "completion": [say("q", "bad")[1]], "label": False},
-                       {"prompt": "q", "completion": "r", "label": True}, {"prompt": "q", "completion": "s", "label": 0})
+                       {"prompt": "q", "completion": "r", "label": True},
+                       {"prompt": "q", "completion": "s", "label": 0})
     pairs, counts = read_pairs(path)
     assert pairs == [("q", "r"), ("q", "s")]
     assert counts["skipped: a completion labelled as a bad one (first: kto.jsonl:1)"] == 2
