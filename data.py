@@ -24,7 +24,7 @@ import torch
 from engine.files import InputError, run
 from engine.progress import progress
 from formats.chat import load_tokenizer
-from formats.languages import normal
+from formats.languages import language_list, normal
 from formats.records import (FORMATS, describe_counts, languages_of, read_rows, require_languages,
                              write_preferences)
 
@@ -76,11 +76,14 @@ def training_rows(path, source, targets, turns="first"):
 
 def evaluation_rows(path, source, targets, trained):
     """The rows of a file that hold every language. trained: the training rows; questions that are among them are
-    counted and said. InputError when two rows have one identifier."""
+    counted and said. InputError when all are the same, or two rows have one identifier."""
     with naming(path):
         rows = require_languages(read_counted(path, source, "first", targets, unique=True), source, *targets)
     known = {row[source]["prompt"] for row in trained}
     shared = sum(row[source]["prompt"] in known for row in rows)
+    if known == {row[source]["prompt"] for row in rows}:
+        raise InputError(f"{path} asks the same questions as the training rows: the run would train on its "
+                         f"test; leave it out, and rows are held out of the training rows")
     if shared:
         print(f"{shared} of its {len(rows)} questions are among the training rows, too: "
               f"what they score is no test of anything new")
@@ -376,7 +379,7 @@ def show_forks(rows, tokenizer, args):
     """Print what training would see of the rows: counts, packing, unknown tokens, samples."""
     for note in tokenizer.chat.notes:
         print(note)
-    groups, counts = make_forks(rows, tokenizer, args.source, args.lang or [], args.row_tokens, args.system)
+    groups, counts = make_forks(rows, tokenizer, args.source, args.targets, args.row_tokens, args.system)
     forks = [fork for group in groups for fork in group]
     batch = pack(forks, args.row_tokens)
     rows, width = batch.tokens.shape
@@ -397,8 +400,8 @@ def parse_args(argv=None):
     parser.add_argument("file", help=f"{FORMATS}; JSONL or one JSON list, .gz too")
     parser.add_argument("--source", type=normal, default="en",
                         help="source language, and that of one-language files")
-    parser.add_argument("--lang", type=normal,
-                        help="target language; without it each prompt has its own response only")
+    parser.add_argument("--lang",
+                        help="target language, or several: sw,yo; without it each prompt has its own response")
     parser.add_argument("--turns", choices=("first", "all"), default="first", help="turns of a conversation")
     parser.add_argument("--model", help="Hugging Face directory whose tokenizer and template make the forks")
     parser.add_argument("--system", help="system prompt before every prompt")
@@ -411,17 +414,17 @@ def parse_args(argv=None):
 
 
 def main(argv=None):
-    args, counts = parse_args(argv), Counter()
+    args = parse_args(argv)
     for given, other, needed in ((args.show, args.model, "--show needs --model DIR"),
                                  (args.template_args, args.model, "--template-args needs --model DIR"),
                                  (args.trl, args.lang, "--trl needs --lang CODE")):
         if given and not other:
             raise InputError(needed)
-    rows = read_rows(args.file, args.source, args.turns, counts)
-    print(f"{args.file}: {describe_counts(counts)}")
+    args.targets = language_list(args.lang) if args.lang else []
+    rows = read_counted(args.file, args.source, args.turns, args.targets)
     print("languages: " + describe_counts(Counter(language for row in rows for language in languages_of(row))))
     if args.trl:
-        print(f"{args.trl}: {write_preferences(args.trl, rows, args.source, args.lang):,} preference rows")
+        print(f"{args.trl}: {write_preferences(args.trl, rows, args.source, args.targets):,} preference rows")
     if args.model:
         show_forks(rows, load_tokenizer(args.model, args.template_args), args)
 

@@ -23,14 +23,15 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from data import read_counted
 from engine import ranks
-from engine.files import InputError, append_jsonl, fingerprint, locked
+from engine.files import InputError, append_jsonl, fingerprint, locked, writing
 from engine.flags import Parser, count, positive_int
 from engine.progress import progress
 from formats import hub
 from formats.languages import UNSPACED, language_list, normal, script_of, suggestion
 from formats.markup import KEEP, TEXT, WORD, hide, parse, show, split_edges, split_spans
-from formats.records import languages_of, read_rows, require_languages
+from formats.records import languages_of, require_languages
 from formats.translated import Key, describe_faults, file_failed_, read_done
 from formats.weights import DTYPES
 from m2m100.beam import beam_search
@@ -268,7 +269,7 @@ def translate_rows(rows: list[dict], translator: Translator, source: str, target
     left out of the result, and its translation is filed under "clo", unless keep_failed.
     """
     path, source = Path(path), normal(source)
-    targets = [normal(code) for code in ([target] if isinstance(target, str) else target)]
+    targets = [*dict.fromkeys(map(normal, [target] if isinstance(target, str) else target))]
     translator.check(source, targets)
     rows = require_languages(rows, source)
     job = Job(translator, source, targets[0], beams, batch_tokens)
@@ -287,7 +288,8 @@ def translate_rows(rows: list[dict], translator: Translator, source: str, target
                 for _, record in found:
                     file_failed_(record, keep_failed)
                 if ranks.rank() == 0:
-                    append_jsonl(path, [record for _, record in found])
+                    with writing(path):
+                        append_jsonl(path, [record for _, record in found])
                 done |= dict(found)
                 bar.update(len(found))
     records = [done[key] for key in keys]
@@ -359,7 +361,10 @@ def print_translations(args, targets: list[str], translator: Translator) -> None
 
 
 def check_out(out: Path, data: Path) -> None:
-    """InputError if writing the file, or what lies beside it meanwhile, would overwrite the data."""
+    """InputError if it is no file, or writing it or what lies beside it meanwhile would overwrite the data."""
+    if out.exists() and not out.is_file():
+        kind = "a directory" if out.is_dir() else "no file"
+        raise InputError(f"--out {out} is {kind}: give the name of a file")
     for suffix in ("", ".tmp", ".lock"):
         name = out.with_name(out.name + suffix)
         linked = name.exists() and data.exists() and name.samefile(data)
@@ -370,15 +375,14 @@ def check_out(out: Path, data: Path) -> None:
 def main():
     args = parse_args()
     device = ranks.start(ranks.pick_device(args.device))
-    targets = language_list(args.lang)
+    targets = [*dict.fromkeys(language_list(args.lang))]
     dtype = DTYPES.get(args.dtype)
     if args.text is not None:
         print_translations(args, targets, load(args.translator, device, dtype))
         return
     out = Path(args.out or f"translated-{','.join(targets)}.jsonl")
     check_out(out, hub.data_file(args.data))
-    rows = read_rows(args.data, args.source, args.turns, targets=targets)[:args.samples or None]
-    print(f"{args.data}: {len(rows):,} rows")
+    rows = read_counted(args.data, args.source, args.turns, targets)[:args.samples or None]
     translator = load(args.translator, device, dtype)
     translate_rows(rows, translator, args.source, targets, out, args.beams, args.batch_tokens,
                    args.keep_failed)

@@ -184,7 +184,7 @@ def writing(path: Path):
         yield
     except (OSError, SafetensorError) as error:
         raise InputError(f"{path} cannot be written ({error}): make room on its disk; "
-                        f"the same command goes on from the last checkpoint") from None
+                        f"the same command goes on where it stopped") from None
 
 
 @contextlib.contextmanager
@@ -192,8 +192,12 @@ def locked(path: Path):
     """Nobody else writes this file or directory meanwhile; InputError says who does. The lock is a file
     beside it that the system lets go when its process ends, however it ends."""
     path = Path(path).resolve()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with claim(path) as file:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        lock = claim(path)
+    except OSError as error:
+        raise InputError(f"{path} cannot be written ({error.strerror}): give another --out") from None
+    with lock as file:
         file.truncate(0)
         command = " ".join([Path(sys.argv[0]).name, *sys.argv[1:]])
         since = time.strftime("%d %b %H:%M:%S")

@@ -21,6 +21,7 @@ ROLES = {name: role for role, names in {
 }.items() for name in names.split()}
 ROLE_KEYS = ("role", "from")
 TEXT_KEYS = ("content", "value", "text")
+TURN_KEYS = (("input", "output"), ("human", "assistant"))     # of an object that holds a whole turn
 UNKNOWN = "unknown format"
 # Letters and symbols that print nothing: fillers of Hangul syllables, the empty Braille pattern.
 BLANK_LETTERS = "\u115f\u1160\u3164\uffa0\u2800"
@@ -130,9 +131,10 @@ def listed(record, keys, counts):
     items = as_list(record[key], key)
     if items and all(isinstance(item, str) for item in items):
         return [("assistant" if number % 2 else "user", text) for number, text in enumerate(items)]
-    if items and all(isinstance(item, dict) and {"input", "output"} <= item.keys() for item in items):
-        return [(role, as_text(item[name], name, counts))
-                for item in items for role, name in (("user", "input"), ("assistant", "output"))]
+    for asked, answered in TURN_KEYS:
+        if items and all(isinstance(item, dict) and {asked, answered} <= item.keys() for item in items):
+            return [(role, as_text(item[name], name, counts))
+                    for item in items for role, name in (("user", asked), ("assistant", answered))]
     return [message_of(item, counts) for item in items]
 
 
@@ -142,6 +144,8 @@ def columns(record, keys, counts):
     asked, answered = keys
     if record.get("choices") or record.get("options"):
         raise OddRecord("a multiple-choice question, which is for a benchmark")
+    if answered == "completion" and record.get("label") is False:
+        raise Skip("a completion labelled as a bad one")       # TRL, "Unpaired preference"
     prompt = messages_of(record[asked], "user", asked, counts)
     reply = messages_of(record[answered], "assistant", answered, counts)
     if any(role == "user" for role, _ in reply):

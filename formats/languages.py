@@ -139,7 +139,7 @@ def normal(code: str) -> str:
     language, *rest = folded.split("_")
     script = rest.pop(0).title() if rest and rest[0].title() in SCRIPTS else ""
     region = rest.pop(0).upper() if rest and re.fullmatch(r"[a-z]{2}|\d{3}", rest[0]) else ""
-    if rest or language not in known:
+    if rest or language not in known or "," in code:
         return code
     own = known[language]
     if own == "zh" and not script and region in TRADITIONAL:

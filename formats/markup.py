@@ -49,6 +49,9 @@ OPENER = re.compile(rf"""
   | (?<![A-Za-z0-9])(?i:https?://|ftp://|mailto:|www\.)
     [^{URL_STOP}]*(?:\([^\s<>()]*\)[^{URL_STOP}]*)*(?<![.,;:!?'*])        # no stop at its end, ( ) in pairs
   | \]\((?:[^()\s]|\([^()\s]*\))+(?:[ \t]+"[^"\n]*")?\)               # the second half of [text](url "title")
+  | \]\[[^\[\]\n]{{0,99}}\]                                              # and of [text][label]
+  | ^[ ]{{0,3}}\[[^\[\]\n]{{1,99}}\]:(?=[ \t]) | \[\^[^\[\]\s]{{1,99}}\]:?     # [label]: url, footnotes[^1]
+  | (?<![A-Za-z0-9])[A-Za-z]:\\(?![\s\\])[^\s<>:"|?*`“”‘’,;，。；、]*(?<![.!)])     # a path on Windows
   | (?<![A-Za-z0-9_.+-])[A-Za-z0-9_.+-]+@[A-Za-z0-9-]+(?:\.[A-Za-z0-9-]+)+
   | \{{\{{[^{{}}\n]*\}}\}} | \{{%[^{{}}\n]*%\}} | \$?\{{[\w .-]+\}} | \[\d{{1,6}}\] | %[sd]\b | \\\|
   | (?:[0-9\#*]\uFE0F?\u20E3|[{LETTERLIKE}]\uFE0F|[{PICTURE}][{JOINED}]*)+

@@ -23,6 +23,7 @@ What is kept of public data (every decision is counted, `describe_counts` prints
 
 import csv
 import io
+import itertools
 import json
 import re
 from collections import Counter
@@ -432,18 +433,20 @@ def write_rows(path, rows):
 
 
 def write_preferences(path, rows, source, target):
-    """Write TRL preference rows in both directions, none with equal responses; returns how many.
+    """Write TRL preference rows: each language prefers its own response to every other one's, none with equal
+    responses; returns how many. target: a language, or a list of them.
 
     Each has prompt, chosen and rejected as message lists (TRL, "Dataset formats"), and its "language".
     """
     def say(role, text):
         return [{"role": role, "content": text}]
 
+    languages = [source, *([target] if isinstance(target, str) else target)]
     pairs = [{"prompt": say("user", row[own]["prompt"]), "chosen": say("assistant", row[own]["response"]),
               "rejected": say("assistant", row[other]["response"]), "language": own}
-             for row in require_languages(rows, source, target)
-             for own, other in ((source, target), (target, source))
-             if row[source]["response"] != row[target]["response"]]
+             for row in require_languages(rows, *languages)
+             for own, other in itertools.permutations(languages, 2)
+             if row[own]["response"] != row[other]["response"]]
     write_jsonl(path, pairs)
     return len(pairs)
 

@@ -182,3 +182,27 @@ def test_the_command_line_marks_what_the_loss_reads(tmp_path, chatml, capsys):
     out = capsys.readouterr().out
     assert "3 read, 3 kept" in out and "% padding" in out
     assert "[[It is Paris.<|im_end|>]]" in out and "[[Ni Paris.<|im_end|>]]" in out and "[[7" not in out
+
+
+# ---- which rows are evaluated ----
+
+def test_an_evaluation_with_the_questions_of_the_training_rows_is_refused_and_some_of_them_are_counted(
+        tmp_path, capsys):
+    rows = [{"row_id": str(i), "en": sides(f"q{i}", "r"), "sw": sides("s", "j")} for i in range(4)]
+    path = tmp_path / "eval.jsonl"
+    write_rows(path, rows[::-1])
+    with pytest.raises(InputError, match="eval.jsonl asks the same questions as the training rows"):
+        data.evaluation_rows(path, "en", ["sw"], rows)
+    assert len(data.evaluation_rows(path, "en", ["sw"], rows[:1])) == 4
+    assert "1 of its 4 questions are among the training rows, too" in capsys.readouterr().out
+
+
+def test_the_command_takes_several_languages_in_any_spelling(tmp_path, capsys):
+    rows = [{"row_id": "1", "en": sides("q", "r"), "zh-CN": sides("问", "答"), "swh_Latn": sides("s", "j")}]
+    write_rows(tmp_path / "rows.jsonl", rows)
+    data.main([str(tmp_path / "rows.jsonl"), "--lang", "zh, SW", "--trl", str(tmp_path / "trl.jsonl")])
+    assert "trl.jsonl: 6 preference rows" in capsys.readouterr().out
+    pairs = [json.loads(line) for line in open(tmp_path / "trl.jsonl", encoding="utf-8")]
+    told = [tuple(pair[part][0]["content"] for part in ("prompt", "chosen", "rejected")) for pair in pairs]
+    assert told == [("q", "r", "答"), ("q", "r", "j"), ("问", "答", "r"), ("问", "答", "j"), ("s", "j", "r"),
+                    ("s", "j", "答")]

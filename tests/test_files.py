@@ -40,6 +40,13 @@ def test_a_second_process_is_refused_and_told_who_holds_the_file_by_any_of_its_n
     assert [file.name for file in tmp_path.iterdir()] == ["link.jsonl"], "no lock is left behind"
 
 
+def test_a_place_where_nothing_can_be_written_is_refused_in_one_line(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(InputError, match="file/run cannot be written .*: give another --out"):
+        with locked(tmp_path / "file" / "run"):
+            raise AssertionError("there is no such place")
+
+
 def test_a_lock_is_let_go_after_an_error(tmp_path):
     for _ in range(2):
         with pytest.raises(ZeroDivisionError), locked(tmp_path / "run" / "sw"):

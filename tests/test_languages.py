@@ -31,7 +31,7 @@ def test_the_spellings_of_a_language_meet(code, texts):
     assert normal("Chinese (Simplified)") == "zh"
 
 
-@pytest.mark.parametrize("code", ["xx", "xx-Foo", "en_gpt4", "base", "Python", "my model", "", "-", "tlh"])
+@pytest.mark.parametrize("code", ["xx", "xx-Foo", "en_gpt4", "base", "Python", "my model", "", "-", "tlh", "sw,yo"])
 def test_what_is_no_known_language_stays_as_it_is_and_has_no_script(code):
     assert normal(code) == code and script_of(code) is None
     assert not wrong_script("какой-то длинный текст без единой латинской буквы", code)

@@ -66,6 +66,10 @@ def spans(segment):
     ("<?php echo 'the words';", ["<?php echo 'the words';"]),
     ("Hello {name}, {{ user.name }}, %s, [1] and [12]", ["{name}", "{{ user.name }}", "%s", "[1]", "[12]"]),
     ("$$\n\nis slang, so is $$", []), ("\\[\nx\n\\] y", ["\\[\nx\n\\]"]),
+    ("[The guide][guide] says[^1] [so][].\n\n[guide]: /x\n[^1]: Indeed.\n[Note]: is a word, [a] too",
+     ["][guide]", "[^1]", "][]", "[guide]:", "[^1]:", "[Note]:"]),
+    ("Open C:\\Users\\王\\a.txt, or 在D:\\数据。然后 (e:\\x). is:\\nnext, c:\\ x",
+     ["C:\\Users\\王\\a.txt", "D:\\数据", "e:\\x"]),
 ])
 def test_spans_are_found_whole(text, found):
     assert spans(text) == found

@@ -40,6 +40,17 @@ def read_pairs(path, turns="first", **options):
     return [tuple(row["en"].values()) for row in rows], counts
 
 
+def test_a_completion_labelled_as_a_bad_one_is_not_trained_on(tmp_path):
+    """TRL's "Unpaired preference", plain and conversational."""
+    path = write_lines(tmp_path / "kto.jsonl", {"prompt": "q", "completion": "bad", "label": False},
+                       {"prompt": say("q"), "completion": [say("q", "bad")[1]], "label": False},
+                       {"prompt": "q", "completion": "r", "label": True},
+                       {"prompt": "q", "completion": "s", "label": 0})
+    pairs, counts = read_pairs(path)
+    assert pairs == [("q", "r"), ("q", "s")]
+    assert counts["skipped: a completion labelled as a bad one (first: kto.jsonl:1)"] == 2
+
+
 # ---- our own format ----
 
 def test_an_object_under_id_is_indonesian_and_a_string_is_the_identifier(tmp_path):
@@ -90,6 +101,7 @@ TWO_TURNS = [
     {"data": ["q", "r", "q2", "r2"]},                                                      # UltraChat
     {"conversations": ["q", "r", "q2", "r2"], "source": "x"},                              # LIMA
     {"conversation": [{"input": "q", "output": "r"}, {"input": "q2", "output": "r2"}]},    # Capybara
+    {"conversation": [{"human": "q", "assistant": "r"}, {"human": "q2", "assistant": "r2"}]},
     {"instruction": "q2", "input": "", "output": "r2", "system": "be kind", "history": [["q", "r"]]},
     {"prompt": CHAT[:4], "completion": CHAT[4:]},
     {"prompt": CHAT[:4], "chosen": CHAT[4:], "rejected": say("", "no")[1:]},

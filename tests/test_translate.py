@@ -412,6 +412,36 @@ def test_out_never_overwrites_the_data_whatever_its_name(checkpoint, tmp_path, o
     assert data.read_bytes() == before
 
 
+def test_out_is_a_file(checkpoint, tmp_path, monkeypatch):
+    data = tmp_path / "rows.jsonl"
+    write_rows(data, make_rows(3))
+    for out, why in ((tmp_path, "a directory"), (Path("/dev/zero"), "no file")):
+        monkeypatch.setattr(sys, "argv", command(checkpoint, data, out)[1:])
+        with pytest.raises(InputError, match=f"--out {out} is {why}: give the name of a file"):
+            translate.main()
+
+
+def test_what_is_left_out_of_the_data_is_said_and_a_language_named_twice_is_one(
+        checkpoint, tmp_path, monkeypatch, capsys, shout):
+    data, out = tmp_path / "rows.jsonl", tmp_path / "out.jsonl"
+    write_rows(data, [*make_rows(3), {"row_id": "empty", "en": {"prompt": "", "response": "a"}}])
+    monkeypatch.setattr(sys, "argv", command(checkpoint, data, out, lang="sw,swh_Latn")[1:])
+    translate.main()
+    said = capsys.readouterr().out
+    assert "4 read, 3 kept, 1 skipped: empty prompt (first: rows.jsonl:4)" in said
+    assert said.count("rows translated") == 1
+    assert {*map(str, (json.loads(line)["clo"]["into"] for line in open(out)))} == {"['sw']"}
+
+
+def test_a_full_disk_is_one_line_that_names_the_file(translator, tmp_path, monkeypatch, shout):
+    def append_jsonl(path, records):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(translate, "append_jsonl", append_jsonl)
+    with pytest.raises(InputError, match="out.jsonl cannot be written .*No space.*: make room"):
+        translate.translate_rows(make_rows(3), translator, "en", "sw", tmp_path / "out.jsonl")
+
+
 def test_a_text_is_printed_and_the_checks_complain_on_stderr(checkpoint, monkeypatch, capsys, shout):
     argv = ["translate.py", "--lang", "sw,de", "--translator", str(checkpoint), "--device", "cpu", "--text"]
     monkeypatch.setattr(sys, "argv", [*argv, "Five. 5 lions."])
