@@ -162,7 +162,7 @@ def make_forks(rows, tokenizer, source="en", target="sw", row_tokens=1024, syste
         counts[f"forks cut to {row_tokens} tokens"] += sum(fork != long for fork, long in zip(group, uncut))
         counts["forks with equal continuations (no preference to learn)"] += sum(fork.equal for fork in group)
     if not groups:
-        raise InputError(f"no row fits into {row_tokens} tokens; make the rows longer")
+        raise InputError(f"no row fits into {row_tokens} tokens: give a larger --row-tokens")
     return groups, counts
 
 
