@@ -145,7 +145,8 @@ class Objective:
         scores, base = logp, ref
         if self.kind == "simpo":
             scores, base = logp / batch.length, torch.zeros_like(ref)
-        loss = clo_loss(scores[batch.chosen], scores[batch.rejected], base[batch.chosen], base[batch.rejected],
+        loss = clo_loss(scores[batch.chosen], scores[batch.rejected],
+                        base[batch.chosen], base[batch.rejected],
                         logp[batch.nll], step.nll_tokens, step.pairs, self.beta, self.lam, self.kind)
         if self.anchor and self.prefers:
             fallen = anchor_loss(logp[batch.english], ref[batch.english], step.english_tokens)
@@ -182,7 +183,7 @@ def train_step(model: llama.Llama, batches: list[data.Batch], objective: Objecti
         batch = batches[i].to(model.head.device)
         logp = llama.continuation_logps(model, batch)                  # (S,)
         loss = objective.loss(logp, batch, step)                       # eq. 4
-        (loss * counted).backward()                                    # not counted: only to keep ranks in step
+        (loss * counted).backward()                                    # 0: only to keep ranks in step
         if counted:
             figures.append(batch_figures(loss.detach(), logp.detach(), batch, objective, step))
     parameters = optimizer.param_groups[0]["params"]
@@ -221,8 +222,8 @@ class Schedule:
 
 
 def step_order(packed: int, steps: int, seed: int) -> list[int]:
-    """Which of the packed steps each optimiser step runs: every epoch its own permutation, the last one perhaps
-    cut short. A pure function of the seed."""
+    """Which of the packed steps each optimiser step runs: every epoch its own permutation, the last one
+    perhaps cut short. A pure function of the seed."""
     generator = torch.Generator().manual_seed(seed + 1)
     order = []
     while len(order) < steps:
@@ -387,12 +388,12 @@ def trainable(model: llama.Llama) -> dict[str, nn.Parameter]:
 # -------------------------------------------------------------------------------------------------------- job
 
 # Flags that decide what a run gives: with other ones it is another run.
-IDENTITY = (
-    "lang", "model", "data", "eval_data", "translator", "method", "baseline", "lam", "nll", "preference", "beta",
-    "anchor", "train", "lora_rank", "lora_alpha", "source", "samples", "holdout", "turns", "system_prompt", "template_args",
-    "beams", "keep_failed", "row_tokens", "lr", "epochs", "baseline_epochs", "batch_size", "micro_rows", "warmup",
-    "weight_decay", "clip", "seed", "eval_split", "answers", "max_new_tokens", "eval_every", "merge", "save_every",
-    "device", "dtype", "shard")
+IDENTITY = """
+    lang model data eval_data translator method baseline lam nll preference beta anchor train
+    lora_rank lora_alpha source samples holdout turns system_prompt template_args beams keep_failed
+    row_tokens lr epochs baseline_epochs batch_size micro_rows warmup weight_decay clip seed
+    eval_split answers max_new_tokens eval_every merge save_every device dtype shard
+""".split()
 
 
 @dataclass(frozen=True)
@@ -439,7 +440,8 @@ def stages_of(method: str, args) -> list[tuple[str, Objective]]:
 
 def wanted_objectives(args) -> dict[str, list[Objective]]:
     """The objectives of the stages of the baseline and of the method."""
-    return {name: [objective for _, objective in stages_of(name, args)] for name in (args.baseline, args.method)}
+    return {name: [objective for _, objective in stages_of(name, args)]
+            for name in (args.baseline, args.method)}
 
 
 def stage_forks(group: list[data.Fork], objective: Objective) -> list[data.Fork]:
@@ -478,13 +480,13 @@ def check_pairs(groups: list[list[data.Fork]], path: str, methods: dict[str, lis
     for name, objectives in methods.items():
         prefers = any(objective.prefers for objective in objectives)
         if prefers and all(fork.equal for group in groups for fork in group):
-            raise InputError(f"{path}: every row has the same response in all languages, so {name} finds nothing "
-                             f"to prefer: give other rows, or --method sft")
+            raise InputError(f"{path}: every row has the same response in all languages, so {name} finds "
+                             f"nothing to prefer: give other rows, or --method sft")
 
 
 @torch.no_grad()
 def summed_logps(model: llama.Llama, batches: list[data.Batch], label: str) -> list[Tensor]:
-    """continuation_logps of every batch in order, on the CPU; the code path of training, without its gradient."""
+    """continuation_logps of every batch in order, on the CPU: the code path of training without gradient."""
     shares = ranks.deal(len(batches))
     sums = []
     for i, counted in progress(shares, desc=label, unit="batch", disable=not label):
@@ -496,8 +498,8 @@ def summed_logps(model: llama.Llama, batches: list[data.Batch], label: str) -> l
 
 def reference_logps(model: llama.Llama, batches: list[data.Batch], job: Job, history: str,
                     label: str) -> list[Tensor]:
-    """summed_logps under the model as it is now, from the run's cache if they are there: a key covers all they
-    depend on. `history` names the model's training so far."""
+    """summed_logps under the model as it is now, from the run's cache if they are there: a key covers all
+    they depend on. `history` names the model's training so far."""
     args, content, shapes = job.args, [], []
     for batch in batches:
         content.append([[fork.prompt, fork.continuations] for fork in batch.forks])
@@ -521,7 +523,7 @@ def load_model(job: Job, learns: bool) -> tuple[llama.Llama, dict[str, nn.Parame
     if args.shard:
         model = ranks.load(args.model, job.device, dtype, prepare=learn, recompute=args.recompute)
     else:
-        compiler = "inductor" if learns and job.device.type == "cuda" else None   # breaks at every hook of FSDP
+        compiler = "inductor" if learns and job.device.type == "cuda" else None   # FSDP's hooks break graphs
         model = llama.load(args.model, job.device, dtype, recompute=args.recompute, compiler=compiler)
         learn(model)
     return model, trainable(model)
@@ -531,8 +533,8 @@ def schedule_of(objective: Objective, packed: int, hidden_size: int, args) -> Sc
     """Steps and rate of a stage over so many packed steps."""
     epochs = args.epochs if objective.prefers else args.baseline_epochs or args.epochs
     rate = args.lr or LEARNING_RATES[args.train] * REFERENCE_WIDTH / hidden_size
-    return Schedule(max(1, round(epochs * packed)), rate, args.warmup, args.weight_decay, args.clip, args.seed,
-                    args.eval_every or packed, args.save_every)
+    return Schedule(max(1, round(epochs * packed)), rate, args.warmup, args.weight_decay, args.clip,
+                    args.seed, args.eval_every or packed, args.save_every)
 
 
 def sample_answers(model: llama.Llama, job: Job) -> list[dict]:
@@ -585,9 +587,12 @@ def run_method(name: str, job: Job) -> dict:
         history = "" if number == 0 else fingerprint(job.identity, name, number)
         if objective.prefers:
             batches = [batch for step in packed for batch in step]
-            for batch, logp in zip(batches, reference_logps(model, batches, job, history, f"reference {name}")):
+            sums = reference_logps(model, batches, job, history, f"reference {name}")
+            for batch, logp in zip(batches, sums):
                 batch.ref_logp = logp
-        before = base if number == 0 else reference_logps(model, job.heldout, job, history, "reference held-out")
+        before = base
+        if number > 0:                       # the reference of a later stage is what it starts from
+            before = reference_logps(model, job.heldout, job, history, "reference held-out")
         policy = None
 
         def validate(step: int) -> dict:
@@ -620,8 +625,8 @@ def run_method(name: str, job: Job) -> dict:
 
 
 def export(model: llama.Llama, parameters: dict[str, nn.Parameter], job: Job, directory: Path) -> None:
-    """The trained part in the layout other tools read: a PEFT adapter, and with --merge or without LoRA a whole
-    Hugging Face directory. Each is loaded again and compared with the model, which gives up its memory."""
+    """The trained part in the layout other tools read: a PEFT adapter, and with --merge or without LoRA a
+    whole Hugging Face directory. Each is loaded again and compared with the model, which ends without memory."""
     args, tokenizer = job.args, job.tokenizer
     adapter, merged, outputs = directory / "adapter", directory / "model", {}
     print(f"writing the results to {directory}")
@@ -650,12 +655,12 @@ def export(model: llama.Llama, parameters: dict[str, nn.Parameter], job: Job, di
 # ------------------------------------------------------------------------------------------------------- main
 
 def read_split(args) -> data.Split:
-    """The rows of --data and --eval-data, read, counted and dealt out; some perhaps without the targets yet."""
+    """The rows of --data and --eval-data, read, counted and dealt out; some perhaps without the targets."""
     rows, evaluated = data.training_rows(args.data, args.source, args.targets, args.turns), []
     if args.eval_data:
         if fingerprint(hub.data_file(args.data)) == fingerprint(hub.data_file(args.eval_data)):
-            raise InputError(f"--eval-data {args.eval_data} is the same as --data: the run would train on its "
-                             f"test; leave it out, and rows are held out of --data")
+            raise InputError(f"--eval-data {args.eval_data} is the same as --data: the run would train on "
+                             f"its test; leave it out, and rows are held out of --data")
         evaluated = data.evaluation_rows(args.eval_data, args.source, args.targets, rows)
     with data.naming(args.eval_data):
         return data.split_rows(rows, evaluated, args.samples, args.holdout, args.eval_split, args.seed)
@@ -687,12 +692,13 @@ def check_enough(split: data.Split, args) -> None:
 def open_run(args, tokenizer: Tokenizer, device: torch.device) -> tuple[Path, dict, str]:
     """The run directory, claimed once all input was found usable; what it chose; and a hash of what it is."""
     # The model as it was named: where it lies differs when the command is given in another directory.
-    flags = {name: getattr(args, name) for name in IDENTITY} | {"model": args.base}
+    identity = {name: getattr(args, name) for name in IDENTITY} | {"model": args.base}
     inputs = {"model": runs.model_fingerprint(args.model), "tokenizer": tokenizer.fingerprint,
               "data": fingerprint(hub.data_file(args.data)),
               "eval_data": args.eval_data and fingerprint(hub.data_file(args.eval_data))}
-    run, chosen = ranks.on_first(lambda: runs.open_run(args.out, flags, inputs, choose(args, device), args.fresh))
-    return run, chosen, fingerprint(flags, inputs)
+    run, chosen = ranks.on_first(
+        lambda: runs.open_run(args.out, identity, inputs, choose(args, device), args.fresh))
+    return run, chosen, fingerprint(identity, inputs)
 
 
 def choose(args, device: torch.device) -> dict:
@@ -709,7 +715,7 @@ def choose(args, device: torch.device) -> dict:
 
 
 def make_job(args, device: torch.device) -> Job:
-    """Read, translate and pack all that a run needs; its directory is claimed once the input was found usable."""
+    """Read, translate and pack all that a run needs. Its directory is claimed once the input is usable."""
     print(f"reading the tokenizer of {args.base}")
     tokenizer, config = data.load_tokenizer(args.model, args.template_args), read_config(args.model)
     args.row_tokens = min(args.row_tokens, config.max_position_embeddings)
@@ -726,9 +732,9 @@ def make_job(args, device: torch.device) -> Job:
     if missing:
         translator = translate.translator_for(split.rows, missing, args.translator, device)
         run, chosen, identity = open_run(args, tokenizer, device)
+        path = run / f"translated-{','.join(missing)}.jsonl"
         split = replace(split, rows=translate.translate_rows(
-            split.rows, translator, args.source, missing, run / f"translated-{','.join(missing)}.jsonl", args.beams,
-            keep_failed=args.keep_failed))
+            split.rows, translator, args.source, missing, path, args.beams, keep_failed=args.keep_failed))
         check_enough(split, args)
     rows, heldout_rows, answered = split.parts()
 
@@ -843,12 +849,13 @@ def dry_run(args, device: torch.device) -> None:
         check_pairs(groups, args.data, wanted_objectives(args))
     packing = Packing(args.batch_size, args.row_tokens, chosen["micro_rows"], trim=plan.device != "cuda")
     if here:
-        print(f"timing models of {' and '.join(map(str, TIMED_LAYERS))} layers on {device} in {chosen['dtype']}")
+        print("timing models of {} and {} layers".format(*TIMED_LAYERS), f"on {device} in {chosen['dtype']}")
     total, each = 0.0, math.ceil(count / args.batch_size)
     for name in dict.fromkeys((args.baseline, args.method)):
         for part, objective in stages_of(name, args):
             steps = make_steps(groups, objective, packing, args.seed)
-            tokens = sum(batch.used for step in steps for batch in step) / len(groups) * min(args.batch_size, count)
+            used = sum(batch.used for step in steps for batch in step)
+            tokens = used / len(groups) * min(args.batch_size, count)
             took = scale.step_seconds(config, plan, tokens)
             if here:
                 took = measured_seconds(config, plan, steps, objective, device, tokens)
@@ -865,8 +872,8 @@ def dry_run(args, device: torch.device) -> None:
 
 def measured_seconds(config, plan: scale.Plan, steps: list[list[data.Batch]], objective: Objective,
                      device: torch.device, tokens: float) -> dict[str, float]:
-    """Seconds of a step and of its reference pass over so many row tokens: the run's own step, on its own rows,
-    timed with models of few layers; a layer more costs what the last ones did."""
+    """Seconds of a step and of its reference pass over so many row tokens: the run's own step, on its own
+    rows, timed with models of few layers; a layer more costs what the last ones did."""
     batches = [max((batch for step in steps for batch in step), key=lambda batch: batch.used)]
     timed = {}
     for layers in TIMED_LAYERS:
@@ -898,6 +905,7 @@ def parse_args(argv=None) -> argparse.Namespace:
     add_how(parser)
     add_where(parser)
     args = parser.parse_args(argv)
+    args.lam = vars(args).pop("lambda")        # the word is Python's
     check_args(parser, args)
     args.targets = [] if args.lang is None else language_list(args.lang)
     args.lang = None if args.lang is None else ",".join(args.targets)
@@ -914,98 +922,75 @@ def parse_args(argv=None) -> argparse.Namespace:
 
 
 def add_what(parser) -> None:
-    add = parser.add_argument_group("main").add_argument
-    add("--lang", help="target language, or several for one adapter: sw,yo,ko; what the data holds or "
-                     "the translator knows")
-    add("--model", default="demo/llama",
-        help="base model: a directory in Hugging Face layout, or a hub id (owner/name)")
-    add("--data", default="demo/english.jsonl", help="training rows: parallel JSONL, Alpaca, OASST, "
-                                                     "ShareGPT, messages; oasst1 is fetched from the hub")
-    add("--eval-data", default=None,
-        help="questions and answers in both languages; default: eval.jsonl beside --data if there is one, "
-             "else the held-out rows are answered")
-    add("--translator", default="demo/m2m100",
-        help="M2M100 or NLLB, directory or hub id, for rows without the target language")
-    add("--out", default=None, help="run directory; default: runs/LANG")
-    add("--dry-run", action="store_true",
-        help="say what the run would need and take, show samples, and write nothing; "
-             "without --lang from the model's config.json alone")
-    add("--gpus", type=flags.positive_int, default=None,
-        help="with --dry-run: so many H200 instead of this machine; see --shard")
-    add("--fresh", action="store_true", help="start over; the run that is there is renamed aside")
-    add = parser.add_argument_group("method").add_argument
-    add("--method", default="clo", choices=list(METHODS), help="what to train")
-    add("--baseline", default="sft", choices=[*METHODS, "none"], help="trained too, for the comparison")
-    add("--lambda", dest="lam", type=flags.fraction, default=0.5, help="weight of the NLL, 0 to 1")
-    add("--nll", default="tgt", choices=["tgt", "en,tgt"], metavar="{tgt | en,tgt}",
-        help="responses under clo's NLL: the target language's, or English ones too (the paper's ablation)")
-    add("--preference", default="sigmoid", choices=["sigmoid", "ipo", "simpo"],
-        help="form of the preference term; simpo wants a --beta of 2 or more")
-    add("--beta", type=flags.positive, default=0.5, help="strength of the preference term")
-    add("--anchor", type=flags.not_negative, default=0.0,
-        help="weight of a penalty on right English responses that fall below the base")
-    add("--train", default="lora", choices=list(LEARNING_RATES),
-        help="LoRA on attention, attention itself, or everything")
-    add("--lora-rank", type=flags.positive_int, default=16, help="rank R")
-    add("--lora-alpha", type=flags.positive, default=32, help="scale: the product counts alpha / R")
+    add = flags.group(parser, "main")
+    add("--lang", str, None, "target language, or several for one adapter: sw,yo,ko")
+    add("--model", str, "demo/llama", "base model: a Hugging Face directory, or a hub id (owner/name)")
+    add("--data", str, "demo/english.jsonl", "training rows, in any format data.py reads, or oasst1")
+    add("--eval-data", str, None, "questions and answers in every language; without it eval.jsonl beside "
+                                  "--data if there is one, else the held-out rows are answered")
+    add("--translator", str, "demo/m2m100", "M2M100 or NLLB, directory or hub id, for rows without a target")
+    add("--out", str, None, "run directory; without it runs/LANG")
+    add("--dry-run", bool, False, "say what the run would need and take, show samples, and write nothing; "
+                                  "without --lang from the model's config.json alone")
+    add("--gpus", flags.positive_int, None, "with --dry-run: so many H200 instead of this machine")
+    add("--fresh", bool, False, "start over; the run that is there is renamed aside")
+    add = flags.group(parser, "method")
+    add("--method", list(METHODS), "clo", "what to train")
+    add("--baseline", [*METHODS, "none"], "sft", "trained too, for the comparison")
+    add("--lambda", flags.fraction, 0.5, "weight of the NLL, 0 to 1")
+    add("--nll", ["tgt", "en,tgt"], "tgt", "responses under clo's NLL; en,tgt is the paper's ablation")
+    add("--preference", ["sigmoid", "ipo", "simpo"], "sigmoid", "form of the preference term; simpo wants "
+                                                                "--beta 2 or more")
+    add("--beta", flags.positive, 0.5, "strength of the preference term")
+    add("--anchor", flags.not_negative, 0.0, "weight of a penalty on right English responses that fall below "
+                                             "the base")
+    add("--train", list(LEARNING_RATES), "lora", "LoRA on attention, attention itself, or everything")
+    add("--lora-rank", flags.positive_int, 16, "rank R")
+    add("--lora-alpha", flags.positive, 32.0, "scale: the product counts alpha / R")
 
 
 def add_how(parser) -> None:
-    add = parser.add_argument_group("data").add_argument
-    add("--source", type=normal, default="en", help="language the model knows")
-    add("--samples", type=flags.positive_int, default=None,
-        help="train on this many rows, drawn by --seed; default: all")
-    add("--holdout", type=flags.positive_int, default=100,
-        help="rows for validation during training: from the validation split of --eval-data if it has one, "
-             "else set apart from --data (a fifth at most)")
-    add("--turns", default="first", choices=["first", "all"],
-        help="of conversations: the first exchange, or each one")
-    add("--system-prompt", default=None, help="put before every question, in the checkpoint's chat template")
-    add("--template-args", default=None,
-        help="""variables of the chat template, as JSON: '{"enable_thinking": false}'""")
-    add("--beams", type=flags.positive_int, default=5, help="beam width of the translation")
-    add("--keep-failed", action="store_true",
-        help="train on rows of which a translated segment failed its checks, too")
-    add("--row-tokens", type=flags.positive_int, default=1024,
-        help="tokens of a packed row; longer responses are cut")
-    add = parser.add_argument_group("optimisation").add_argument
-    add("--lr", type=flags.positive, default=None, help="peak learning rate; default by --train: "
-        + ", ".join(f"{mode} {rate:g}" for mode, rate in LEARNING_RATES.items())
-        + " times 4096 / hidden width")
-    add("--epochs", type=flags.positive, default=2, help="passes over the rows; 0.5 is half of one")
-    add("--baseline-epochs", type=flags.positive, default=None,
-        help="passes for methods without a preference term; default: --epochs")
-    add("--batch-size", type=flags.positive_int, default=8, help="rows (samples) per optimiser step")
-    add("--micro-rows", type=flags.positive_int, default=None,
-        help="packed rows per forward pass, on which memory depends, not the result; "
-             "default: 1 on a CPU, what fits on a GPU")
-    add("--warmup", type=flags.fraction, default=0.1,
-        help="part of the steps over which the rate rises; then it falls to 0")
-    add("--weight-decay", type=flags.not_negative, default=0.0,
-        help="AdamW's decoupled decay of the trainable weights")
-    add("--clip", type=flags.positive, default=1.0, help="largest gradient norm")
-    add("--seed", type=flags.seed, default=0, help="of row choice, order and LoRA's start")
+    add = flags.group(parser, "data")
+    add("--source", normal, "en", "language the model knows")
+    add("--samples", flags.positive_int, None, "train on so many rows, drawn by --seed; without it on all")
+    add("--holdout", flags.positive_int, 100, "rows for validation during training: from --eval-data's "
+                                              "validation split, else from --data (a fifth at most)")
+    add("--turns", ["first", "all"], "first", "of conversations: the first exchange, or each one")
+    add("--system-prompt", str, None, "put before every question, in the checkpoint's chat template")
+    add("--template-args", str, None, "variables of the chat template: '{\"enable_thinking\": false}'")
+    add("--beams", flags.positive_int, 5, "beam width of the translation")
+    add("--keep-failed", bool, False, "train on rows of which a translated segment failed its checks, too")
+    add("--row-tokens", flags.positive_int, 1024, "tokens of a packed row; longer responses are cut")
+    add = flags.group(parser, "optimisation")
+    rates = ", ".join(f"{mode} {rate:g}" for mode, rate in LEARNING_RATES.items())
+    add("--lr", flags.positive, None, f"peak learning rate; without it {rates}, times 4096 / hidden width")
+    add("--epochs", flags.positive, 2.0, "passes over the rows; 0.5 is half of one")
+    add("--baseline-epochs", flags.positive, None, "passes for methods without a preference term; without it "
+                                                   "--epochs")
+    add("--batch-size", flags.positive_int, 8, "rows (samples) per optimiser step")
+    add("--micro-rows", flags.positive_int, None, "packed rows per forward pass: memory, not the result, "
+                                                  "depends on it; without it 1 on a CPU, what fits on a GPU")
+    add("--warmup", flags.fraction, 0.1, "part of the steps over which the rate rises; then it falls to 0")
+    add("--weight-decay", flags.not_negative, 0.0, "AdamW's decoupled decay of the trainable weights")
+    add("--clip", flags.positive, 1.0, "largest gradient norm")
+    add("--seed", flags.seed, 0, "of row choice, order and LoRA's start")
 
 
 def add_where(parser) -> None:
-    add = parser.add_argument_group("evaluation and files").add_argument
-    add("--eval-split", default="test", help="rows of --eval-data that are answered at the end")
-    add("--answers", type=flags.positive_int, default=None, help="answer so many of them; default: all")
-    add("--max-new-tokens", type=flags.positive_int, default=64, help="longest answer, in tokens")
-    add("--eval-every", type=flags.count, default=0, help="steps between validations; 0: once an epoch")
-    add("--merge", action="store_true",
-        help="LoRA: also write METHOD/model, the whole model with the adapter added")
-    add("--tensorboard", action="store_true",
-        help="write the curves to METHOD/tensorboard, too; needs that package")
-    add("--save-every", type=flags.positive_int, default=100, help="steps between checkpoints")
-    add = parser.add_argument_group("machine").add_argument
-    add("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
-    add("--dtype", default="auto", choices=["auto", *DTYPES],
-        help="compute type; auto: bf16 on CUDA, else fp32")
-    add("--shard", action="store_true",
-        help="spread the model over the processes torchrun starts, each holding a part")
-    add("--recompute", action="store_true", help="activation checkpointing: keep the inputs of blocks alone and "
-                                                 "run each again in the backward; a third more time")
+    add = flags.group(parser, "evaluation and files")
+    add("--eval-split", str, "test", "rows of --eval-data that are answered at the end")
+    add("--answers", flags.positive_int, None, "answer so many of them; without it all")
+    add("--max-new-tokens", flags.positive_int, 64, "longest answer, in tokens")
+    add("--eval-every", flags.count, 0, "steps between validations; 0: once an epoch")
+    add("--merge", bool, False, "LoRA: also write METHOD/model, the whole model with the adapter added")
+    add("--tensorboard", bool, False, "write the curves to METHOD/tensorboard, too; needs that package")
+    add("--save-every", flags.positive_int, 100, "steps between checkpoints")
+    add = flags.group(parser, "machine")
+    add("--device", str, "auto", "auto, cpu, cuda, cuda:1, mps")
+    add("--dtype", ["auto", *DTYPES], "auto", "compute type; auto: bf16 on CUDA, else fp32")
+    add("--shard", bool, False, "spread the model over the processes torchrun starts, each holding a part")
+    add("--recompute", bool, False, "activation checkpointing: keep the inputs of blocks alone, run each "
+                                    "again in the backward; a third more time")
 
 
 def check_args(parser, args) -> None:

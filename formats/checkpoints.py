@@ -131,8 +131,8 @@ def begins_with_space(tokenizer: dict) -> bool:
 @torch.no_grad()
 def logits_of(model, tokens: Tensor) -> Tensor:
     """(T, V) fp32 on the CPU, of tokens (1, T)."""
-    head = model.head.to(model.compute_dtype)
-    return (model(tokens)[0] @ head.T).float().cpu()
+    hidden = model(tokens)[0]                        # a sharded head is whole only after the forward pass
+    return (hidden @ model.head.to(hidden.dtype).T).float().cpu()
 
 
 def check_outputs(model, outputs: dict[Path, dict], ids: list[int], load=load) -> None:

@@ -489,9 +489,9 @@ def test_encoding_takes_no_longer_with_many_added_tokens(tmp_path, count, specia
     ours = make_tokenizer(tmp_path, CHATML, None, "<|endoftext|>", [*IM, *added])
     ours.prompt_ids("x")
     text = ("Mji mkuu <w17> wa neno18 < < " * 120)[:3000]
-    began = time.perf_counter()
+    began = time.process_time()
     ours.prompt_ids(text), ours.response_ids(text), ours.text_ids(text)
-    assert time.perf_counter() - began < 0.3  # three encodings
+    assert time.process_time() - began < 0.3  # of processor time: three encodings
 
 
 # ---- files ----
