@@ -540,8 +540,10 @@ def schedule_of(objective: Objective, packed: int, hidden_size: int, args) -> Sc
 def sample_answers(model: llama.Llama, job: Job) -> list[dict]:
     """Greedy answers to the first held-out questions in every language:
     numbers can look well while the text does not."""
-    decode, replies = job.tokenizer.decode, llama.generate(
-        model, [fork.prompt for fork in job.samples], job.args.max_new_tokens, job.tokenizer.stop_ids)
+    decode = job.tokenizer.decode
+    with progress(total=len(job.samples), desc="sample answers", unit="reply", leave=False) as bar:
+        replies = llama.generate(model, [fork.prompt for fork in job.samples], job.args.max_new_tokens,
+                                 job.tokenizer.stop_ids, progress=bar.update)
     return [{"row_id": fork.row, "language": fork.language, "reply": decode(reply).strip(),
              "expected": decode(fork.continuations[0]).strip()} for fork, reply in zip(job.samples, replies)]
 
@@ -655,9 +657,6 @@ def export(model: llama.Llama, parameters: dict[str, nn.Parameter], job: Job, di
 def read_split(args) -> data.Split:
     """The rows of --data and --eval-data, read, counted and dealt out; some perhaps without the targets."""
     rows, evaluated = data.training_rows(args.data, args.source, args.targets, args.turns), []
-    if args.eval_found:
-        print(f"{args.eval_data} lies beside the data: it is used for validation and answers "
-              f"(see --eval-data)")
     if args.eval_data:
         if fingerprint(hub.data_file(args.data)) == fingerprint(hub.data_file(args.eval_data)):
             raise InputError(f"--eval-data {args.eval_data} is the same as --data: the run would train on "
@@ -665,6 +664,21 @@ def read_split(args) -> data.Split:
         evaluated = data.evaluation_rows(args.eval_data, args.source, args.targets, rows)
     with data.naming(args.eval_data):
         return data.split_rows(rows, evaluated, args.samples, args.holdout, args.eval_split, args.seed)
+
+
+def used_eval_data(args) -> str | None:
+    """--eval-data. It is said when an eval.jsonl beside the data is used, which nobody named, and when it is not,
+    because no row of it has all the languages."""
+    if not args.eval_found:
+        return args.eval_data
+    languages = {args.source, *args.targets}
+    rows = data.read_rows(hub.data_file(args.eval_data), args.source, targets=args.targets)
+    if any(languages <= set(data.languages_of(row)) for row in rows):
+        print(f"{args.eval_data} lies beside the data: it is used for validation and answers (see --eval-data)")
+        return args.eval_data
+    print(f"{args.eval_data} lies beside the data, but no row of it holds {' and '.join(sorted(languages))}: "
+          f"it is not used, rows are held out of --data")
+    return None
 
 
 def check_enough(split: data.Split, args) -> None:
@@ -677,7 +691,8 @@ def check_enough(split: data.Split, args) -> None:
 
 def open_run(args, tokenizer: Tokenizer, device: torch.device) -> tuple[Path, dict, str]:
     """The run directory, claimed once all input was found usable; what it chose; and a hash of what it is."""
-    identity = {name: getattr(args, name) for name in IDENTITY}
+    # The model as it was named: where it lies differs when the command is given in another directory.
+    identity = {name: getattr(args, name) for name in IDENTITY} | {"model": args.base}
     inputs = {"model": runs.model_fingerprint(args.model), "tokenizer": tokenizer.fingerprint,
               "data": fingerprint(hub.data_file(args.data)),
               "eval_data": args.eval_data and fingerprint(hub.data_file(args.eval_data))}
@@ -710,6 +725,7 @@ def make_job(args, device: torch.device) -> Job:
         print(note)
 
     print(f"\n1. Rows: {args.source} and {', '.join(args.targets)}")
+    args.eval_data = ranks.on_first(lambda: used_eval_data(args))
     split = ranks.on_first(lambda: read_split(args))
     check_enough(split, args)
     missing = data.missing_targets(split.rows, args.targets)
@@ -766,10 +782,10 @@ def main(argv=None) -> None:
             print(f"\n{number}. {'Base model' if name == 'base' else 'Train ' + name}")
             methods[name] = run_method(name, job)
             answers[name] = read_answers(job.run / name / "answers.jsonl", methods[name])
-    report = {"lang": args.lang, "samples": len(job.groups), "seed": args.seed, "methods": methods}
-    text = report_text(report, answers, args.source)
-    ranks.on_first(lambda: (write_json(job.run / "report.json", report),
-                            write_text(job.run / "report.md", text)))
+        report = {"lang": args.lang, "samples": len(job.groups), "seed": args.seed, "methods": methods}
+        text = report_text(report, answers, args.source)
+        ranks.on_first(lambda: (write_json(job.run / "report.json", report),
+                                write_text(job.run / "report.md", text)))
     print("\n" + text)
     print("\n".join(closing_lines(answers)))
     print_ending(job, time.perf_counter() - began)
@@ -793,8 +809,12 @@ def print_ending(job: Job, seconds: float) -> None:
     checkpoints = shlex.join(map(str, sorted(run.glob("**/checkpoint"))))
     print(f"{run} takes {runs.disk_bytes(run) / 1e6:.1f} MB; what only resuming needs: rm -r {checkpoints}")
     option = ["--adapter", f"{trained}/adapter"] if args.train == "lora" else ["--model", f"{trained}/model"]
-    question = job.answered[0][args.targets[0]]["prompt"].splitlines()[0]
-    print("Talk to it:\n  " + shlex.join(["python", "eval.py", "ask", *option, question]))
+    for flag, value in (("--system-prompt", args.system_prompt), ("--template-args", args.template_args)):
+        option += [flag, value] if value else []
+    question = job.answered[0][args.targets[0]]["prompt"].strip().splitlines()[0]
+    words = ["python", os.path.relpath(hub.ROOT / "eval.py"), "ask", *option]
+    words += ["--"] * question.startswith("-")                         # else it would be read as a flag
+    print("Talk to it:\n  " + shlex.join([*words, question]))
 
 
 # ---------------------------------------------------------------------------------------------------- dry run
@@ -815,6 +835,7 @@ def dry_run(args, device: torch.device) -> None:
     if args.lang is None:
         return
     tokenizer = data.load_tokenizer(args.model, args.template_args)
+    args.eval_data = used_eval_data(args)
     split = read_split(args)
     rows, missing = split.rows[split.apart:], data.missing_targets(split.rows, args.targets)
     count = len(rows)
@@ -892,8 +913,9 @@ def parse_args(argv=None) -> argparse.Namespace:
         parser.error(f"--lang {args.lang}: different languages joined by commas were expected, "
                      f"{args.source} not among them")
     args.out = args.out or f"runs/{args.lang}"
-    beside = Path(args.data).with_name("eval.jsonl")
-    args.eval_found = args.eval_data is None and hub.find(beside).is_file() and beside != Path(args.data)
+    beside = Path(args.data).parent / "eval.jsonl"
+    args.eval_found = (args.eval_data is None and hub.find(args.data).is_file() and hub.find(beside).is_file()
+                       and beside != Path(args.data))
     if args.eval_found:
         args.eval_data = str(beside)
     return args

@@ -10,7 +10,6 @@ name which token, which continuations form pairs, and after the reference pass t
 Readers of public formats are in formats/records.py, chat templates in formats/chat.py.
 """
 
-import argparse
 import contextlib
 import sys
 from bisect import bisect_left, insort
@@ -21,6 +20,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
+from engine import flags
 from engine.files import InputError, run
 from engine.progress import progress
 from formats.chat import load_tokenizer
@@ -166,7 +166,7 @@ def make_forks(rows, tokenizer, source="en", target="sw", row_tokens=1024, syste
         counts[f"forks cut to {row_tokens} tokens"] += sum(fork != long for fork, long in zip(group, uncut))
         counts["forks with equal continuations (no preference to learn)"] += sum(fork.equal for fork in group)
     if not groups:
-        raise InputError(f"no row fits into {row_tokens} tokens; make the rows longer")
+        raise InputError(f"no row fits into {row_tokens} tokens: give a larger --row-tokens")
     return groups, counts
 
 
@@ -395,8 +395,7 @@ def show_forks(rows, tokenizer, args):
 
 
 def parse_args(argv=None):
-    parser = argparse.ArgumentParser(description="Count a data file and show what training would see of it.",
-                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = flags.Parser(description="Count a data file and show what training would see of it.")
     parser.add_argument("file", help=f"{FORMATS}; JSONL or one JSON list, .gz too")
     parser.add_argument("--source", type=normal, default="en",
                         help="source language, and that of one-language files")
@@ -407,8 +406,8 @@ def parse_args(argv=None):
     parser.add_argument("--system", help="system prompt before every prompt")
     parser.add_argument("--template-args", help="variables of the chat template, as JSON: "
                                                 '{"enable_thinking": false}')
-    parser.add_argument("--row-tokens", type=int, default=1024, help="length of a packed row, in tokens")
-    parser.add_argument("--show", type=int, default=0, help="rows to print as forks (needs --model)")
+    parser.add_argument("--row-tokens", type=flags.positive_int, default=1024, help="length of a packed row, in tokens")
+    parser.add_argument("--show", type=flags.count, default=0, help="rows to print as forks (needs --model)")
     parser.add_argument("--trl", metavar="OUT", help="write TRL preference rows here (needs --lang)")
     return parser.parse_args(argv)
 

@@ -35,6 +35,7 @@ def run(main):
     try:
         main()
     except KeyboardInterrupt:
+        print("stopped", file=sys.stderr)
         sys.exit(130)
     except (OSError, ValueError) as error:
         if type(error) is ValueError:  # ours are subclasses; a plain one is a bug and keeps its traceback
@@ -49,11 +50,19 @@ def say_once(line: str) -> None:
     print(line)
 
 
+def check_file(path) -> Path:
+    """The path; InputError unless there is a file."""
+    path = Path(path)
+    if not path.exists():
+        raise InputError(f"{path}: no such file")
+    if path.is_dir():
+        raise InputError(f"{path}: a directory, a file is wanted")
+    return path
+
+
 def read_text(path):
     """The text of a UTF-8 file, plain or gzip (told by its first bytes)."""
-    path = Path(path)
-    if not path.is_file():
-        raise InputError(f"{path}: {'a directory, a file is wanted' if path.is_dir() else 'no such file'}")
+    path = check_file(path)
     try:
         raw = path.read_bytes()
         raw = gzip.decompress(raw) if raw[:2] == b"\x1f\x8b" else raw
@@ -212,7 +221,7 @@ def locked(path: Path):
 def claim(path: Path):
     """The open lock file of a path, which is ours alone."""
     while True:
-        file = open(path.with_name(path.name + ".lock"), "a+", encoding="utf-8")
+        file = open(path.parent / f"{path.name}.lock", "a+", encoding="utf-8")
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -263,7 +272,7 @@ def fingerprint(*parts) -> str:
     digest = hashlib.sha256()
     for part in parts:
         if isinstance(part, Path):
-            with open(part, "rb") as file:
+            with open(check_file(part), "rb") as file:
                 for block in iter(lambda: file.read(1 << 20), b""):
                     digest.update(block)
         else:

@@ -141,7 +141,8 @@ def read_result(path: Path) -> dict:
 
 
 class StopSignal:
-    """SIGINT and SIGTERM ask for a stop after the running step, which is saved; `number` is the signal, or 0."""
+    """SIGINT and SIGTERM ask for a stop after the running step, which is saved; `number` is the signal, or 0.
+    A second Ctrl-C stops at once; not under torchrun, which passes one on that every process has had."""
 
     def __enter__(self):
         self.number, self.before = 0, {}
@@ -150,6 +151,13 @@ class StopSignal:
         return self
 
     def ask(self, number, frame):
+        alone = "RANK" not in os.environ
+        if self.number and number == signal.SIGINT and alone:
+            raise KeyboardInterrupt
+        if not self.number and os.environ.get("RANK", "0") == "0":
+            again = "; Ctrl-C again stops at once, back at the last checkpoint" * alone
+            # Not print: the signal may have come inside of one.
+            os.write(2, f"signal {number}: stopping after the running step{again}\n".encode())
         self.number = number
 
     def __exit__(self, *_):

@@ -4,6 +4,7 @@ import json
 import math
 import os
 import signal
+import shlex
 import subprocess
 import sys
 import time
@@ -413,13 +414,14 @@ def test_one_adapter_learns_several_languages(world, capsys):
 def test_a_signal_saves_and_leaves_with_its_code(world, number, code):
     path, flags = world
     process = subprocess.Popen([sys.executable, "clo.py", *flags, "--baseline", "none", "--epochs", "200"],
-                               cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+                               cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     metrics = path / "run" / "clo" / "metrics.jsonl"
     while process.poll() is None and not (metrics.exists() and metrics.read_text().count("\n") > 3):
         time.sleep(0.01)
     process.send_signal(number)
-    out, _ = process.communicate(timeout=60)
+    out, said = process.communicate(timeout=60)
     assert process.returncode == code and "saved" in out
+    assert f"signal {int(number)}: stopping after the running step" in said
     assert list((path / "run" / "clo" / "checkpoint").glob("step-*"))
 
 
@@ -474,6 +476,53 @@ def test_bad_input_is_one_line_and_exit_code_2(world, capsys):
     (path / "full" / "thesis.txt").write_text("mine")
     fails(capsys, changed(flags, "--out", path / "full"), "not empty")
     assert (path / "full" / "thesis.txt").read_text() == "mine"
+
+
+@pytest.mark.parametrize("flag, value", [("--out", "/"), ("--out", "/proc/nowhere/run"), ("--data", ""),
+                                         ("--data", "/"), ("--eval-data", "nowhere.jsonl")])
+def test_a_path_that_cannot_be_used_is_one_line(world, capsys, flag, value):
+    _, flags = world
+    fails(capsys, [*flags, flag, value], value)
+
+
+def test_an_eval_file_that_nobody_named_and_that_lacks_the_language_is_said_and_not_used(world, capsys):
+    path, flags = world
+    write_rows(path / "eval.jsonl", [{"row_id": row["row_id"], "en": row["en"], "yo": row["sw"]}
+                                     for row in parallel_rows(4)])
+    clo.main([*flags, "--baseline", "none"])
+    out = capsys.readouterr().out
+    assert "no row of it holds en and sw: it is not used" in out and "it is used" not in out
+    assert json.loads((path / "run" / "config.json").read_text())["flags"]["eval_data"] is None
+
+
+def test_a_data_set_known_by_name_takes_no_eval_file_of_the_working_directory(tmp_path, monkeypatch):
+    (tmp_path / "eval.jsonl").write_text("")
+    monkeypatch.chdir(tmp_path)
+    assert clo.parse_args(["--lang", "sw", "--data", "oasst1"]).eval_data is None
+
+
+@pytest.mark.parametrize("question", ["--help", "\n\n- What `pwd` is"])
+def test_the_line_that_talks_to_the_result_runs_where_the_run_was_started(world, monkeypatch, capsys, question):
+    path, flags = world
+    rows = parallel_rows(4)
+    rows[0]["sw"]["prompt"] = question
+    write_rows(path / "eval.jsonl", rows)
+    monkeypatch.chdir(path)
+    clo.main([*flags, "--baseline", "none", "--system-prompt", "Be `brief`"])
+    line = capsys.readouterr().out.rstrip().splitlines()[-1]
+    asked = subprocess.run(line.replace("python", sys.executable, 1), shell=True, cwd=path,
+                           capture_output=True, text=True)
+    assert asked.returncode == 0 and "usage" not in asked.stdout and asked.stdout.strip()
+    assert shlex.split(line)[-1] == question.strip() and "Be `brief`" in shlex.split(line)
+
+
+def test_a_run_goes_on_from_another_directory(monkeypatch, tmp_path, capsys):
+    flags = ["--lang", "sw", "--samples", "2", "--answers", "1", "--holdout", "1", "--baseline", "none",
+             "--max-new-tokens", "2", "--out", str(tmp_path / "run")]
+    clo.main(flags)
+    monkeypatch.chdir(tmp_path)
+    clo.main(flags)
+    assert "going on where it stopped" in capsys.readouterr().out
 
 
 def test_a_language_nobody_has_is_refused_with_those_there_are(world, capsys):

@@ -2,6 +2,7 @@
 
 import io
 import sys
+import time
 
 from engine import progress
 
@@ -24,6 +25,22 @@ def test_slow_work_shows_in_a_log_and_quick_work_does_not(monkeypatch):
         pass
     shown = sys.stderr.getvalue()
     assert "slow" in shown and "3/3" in shown and "\r" not in shown
+
+
+def test_a_log_shows_work_whose_pieces_take_long_and_only_the_newest_of_two_bars(monkeypatch):
+    monkeypatch.setattr(sys, "stderr", io.StringIO())
+    monkeypatch.setattr(progress, "LINE_EVERY", 0.05)
+    with progress.progress(total=1, desc="outer"):
+        time.sleep(0.3)
+        before = sys.stderr.getvalue()
+        with progress.progress(total=1, desc="inner"):
+            time.sleep(0.3)
+        inside = sys.stderr.getvalue()[len(before):]
+        time.sleep(1.1)
+        after = sys.stderr.getvalue()[len(before) + len(inside):]
+    assert "outer:   0%" in after and "inner" not in after
+    assert "outer:   0%" in before and "inner:   0%" in inside and "outer" not in inside
+    assert not progress.LogBar.running
 
 
 def test_only_the_first_rank_shows_a_bar(monkeypatch):

@@ -4,6 +4,7 @@ import json
 import os
 import resource
 import shutil
+import signal
 from pathlib import Path
 
 import pytest
@@ -30,6 +31,21 @@ def refused(*words, **keywords):
 
 def tree(directory: Path) -> dict:
     return {path: path.read_bytes() for path in directory.rglob("*") if path.is_file()}
+
+
+# ---- signals
+
+def test_a_second_ctrl_c_stops_at_once_and_a_second_of_another_kind_does_not(monkeypatch):
+    monkeypatch.delenv("RANK", raising=False)
+    with runs.StopSignal() as stop:
+        os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert stop.number == signal.SIGTERM
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+        monkeypatch.setenv("RANK", "0")                            # torchrun passes on what a terminal sent to all
+        os.kill(os.getpid(), signal.SIGINT)
+        assert stop.number == signal.SIGINT
 
 
 # ---- the directory
