@@ -253,7 +253,7 @@ def load_checkpoint(directory: Path, parameters: dict[str, Tensor], optimizer) -
     (0 without one). One that any rank finds damaged is named and passed over."""
     device, found = next(iter(parameters.values())).device, checkpoints(directory)
     for i, path in reversed(list(enumerate(found))):
-        refuse_other_ranks(path, parameters)
+        ranks.on_first(lambda: refuse_other_ranks(path, parameters))
         try:
             step, tensors = read_checkpoint(path, parameters)
         except InputError as error:

@@ -124,7 +124,7 @@ def answer_and_score(model, tokenizer, rows: list[dict], languages: tuple[str, .
                for row, (reply, ends) in zip(asked, replies)]
         if reference_nll is not None:
             for line, nats in zip(own, reference_nll[language], strict=True):
-                line["reference_nll"] = nats
+                line["reference_nll"] = round(nats, 6)      # ranks add in other orders
         scores[language] = score(own)
         lines += own
     if path is not None:                     # of several processes the first writes
