@@ -42,6 +42,7 @@ import kernels
 import model as llama
 import translate
 from engine import flags, ranks, runs, scale
+from engine.adamw import make_optimizer
 from engine.files import InputError, fill_directory, fingerprint, locked, write_json, write_text
 from engine.progress import progress
 from evals import heldout
@@ -245,8 +246,7 @@ def train(model: llama.Llama, parameters: dict[str, nn.Parameter], name: str, pa
     metrics go to directory/metrics.jsonl, one line a step."""
     order = step_order(len(packed), schedule.steps, schedule.seed)
     device = model.head.device
-    optimizer = torch.optim.AdamW(parameters.values(), schedule.rate, weight_decay=schedule.weight_decay,
-                                  foreach=False, fused=device.type == "cuda")
+    optimizer = make_optimizer(parameters.values(), schedule.rate, schedule.weight_decay, device)
     done = runs.load_checkpoint(directory / "checkpoint", parameters, optimizer)
     log = runs.Metrics(directory, done, tensorboard)
     bar = progress(total=len(order), initial=done, desc=f"train {name}", unit="step")
@@ -879,7 +879,7 @@ def measured_seconds(config, plan: scale.Plan, steps: list[list[data.Batch]], ob
     for layers in TIMED_LAYERS:
         model = scale.stand_in(config, layers, device, DTYPES[plan.dtype])
         parameters = make_trainable(model, plan.train, plan.rank, 32, 0, device)
-        optimizer = torch.optim.AdamW(parameters.values(), foreach=False)
+        optimizer = make_optimizer(parameters.values(), 1e-3, 0.0, device)
         timed[layers] = {
             "step": scale.seconds_of(lambda: train_step(model, batches, objective, optimizer, 1.0), device),
             "reference": scale.seconds_of(lambda: summed_logps(model, batches, ""), device)}

@@ -18,6 +18,7 @@ import model as llama
 from bench import tables
 from conftest import Recorder
 from engine import ranks, scale
+from engine.adamw import AdamW
 from engine.files import InputError
 from formats.configs import Config
 
@@ -168,6 +169,27 @@ def test_methods_that_prefer_refuse_data_without_any_pair():
         clo.check_pairs(equal_forks(), "rows", {"sft": [clo.Objective(1.0, ("en", "tgt"))], "clo": [CLO]})
     clo.check_pairs(equal_forks(), "rows", {"sft": [clo.Objective(1.0, ("en", "tgt"))]})
     clo.check_pairs(equal_forks() + make_forks(1), "rows", {"clo": [CLO]})
+
+
+def test_our_adamw_is_torchs_bit_for_bit():
+    ours, theirs = ([torch.nn.Parameter(torch.arange(-3.0, 4.0)), torch.nn.Parameter(torch.ones(2, 3))]
+                    for _ in range(2))
+    options = {"lr": 0.1, "weight_decay": 0.03}
+    optimizers = [AdamW(ours, **options), torch.optim.AdamW(theirs, foreach=False, fused=False, **options)]
+    generator = torch.Generator().manual_seed(0)
+    for step in range(5):
+        for one, other in zip(ours, theirs):
+            one.grad = torch.randn(one.shape, generator=generator)
+            other.grad = one.grad.clone()
+        for optimizer in optimizers:
+            optimizer.param_groups[0]["lr"] = 0.1 / (step + 1)
+            optimizer.step()
+            optimizer.zero_grad()
+        assert all(torch.equal(one, other) and one.grad is None for one, other in zip(ours, theirs))
+    for one, other in zip(ours, theirs):
+        found, expected = optimizers[0].state[one], optimizers[1].state[other]
+        assert found.keys() == expected.keys()
+        assert all(torch.equal(found[key], expected[key]) for key in found)
 
 
 class Waits(TorchDispatchMode):
