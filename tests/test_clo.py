@@ -616,6 +616,34 @@ def test_a_dry_run_for_other_devices_needs_a_config_alone(world, capsys):
     assert "each of 8 devices, sharded" in capsys.readouterr().out
 
 
+# ---- what is known is not computed again, and time is read when the work is done
+
+def test_the_untrained_model_is_scored_and_asked_once_for_all_methods(world, monkeypatch):
+    passes, asked = [], []
+    summed_logps, sample_answers = clo.summed_logps, clo.sample_answers
+    monkeypatch.setattr(clo, "summed_logps", lambda model, batches, label: (
+        passes.append(label), summed_logps(model, batches, label))[1])
+    monkeypatch.setattr(clo, "sample_answers", lambda model, job: (
+        asked.append(1), sample_answers(model, job))[1])
+    clo.main([*world[1], "--epochs", "1"])
+    assert passes.count("reference held-out") == 1
+    assert passes.count("validate sft") == passes.count("validate clo") == 1       # after the epoch, not before
+    assert len(asked) == 3                                           # untrained, after sft, after clo
+
+
+def test_the_time_of_a_step_ends_after_the_wait_for_its_numbers(checkpoint):
+    class Late:
+        def item(self):
+            time.sleep(0.05)
+            return 1.0
+    batches = clo.make_steps(groups_of(checkpoint), CLO, SMALL, None)[0]
+    pairs = sum(len(batch.chosen) for batch in batches)
+    result = {"loss": Late(), "nll": Late(), "grad_norm": Late(), "rewards": torch.zeros(2, pairs),
+              "logps": torch.zeros(2, pairs)}
+    metrics = clo.step_metrics(1, result, 0.1, batches, ["sw"], time.perf_counter())
+    assert metrics["seconds"] >= 0.15
+
+
 # ---- a machine too small
 
 def test_running_out_of_memory_names_the_flags_that_help():
