@@ -68,7 +68,7 @@ METHODS = {
     "sft+dpo": [(1.0, ("en", "tgt")), (0.0, ())],
 }
 LOOK = 4                        # rows that a dry run translates
-CLASSIFIER_ROWS = 1000          # rows that the classifier of reply language learns from
+CLASSIFIER_ROWS = 400           # rows that the classifier of reply language learns from
 TIMED_LAYERS = (1, 4)           # of the models that a dry run times
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 SIMPO_GAMMA = 0.5               # nats a token by which simpo wants the right response ahead
