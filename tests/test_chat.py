@@ -347,6 +347,7 @@ def test_text_ids_equal_those_of_sentencepiece_and_tiktoken(name):
         assert tokenizer.text_ids(golden["text"]) == golden["ids"], golden["text"]
 
 
+@pytest.mark.slow
 @real
 @pytest.mark.parametrize("name, template", [("llama2", LLAMA2), ("llama2", MISTRAL), ("qwen2_5", None)])
 @pytest.mark.parametrize("system", [None, "Be brief."])

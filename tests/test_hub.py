@@ -134,6 +134,7 @@ except InputError as error:
     print("error:", error)"""
 
 
+@pytest.mark.slow
 def test_only_needed_files_are_fetched_and_the_cache_answers_offline(server, tmp_path, tiny):
     server.models["some/tiny"] = tiny
     first = call(server, tmp_path, "-c", LOCAL, "some/tiny")
@@ -151,6 +152,7 @@ def test_only_needed_files_are_fetched_and_the_cache_answers_offline(server, tmp
     assert call(server, tmp_path, "-c", LOCAL, "some/tiny", HF_HUB_OFFLINE="1").stdout == first.stdout
 
 
+@pytest.mark.slow
 def test_shards_are_those_the_index_names(server, tmp_path, tiny):
     index = {"weight_map": {"a": "model-00001-of-00002.safetensors", "b": "model-00002-of-00002.safetensors"}}
     shards = {name: name.encode() for name in index["weight_map"].values()}
@@ -164,12 +166,14 @@ def test_shards_are_those_the_index_names(server, tmp_path, tiny):
     assert {name for name in server.fetched() if "model" in name} == {"model.safetensors"}
 
 
+@pytest.mark.slow
 def test_every_chat_template_comes_along(server, tmp_path, tiny):
     server.models["some/tiny"] = tiny | {"additional_chat_templates/tool_use.jinja": b"T"}
     directory = Path(call(server, tmp_path, "-c", LOCAL, "some/tiny").stdout.strip())
     assert (directory / "additional_chat_templates" / "tool_use.jinja").read_bytes() == b"T"
 
 
+@pytest.mark.slow
 def test_an_adapter_may_lie_on_the_hub(server, tmp_path):
     server.models["some/adapter"] = {"adapter_config.json": b"{}", "adapter_model.safetensors": b"x",
                                      "README.md": b"y"}
@@ -192,6 +196,7 @@ def test_what_cannot_be_had_is_told_in_one_line(server, tmp_path, repository, en
             and result.stdout.count("\n") == 1), result.stderr
 
 
+@pytest.mark.slow
 def test_a_download_cut_in_the_middle_goes_on_where_it_broke_off(server, tmp_path, tiny):
     weights = os.urandom(3 * CHUNK)
     server.models["some/tiny"], server.cuts = tiny | {"model.safetensors": weights}, {"model.safetensors": 1}
@@ -233,6 +238,7 @@ def oasst_tree(number: str, prompt: str, response: str) -> dict:
         "replies": [reply]}}
 
 
+@pytest.mark.slow
 def test_oasst1_is_a_data_file(server, tmp_path):
     name = hub.DATASETS["oasst1"][1]
     server.datasets["OpenAssistant/oasst1"] = {

@@ -121,6 +121,7 @@ def ramp(kind, V):
             "all far below": words / V - 1e4}[kind]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("kind", ["up", "down", "zigzag", "one far above", "all far below"])
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -23,6 +23,7 @@ def python(*arguments, **environment):
                           text=True, capture_output=True)
 
 
+@pytest.mark.slow
 @needs_triton
 def test_every_kernel_compiles_for_every_gpu_without_a_spill(tmp_path):
     done = python("-m", "kernels.aot", "--asm", str(tmp_path))
