@@ -39,10 +39,14 @@ class Split:
     heldout: list
     answered: list
 
-    def parts(self):
-        """(rows to train on, rows to hold out, rows to answer)."""
-        heldout = self.heldout or self.rows[:self.apart]
-        return self.rows[self.apart:], heldout, self.answered or heldout
+    def parts(self, path):
+        """(rows to train on, rows to hold out, rows to answer); InputError when one has none."""
+        rows, heldout = self.rows[self.apart:], self.heldout or self.rows[:self.apart]
+        if not rows or not heldout:
+            raise InputError(f"{path}: {len(rows)} rows are left to train on and {len(heldout)} to hold out, "
+                             f"one of each is needed: give more rows, or --keep-failed if the translation "
+                             f"checks dropped them")
+        return rows, heldout, self.answered or heldout
 
 
 @contextlib.contextmanager
@@ -88,6 +92,19 @@ def evaluation_rows(path, source, targets, trained):
         print(f"{shared} of its {len(rows)} questions are among the training rows, too: "
               f"what they score is no test of anything new")
     return rows
+
+
+def holds_languages(path, source, targets):
+    """Whether any row of a file that nobody named, an eval.jsonl beside the data, has all the languages: what
+    follows from that is said."""
+    languages = {source, *targets}
+    for row in read_rows(path, source, targets=targets):
+        if languages <= set(languages_of(row)):
+            print(f"{path} lies beside the data: it is used for validation and answers (see --eval-data)")
+            return True
+    print(f"{path} lies beside the data, but no row of it holds {' and '.join(sorted(languages))}: "
+          f"it is not used, rows are held out of --data")
+    return False
 
 
 def missing_targets(rows, targets):
@@ -182,6 +199,16 @@ def row_forks(row, tokenizer, languages, system=None):
 
 
 # ---- forks -> batches ----
+
+@dataclass(frozen=True)
+class Packing:
+    """How samples become micro-batches. trim: drop padding that all rows of one share; on CUDA rows keep one
+    length, since its attention is compiled for a shape."""
+    batch_size: int = 8
+    row_tokens: int = 1024
+    micro_rows: int = 1
+    trim: bool = True
+
 
 class Lines(NamedTuple):
     """Packed rows as plain causal sequences, one for each continuation: attention on a CPU walks these.

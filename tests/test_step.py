@@ -17,9 +17,10 @@ import data
 import model as llama
 from bench import tables
 from conftest import Recorder
-from engine import ranks, scale
+from engine import job, ranks, scale
 from engine.adamw import AdamW
 from engine.files import InputError
+from evals import heldout
 from formats.configs import Config
 
 CPU = torch.device("cpu")
@@ -53,7 +54,7 @@ def make_forks(number: int = 6) -> list[list[data.Fork]]:
 
 
 CLO = clo.Objective(0.5, ("tgt",))
-SMALL = clo.Packing(batch_size=3, row_tokens=40, micro_rows=2)
+SMALL = data.Packing(batch_size=3, row_tokens=40, micro_rows=2)
 
 
 def make_steps(packing=SMALL):
@@ -143,7 +144,7 @@ def test_recomputing_keeps_one_vector_per_token_and_block():
 
 def test_rows_of_one_shape_for_a_gpu_change_no_gradient():
     model = make_model()
-    plain, fixed = make_steps(), make_steps(clo.Packing(3, 40, 4, trim=False))
+    plain, fixed = make_steps(), make_steps(data.Packing(3, 40, 4, trim=False))
     assert {tuple(batch.tokens.shape) for step in fixed for batch in step} == {(4, 40)}
     for trimmed, padded in zip(plain, fixed):
         expected, found = gradients(model, trimmed), gradients(model, padded)
@@ -166,9 +167,14 @@ def test_a_step_without_a_pair_learns_from_its_responses_alone():
 
 def test_methods_that_prefer_refuse_data_without_any_pair():
     with pytest.raises(InputError, match="the same response in all languages, so clo finds"):
-        clo.check_pairs(equal_forks(), "rows", {"sft": [clo.Objective(1.0, ("en", "tgt"))], "clo": [CLO]})
-    clo.check_pairs(equal_forks(), "rows", {"sft": [clo.Objective(1.0, ("en", "tgt"))]})
-    clo.check_pairs(equal_forks() + make_forks(1), "rows", {"clo": [CLO]})
+        job.check_pairs(equal_forks(), "rows", preferring_of("sft", "clo"))
+    job.check_pairs(equal_forks(), "rows", preferring_of("sft", "sft-en"))
+    job.check_pairs(equal_forks() + make_forks(1), "rows", preferring_of("sft", "clo"))
+    assert preferring_of("sft+dpo", "dpo") == ["sft+dpo", "dpo"]
+
+
+def preferring_of(baseline: str, method: str) -> list[str]:
+    return clo.preferring(clo.parse_args(["--lang", "sw", "--baseline", baseline, "--method", method]))
 
 
 def test_our_adamw_is_torchs_bit_for_bit():
@@ -221,8 +227,8 @@ def test_the_watch_sees_what_waits():
 
 @pytest.mark.parametrize("changes", [{}, {"anchor": 0.5}, {"kind": "simpo"}, {"kind": "ipo"}])
 def test_nothing_in_a_step_waits_for_the_device(changes):
-    model, [step, *_] = make_model(), make_steps(clo.Packing(6, 40, 1))
-    for batch, logp in zip(step, clo.summed_logps(model, step, "reference")):
+    model, [step, *_] = make_model(), make_steps(data.Packing(6, 40, 1))
+    for batch, logp in zip(step, heldout.summed_logps(model, step, "reference")):
         batch.ref_logp = logp
     assert len(step) > 2
     counts = clo.Counts.of(step)            # of what lies on the host
@@ -394,7 +400,7 @@ def test_predicted_parameter_counts_are_those_of_the_model(shape):
 @pytest.mark.parametrize("recompute", [False, True])
 def test_predicted_activations_are_within_two_percent_of_the_bytes_kept(shape, train, recompute):
     model = make_model(shape, train, recompute=recompute)
-    batch = make_steps(clo.Packing(3, 80, 2))[0][0]
+    batch = make_steps(data.Packing(3, 80, 2))[0][0]
     c, tokens = model.config, batch.tokens.numel()
     copies = sum(rows.numel() for rows in batch.lines.gathers) / tokens
     predicted = scale.activation_bytes(c, tokens, train, recompute, 3, 8, copies)
