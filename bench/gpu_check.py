@@ -45,10 +45,11 @@ PARTS = {
     "env": Part(40, "gpu_math", "versions, copies, matrix products: the ceilings for all that follows"),
     "grads": Part(170, "gpu_math", "compiled blocks and FlexAttention against float64; bits; recomputing"),
     "kernels": Part(75, "gpu_math", "token_logp against float64: odd shapes, over 2^31 logits; bits"),
-    "bench": Part(110, "gpu_runs", "kernels.bench: time over the matrix products' alone, by size of a chunk"),
+    "bench": Part(110, "gpu_runs", "kernels.bench: time over its matrix products alone, by size of a chunk"),
     "step1b": Part(120, "gpu_runs", "a step of Llama-3.2-1B's shape: share of the matrix rate, memory"),
     "step8b": Part(110, "gpu_runs", "a step of Llama-3-8B's shape: the same"),
     "demo": Part(160, "gpu_runs", "clo.py from end to end; killed and resumed it gives the same bytes"),
+    "attention": Part(80, "gpu_math", "FlexAttention's time with its own number of warps, and with others"),
     "gen": Part(100, "gpu_runs", "generation and translation beside transformers"),
     "pytest": Part(90, "gpu_runs", "tests/test_kernels.py on the GPU"),
     "shard": Part(90, "gpu_runs", "clo.py --shard with one process: NCCL and FSDP2"),
@@ -89,25 +90,32 @@ def command_of(name: str, args) -> list[str]:
     return [sys.executable, "-u", "-m", module, name, str(args.out)] + ["--cpu-smoke"] * args.cpu_smoke
 
 
+def environment(folder: Path, smoke: bool) -> dict[str, str]:
+    """Of a part: its temporary files go with its folder; what it compiles serves the next part too."""
+    variables = {
+        "TMPDIR": str(folder),
+        "TORCHINDUCTOR_CACHE_DIR": str(folder.parent / "inductor"),
+        "TRITON_CACHE_DIR": str(folder.parent / "triton"),
+        "PYTORCH_ALLOC_CONF": "expandable_segments:True",       # as clo.py asks for
+        "HF_HUB_OFFLINE": "1",
+        "TOKENIZERS_PARALLELISM": "false"}
+    if smoke:
+        variables |= {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    return os.environ | variables
+
+
 class Running:
     """A part under way: its process (which leads a group of its own), log and deadline."""
 
     def __init__(self, name: str, seconds: float, scratch: Path, args):
         folder = scratch / name
         folder.mkdir()
-        # Temporary files lie below scratch and go with it; what is compiled in one part serves the next.
-        environment = os.environ | {
-            "TMPDIR": str(folder), "TORCHINDUCTOR_CACHE_DIR": str(scratch / "inductor"),
-            "TRITON_CACHE_DIR": str(scratch / "triton"), "PYTORCH_ALLOC_CONF": "expandable_segments:True",
-            "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
-        if args.cpu_smoke:
-            environment |= {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
         self.name, self.log = name, folder / "log.txt"
-        self.began = time.perf_counter()
-        self.seconds = seconds
+        self.began, self.seconds = time.perf_counter(), seconds
         with open(self.log, "w") as log:
-            self.process = subprocess.Popen(command_of(name, args), stdout=log, stderr=subprocess.STDOUT,
-                                            cwd=ROOT, env=environment, start_new_session=True)
+            self.process = subprocess.Popen(
+                command_of(name, args), stdout=log, stderr=subprocess.STDOUT, cwd=ROOT,
+                env=environment(folder, args.cpu_smoke), start_new_session=True)
 
     def ended(self) -> bool:
         late = time.perf_counter() - self.began > self.seconds
@@ -136,9 +144,9 @@ class Running:
 def conduct(args, jobs: int) -> list[dict]:
     """All results of the parts, in order, `jobs` at a time. With little time left a part is skipped."""
     began = time.perf_counter()
-    waiting, running, results = list(args.parts), [], []
+    waiting, running, results = list(dict.fromkeys(args.parts)), [], []
     limits = {name: SMOKE_LIMIT if args.cpu_smoke else PARTS[name].seconds for name in waiting}
-    with tempfile.TemporaryDirectory(prefix="gpu_check-") as scratch:
+    with tempfile.TemporaryDirectory(prefix="gpu_check-", ignore_cleanup_errors=True) as scratch:
         try:
             while waiting or running:
                 while waiting and len(running) < jobs:
@@ -175,7 +183,7 @@ def summary(results: list[dict]) -> str:
     lines = [f"\n{len(results)} results, {len(failed)} failed"]
     lines += [f"FAILED  {found['part']}: {found['name']}: {found.get('note') or found.get('key', '')}"
               for found in failed]
-    lines += [f"{found['part']:8} {found['name']:40} {found['key']}" for found in results if "key" in found]
+    lines += [f"{found['part']:9} {found['name']:40} {found['key']}" for found in results if "key" in found]
     return "\n".join(lines)
 
 
@@ -197,7 +205,7 @@ def main(argv=None) -> int:
     args = parse_args(argv)
     if args.list:
         for name, part in PARTS.items():
-            print(f"{name:8} {part.seconds:4} s  {part.what}")
+            print(f"{name:10}{part.seconds:4} s  {part.what}")
         return 0
     args.out = (args.out or Path(os.environ.get("OUT") or tempfile.mkdtemp(prefix="gpu_check-"))).resolve()
     args.out.mkdir(parents=True, exist_ok=True)
@@ -211,4 +219,5 @@ def main(argv=None) -> int:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))    # the running parts end too
     sys.exit(main())

@@ -118,14 +118,15 @@ def small_model(dtype, device, rounded=None, recompute=False, compiler=None) -> 
     return model.to(device)
 
 
-def small_batches(tokens: int, rows: int) -> list[data.Batch]:
-    """Random forks in batches of one shape, as on a GPU."""
+def small_batches(tokens: int, rows: int, forks: int = 32, stretch: int = 1) -> list[data.Batch]:
+    """Random forks in batches of one shape, as on a GPU; stretch: times as long."""
     rng = random.Random(3)
 
     def ids(low, high):
-        return [rng.randrange(SHAPE.vocab_size) for _ in range(rng.randint(low, high))]
-    forks = [data.Fork(ids(2, 12), [ids(3, 30), ids(3, 30)], "en", row, 0) for row in range(32)]
-    return data.micro_batches(forks, tokens, rows, trim=False, ends=False)
+        length = rng.randint(stretch * low, stretch * high)
+        return [rng.randrange(SHAPE.vocab_size) for _ in range(length)]
+    made = [data.Fork(ids(2, 12), [ids(3, 30), ids(3, 30)], "en", row, 0) for row in range(forks)]
+    return data.micro_batches(made, tokens, rows, trim=False, ends=False)
 
 
 def masked(batch: data.Batch, device: torch.device) -> data.Batch:
@@ -255,6 +256,30 @@ def grads(smoke: bool, out: Path) -> None:
         check_recompute(torch.bfloat16, compiler, device, masked(batches[0], device))
 
 
+def attention(smoke: bool, out: Path) -> None:
+    """A layer's attention, forward and backward: as many warps as FlexAttention takes by itself, 4, and 8."""
+    device = device_of(smoke)
+    dtype = torch.float32 if smoke else torch.bfloat16
+    B, T, forks, stretch = (1, 128, 4, 1) if smoke else (4, 4096, 60, 9)        # of some 360 tokens each
+    batch = small_batches(T, B, forks, stretch)[0]
+    rows = [x.to(device) for x in (batch.fork, batch.branch, batch.positions)]
+    for model, Q, G, D in (("1B", 32, 8, 64), ("8B", 32, 8, 128)):
+        like = {"device": device, "dtype": dtype, "requires_grad": True}
+        leaves = [torch.randn(B, T, heads, D, **like) for heads in (Q, G, G)]
+        attend = llama.fork_attention(*rows, D)
+        ways = {"as it is": attend}
+        if "flex" in attend.keywords:
+            for warps in (4, 8):
+                flex = partial(attend.keywords["flex"], kernel_options={"num_warps": warps})
+                ways[f"{warps} warps"] = partial(attend, flex=flex)
+        for name, way in ways.items():
+            def work():
+                torch.autograd.grad(way(*leaves).sum(), leaves)
+            with check(f"{model}, {name}"):
+                seconds = sustained_seconds(work, device, 0.1 if smoke else 0.5)
+                say(f"{model}, heads of {D}, {name}", key=f"{1e3 * seconds:.3f} ms")
+
+
 # ----------------------------------------------------------------------------------------------- log-probs
 
 def check_logp(N: int, H: int, V: int, dtype, device: torch.device, chunk_bytes: int = 0) -> None:
@@ -304,7 +329,7 @@ def logps(smoke: bool, out: Path) -> None:
             check_logp(N, H, V, rest[0], device, *rest[1:])
 
 
-PARTS = {"env": env, "grads": grads, "kernels": logps}
+PARTS = {"env": env, "grads": grads, "attention": attention, "kernels": logps}
 
 if __name__ == "__main__":
     run_part(PARTS)
