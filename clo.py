@@ -1,20 +1,18 @@
-"""Cross-Lingual Optimization: move an English-centric Llama-style model into another language
-and keep its English.
+"""Cross-Lingual Optimization: an English-centric Llama-style model learns a language and keeps its English.
 
     python clo.py --lang sw
 
-English rows are translated, and every row gives two *forks*: the English question with the
-English response (chosen) and the translated one (rejected), and the translated question the other
-way round. With y_w the chosen, y_l the rejected response to x, log-probs summed over response
-tokens, and ref the model before training:
+English rows are translated, and every row gives two *forks*: the English question with the English response
+(chosen) and the translated one (rejected), and the translated question the other way round. With y_w the
+chosen, y_l the rejected response to x, log-probs summed over their tokens, and ref the model before training:
 
     margin = [log pi(y_w|x) - log ref(y_w|x)] - [log pi(y_l|x) - log ref(y_l|x)]                       (eq. 1)
     L_CL   = mean over pairs of both directions of  -log sigmoid(beta * margin)                        (eq. 2)
     L_SFT  = -(sum of log pi(y_t|x_t)) / (number of tokens), target language only                      (eq. 3)
     L_CLO  = lambda * L_SFT + (1 - lambda) * L_CL                                                      (eq. 4)
 
-Means are over an optimiser step: all micro-batches share the step's pair and token counts,
-so how a step is cut into micro-batches changes nothing.
+Means are over an optimiser step: its micro-batches share the step's pair and token counts, so how a step is
+cut into micro-batches changes nothing.
 Only attention is trained: as LoRA by default, W' = W + (alpha / R) B A                               (eq. 5)
 
 References: CLO (ACL 2025, arXiv 2505.14297), DPO (arXiv 2305.18290), LoRA (arXiv 2106.09685).
@@ -22,13 +20,12 @@ References: CLO (ACL 2025, arXiv 2505.14297), DPO (arXiv 2305.18290), LoRA (arXi
 
 import argparse
 import contextlib
-import importlib.util
 import math
 import os
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -81,7 +78,7 @@ def margins(policy_chosen_logp: Tensor, policy_rejected_logp: Tensor, ref_chosen
 def preference_losses(margin: Tensor, kind: str = "sigmoid", beta: float = 0.1) -> Tensor:
     """The preference term of each pair, (P,), from its margin (P,).
 
-    sigmoid: -log sigmoid(beta * margin), DPO's (arXiv 2305.18290, eq. 7); the default and the paper's.  eq. 2
+    sigmoid: -log sigmoid(beta * margin), DPO's (arXiv 2305.18290, eq. 7): the paper's, and the default.
     ipo: (margin - 1 / (2 beta))^2, which stops pulling once the margin is there (arXiv 2310.12036, eq. 17).
     simpo: -log sigmoid(beta * (margin - gamma)) over the margin of *mean* log-probs without a reference,
     gamma being SIMPO_GAMMA nats a token (arXiv 2405.14734, eq. 6, whose gamma is beta times ours).
@@ -94,8 +91,7 @@ def preference_losses(margin: Tensor, kind: str = "sigmoid", beta: float = 0.1) 
 def clo_loss(policy_chosen_logp: Tensor, policy_rejected_logp: Tensor, ref_chosen_logp: Tensor,
              ref_rejected_logp: Tensor, tgt_logp: Tensor, tgt_tokens, pairs=None, beta: float = 0.1,
              lam: float = 0.5, kind: str = "sigmoid") -> Tensor:
-    """Eq. 4, a scalar, from sums of log-probs
-    (for simpo: means in the first two and zeros for the reference).
+    """Eq. 4, a scalar, from sums of log-probs (for simpo: means in the first two, zeros for the reference).
 
     The four (P,) tensors are the pairs of both directions. tgt_logp (any shape) holds the summed log-probs of
     the responses under NLL and tgt_tokens the tokens they count. For a part of a step pass the whole step's
@@ -109,8 +105,7 @@ def clo_loss(policy_chosen_logp: Tensor, policy_rejected_logp: Tensor, ref_chose
 
 
 def anchor_loss(policy_logp: Tensor, ref_logp: Tensor, tokens) -> Tensor:
-    """How far right responses fell below the reference, in nats per token:
-    sum of max(0, ref - policy) / tokens.
+    """How far right responses fell below the reference, nats per token: sum of max(0, ref - policy) / tokens.
 
     A margin also grows when both responses fall; this term keeps the English one from it. The penalty is that
     of DPO-Positive (arXiv 2402.13228, eq. 3), added to the loss instead of to the margin.
@@ -181,19 +176,9 @@ def train_step(model: llama.Llama, batches: list[data.Batch], objective: Objecti
     norm = ranks.full(nn.utils.clip_grad_norm_(parameters, clip))
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
-    if ranks.size() > 1:
-        figures = ranks.gather([tuple(value.cpu() for value in part) for part in figures])
-    losses, nll, rewards, logps = zip(*figures)
+    losses, nll, rewards, logps = zip(*ranks.gather_tensors(figures))
     return {"loss": sum(losses), "nll": sum(nll), "grad_norm": norm,
             "rewards": torch.cat(rewards, 1), "logps": torch.cat(logps, 1)}
-
-
-def batch_figures(loss: Tensor, logp: Tensor, batch: data.Batch, objective: Objective, step: Counts) -> tuple:
-    """What is logged of a micro-batch: loss, NLL, and rewards and log-probs (2, P): chosen, rejected."""
-    ref = logp if batch.ref_logp is None else batch.ref_logp
-    pair = torch.stack((batch.chosen, batch.rejected))
-    nll = -logp[batch.nll].sum() / max(step.nll_tokens, 1)
-    return loss, nll, objective.beta * (logp - ref)[pair], logp[pair]
 
 
 # ------------------------------------------------------------------------------------------------------- loop
@@ -205,32 +190,31 @@ class Stage:
     objective: Objective
     epochs: float
     rate: float                     # peak learning rate
-    warmup: float = 0.1             # share of the steps over which the rate rises
-    weight_decay: float = 0.0
-    clip: float = 1.0               # largest gradient norm
-    seed: int = 0
-    eval_every: int = 0             # steps between validations; 0: once an epoch
-    save_every: int = 100           # steps between checkpoints
+    warmup: float                   # share of the steps over which the rate rises
+    weight_decay: float
+    clip: float                     # largest gradient norm
+    seed: int
+    eval_every: int                 # steps between validations; 0: once an epoch
+    save_every: int                 # steps between checkpoints
 
     def steps(self, packed: int) -> int:
         return max(1, round(self.epochs * packed))
 
 
-def train(model: llama.Llama, parameters: dict[str, nn.Parameter], stage: Stage,
-          packed: list[list[data.Batch]], validate: Callable[[int], dict], targets: list[str],
-          directory: Path, tensorboard: bool = False) -> None:
+def train(model: llama.Llama, parameters: dict, stage: Stage, packed: list, validate: Callable,
+          targets: list[str], directory: Path, tensorboard: bool = False) -> None:
     """Run a stage from its last checkpoint to its end over packed steps (each a list of micro-batches);
-    metrics go to directory/metrics.jsonl, one line a step."""
+    metrics go to directory/metrics.jsonl, one line a step, with validate(step) after every epoch."""
     order, device = step_order(len(packed), stage.steps(len(packed)), stage.seed), model.head.device
     optimizer = make_optimizer(parameters.values(), stage.rate, stage.weight_decay, device)
     done = runs.load_checkpoint(directory / "checkpoint", parameters, optimizer)
     log = runs.Metrics(directory, done, tensorboard)
     bar = progress(total=len(order), initial=done, desc=f"train {stage.name}", unit="step")
     with log, bar, runs.StopSignal() as stop:
-        if done:
-            bar.write(f"{stage.name}: resuming at step {done} of {len(order)}")
-        else:
+        if not done:
             log.write({"step": 0} | validate(0))
+        else:
+            bar.write(f"{stage.name}: resuming at step {done} of {len(order)}")
         for i in range(done, len(order)):
             started = time.perf_counter()
             rate = stage.rate * learning_rate(i, len(order), stage.warmup)
@@ -251,9 +235,15 @@ def train(model: llama.Llama, parameters: dict[str, nn.Parameter], stage: Stage,
                 runs.save_checkpoint(directory / "checkpoint", i + 1, parameters, optimizer)
             if signalled:
                 bar.close()
-                print(f"stopped by signal {signalled} after step {i + 1}, saved; "
-                      f"the same command goes on from there")
-                sys.exit(128 + signalled)
+                sys.exit(stop.goodbye(signalled, i + 1))
+
+
+def batch_figures(loss: Tensor, logp: Tensor, batch: data.Batch, objective: Objective, step: Counts):
+    """What is logged of a micro-batch: loss, NLL, and rewards and log-probs (2, P): chosen, rejected."""
+    ref = logp if batch.ref_logp is None else batch.ref_logp
+    pair = torch.stack((batch.chosen, batch.rejected))
+    nll = -logp[batch.nll].sum() / max(step.nll_tokens, 1)
+    return loss, nll, objective.beta * (logp - ref)[pair], logp[pair]
 
 
 def step_order(packed: int, steps: int, seed: int) -> list[int]:
@@ -267,8 +257,7 @@ def step_order(packed: int, steps: int, seed: int) -> list[int]:
 
 
 def learning_rate(step: int, steps: int, warmup: float) -> float:
-    """Factor on the peak rate at 0-based `step`: linear up over warmup * steps,
-    then linear down towards 0."""
+    """Factor on the peak rate at 0-based `step`: linear up over warmup * steps, then down towards 0."""
     rising = max(1, round(warmup * steps))
     return (step + 1) / rising if step < rising else (steps - step) / max(1, steps - rising)
 
@@ -281,8 +270,7 @@ def stop_unless_finite(metrics: dict, stage: Stage) -> None:
 
 
 def check_first_rewards(rewards: Tensor) -> None:
-    """Before the first update policy and reference are one model:
-    any reward is an error in one of the two paths."""
+    """Before the first update policy and reference are one model: any reward is an error in a path."""
     if not rewards.numel():                                      # of this step's samples none has a pair
         return
     worst = rewards.abs().max().item()
@@ -296,8 +284,7 @@ def check_first_rewards(rewards: Tensor) -> None:
 # ------------------------------------------------------------------------------------------------------- LoRA
 
 class LoraLinear(llama.Linear):
-    """A frozen Linear plus a trainable product of rank R, eq. 5.
-    B starts at zero: at first nothing changes."""
+    """A frozen Linear plus a trainable product of rank R, eq. 5. B starts at zero: nothing changes yet."""
 
     def __init__(self, base: llama.Linear, rank: int, alpha: float, generator: torch.Generator, device=None):
         nn.Module.__init__(self)
@@ -335,12 +322,12 @@ def merge_lora(model: llama.Llama) -> llama.Llama:
     for block in model.model["layers"]:
         for name in ATTENTION:
             layer = getattr(block.self_attn, name)
-            if isinstance(layer, LoraLinear):
-                plain = llama.Linear(1, 1)
-                product = lora_product(layer.lora_A.detach(), layer.lora_B.detach(), layer.scale)
-                merged = add_update(layer.weight.detach(), product, name).to(layer.weight.dtype)
-                plain.weight, plain.bias = nn.Parameter(merged, requires_grad=False), layer.bias
-                setattr(block.self_attn, name, plain)
+            plain = llama.Linear(1, 1)
+            product = lora_product(layer.lora_A.detach(), layer.lora_B.detach(), layer.scale)
+            merged = add_update(layer.weight.detach(), product, name).to(layer.weight.dtype)
+            plain.weight = nn.Parameter(merged, requires_grad=False)
+            plain.bias = layer.bias
+            setattr(block.self_attn, name, plain)
     return model
 
 
@@ -381,63 +368,24 @@ def stages_of(method: str, args, hidden_size: int) -> list[Stage]:
     return stages
 
 
-def preferring(args) -> list[str]:
-    """Which of the methods have a stage with a preference term."""
-    names = []
-    for name in (args.baseline, args.method):
-        last = stages_of(name, args, REFERENCE_WIDTH)[-1:]         # where a method prefers, its last stage does
-        names += [name for stage in last if stage.objective.prefers]
-    return names
+def wanted_methods(args, hidden_size: int) -> dict[str, list[Stage]]:
+    """The untrained base, the baseline and the method, with their stages."""
+    names = ("base", args.baseline, args.method)
+    return {name: stages_of(name, args, hidden_size) for name in names if name != "none"}
 
 
-def stage_forks(group: list[data.Fork], objective: Objective) -> list[data.Fork]:
-    """What a stage reads of one row's forks: the right continuation and, for a preference, the wrong ones
-    that differ from it. A fork that then serves neither term is left out."""
-    forks = []
-    for fork in group:
-        right, others = fork.continuations[0], fork.continuations[1:] if objective.prefers else []
-        wrong = [ids for ids in others if ids != right]
-        nll = ("tgt" if fork.side else "en") in objective.nll
-        if wrong or nll:
-            forks.append(replace(fork, continuations=[right, *wrong], nll=nll))
-    return forks
-
-
-def make_steps(groups: list[list[data.Fork]], objective: Objective, packing: data.Packing,
-               seed: int | None) -> list[list[data.Batch]]:
-    """Optimiser steps of packing.batch_size samples, each a list of micro-batches. Packed once: reference and
-    training see the same rows (a GEMM row's bits depend on the row count). seed None keeps the order."""
-    order = list(range(len(groups)))
-    if seed is not None:
-        order = torch.randperm(len(groups), generator=torch.Generator().manual_seed(seed)).tolist()
-    steps = []
-    for first in range(0, len(order), packing.batch_size):
-        forks = []
-        for i in order[first:first + packing.batch_size]:
-            forks += stage_forks(groups[i], objective)
-        if forks:
-            steps.append(data.micro_batches(forks, packing.row_tokens, packing.micro_rows, packing.trim,
-                                            ends=False))
-    return steps
-
-
-def load_model(args, job: Job, learns: bool) -> tuple[llama.Llama, dict[str, nn.Parameter]]:
-    """The base model and what of it is trained; with --shard spread over all ranks."""
-    def learn(model: llama.Llama) -> None:
+def load_model(args, job: Job, learns: bool) -> llama.Llama:
+    """The base model, frozen but for what is trained; with --shard spread over all ranks."""
+    def learn(model):
         if learns:
             make_trainable(model, args.train, args.lora_rank, args.lora_alpha, args.seed, job.device)
     print(f"loading {args.base}")
+    compiler = "inductor" if learns and job.device.type == "cuda" else None
     dtype = DTYPES[job.plan.dtype]
-    if args.shard:
-        model = ranks.load(args.model, job.device, dtype, prepare=learn, recompute=args.recompute)
-    else:
-        compiler = "inductor" if learns and job.device.type == "cuda" else None   # FSDP's hooks break graphs
-        model = llama.load(args.model, job.device, dtype, recompute=args.recompute, compiler=compiler)
-        learn(model)
-    return model, trainable(model)
+    return ranks.load(args.model, job.device, dtype, args.shard, learn, args.recompute, compiler)
 
 
-def run_method(name: str, args, job: Job, validation: heldout.Validation) -> dict:
+def run_method(name: str, stages: list[Stage], args, job: Job, validation: heldout.Validation) -> dict:
     """Load the base model, train it by one method (or not at all: 'base'), export it and score it. A finished
     method is read back from its result.json."""
     directory = job.run / name
@@ -445,13 +393,13 @@ def run_method(name: str, args, job: Job, validation: heldout.Validation) -> dic
     if ranks.on_first(result.exists):
         print(f"{name}: done before, read from {result}")
         return ranks.on_first(lambda: runs.read_result(result))
-    model, parameters = load_model(args, job, learns=name != "base")
-    stages = stages_of(name, args, model.config.hidden_size)
-    started, seconds = time.perf_counter(), 0.0
+    model = load_model(args, job, learns=bool(stages))
+    parameters = trainable(model)
+    started = time.perf_counter()
     base = policy = reference_logps(model, validation.batches, job, "", "reference held-out")
     for number, stage in enumerate(stages):
         history = fingerprint(name, number) if number else ""
-        packed = make_steps(job.groups, stage.objective, job.packing, args.seed)
+        packed = data.make_steps(job.groups, stage.objective, job.packing, args.seed)
         if stage.objective.prefers:
             batches = [batch for step in packed for batch in step]
             sums = reference_logps(model, batches, job, history, f"reference {name}")
@@ -462,16 +410,17 @@ def run_method(name: str, args, job: Job, validation: heldout.Validation) -> dic
             before = reference_logps(model, validation.batches, job, history, "reference held-out")
         policy = None
 
-        def validate(step: int) -> dict:
+        def validate(step):
             nonlocal policy
             policy = before if step == 0 else validation.logps(model, f"validate {stage.name}")
             return validation.report(model, step, policy, before, untrained=step == number == 0)
         train(model, parameters, stage, packed, validate, args.targets,
               directory if len(stages) == 1 else directory / f"{number + 1}-{stage.name}", args.tensorboard)
-        seconds = time.perf_counter() - started
         if policy is None:                                # trained before this command began
             policy = validation.logps(model, "held-out")
-    asked, languages = job.answered[:args.answers], (args.source, *args.targets)
+    seconds = time.perf_counter() - started if stages else 0.0
+    asked = job.answered[:args.answers]
+    languages = (args.source, *args.targets)
     nats = reference_nll(model, job.tokenizer, asked, languages, job.packing, args.system_prompt)
     scores = answer_and_score(model, job.tokenizer, job.answered, languages, job.classifier,
                               args.max_new_tokens, args.system_prompt,
@@ -480,9 +429,8 @@ def run_method(name: str, args, job: Job, validation: heldout.Validation) -> dic
     scores["train_seconds"] = round(seconds, 2)
     if stages:
         lora = (ATTENTION, args.lora_rank, args.lora_alpha) if args.train == "lora" else None
-        ids = job.groups[0][0].prompt + job.groups[0][0].continuations[0]
-        export(model, parameters, directory, args.model, args.base, job.tokenizer, ids, lora, args.merge,
-               args.shard)
+        export(model, parameters, directory, args.model, args.base, job.tokenizer, job.groups[0][0].prompt,
+               lora, args.merge, args.shard)
     ranks.on_first(lambda: write_json(result, scores))
     return scores
 
@@ -492,30 +440,28 @@ def run_method(name: str, args, job: Job, validation: heldout.Validation) -> dic
 def main(argv=None) -> None:
     args = parse_args(argv)
     began = time.perf_counter()
-    if args.tensorboard and importlib.util.find_spec("tensorboard") is None:
-        raise InputError("--tensorboard needs the tensorboard package: pip install tensorboard")
     device = ranks.start(ranks.pick_device(args.device))
     args.device = device.type
     if device.type == "cuda":
         ranks.fix_order_of_sums()
     args.base = args.model                                             # what the adapter names
+    args.model = str(hub.local(args.model, weights=() if args.dry_run else hub.WEIGHTS))    # where it lies
+    methods = wanted_methods(args, read_config(args.model).hidden_size)
     if args.dry_run:
-        dry_run(args, device)
+        dry_run(args, device, methods)
         return
-    args.model = str(hub.local(args.model))                            # where it lies
     with scale.memory_advice(args.device), contextlib.ExitStack() as lock:
         ranks.on_first(lambda: lock.enter_context(locked(args.out)))
-        job = make_job(args, device, preferring(args))
-        every_pair = make_steps(job.heldout, Objective(0.5, ("tgt",)), job.packing, None)
+        job = make_job(args, device, methods)
+        every_pair = data.make_steps(job.heldout, Objective(0.5, ("tgt",)), job.packing, None)
         validation = heldout.Validation(every_pair, job.heldout, job.tokenizer, args.max_new_tokens,
                                         args.beta, args.targets)
-        methods, answers = {}, {}
-        wanted = [name for name in ("base", args.baseline, args.method) if name != "none"]
-        for number, name in enumerate(dict.fromkeys(wanted), 3):
-            print(f"\n{number}. {'Base model' if name == 'base' else 'Train ' + name}")
-            methods[name] = run_method(name, args, job, validation)
-            answers[name] = read_answers(job.run / name / "answers.jsonl", methods[name])
-        report = {"lang": args.lang, "samples": len(job.groups), "seed": args.seed, "methods": methods}
+        scores, answers = {}, {}
+        for number, (name, stages) in enumerate(methods.items(), 3):
+            print(f"\n{number}. {'Train ' + name if stages else 'Base model'}")
+            scores[name] = run_method(name, stages, args, job, validation)
+            answers[name] = read_answers(job.run / name / "answers.jsonl", scores[name])
+        report = {"lang": args.lang, "samples": len(job.groups), "seed": args.seed, "methods": scores}
         text = report_text(report, answers, args.source)
         ranks.on_first(lambda: (write_json(job.run / "report.json", report),
                                 write_text(job.run / "report.md", text)))
@@ -525,42 +471,42 @@ def main(argv=None) -> None:
     ranks.stop()
 
 
-def dry_run(args, device: torch.device) -> None:
+def dry_run(args, device, methods: dict[str, list[Stage]]) -> None:
     """Say what the run would train, need and take, show two samples with the loss mask, and write nothing.
     Without --lang the estimate alone, from config.json; with --gpus for other devices than this machine's."""
-    args.model = str(hub.local(args.model, weights=()))
-    config, here = read_config(args.model), args.gpus is None
+    config = read_config(args.model)
     print(f"{args.base}: {config.model_type}, {config.num_hidden_layers} layers, width {config.hidden_size}")
+    elsewhere = args.gpus is not None
     print(scale.describe(config, plan_of(args, config, device),
-                         scale.device_bytes(device) if here else scale.DEVICE_BYTES))
+                         scale.DEVICE_BYTES if elsewhere else scale.device_bytes(device)))
     if args.lang is None:
         return
-    job = make_job(args, device, preferring(args))
+    job = make_job(args, device, methods)
 
-    def begin(stage: Stage, model: llama.Llama) -> Callable:
+    def begin(stage, model):
         """A function that trains the model by one step on batches, with the run's own code."""
         parameters = make_trainable(model, args.train, args.lora_rank, args.lora_alpha, 0, device)
         optimizer = make_optimizer(parameters.values(), 1e-3, 0.0, device)
         return lambda batches: train_step(model, batches, stage.objective, optimizer, stage.clip)
-    total, size = 0.0, min(args.batch_size, job.rows)
+    total = 0.0
     each = math.ceil(job.rows / args.batch_size)
-    for name in dict.fromkeys((args.baseline, args.method)):
-        for stage in stages_of(name, args, config.hidden_size):
-            packed = make_steps(job.groups, stage.objective, job.packing, args.seed)
-            tokens = size / len(job.groups) * sum(batch.used for step in packed for batch in step)
+    for name, stages in methods.items():
+        for stage in stages:
+            packed = data.make_steps(job.groups, stage.objective, job.packing, args.seed)
+            steps = stage.steps(each)
+            passes = each * stage.objective.prefers
+            tokens = job.rows / each * data.mean_tokens(packed, len(job.groups))
             took = scale.step_seconds(config, job.plan, tokens)
-            if here:
+            if not elsewhere:
                 took = scale.measured_seconds(config, job.plan, packed, tokens, device, partial(begin, stage))
-            steps, passes = stage.steps(each), each * stage.objective.prefers
             seconds = steps * took["step"] + passes * took["reference"]
             total += seconds
+            reference = ", a reference pass" if passes else ""
             print(f"{name}, stage {stage.name}: {job.rows:,} rows, {steps:,} steps of about {tokens:,.0f} "
-                  f"tokens and {took['step']:.3g} s{', a reference pass' * bool(passes)}: "
-                  f"about {seconds / 60:.1f} min")
+                  f"tokens and {took['step']:.3g} s{reference}: about {seconds / 60:.1f} min")
     print(f"in all about {total / 60:.1f} min; translation, validation and answers come on top")
-    for group in job.groups[:2]:
-        for fork in group:
-            print("\n" + data.show(fork, job.tokenizer, sys.stdout.isatty()))
+    for fork in sum(job.groups[:2], []):
+        print("\n" + data.show(fork, job.tokenizer, sys.stdout.isatty()))
 
 
 # ----------------------------------------------------------------------------------------------- command line
@@ -568,19 +514,18 @@ def dry_run(args, device: torch.device) -> None:
 def parse_args(argv=None) -> argparse.Namespace:
     parser = flags.Parser(
         prog="clo.py", usage="python clo.py --lang LANG [options]",
-        description="Teach an English-centric model another language by Cross-Lingual Optimization, "
-                    "beside a baseline.",
+        description="Teach an English-centric model another language, beside a baseline.",
         epilog="Example: python clo.py --lang sw --model Llama-3.2-1B --data alpaca.json "
                "--translator m2m100_1.2B. The same command goes on where a killed run stopped.")
     add_flags(parser)
     args = parser.parse_args(argv)
     args.lam = vars(args).pop("lambda")        # the word is Python's
-    if args.lang is None and not args.dry_run:
+    runs_now = not args.dry_run
+    if runs_now and args.lang is None:
         parser.error("--lang is needed: the target language, as in --lang sw")
-    if args.shard and not args.dry_run and "RANK" not in os.environ:
-        parser.error("--shard spreads the model over several processes: "
-                     "torchrun --nproc-per-node N clo.py ... starts them")
-    if args.gpus is not None and not args.dry_run:
+    if runs_now and args.shard and "RANK" not in os.environ:
+        parser.error("--shard needs several processes: torchrun --nproc-per-node N clo.py ... starts them")
+    if runs_now and args.gpus is not None:
         parser.error(f"--gpus {args.gpus}: only --dry-run takes it; torchrun starts a run on several")
     args.targets = [] if args.lang is None else language_list(args.lang)
     args.lang = None if args.lang is None else ",".join(args.targets)
@@ -596,7 +541,7 @@ def add_flags(parser) -> None:
     add("--lang", str, None, "target language, or several for one adapter: sw,yo,ko")
     add("--model", str, "demo/llama", "base model: a Hugging Face directory, or a hub id (owner/name)")
     add("--data", str, "demo/english.jsonl", "training rows, in any format data.py reads, or oasst1")
-    add("--eval-data", str, None, "questions to answer, in all languages; else eval.jsonl beside --data, or held-out rows")
+    add("--eval-data", str, None, "questions in all languages; else eval.jsonl beside --data, or rows of it")
     add("--translator", str, "demo/m2m100", "M2M100 or NLLB, directory or hub id, for rows without a target")
     add("--out", str, None, "run directory; without it runs/LANG")
     add("--dry-run", bool, False, "tell memory and time, show samples; without --lang from config.json alone")
@@ -616,7 +561,7 @@ def add_flags(parser) -> None:
     add = flags.group(parser, "data")
     add("--source", normal, "en", "language the model knows")
     add("--samples", flags.positive_int, None, "train on so many rows, drawn by --seed; without it on all")
-    add("--holdout", flags.positive_int, 100, "validation rows, of --eval-data or else of --data (a fifth at most)")
+    add("--holdout", flags.positive_int, 100, "rows for validation; of --data a fifth at most")
     add("--turns", ["first", "all"], "first", "of conversations: the first exchange, or each one")
     add("--system-prompt", str, None, "put before every question, in the checkpoint's chat template")
     add("--template-args", str, None, "variables of the chat template: '{\"enable_thinking\": false}'")
@@ -629,7 +574,7 @@ def add_flags(parser) -> None:
     add("--epochs", flags.positive, 2.0, "passes over the rows; 0.5 is half of one")
     add("--baseline-epochs", flags.positive, None, "of methods without a preference; else --epochs")
     add("--batch-size", flags.positive_int, 8, "rows (samples) per optimiser step")
-    add("--micro-rows", flags.positive_int, None, "packed rows per forward pass; else 1 on a CPU, what fits on a GPU")
+    add("--micro-rows", flags.positive_int, None, "packed rows a forward pass; else 1, on a GPU what fits")
     add("--warmup", flags.fraction, 0.1, "part of the steps over which the rate rises; then it falls to 0")
     add("--weight-decay", flags.not_negative, 0.0, "AdamW's decoupled decay of the trainable weights")
     add("--clip", flags.positive, 1.0, "largest gradient norm")

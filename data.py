@@ -200,6 +200,11 @@ def row_forks(row, tokenizer, languages, system=None):
 
 # ---- forks -> batches ----
 
+def mean_tokens(packed, samples):
+    """Row tokens that are no padding, per sample, of packed steps (lists of batches)."""
+    return sum(batch.used for step in packed for batch in step) / samples
+
+
 @dataclass(frozen=True)
 class Packing:
     """How samples become micro-batches. trim: drop padding that all rows of one share; on CUDA rows keep one
@@ -380,6 +385,37 @@ def micro_batches(forks, row_tokens, rows, trim=True, ends=True):
             longest, part = row_tokens, part + [[]] * (rows - len(part))
         batches.append(lay_out(forks, part, longest, ends))
     return batches
+
+
+def stage_forks(group, prefers, nll):
+    """What a stage of training reads of one row's forks: the right continuation and, if it prefers, the wrong
+    ones that differ from it. nll: the prompts ("en", "tgt") whose right continuations are under the NLL. A fork
+    that serves neither term is left out."""
+    forks = []
+    for fork in group:
+        right, others = fork.continuations[0], fork.continuations[1:] if prefers else []
+        wrong = [ids for ids in others if ids != right]
+        under_nll = ("tgt" if fork.side else "en") in nll
+        if wrong or under_nll:
+            forks.append(replace(fork, continuations=[right, *wrong], nll=under_nll))
+    return forks
+
+
+def make_steps(groups, objective, packing, seed):
+    """Optimiser steps of packing.batch_size samples (groups of forks), each a list of micro-batches: what an
+    objective (clo.Objective) reads. Packed once: reference and training see the same rows (a GEMM row's bits
+    depend on the row count). seed None keeps the order."""
+    order = list(range(len(groups)))
+    if seed is not None:
+        order = torch.randperm(len(groups), generator=torch.Generator().manual_seed(seed)).tolist()
+    steps = []
+    for first in range(0, len(order), packing.batch_size):
+        forks = []
+        for i in order[first:first + packing.batch_size]:
+            forks += stage_forks(groups[i], objective.prefers, objective.nll)
+        if forks:
+            steps.append(micro_batches(forks, packing.row_tokens, packing.micro_rows, packing.trim, ends=False))
+    return steps
 
 
 def pack(forks, row_tokens, trim=True):

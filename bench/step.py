@@ -125,7 +125,7 @@ DPO = clo.Objective(lam=0.0, nll=(), beta=0.1)
 
 def make_steps(samples: list[list[data.Fork]], args) -> list[list[data.Batch]]:
     packing = data.Packing(args.batch_size, args.row_tokens, args.micro_rows, trim=args.device == "cpu")
-    return clo.make_steps(samples, DPO, packing, seed=None)
+    return data.make_steps(samples, DPO, packing, seed=None)
 
 
 def run_ours(directory: Path, args) -> dict:

@@ -1,10 +1,10 @@
-"""What all methods of a run share: its rows read, translated and made into forks, and the directory they go to.
+"""What all methods of a run share: rows read, translated and made into forks, and the directory they go to.
 
 A run is what its flags (IDENTITY) and the content of the files it reads make it. `make_job` takes them from
 the command line; what stands below gets what it needs by name.
 """
 
-import argparse
+import importlib.util
 import os
 import shlex
 from dataclasses import dataclass, replace
@@ -51,13 +51,14 @@ class Job:
     classifier: LanguageModel | None
 
 
-def make_job(args: argparse.Namespace, device: torch.device, preferring: list[str]) -> Job:
-    """Read, translate and tokenise all that a run needs. Its directory is claimed once the input is usable.
-
-    preferring: the methods that need pairs. A dry run claims nothing and translates the first rows alone.
-    """
+def make_job(args, device: torch.device, methods: dict[str, list]) -> Job:
+    """Read, translate and tokenise all that a run of these methods (lists of clo.Stage) needs. Its directory
+    is claimed once the input is usable; a dry run claims nothing and translates the first rows alone."""
+    if args.tensorboard and importlib.util.find_spec("tensorboard") is None:
+        raise InputError("--tensorboard needs the tensorboard package: pip install tensorboard")
     print(f"reading the tokenizer of {args.base}")
-    tokenizer, config = data.load_tokenizer(args.model, args.template_args), read_config(args.model)
+    tokenizer = data.load_tokenizer(args.model, args.template_args)
+    config = read_config(args.model)
     plan = plan_of(args, config, device)
     args.row_tokens = plan.row_tokens
     print(f"device {device}; model {args.base}: {config.model_type}, {config.num_hidden_layers} layers, "
@@ -68,7 +69,8 @@ def make_job(args: argparse.Namespace, device: torch.device, preferring: list[st
     print(f"\n1. Rows: {args.source} and {', '.join(args.targets)}")
     args.eval_data = ranks.on_first(lambda: evaluation_file(args))
     split = ranks.on_first(lambda: read_split(args))
-    count, missing = len(split.rows) - split.apart, data.missing_targets(split.rows, args.targets)
+    count = len(split.rows) - split.apart
+    missing = data.missing_targets(split.rows, args.targets)
     if missing:
         translator = translate.translator_for(split.rows, missing, args.translator, device)
         run, identity, plan = open_run(args, plan, tokenizer)
@@ -83,7 +85,7 @@ def make_job(args: argparse.Namespace, device: torch.device, preferring: list[st
     with data.naming(args.eval_data if split.heldout else args.data):
         heldout_groups, _ = data.make_forks(heldout_rows, *options)
     if len(rows) == count:                             # else the rows not looked at may have pairs
-        check_pairs(groups, args.data, preferring)
+        check_pairs(groups, args.data, methods)
     if not missing:
         run, identity, plan = open_run(args, plan, tokenizer)
     print(f"compute type {plan.dtype}, {plan.micro_rows} packed rows per forward pass")
@@ -97,7 +99,7 @@ def make_job(args: argparse.Namespace, device: torch.device, preferring: list[st
                classifier)
 
 
-def plan_of(args: argparse.Namespace, config: Config, device: torch.device) -> scale.Plan:
+def plan_of(args, config: Config, device: torch.device) -> scale.Plan:
     """How the model is trained, on this machine or with --gpus on others."""
     row_tokens = min(args.row_tokens, config.max_position_embeddings)
     where = device.type if args.gpus is None else "cuda"
@@ -106,7 +108,7 @@ def plan_of(args: argparse.Namespace, config: Config, device: torch.device) -> s
     return scale.choose(config, plan, device)
 
 
-def evaluation_file(args: argparse.Namespace) -> str | None:
+def evaluation_file(args) -> str | None:
     """--eval-data, or else the eval.jsonl beside --data, if there is one with the languages."""
     beside = Path(args.data).parent / "eval.jsonl"
     named = args.eval_data is not None or beside == Path(args.data)
@@ -115,7 +117,7 @@ def evaluation_file(args: argparse.Namespace) -> str | None:
     return str(beside) if data.holds_languages(str(beside), args.source, args.targets) else None
 
 
-def read_split(args: argparse.Namespace) -> data.Split:
+def read_split(args) -> data.Split:
     """The rows of --data and --eval-data, read, counted and dealt out; some perhaps without the targets."""
     rows = data.training_rows(args.data, args.source, args.targets, args.turns)
     evaluated = []
@@ -130,7 +132,7 @@ def read_split(args: argparse.Namespace) -> data.Split:
     return split
 
 
-def translated(args: argparse.Namespace, split: data.Split, translator, missing: list[str],
+def translated(args, split: data.Split, translator, missing: list[str],
                run: Path | None) -> list[dict]:
     """The rows of a split with the languages they lack; without a run directory the first few."""
     if run is None:
@@ -141,14 +143,15 @@ def translated(args: argparse.Namespace, split: data.Split, translator, missing:
                                     keep_failed=args.keep_failed)
 
 
-def check_pairs(groups: list[list[data.Fork]], path: str, preferring: list[str]) -> None:
-    """InputError when methods need pairs and no sample of the file gives one."""
-    if preferring and all(fork.equal for group in groups for fork in group):
-        raise InputError(f"{path}: every row has the same response in all languages, so {preferring[0]} finds "
+def check_pairs(groups: list[list[data.Fork]], path: str, methods: dict[str, list]) -> None:
+    """InputError when a method has a stage that prefers and no sample of the file gives it a pair."""
+    prefers = [name for name, stages in methods.items() if stages and stages[-1].objective.prefers]
+    if prefers and all(fork.equal for group in groups for fork in group):
+        raise InputError(f"{path}: every row has the same response in all languages, so {prefers[0]} finds "
                          f"nothing to prefer: give other rows, or --method sft")
 
 
-def open_run(args: argparse.Namespace, plan: scale.Plan,
+def open_run(args, plan: scale.Plan,
              tokenizer: Tokenizer) -> tuple[Path | None, str, scale.Plan]:
     """The run directory, a hash of what the run is, and its plan as it was when it began."""
     if args.dry_run:
@@ -177,7 +180,7 @@ def reference_logps(model: llama.Llama, batches: list[data.Batch], job: Job, his
     return runs.cached_reference(job.run, key, sizes, lambda: heldout.summed_logps(model, batches, label))
 
 
-def ending_lines(args: argparse.Namespace, job: Job, seconds: float) -> list[str]:
+def ending_lines(args, job: Job, seconds: float) -> list[str]:
     """Where everything is, what it takes on the disk, and how to talk to the result."""
     run, trained = job.run, job.run / args.method
     checkpoints = shlex.join(map(str, sorted(run.glob("**/checkpoint"))))

@@ -161,7 +161,7 @@ def export(model, parameters: dict[str, Tensor], directory: Path, path: str, bas
     """The trained part in the layout other tools read: a PEFT adapter, and with `merge` or without LoRA a whole
     Hugging Face directory. Each is loaded again and compared with the model, which ends without memory.
 
-    path: where the base model lies; base: its name. lora: (target modules, rank, alpha); None: weights learned.
+    path: where the base model lies; base: its name. ids: a text to compare by. lora: (target modules, rank, alpha); None: weights learned.
     """
     adapter, merged, outputs = directory / "adapter", directory / "model", {}
     print(f"writing the results to {directory}")

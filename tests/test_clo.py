@@ -66,7 +66,7 @@ def prepared(checkpoint, packing=SMALL):
     """Model in float64, groups of forks, steps with their reference."""
     model = llama.load(checkpoint, dtype=torch.float64)
     groups = groups_of(checkpoint)
-    steps = clo.make_steps(groups, CLO, packing, seed=0)
+    steps = data.make_steps(groups, CLO, packing, seed=0)
     add_reference_(model, [batch for step in steps for batch in step])
     return model, groups, steps
 
@@ -141,7 +141,7 @@ def test_continuation_logps_are_those_of_separate_sequences(checkpoint):
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 def test_before_training_every_reward_is_exactly_0_and_the_preference_term_is_ln_2(checkpoint, dtype):
-    steps = clo.make_steps(groups_of(checkpoint), DPO, SMALL, seed=0)
+    steps = data.make_steps(groups_of(checkpoint), DPO, SMALL, seed=0)
     model = llama.load(checkpoint, dtype=dtype)
     parameters = clo.make_trainable(model, "lora", 4, 8, seed=0)
     for step in steps:
@@ -155,7 +155,7 @@ def test_before_training_every_reward_is_exactly_0_and_the_preference_term_is_ln
 
 def test_both_directions_prefer_the_response_in_the_language_of_the_question(checkpoint):
     rows, tokenizer = parallel_rows(3), load_tokenizer(checkpoint)
-    [[batch]] = clo.make_steps(groups_of(checkpoint, 3), CLO, data.Packing(row_tokens=512, micro_rows=9), None)
+    [[batch]] = data.make_steps(groups_of(checkpoint, 3), CLO, data.Packing(row_tokens=512, micro_rows=9), None)
     continuations = [(fork, ids) for fork in batch.forks for ids in fork.continuations]
     assert len(batch.chosen) == 2 * 3 and len(batch.nll) == 3
     for chosen, rejected in zip(batch.chosen, batch.rejected):
@@ -173,9 +173,9 @@ def test_a_pair_with_equal_responses_leaves_the_preference_and_stays_in_the_nll(
     rows, packing = parallel_rows(2), data.Packing(row_tokens=512)
     rows[0]["sw"]["response"] = rows[0]["en"]["response"]
     groups, _ = data.make_forks(rows, load_tokenizer(checkpoint), "en", "sw", 512)
-    [[batch]] = clo.make_steps(groups, CLO, packing, None)
+    [[batch]] = data.make_steps(groups, CLO, packing, None)
     assert len(batch.chosen) == 2 and len(batch.nll) == 2
-    [[batch]] = clo.make_steps(groups, DPO, packing, None)
+    [[batch]] = data.make_steps(groups, DPO, packing, None)
     assert len(batch.chosen) == 2 and {fork.row for fork in batch.forks} == {"1"}
 
 
@@ -183,7 +183,7 @@ def test_a_pair_with_equal_responses_leaves_the_preference_and_stays_in_the_nll(
                          [("sft", {"en", "sw"}), ("sft-en", {"en"}), ("sft-tgt", {"sw"})])
 def test_plain_fine_tuning_reads_the_right_responses_of_its_languages_only(checkpoint, method, languages):
     groups = groups_of(checkpoint)
-    batches = [batch for step in clo.make_steps(groups, objective(method), SMALL, 0) for batch in step]
+    batches = [batch for step in data.make_steps(groups, objective(method), SMALL, 0) for batch in step]
     assert {fork.language for batch in batches for fork in batch.forks} == languages
     assert all(len(fork.continuations) == 1 for batch in batches for fork in batch.forks)
     assert clo.Counts.of(batches).nll_tokens == sum(
@@ -196,7 +196,7 @@ def test_with_several_targets_an_english_fork_rejects_every_translation_and_metr
             for row in parallel_rows(4)]
     tokenizer, model = load_tokenizer(checkpoint), llama.load(checkpoint, dtype=torch.float64)
     groups, _ = data.make_forks(rows, tokenizer, "en", ["sw", "yo"], 512)
-    [[batch]] = clo.make_steps(groups, CLO, data.Packing(row_tokens=512, micro_rows=9), None)
+    [[batch]] = data.make_steps(groups, CLO, data.Packing(row_tokens=512, micro_rows=9), None)
     assert len(batch.chosen) == 4 * 3 * 2 and len(batch.nll) == 4 * 2
     continuations = [(fork, ids) for fork in batch.forks for ids in fork.continuations]
     for fork in batch.forks:
@@ -223,7 +223,7 @@ def gradients(checkpoint, packing):
         for i, parameter in enumerate(parameters.values()):
             parameter += 0.05 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(i),
                                             dtype=torch.float64)
-    step = clo.make_steps(groups_of(checkpoint), CLO, packing, None)[0]
+    step = data.make_steps(groups_of(checkpoint), CLO, packing, None)[0]
     noise = {}
     for batch in step:                # the same made-up reference for a continuation wherever it was packed
         sums = []
@@ -636,7 +636,7 @@ def test_the_time_of_a_step_ends_after_the_wait_for_its_numbers(checkpoint):
         def item(self):
             time.sleep(0.05)
             return 1.0
-    batches = clo.make_steps(groups_of(checkpoint), CLO, SMALL, None)[0]
+    batches = data.make_steps(groups_of(checkpoint), CLO, SMALL, None)[0]
     pairs = sum(len(batch.chosen) for batch in batches)
     result = {"loss": Late(), "nll": Late(), "grad_norm": Late(), "rewards": torch.zeros(2, pairs),
               "logps": torch.zeros(2, pairs)}

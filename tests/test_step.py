@@ -58,7 +58,7 @@ SMALL = data.Packing(batch_size=3, row_tokens=40, micro_rows=2)
 
 
 def make_steps(packing=SMALL):
-    return clo.make_steps(make_forks(), CLO, packing, seed=0)
+    return data.make_steps(make_forks(), CLO, packing, seed=0)
 
 
 def train_step(model, step, objective=CLO) -> tuple[dict, dict[str, torch.Tensor]]:
@@ -159,7 +159,7 @@ def equal_forks(number: int = 3) -> list[list[data.Fork]]:
 
 def test_a_step_without_a_pair_learns_from_its_responses_alone():
     model = make_model()
-    step, = clo.make_steps(equal_forks(), CLO, SMALL, seed=0)
+    step, = data.make_steps(equal_forks(), CLO, SMALL, seed=0)
     result, _ = train_step(model, step)
     clo.check_first_rewards(result["rewards"])
     assert result["rewards"].shape == (2, 0) and result["loss"] == 0.5 * result["nll"] > 0
@@ -167,14 +167,15 @@ def test_a_step_without_a_pair_learns_from_its_responses_alone():
 
 def test_methods_that_prefer_refuse_data_without_any_pair():
     with pytest.raises(InputError, match="the same response in all languages, so clo finds"):
-        job.check_pairs(equal_forks(), "rows", preferring_of("sft", "clo"))
-    job.check_pairs(equal_forks(), "rows", preferring_of("sft", "sft-en"))
-    job.check_pairs(equal_forks() + make_forks(1), "rows", preferring_of("sft", "clo"))
-    assert preferring_of("sft+dpo", "dpo") == ["sft+dpo", "dpo"]
+        job.check_pairs(equal_forks(), "rows", methods("sft", "clo"))
+    job.check_pairs(equal_forks(), "rows", methods("sft", "sft-en"))
+    job.check_pairs(equal_forks() + make_forks(1), "rows", methods("sft", "clo"))
+    with pytest.raises(InputError, match="so sft.dpo finds"):
+        job.check_pairs(equal_forks(), "rows", methods("sft+dpo", "clo"))
 
 
-def preferring_of(baseline: str, method: str) -> list[str]:
-    return clo.preferring(clo.parse_args(["--lang", "sw", "--baseline", baseline, "--method", method]))
+def methods(baseline: str, method: str) -> dict[str, list[clo.Stage]]:
+    return clo.wanted_methods(clo.parse_args(["--lang", "sw", "--baseline", baseline, "--method", method]), 8)
 
 
 def test_our_adamw_is_torchs_bit_for_bit():
