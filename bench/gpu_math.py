@@ -82,10 +82,13 @@ def env(smoke: bool, out: Path) -> None:
         **measure.versions())
     n, size, seconds = (256, 2**20, 0.1) if smoke else (8192, 2**31, 2)
     if not smoke:
+        card = torch.cuda.get_device_properties(0)
+        size = card.total_memory / 1e9
+        say("device", key=f"{card.name}, {size:.0f} GB", processors=card.multi_processor_count)
+    if shutil.which("nvidia-smi"):
         query = ["nvidia-smi", "--query-gpu=clocks.sm,clocks.max.sm,power.limit", "--format=csv,noheader"]
         state = subprocess.run(query, capture_output=True, text=True)
-        card = torch.cuda.get_device_properties(0)
-        say("device", key=f"{card.name}, {card.total_memory / 1e9:.0f} GB", clocks=state.stdout.strip())
+        say("clocks, power", found=state.stdout.strip())
 
     source, target = (torch.empty(size, dtype=torch.uint8, device=device) for _ in range(2))
     took = sustained_seconds(lambda: target.copy_(source), device, seconds)
@@ -247,11 +250,13 @@ def grads(smoke: bool, out: Path) -> None:
     for name, dtype, used, limit in (("plain fp32", torch.float32, None, 2e-3),
                                      ("compiled fp32", torch.float32, compiler, 2e-3),
                                      ("compiled bf16", torch.bfloat16, compiler, 8e-2)):
+        torch.compiler.reset()          # a function may be compiled so many times and no more
         with check(name):
             check_pass(name, dtype, used, limit, device, batches)
     for shape in MASKS[-1:] if smoke else MASKS:
         with check(f"attention {shape}"):
             check_attention(shape, device)
+    torch.compiler.reset()
     with check("recomputing"):
         check_recompute(torch.bfloat16, compiler, device, masked(batches[0], device))
 

@@ -177,9 +177,9 @@ def demo(smoke: bool, out: Path) -> None:
 
 
 def shard(smoke: bool, out: Path) -> None:
-    """The one process that torchrun would start for one GPU."""
+    """The one process that torchrun would start for one GPU; port 0 is any free one."""
     alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}
-    where = {"MASTER_ADDR": "localhost", "MASTER_PORT": "29511"}
+    where = {"MASTER_ADDR": "localhost", "MASTER_PORT": "0"}
     run("clo.py --shard", clo_command(smoke, scratch() / "run", "--shard"), **alone, **where)
 
 
