@@ -83,8 +83,8 @@ def env(smoke: bool, out: Path) -> None:
     n, size, seconds = (256, 2**20, 0.1) if smoke else (8192, 2**31, 2)
     if not smoke:
         card = torch.cuda.get_device_properties(0)
-        size = card.total_memory / 1e9
-        say("device", key=f"{card.name}, {size:.0f} GB", processors=card.multi_processor_count)
+        gigabytes = card.total_memory / 1e9
+        say("device", key=f"{card.name}, {gigabytes:.0f} GB", processors=card.multi_processor_count)
     if shutil.which("nvidia-smi"):
         query = ["nvidia-smi", "--query-gpu=clocks.sm,clocks.max.sm,power.limit", "--format=csv,noheader"]
         state = subprocess.run(query, capture_output=True, text=True)
@@ -322,7 +322,7 @@ def logps(smoke: bool, out: Path) -> None:
              (37, 24, 101, bf16, 16 * 101 * 4),
              (9, 16, 515, fp16)]
     if not smoke:
-        cases += [(1, 64, 50257, bf16),
+        cases += [(65, 64, 50257, bf16),
                   (333, 72, 50257, bf16, 64 * 50257 * 4),
                   (257, 128, 32001, fp16),
                   (511, 256, 151936, bf16, 10**8),
