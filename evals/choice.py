@@ -127,6 +127,7 @@ class Question:
     texts: dict[str, str]              # passage, question, A, B, C, D
     gold: int
     text: str                          # as it is asked
+    name: str = ""                     # subject and number
     header: str = ""                   # description and worked examples
 
 
@@ -265,8 +266,8 @@ def description_of(task: Task, subject: str, language: str) -> str:
     return task.description.format(subject=spaced, language=language)
 
 
-def with_header(task: Task, question: Question, pool: list[Question], shots: int, language: str) -> Question:
-    """With its description and the first examples of the pool; never the question itself, nor its copy."""
+def header_of(task: Task, question: Question, pool: list[Question], shots: int, language: str) -> str:
+    """The description and the first examples of the pool; never the question itself, nor its copy."""
     header = description_of(task, question.subject, language)
     examples = [other for other in pool if other != question] if shots and not task.examples else pool
     if shots > len(examples):
@@ -274,7 +275,7 @@ def with_header(task: Task, question: Question, pool: list[Question], shots: int
                          f"but {question.subject} has only {len(examples)} examples")
     for example in examples[:shots]:
         header += f"{example.text} {LETTERS[example.gold]}\n\n"
-    return replace(question, header=header)
+    return header
 
 
 def by_subject(files: dict[Path, list[Question]]) -> dict[str, list[Question]]:
@@ -314,8 +315,9 @@ def read_benchmark(name: str, path, shots: int = 0, language: str = "", subjects
     pools = by_subject(examples)
     asked = []
     for subject in subjects or groups:
-        pool = pools.get(subject, [])
-        asked += [with_header(task, question, pool, shots, language) for question in groups[subject][:limit]]
+        for number, question in enumerate(groups[subject][:limit], 1):
+            header = header_of(task, question, pools.get(subject, []), shots, language)
+            asked.append(replace(question, name=f"{subject} {number}", header=header))
     used = {str(file.relative_to(root) if root.is_dir() else file.name): fingerprint(file)
             for file in files | examples}
     settings = {
@@ -379,29 +381,19 @@ def make_forks(where: str, prompt: list[int], choices: list[list[int]], max_toke
 # ----------------------------------------------------------------------------------------------------- scores
 
 @torch.no_grad()
-def sequence_logps(model, forks: list[data.Fork], batch_tokens: int, shared: list[int] | None = None):
-    """Yields ([index of a fork], [log-probs of each one's continuations, summed over tokens])
-    a batch of packed forks.
-
-    shared: tokens all prompts begin with; they are computed once.
-    batch_tokens: of a forward pass, at most, but for longer forks.
-    """
-    shared = shared or []
+def fork_logps(model, forks: list[data.Fork], batch_tokens: int):
+    """Yields (index of a fork, log-probs of its continuations, summed over tokens) as they are done. What all
+    prompts begin with is computed once. batch_tokens: of a forward pass, at most, but for longer forks."""
+    if not forks:
+        return
+    shared = common_prefix([fork.prompt for fork in forks])
     prefix = llama.keys_and_values(model, shared)
     rest = [replace(fork, prompt=fork.prompt[len(shared):]) for fork in forks]
     longest = max(fork.length for fork in rest)
     for batch in data.micro_batches(rest, max(batch_tokens, longest), 1, ends=False):
         sums = llama.continuation_logps(model, batch.to(model.head.device), prefix).cpu()
-        sizes = [len(fork.continuations) for fork in batch.forks]
-        yield batch.order, [part.tolist() for part in sums.split(sizes)]
-
-
-def logps_in_order(model, forks: list[data.Fork], batch_tokens: int) -> list[list[float]]:
-    """The log-probs of each fork's continuations."""
-    found = {}
-    for order, logps in sequence_logps(model, forks, batch_tokens):
-        found |= zip(order, logps)
-    return [found[i] for i in range(len(forks))]
+        parts = sums.split([len(fork.continuations) for fork in batch.forks])
+        yield from zip(batch.order, [part.tolist() for part in parts])
 
 
 def score(model, tokenizer, questions: list[Question], batch_tokens: int = 2048):
@@ -419,15 +411,12 @@ def score(model, tokenizer, questions: list[Question], batch_tokens: int = 2048)
             if len(forks) == 1:
                 whole[index] = forks[0]
                 continue
-            logps = [logp for logp, in logps_in_order(model, forks, batch_tokens)]
+            found = dict(fork_logps(model, forks, batch_tokens))
+            logps = [found[i][0] for i in range(len(forks))]
             yield index, verdict(question, logps, cut=True)
-        if not whole:
-            continue
-        names, forks = list(whole), list(whole.values())
-        shared = common_prefix([fork.prompt for fork in forks])
-        for order, found in sequence_logps(model, forks, batch_tokens, shared):
-            for i, logps in zip(order, found):
-                yield names[i], verdict(questions[names[i]], logps, cut=False)
+        names = list(whole)
+        for i, logps in fork_logps(model, list(whole.values()), batch_tokens):
+            yield names[i], verdict(questions[names[i]], logps, cut=False)
 
 
 def multiple_choice(model, tokenizer, questions: list[Question], batch_tokens: int = 2048) -> list[dict]:
@@ -454,14 +443,14 @@ def accuracy(*subjects: list[bool]) -> dict:
         spread += sum(correct) * (1 - sum(correct) / len(correct))
     free = n - len(subjects)
     error = 100 * math.sqrt(spread / free / n) if free else None
-    return {"accuracy": 100 * right / n, "stderr": error, "n": n}
+    return {"value": 100 * right / n, "stderr": error, "n": n}
 
 
-def summarise(benchmark: Benchmark, verdicts: list[dict]) -> dict:
-    """{"all", "categories": {name}, "subjects": {name}}, each with accuracy, stderr and n."""
+def summarise(benchmark: Benchmark, verdicts: dict[str, dict]) -> dict:
+    """{"all", "categories": {name}, "subjects": {name}} of verdicts by question, each with value, stderr, n."""
     subjects, categories = {}, {}
-    for question, result in zip(benchmark.questions, verdicts):
-        subjects.setdefault(question.subject, []).append(result["correct"])
+    for question in benchmark.questions:
+        subjects.setdefault(question.subject, []).append(verdicts[question.name]["correct"])
     for name, members in benchmark.categories.items():
         parts = [correct for subject, correct in subjects.items() if subject in members]
         if parts:

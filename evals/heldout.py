@@ -1,14 +1,22 @@
-"""Held-out pairs during training: rewards, margins and accuracies split by direction, and the NLL of right responses.
+"""Held-out pairs during training: rewards, margins and accuracies split by direction, and the NLL of right
+responses; and for `eval.py perplexity` that NLL per byte.
 
 TRL's metric names, with a side behind each: `en` the source, `tgt` all targets, and where there are several
 targets each of them as `tgt_sw`. Watch nll_en: a preference loss alone lets it rise.
 """
 
+import math
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
+from evals import choice
+from evals.figures import MEAN, Sample
+
 SHOWN = {"nll": "nll_", "accuracy": "rewards/accuracies_", "margin": "rewards/margins_"}
 SAMPLE_ANSWERS = 2              # held-out questions whose answers every validation shows
+PER_BYTE = replace(MEAN, digits=4)
 
 
 def sides(side: Tensor, targets: list[str]) -> dict[str, Tensor]:
@@ -68,3 +76,34 @@ def describe(step: int, metrics: dict, answers: list[dict]) -> str:
         wanted = "" if answer["reply"] == answer["expected"] else f"  (expected: {answer['expected']})"
         lines.append(f"    {answer['language']}: {answer['reply']}{wanted}")
     return "\n".join(lines)
+
+
+def response_lines(model, tokenizer, rows: list[dict], places: dict[str, str], done: set, system_prompt: str,
+                   batch_tokens: int):
+    """Yields a line with the NLL of each row's response in the languages of `places`, but for those that are
+    done."""
+    for place, language in places.items():
+        left = [row for row in rows if (place, row["row_id"]) not in done]
+        forks, cut = [], []
+        for row in left:
+            prompt = tokenizer.prompt_ids(row[language]["prompt"], system_prompt)
+            reply = tokenizer.response_ids(row[language]["response"])
+            where = f"row {row['row_id']} in {language}"
+            forks += choice.make_forks(where, prompt, [reply], model.config.max_position_embeddings)
+            cut.append(len(forks[-1].prompt) < len(prompt))
+        for i, (logp,) in choice.fork_logps(model, forks, batch_tokens):
+            yield {
+                "question": left[i]["row_id"],
+                "place": place,
+                "nll": -logp,
+                "cut": cut[i],
+                "bytes": len(left[i][language]["response"].encode()),
+                "tokens": len(forks[i].continuations[0])}
+
+
+def byte_figures(place: str, lines: list[dict]) -> dict[str, dict]:
+    """Bits, nats and their exponential per byte of one language's responses."""
+    nats = Sample(PER_BYTE, {line["question"]: (line["nll"], line["bytes"]) for line in lines}).told()
+    bits = nats | {key: nats[key] and nats[key] / math.log(2) for key in ("value", "stderr")}
+    exponential = nats | {"value": math.exp(nats["value"]), "stderr": None}
+    return {f"bits/byte {place}": bits, f"nll/byte {place}": nats, f"perplexity/byte {place}": exponential}

@@ -9,7 +9,6 @@ import json
 from evals.figures import (FIGURES, SHORT_ANSWER, SHORT_REPLY, Difference, Sample, languages_told, measure,
                            paired_difference)
 
-
 Answers = dict[str, list[dict]]     # {method: lines of its answers.jsonl}
 
 
@@ -27,9 +26,13 @@ def table(header: list[str], lines: list[list[str]]) -> str:
     return "\n".join(text)
 
 
-def with_error(value: float, error: float | None, digits: int) -> str:
-    shown = f"{value:.{digits}f}"
-    return shown if error is None else f"{shown} ± {error:.{digits}f}"
+def shown(figure: dict | None) -> str:
+    """A figure's {"value", "stderr", "digits"} in a cell, as far as they are known."""
+    if figure is None:
+        return "-"
+    digits, error = figure.get("digits", 2), figure.get("stderr")
+    text = f"{figure['value']:.{digits}f}"
+    return text if error is None else f"{text} ± {error:.{digits}f}"
 
 
 # ----------------------------------------------------------------------------------------- report of one run
@@ -90,16 +93,15 @@ def by_language_and_method(answers: Answers, languages: list[str]) -> list[tuple
 def answer_section(answers: Answers, languages: list[str], questions: int | None) -> list[str]:
     """A row for each language and method, a column for each figure that one of them has. questions: how many
     there were to answer, if that is known."""
-    rows, known = [], set()
+    rows = []
     for language, name, lines in by_language_and_method(answers, languages):
-        samples = measure(lines)
-        known.update(samples)
-        rows.append((language, name, samples))
+        told = {key: sample.told() for key, sample in measure(lines).items()}
+        rows.append((language, name, told))
+    known = set().union(*(told for _, _, told in rows))
     figures = [figure for figure in FIGURES if figure.name in known]
     cells = []
-    for language, name, samples in rows:
-        shown = [shown_sample(samples.get(figure.name)) for figure in figures]
-        cells.append([language, name, *shown])
+    for language, name, told in rows:
+        cells.append([language, name, *(shown(told.get(figure.name)) for figure in figures)])
     asked = len(lines)
     which = f"the first {asked} of {questions}" if questions and asked < questions else str(asked)
     legend = [f"Answers to {which} questions in each language, ± standard error over questions:"]
@@ -108,25 +110,16 @@ def answer_section(answers: Answers, languages: list[str], questions: int | None
     return ["\n".join(legend), table(["language", "method", *titles], cells)]
 
 
-def shown_sample(sample: Sample | None) -> str:
-    if sample is None:
-        return "-"
-    return with_error(sample.value, sample.error, sample.figure.digits)
-
-
 def language_section(answers: Answers, languages: list[str]) -> list[str]:
     """In which languages the replies are that are not in the right one, counted; and the very short ones
     apart, whose language is hard to tell."""
-    rows, left_out = [], {}
+    rows, left_out, parts = [], {}, []
     for language, name, lines in by_language_and_method(answers, languages):
-        counts = languages_told(lines)
-        judged = counts.pop("n_language")
+        judged, *counts = languages_told(lines).values()
         left_out[language] = len(lines) - judged
-        if any(counts.values()):
-            cells = map(str, (judged, *counts.values()))
-            rows.append([language, name, *cells])
+        if any(counts):
+            rows.append([language, name, *map(str, (judged, *counts))])
     same = [f"{count} of {language}" for language, count in left_out.items() if count]
-    parts = []
     if same:
         parts += [f"Answers that are the same in another language are left out of the language figures: "
                   f"{', '.join(same)}."]
@@ -141,9 +134,8 @@ def heldout_section(methods: dict, languages: list[str], lang: str) -> list[str]
     lines = []
     for language in languages:
         place = side(language, languages[0], lang)
-        keys = [f"{figure}_{place}" for figure in HELD_OUT.values()]
         for name, scores in methods.items():
-            values = [scores["heldout"].get(key) for key in keys]
+            values = [scores["heldout"].get(f"{figure}_{place}") for figure in HELD_OUT.values()]
             cells = ["-" if value is None else f"{value:.3f}" for value in values]
             lines.append([language, name, *cells])
     return ["Held-out pairs: NLL per token of the right response (lower is better), "
@@ -157,20 +149,17 @@ def example_sections(answers: Answers, languages: list[str], examples: int) -> l
     sections = []
     for language in languages:
         replies = [in_language(lines, language)[:examples] for lines in answers.values()]
-        for lines in zip(*replies):
-            text = [on_one_line(lines[0]["prompt"])]
-            text += ["- expected: " + on_one_line(lines[0]["expected"])]
-            for name, line in zip(answers, lines):
-                text += [f"- {name}: " + on_one_line(line["reply"])]
+        for first, *others in zip(*replies):
+            text = [on_one_line(first["prompt"]), "- expected: " + on_one_line(first["expected"])]
+            for name, line in zip(answers, (first, *others)):
+                text.append(f"- {name}: " + on_one_line(line["reply"]))
             sections.append("\n".join(text))
     return sections
 
 
 def on_one_line(text: str) -> str:
     text = " ".join(text.split())
-    if len(text) <= EXAMPLE_WIDTH:
-        return text
-    return text[:EXAMPLE_WIDTH] + "…"
+    return text if len(text) <= EXAMPLE_WIDTH else text[:EXAMPLE_WIDTH] + "…"
 
 
 # ------------------------------------------------------------------------------------------- what has changed
@@ -198,11 +187,9 @@ def closing_lines(answers: Answers) -> list[str]:
 def changes(one: dict[str, Sample], other: dict[str, Sample], language: str) -> str:
     told = []
     for name, title in CHANGES.items():
-        if name not in one or name not in other:
-            continue
-        figure = one[name].figure
-        found = paired_difference([one[name]], [other[name]])
+        found = paired_difference([one[name]], [other[name]]) if name in one and name in other else None
         if found:
+            figure = one[name].figure
             unit = " points" if figure.is_share else ""
             verdict = f" ({found.verdict})" if found.verdict else ""
             change = shown_difference(found, figure.digits)

@@ -326,7 +326,7 @@ def test_errors_are_those_of_the_harness():
 
 def test_pooling_weights_by_questions_and_ignores_differences_between_subjects():
     whole = choice.accuracy([True] * 4, [False] * 2, [True])
-    assert whole == {"accuracy": pytest.approx(500 / 7), "stderr": 0.0, "n": 7}
+    assert whole == {"value": pytest.approx(500 / 7), "stderr": 0.0, "n": 7}
     assert choice.accuracy([True])["stderr"] is None and choice.accuracy([True], [False])["stderr"] is None
 
 
