@@ -14,7 +14,8 @@ import statistics
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from engine.files import InputError, need, read_json, read_records
+from engine.files import InputError, need, read_json
+from evals.answers import read_lines
 from evals.figures import ANSWER_KEYS, MEAN, RESAMPLES, SHARE, Sample, measure, paired_difference
 from evals.report import in_language, shown, shown_difference, side, table
 
@@ -41,15 +42,6 @@ class Result:
     def row(self) -> tuple[str, str, str]:
         """What is averaged over seeds."""
         return self.language, self.size, self.method
-
-
-def read_lines(path: Path, keys: tuple[str, ...] = ()) -> list[dict]:
-    """The objects of a JSONL file, or an InputError that names the line without one of the keys."""
-    found = read_records(path)
-    for where, line in found:
-        for key in keys:
-            need(line, key, where)
-    return [line for _, line in found]
 
 
 def holds(directory: Path, name: str, key: str) -> bool:

@@ -79,7 +79,7 @@ def answer_lines(model, tokenizer, items: list[dict], how: Decoding, batch_size:
     equals an undisturbed one."""
     for first in range(done // batch_size * batch_size, len(items), batch_size):
         questions = [item["instruction"] for item in items[first:first + batch_size]]
-        replies = zip(questions, how.replies(model, tokenizer, questions, first))
+        replies = zip(questions, how.replies(model, tokenizer, questions, first, batch_size))
         for question, (text, tokens) in [*replies][max(done - first, 0):]:
             yield {"instruction": question, "output": text, "tokens": tokens}
 
