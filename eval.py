@@ -27,30 +27,19 @@ from evals.choice import multiple_choice            # noqa: F401
 from evals.instructions import answer_lines, model_outputs, read_instructions, translate_instructions
 from evals.language import fit_languages, reply_language    # noqa: F401
 from evals.report import shown, table
-from evals.systems import check_system, compute_dtype, keep, locate, open_model, out_directory, unusual
+from evals.systems import (
+    check_system, compute_dtype, finish, keep, locate, open_model, out_directory, short, tell_cut, tell_notes,
+    unusual)
 from evals.verdict import VERDICT
 from formats import hub
-from formats.chat import Tokenizer, load_tokenizer
+from formats.chat import load_tokenizer
 from formats.languages import normal, split_commas
-from formats.records import describe_counts, read_rows, require_languages
 from formats.weights import DTYPES
 
 JUDGE = "gpt-4o"
 
 
-def finish(out: Path, settings: dict, figures: dict, **details) -> None:
-    """result.json: the figures and everything they depend on. `compare` reads it."""
-    write_json(out / "result.json", {"figures": figures, **details, "settings": settings})
-    print(f"settings and details: {out}/result.json; answers: {out}/answers.jsonl")
-
-
 # -------------------------------------------------------------------------------------------------------- ask
-
-def tell_notes(tokenizer: Tokenizer) -> None:
-    """Where prompts and replies differ from the text the chat template itself would write."""
-    for note in tokenizer.chat.notes:
-        print(note, file=sys.stderr)
-
 
 def ask(args) -> None:
     """Answer one question, or questions typed one at a time until an empty line. Each stands alone."""
@@ -106,43 +95,34 @@ def mc(args) -> None:
     """Score a multiple-choice benchmark: accuracies with their standard error,
     and every question's log-probs."""
     subjects = sorted({*split_commas(args.subjects or "")})
-    benchmark = choice.read_benchmark(args.benchmark, args.files, args.shots, args.lang, subjects, args.split,
-                                      args.limit)
+    benchmark = choice.read_benchmark(
+        args.benchmark, args.files, args.shots,
+        args.lang, subjects, args.split, args.limit)
     model, tokenizer, settings = open_model(args.model, args.adapter, args.device, args.dtype)
     del settings["tokenizer and template"]         # a question is plain text: a template has no part in it
     settings |= {"tokenizer": fingerprint(tokenizer.full.to_str(), tokenizer.names)} | benchmark.settings
-    name = [args.benchmark, args.lang, f"{args.shots}-shot", unusual(args.split, "test"), short(subjects),
-            unusual(args.limit, None, "first {}")]
+    name = [
+        args.benchmark,
+        args.lang,
+        f"{args.shots}-shot",
+        unusual(args.split, "test"),
+        short(subjects),
+        unusual(args.limit, None, "first {}")]
     figure = " ".join(filter(None, name))
     out = args.out or out_directory(settings, *name, settings["dtype"])
     keys = ("question", "correct", "choice", "cut", "scores")
     with Journal(out / "answers.jsonl", settings, keys, args.fresh) as journal:
         done = {line["question"] for line in journal.done}
         left = [question for question in benchmark.questions if question.name not in done]
-        lines = ({"question": left[i].name, "gold": left[i].gold, **found,
-                  "scores": {figure: 100.0 * found["correct"]}}
-                 for i, found in choice.score(model, tokenizer, left, args.batch_tokens))
+        scored = choice.score(model, tokenizer, left, args.batch_tokens)
+        lines = (line | {"scores": {figure: 100.0 * line["correct"]}} for _, line in scored)
         keep(journal, lines, len(benchmark.questions), figure, "question")
     summary = choice.summarise(benchmark, {line["question"]: line for line in journal.done})
     categories = {f"all of {name}": part for name, part in summary["categories"].items()}
     parts = {**summary["subjects"], **categories, "all": summary["all"]}
-    print(table([figure, "accuracy %", "questions"],
-                [[name, shown(part), str(part["n"])] for name, part in parts.items()]))
+    cells = [[name, shown(part), str(part["n"])] for name, part in parts.items()]
+    print(table([figure, "accuracy %", "questions"], cells))
     finish(out, settings, {figure: summary["all"]}, **summary, cut=tell_cut(journal))
-
-
-def short(subjects: list[str]) -> str:
-    """Names of subjects for a figure and a directory; of many, how many and a hash."""
-    text = ",".join(subjects)
-    return text if len(text) <= 60 else f"{len(subjects)} subjects {fingerprint(subjects)[:6]}"
-
-
-def tell_cut(journal: Journal) -> int:
-    """How many prompts were cut; said, since it lowers scores."""
-    cut = sum(line["cut"] for line in journal.done)
-    if cut:
-        print(f"{cut} of {len(journal.done)} prompts were longer than the model reads and lost their start")
-    return cut
 
 
 # ------------------------------------------------------------------------------------------------- perplexity
@@ -151,9 +131,10 @@ def perplexity(args) -> None:
     """NLL of held-out responses per UTF-8 byte (the stop token's too), in nats and in bits, which models with
     other tokenizers can be compared with, and its exponential."""
     path = hub.data_file(args.data)
-    rows = scored_rows(path, args.source, args.lang, args.split)
-    model, tokenizer, settings = open_model(args.model, args.adapter, args.device, args.dtype,
-                                            args.template_args)
+    rows = heldout.scored_rows(path, args.source, args.lang, args.split)
+    model, tokenizer, settings = open_model(
+        args.model, args.adapter, args.device,
+        args.dtype, args.template_args)
     tell_notes(tokenizer)
     settings |= {
         "language": args.lang,
@@ -164,39 +145,34 @@ def perplexity(args) -> None:
         "rows": len(rows),
         "system_prompt": args.system_prompt,
         "scored": "the response and its stop token, after the prompt"}
-    out = args.out or out_directory(
-        settings, "perplexity", args.lang, unusual(args.source, "en"),
-        path.with_suffix("").as_posix().strip("./"), unusual(args.split, "test"),
-        fingerprint(args.system_prompt)[:6] if args.system_prompt else "", settings["dtype"])
+    name = [
+        "perplexity",
+        args.lang,
+        unusual(args.source, "en"),
+        path.with_suffix("").as_posix().strip("./"),
+        unusual(args.split, "test"),
+        fingerprint(args.system_prompt)[:6] if args.system_prompt else "",
+        settings["dtype"]]
+    out = args.out or out_directory(settings, *name)
     places = {comparison.SOURCE: args.source, comparison.TARGET: args.lang}
     keys = ("question", "place", "nll", "bytes", "tokens", "cut")
     with Journal(out / "answers.jsonl", settings, keys, args.fresh) as journal:
         done = {(line["place"], line["question"]) for line in journal.done}
-        lines = heldout.response_lines(model, tokenizer, rows, places, done, args.system_prompt,
-                                       args.batch_tokens)
+        lines = heldout.response_lines(
+            model, tokenizer, rows, places, done,
+            args.system_prompt, args.batch_tokens)
         keep(journal, lines, 2 * len(rows), "nll", "response")
     figures, cells = {}, []
     for place, language in places.items():
         lines = [line for line in journal.done if line["place"] == place]
         found = heldout.byte_figures(place, lines)
         per_token = sum(line["nll"] for line in lines) / sum(line["tokens"] for line in lines)
-        cells.append([language, *map(shown, found.values()), f"{per_token:.4f}", str(len(lines))])
+        told = [shown(figure) for figure in found.values()]
+        cells.append([language, *told, f"{per_token:.4f}", str(len(lines))])
         figures |= found
-    print(table(["", "bits per byte", "nll per byte", "perplexity per byte", "nll per token", "rows"], cells))
+    header = ["", "bits per byte", "nll per byte", "perplexity per byte", "nll per token", "rows"]
+    print(table(header, cells))
     finish(out, settings, figures, cut=tell_cut(journal))
-
-
-def scored_rows(path: Path, source: str, target: str, split: str) -> list[dict]:
-    """The rows of a file in both languages and of a split."""
-    counts = Counter()
-    rows = read_rows(path, source, counts=counts, targets=[target], unique=True)
-    rows = require_languages(rows, source, target)
-    print(f"{path}: {describe_counts(counts)}")
-    if split:
-        rows = [row for row in rows if row.get("split", split) == split]
-    if not rows:
-        raise InputError(f"{path} has no row of split {split!r}: see --split")
-    return rows
 
 
 # ------------------------------------------------------------------------------------------------- AlpacaEval
@@ -207,10 +183,12 @@ def alpaca(args) -> None:
     items = read_instructions(args.instructions, language)[:args.limit]
     check_system(args.model, args.adapter)
     if args.translator:
-        items = translate_instructions(items, args.translator, args.device, args.source, args.lang,
-                                       args.beams)
-    model, tokenizer, settings = open_model(args.model, args.adapter, args.device, args.dtype,
-                                            args.template_args)
+        items = translate_instructions(
+            items, args.translator, args.device,
+            args.source, args.lang, args.beams)
+    model, tokenizer, settings = open_model(
+        args.model, args.adapter, args.device,
+        args.dtype, args.template_args)
     tell_notes(tokenizer)
     how = Decoding(args.system_prompt, args.max_tokens, args.temperature, args.top_p, args.seed)
     settings |= {
@@ -254,15 +232,19 @@ def judge_outputs(args) -> None:
         "order": args.order,
         "order seed": args.seed,
         "language": args.lang or settings.get("language")}
-    # beside the answers; whatever is not the default has a directory of its own
-    out = args.out or winrate.directory_of(
-        Path(args.outputs), Path(args.reference), unusual(args.judge_model, JUDGE),
-        unusual(args.order, "random"), unusual(args.seed, 0, "seed {}"), unusual(args.limit, None, "first {}"))
+    name = [                              # whatever is not the default has a directory of its own
+        unusual(args.judge_model, JUDGE),
+        unusual(args.order, "random"),
+        unusual(args.seed, 0, "seed {}"),
+        unusual(args.limit, None, "first {}")]
+    out = args.out or winrate.directory_of(Path(args.outputs), Path(args.reference), *name)
     model, reference = pairs[0]["generator_2"], pairs[0]["generator_1"]
     figure = f"win rate over {reference}"
     keys = ("question", "preference", "reading", "refused", "prompt_tokens", "completion_tokens")
     with Journal(out / "answers.jsonl", settings, keys, args.fresh) as journal:
-        failed = judge.judge_pairs(pairs, asked, args.order, args.seed, args.lang, args.parallel, journal, figure)
+        failed = judge.judge_pairs(
+            pairs, asked, args.order, args.seed, args.lang,
+            args.parallel, journal, figure)
     kinds = winrate.tell_failures(failed, len(pairs))
     annotator = f"{args.judge_model}, {args.order} order, prompt {judge.prompt_hash()}"
     annotations = winrate.annotation_records(pairs, journal.done, annotator)
@@ -270,7 +252,10 @@ def judge_outputs(args) -> None:
     rate = winrate.win_rate(annotations)
     print(f"{model} against {reference}: {winrate.describe_rate(rate)}")
     details = winrate.judge_details(journal.done, args.price_in, args.price_out)
-    value = {"value": rate["win_rate"], "stderr": rate["standard_error"], "n": rate["n_total"]}
+    value = {
+        "value": rate["win_rate"],
+        "stderr": rate["standard_error"],
+        "n": rate["n_total"]}
     finish(out, settings, {figure: value}, win_rate=rate, failed=kinds, **details)
 
 
@@ -408,32 +393,42 @@ def add_compare(parser) -> None:
 
 
 COMMANDS = {                     # name: (flags, function, what it is, an example)
-    "ask": (add_ask, ask, "one answer, or a small terminal conversation",
-            'ask --adapter runs/sw/clo/adapter --beside "Mji mkuu wa Ufaransa ni upi?"'),
-    "mc": (add_mc, mc, "multiple choice: MMLU, MMMLU, CMMLU, BELEBELE",
-           "mc belebele data/belebele --lang sw --shots 5 --adapter runs/sw/clo/adapter"),
-    "perplexity": (add_perplexity, perplexity, "NLL of held-out responses per byte, in both languages",
-                   "perplexity --lang sw --adapter runs/sw/clo/adapter"),
-    "alpaca": (add_alpaca, alpaca, "answers to a list of instructions, in alpaca_eval's format",
-               "alpaca --instructions alpaca_eval.json --lang sw --translator m2m100_1.2B "
-               "--adapter runs/sw/clo/adapter"),
-    "judge": (add_judge, judge_outputs, "win rate by a judge behind an OpenAI-compatible server",
-              "judge clo/model_outputs.json sft/model_outputs.json --lang sw\n"
-              "(needs the openai package, and OPENAI_API_KEY; for a server of your own, which needs no key, "
-              "export OPENAI_BASE_URL=http://localhost:8000/v1)"),
-    "winrate": (add_winrate, count_wins, "win rate of a finished file of annotations",
-                "winrate clo/against-sft/annotations.json"),
-    "compare": (add_compare, compare, "one table over many runs, with plots",
-                "compare runs/sw runs/yo --plot plots")}
+    "ask": (
+        add_ask, ask, "one answer, or a small terminal conversation",
+        'ask --adapter runs/sw/clo/adapter --beside "Mji mkuu wa Ufaransa ni upi?"'),
+    "mc": (
+        add_mc, mc, "multiple choice: MMLU, MMMLU, CMMLU, BELEBELE",
+        "mc belebele data/belebele --lang sw --shots 5 --adapter runs/sw/clo/adapter"),
+    "perplexity": (
+        add_perplexity, perplexity, "NLL of held-out responses per byte, in both languages",
+        "perplexity --lang sw --adapter runs/sw/clo/adapter"),
+    "alpaca": (
+        add_alpaca, alpaca, "answers to a list of instructions, in alpaca_eval's format",
+        "alpaca --instructions alpaca_eval.json --lang sw --translator m2m100_1.2B "
+        "--adapter runs/sw/clo/adapter"),
+    "judge": (
+        add_judge, judge_outputs, "win rate by a judge behind an OpenAI-compatible server",
+        "judge clo/model_outputs.json sft/model_outputs.json --lang sw\n"
+        "(needs the openai package, and OPENAI_API_KEY; for a server of your own, which needs no key, "
+        "export OPENAI_BASE_URL=http://localhost:8000/v1)"),
+    "winrate": (
+        add_winrate, count_wins, "win rate of a finished file of annotations",
+        "winrate clo/against-sft/annotations.json"),
+    "compare": (
+        add_compare, compare, "one table over many runs, with plots",
+        "compare runs/sw runs/yo --plot plots")}
 
 
 def parse_args(argv=None) -> argparse.Namespace:
-    parser = flags.Parser(prog="eval.py", description="Talk to a model, and measure what it answers.",
-                          epilog="python eval.py COMMAND --help says more.")
+    parser = flags.Parser(
+        prog="eval.py",
+        description="Talk to a model, and measure what it answers.",
+        epilog="python eval.py COMMAND --help says more.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, (add_flags, command, what, example) in COMMANDS.items():
-        sub = commands.add_parser(name, help=what, description=what,
-                                  epilog=f"Example:\n  python eval.py {example}")
+        sub = commands.add_parser(
+            name, help=what, description=what,
+            epilog=f"Example:\n  python eval.py {example}")
         add_flags(sub)
         sub.set_defaults(run=command)
     return parser.parse_args(argv)

@@ -420,7 +420,7 @@ def score(model, tokenizer, questions: list[Question], batch_tokens: int = 2048)
 
 
 def multiple_choice(model, tokenizer, questions: list[Question], batch_tokens: int = 2048) -> list[dict]:
-    """For each question {"choice": int, "correct": bool, "logp": [log-prob of each choice], "cut": bool};
+    """For each question {"choice": int, "correct": bool, "logp": [log-prob of each choice], "cut": bool, ...};
     cut: the prompt was longer than the model reads and lost its start."""
     scored = dict(score(model, tokenizer, questions, batch_tokens))
     return [scored[i] for i in range(len(questions))]
@@ -428,7 +428,13 @@ def multiple_choice(model, tokenizer, questions: list[Question], batch_tokens: i
 
 def verdict(question: Question, logps: list[float], cut: bool) -> dict:
     choice = logps.index(max(logps))                          # the first of equals
-    return {"choice": choice, "correct": choice == question.gold, "logp": logps, "cut": cut}
+    return {
+        "question": question.name,
+        "gold": question.gold,
+        "choice": choice,
+        "correct": choice == question.gold,
+        "logp": logps,
+        "cut": cut}
 
 
 # -------------------------------------------------------------------------------------------------- summaries

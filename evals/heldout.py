@@ -6,13 +6,17 @@ targets each of them as `tgt_sw`. Watch nll_en: a preference loss alone lets it 
 """
 
 import math
+from collections import Counter
 from dataclasses import replace
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from engine.files import InputError
 from evals import choice
 from evals.figures import MEAN, Sample
+from formats.records import describe_counts, read_rows, require_languages
 
 SHOWN = {"nll": "nll_", "accuracy": "rewards/accuracies_", "margin": "rewards/margins_"}
 SAMPLE_ANSWERS = 2              # held-out questions whose answers every validation shows
@@ -30,17 +34,17 @@ def sides(side: Tensor, targets: list[str]) -> dict[str, Tensor]:
 
 def pair_metrics(rewards: Tensor, logps: Tensor, side: Tensor, targets: list[str]) -> dict[str, float]:
     """Means over the pairs of each direction. rewards, logps (2, P): chosen, rejected; side (P,)."""
+    values = {
+        "rewards/chosen": rewards[0],
+        "rewards/rejected": rewards[1],
+        "rewards/margins": rewards[0] - rewards[1],
+        "rewards/accuracies": (rewards[0] > rewards[1]).double(),
+        "logps/chosen": logps[0],
+        "logps/rejected": logps[1]}
     metrics = {}
     for name, mask in sides(side, targets).items():
-        chosen, rejected = rewards[:, mask]
-        values = {
-            "rewards/chosen": chosen,
-            "rewards/rejected": rejected,
-            "rewards/margins": chosen - rejected,
-            "rewards/accuracies": (chosen > rejected).double(),
-            "logps/chosen": logps[0, mask],
-            "logps/rejected": logps[1, mask]}
-        metrics |= {f"{key}_{name}": value.mean().item() for key, value in values.items()}
+        for key, value in values.items():
+            metrics[f"{key}_{name}"] = value[mask].mean().item()
     return metrics
 
 
@@ -78,32 +82,52 @@ def describe(step: int, metrics: dict, answers: list[dict]) -> str:
     return "\n".join(lines)
 
 
+# ------------------------------------------------------------------------------------------------- perplexity
+
+def scored_rows(path: Path, source: str, target: str, split: str) -> list[dict]:
+    """The rows of a file in both languages and of a split."""
+    counts = Counter()
+    rows = read_rows(path, source, counts=counts, targets=[target], unique=True)
+    rows = require_languages(rows, source, target)
+    print(f"{path}: {describe_counts(counts)}")
+    if split:
+        rows = [row for row in rows if row.get("split", split) == split]
+    if not rows:
+        raise InputError(f"{path} has no row of split {split!r}: see --split")
+    return rows
+
+
 def response_lines(model, tokenizer, rows: list[dict], places: dict[str, str], done: set, system_prompt: str,
                    batch_tokens: int):
     """Yields a line with the NLL of each row's response in the languages of `places`, but for those that are
     done."""
+    longest = model.config.max_position_embeddings
     for place, language in places.items():
         left = [row for row in rows if (place, row["row_id"]) not in done]
-        forks, cut = [], []
+        forks, lines = [], []
         for row in left:
-            prompt = tokenizer.prompt_ids(row[language]["prompt"], system_prompt)
-            reply = tokenizer.response_ids(row[language]["response"])
-            where = f"row {row['row_id']} in {language}"
-            forks += choice.make_forks(where, prompt, [reply], model.config.max_position_embeddings)
-            cut.append(len(forks[-1].prompt) < len(prompt))
-        for i, (logp,) in choice.fork_logps(model, forks, batch_tokens):
-            yield {
-                "question": left[i]["row_id"],
+            name, texts = row["row_id"], row[language]
+            prompt = tokenizer.prompt_ids(texts["prompt"], system_prompt)
+            reply = tokenizer.response_ids(texts["response"])
+            fork, = choice.make_forks(f"row {name} in {language}", prompt, [reply], longest)
+            forks.append(fork)
+            lines.append({
+                "question": name,
                 "place": place,
-                "nll": -logp,
-                "cut": cut[i],
-                "bytes": len(left[i][language]["response"].encode()),
-                "tokens": len(forks[i].continuations[0])}
+                "cut": len(fork.prompt) < len(prompt),
+                "bytes": len(texts["response"].encode()),
+                "tokens": len(reply)})
+        for i, (logp,) in choice.fork_logps(model, forks, batch_tokens):
+            yield lines[i] | {"nll": -logp}
 
 
 def byte_figures(place: str, lines: list[dict]) -> dict[str, dict]:
     """Bits, nats and their exponential per byte of one language's responses."""
-    nats = Sample(PER_BYTE, {line["question"]: (line["nll"], line["bytes"]) for line in lines}).told()
-    bits = nats | {key: nats[key] and nats[key] / math.log(2) for key in ("value", "stderr")}
+    counts = {line["question"]: (line["nll"], line["bytes"]) for line in lines}
+    nats = Sample(PER_BYTE, counts).told()
+    bits = Sample(PER_BYTE, {name: (nll / math.log(2), size) for name, (nll, size) in counts.items()}).told()
     exponential = nats | {"value": math.exp(nats["value"]), "stderr": None}
-    return {f"bits/byte {place}": bits, f"nll/byte {place}": nats, f"perplexity/byte {place}": exponential}
+    return {
+        f"bits/byte {place}": bits,
+        f"nll/byte {place}": nats,
+        f"perplexity/byte {place}": exponential}

@@ -46,16 +46,13 @@ FOLDS = 4                   # parts of the texts that are held out in turn
 SURE = 0.8                  # below this posterior probability the classifier abstains
 
 
-@dataclass
-class Letters:
-    """How often each letter was seen after a context, and how often any was. " " ends a word."""
-    counts: dict[str, Counter]
-    totals: dict[str, float]
+Letters = dict[str, tuple[Counter, float]]      # {context: (how often each letter was seen after it, any)}
 
 
 @dataclass(eq=False)
 class LanguageModel:
-    """letters: of each language, after the letters before. background: of all texts, after their script."""
+    """letters: of each language, after the letters before; " " ends a word. background: of all texts, after
+    their script."""
     letters: dict[str, Letters]
     background: Letters
     floors: dict[str, float]
@@ -118,13 +115,14 @@ def count_letters(words: Counter, walk) -> Letters:
         for letter, contexts in walk(word):
             for context in contexts:
                 counts[context][letter] += math.sqrt(often)
-    return Letters(dict(counts), {context: seen.total() for context, seen in counts.items()})
+    return {context: (seen, seen.total()) for context, seen in counts.items()}
 
 
 def fit_words(lines: dict[str, list[list[str]]]) -> LanguageModel:
     """lines: the words of each line of each language."""
-    words = {language: Counter(word.lower() for line in part for word in line)
-             for language, part in lines.items()}
+    words = {}
+    for language, part in lines.items():
+        words[language] = Counter(word.lower() for line in part for word in line)
     models = {language: count_letters(part, steps_and_scripts) for language, part in words.items()}
     background = count_letters(sum(words.values(), Counter()), steps_in_script)
     return LanguageModel(models, background, dict.fromkeys(words, FLOOR))
@@ -132,14 +130,18 @@ def fit_words(lines: dict[str, list[list[str]]]) -> LanguageModel:
 
 def fit_languages(texts: dict[str, list[str]]) -> LanguageModel:
     """Fit the classifier on texts of each language (a few hundred lines are enough)."""
-    lines = {language: list(filter(None, map(split_words, enough(part)))) for language, part in texts.items()}
+    lines, folds = {}, {}
+    for language, part in texts.items():
+        own = [words for words in map(split_words, enough(part)) if words]
+        lines[language] = own
+        # neighbours stay together: a prompt and its response are much alike
+        cuts = [fold * len(own) // FOLDS for fold in range(FOLDS + 1)]
+        folds[language] = [own[start:end] for start, end in zip(cuts, cuts[1:])]
     languages, brought = fit_words(lines), defaultdict(list)
     for fold in range(FOLDS):
-        out = {language: held_out(part, fold) for language, part in lines.items()}
-        rest = fit_words({language: part[:out[language].start] + part[out[language].stop:]
-                          for language, part in lines.items()})
-        for language, part in lines.items():
-            for line in part[out[language]]:
+        rest = fit_words({language: sum(parts[:fold] + parts[fold + 1:], []) for language, parts in folds.items()})
+        for language, parts in folds.items():
+            for line in parts[fold]:
                 found, size = total_gains(without_names(line), rest)
                 brought[language].append((found[language] + TOLERANCE) / size)
     for language, own in brought.items():
@@ -154,29 +156,24 @@ def enough(texts: list[str]) -> list[str]:
     return texts[::2 * (size // (2 * ENOUGH)) + 1]
 
 
-def held_out(lines: list, fold: int) -> slice:
-    """Neighbours stay together: a prompt and its response are much alike."""
-    return slice(fold * len(lines) // FOLDS, (fold + 1) * len(lines) // FOLDS)
-
-
 # ---- evidence ----
 
 def probability(model: Letters, letter: str, contexts: list[str], new: float) -> float:
     """Each context corrects what the shorter one says, the more the oftener it was seen."""
     found = new
     for context in contexts:
-        if context in model.counts:
-            seen = model.counts[context]
-            found = (seen.get(letter, 0) + len(seen) * found) / (model.totals[context] + len(seen))
+        if context in model:
+            seen, total = model[context]
+            found = (seen.get(letter, 0) + len(seen) * found) / (total + len(seen))
     return found
 
 
 @lru_cache(maxsize=1 << 16)
 def gains(word: str, languages: LanguageModel) -> dict[str, float]:
     """Eq. 1 under each language."""
-    script, path = letter_script(word[0]), list(steps(word))
-    new = 1 / len(languages.background.counts.get(script, " "))
-    expected = [probability(languages.background, letter, [script], new) for letter, _ in path]
+    script, path, background = letter_script(word[0]), list(steps(word)), languages.background
+    new = 1 / len(background[script][0]) if script in background else 1
+    expected = [probability(background, letter, [script], new) for letter, _ in path]
     found = {}
     for language, model in languages.letters.items():
         found[language] = len(word) * math.log(probability(model, script, ["script"], NEW))

@@ -1,12 +1,13 @@
 """Which model an evaluation looks at, where its results lie, and how they get there."""
 
 import re
+import sys
 from pathlib import Path
 
 import torch
 
 import model as llama
-from engine.files import Journal, directory_fingerprint, fingerprint
+from engine.files import Journal, directory_fingerprint, fingerprint, write_json
 from engine.progress import progress
 from formats import hub
 from formats.chat import Tokenizer, load_tokenizer
@@ -63,6 +64,12 @@ def open_model(model: str | None, adapter: str | None, device: str, dtype: str,
         "torch": torch.__version__}
 
 
+def tell_notes(tokenizer: Tokenizer) -> None:
+    """Where prompts and replies differ from the text the chat template itself would write."""
+    for note in tokenizer.chat.notes:
+        print(note, file=sys.stderr)
+
+
 def out_directory(settings: dict, *names: str) -> Path:
     """runs/eval/NAMES-SYSTEM: one directory for each evaluation of each model or adapter."""
     system = Path(settings["adapter"] or settings["model"]).as_posix().strip("./")
@@ -88,3 +95,23 @@ def keep(journal: Journal, lines, total: int, label: str, unit: str) -> None:
         for line in lines:
             journal.add(line)
             bar.update()
+
+
+def short(subjects: list[str]) -> str:
+    """Names of subjects for a figure and a directory; of many, how many and a hash."""
+    text = ",".join(subjects)
+    return text if len(text) <= 60 else f"{len(subjects)} subjects {fingerprint(subjects)[:6]}"
+
+
+def tell_cut(journal: Journal) -> int:
+    """How many prompts were cut; said, since it lowers scores."""
+    cut = sum(line["cut"] for line in journal.done)
+    if cut:
+        print(f"{cut} of {len(journal.done)} prompts were longer than the model reads and lost their start")
+    return cut
+
+
+def finish(out: Path, settings: dict, figures: dict, **details) -> None:
+    """result.json: the figures and everything they depend on. `compare` reads it."""
+    write_json(out / "result.json", {"figures": figures, **details, "settings": settings})
+    print(f"settings and details: {out}/result.json; answers: {out}/answers.jsonl")
