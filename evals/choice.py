@@ -156,9 +156,9 @@ def read_table(path: Path, names: tuple[str, ...], header: bool) -> list[tuple[s
     return [(where, dict(zip(columns, cells))) for where, cells in rows]
 
 
-def read_file(task: Task, path: Path, split: str) -> list[Question]:
-    """The questions of a csv as distributed, or of a jsonl file from the hub. Subjects are files, but where
-    every row names its own. A number that rows carry tells copies of a row."""
+def read_file(task: Task, path: Path, name: str) -> list[Question]:
+    """The questions of a csv as distributed, or of a jsonl file from the hub, on the subject `name` where rows
+    do not name their own. A number that rows carry tells copies of a row."""
     joined = task.name == "mmlu" and path.suffix == ".jsonl"
     own = "subject" if joined else "Subject" if task.name == "mmmlu" else ""
     if path.suffix == ".jsonl":
@@ -167,7 +167,7 @@ def read_file(task: Task, path: Path, split: str) -> list[Question]:
         rows = read_table(path, (*task.keys, own) if own else task.keys, header=task.name != "mmlu")
     questions, numbered = [], []
     for where, row in rows:
-        subject = path.stem.removesuffix(f"_{split}")
+        subject = name
         if own:                        # MMMLU's may carry the rest of a file's name
             subject = re.split("_test[.-]", as_kind(need(row, own, where), str, where))[0]
         if joined:
@@ -221,7 +221,7 @@ def file_names(task: Task, language: str, split: str) -> list[str]:
     if task.name == "mmlu":
         return [f"*_{split}.csv", f"{split}.jsonl", f"{split}-*.jsonl"]
     if task.name == "cmmlu":
-        return ["*.csv", "*.jsonl"]
+        return [f"{split}/*.csv", f"{split}/*.jsonl"]
     if task.name == "mmmlu":
         code = mmmlu_code(language)
         return [f"mmlu_{code}.*", f"*{code.replace('-', '_')}.*"]
@@ -229,24 +229,27 @@ def file_names(task: Task, language: str, split: str) -> list[str]:
     return [f"{code}.jsonl", f"{code}_*.jsonl"]
 
 
-def find_files(root: Path, names: list[str], split: str) -> list[Path]:
-    """Files that match the first name pattern with any match, in the folder of a split or at the top."""
-    folders = (root / split, root / "data" / split, root, root / "data")
+def find_files(root: Path, names: list[str]) -> list[Path]:
+    """Files below a directory that match the first name pattern with any match; a file is itself."""
+    if root.is_file():
+        return [root]
     for name in names:
-        for folder in folders:
-            found = sorted(folder.glob(name))
-            if found:
-                return found
+        found = sorted(root.rglob(name))
+        if found:
+            return found
     if any(root.rglob("*.parquet")):
         raise InputError(f"{root} holds {PARQUET}")
-    raise InputError(f"{root}: found no {' or '.join(names)} in {', '.join(map(str, folders))} "
+    raise InputError(f"{root}: found no {' or '.join(names)} there "
                      f"(of data sets on the hub some hold only {PARQUET})")
 
 
 def read_split(task: Task, root: Path, language: str, split: str) -> dict[Path, list[Question]]:
-    """Questions of each file of a split; `root` may be the one file of a language."""
-    paths = [root] if root.is_file() else find_files(root, file_names(task, language, split), split)
-    return {path: read_file(task, path, split) for path in paths}
+    """Questions of each file of a split."""
+    questions = {}
+    for path in find_files(root, file_names(task, language, split)):
+        name = nllb_code(language) if task.name == "belebele" else path.stem.removesuffix(f"_{split}")
+        questions[path] = read_file(task, path, name)
+    return questions
 
 
 # ---------------------------------------------------------------------------------------------- the benchmark

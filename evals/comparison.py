@@ -24,6 +24,7 @@ from evals.report import in_language, shown, shown_difference, side, table
 IGNORED_FLAGS = {"out", "seed", "lang", "samples", "method", "baseline", "fresh", "device", "save_every",
                  "dry_run", "eval_every", "merge", "shard"}
 PREFERENCE_FLAGS = {"beta", "preference", "anchor", "lam"}      # plain fine-tuning reads none of them
+RESULTS = ("report.json", "result.json", "config.json", "answers.jsonl")
 SOURCE, TARGET = "source", "target"     # figures carry these in place of language codes, to fit one column
 
 
@@ -67,35 +68,27 @@ def is_finished(directory: Path) -> bool:
 def find_results(paths: list) -> tuple[list[Path], list[Path]]:
     """(directories of finished runs and evaluations that the paths stand for, what holds none of them).
     A file, or a method's directory, stands for what it belongs to, a directory for all that is below it."""
-    paths = [Path(path) for path in paths]
-    missing = [str(path) for path in paths if not path.exists()]
+    missing = [str(path) for path in paths if not Path(path).exists()]
     if missing:
         raise InputError(f"{', '.join(missing)}: no such file or directory; run directories of clo.py and "
                          f"directories of mc, perplexity, judge are compared")
     found, left_out = {}, []
-    for path in paths:
-        directories = results_of(path)
-        found |= {directory.resolve(): directory for directory in directories}
-        left_out += unfinished(path) if directories else [path]
+    for path in map(Path, paths):
+        below = {file.parent for name in RESULTS for file in path.rglob(name)}
+        owners = [path, path.parent, path.parent.parent]
+        finished = sorted(filter(is_finished, below)) or [*filter(is_finished, owners)][:1]
+        found |= {directory.resolve(): directory for directory in finished}
+        left_out += sorted(filter(is_unfinished, below)) if finished else [path]
     if not found:
         raise InputError(f"{', '.join(map(str, paths))}: neither report.json (a finished run) "
                          f"nor result.json (an evaluation) is there")
     return list(found.values()), list(dict.fromkeys(left_out))
 
 
-def results_of(path: Path) -> list[Path]:
-    written = [*path.rglob("report.json"), *path.rglob("result.json")]
-    below = {file.parent for file in written if is_finished(file.parent)}
-    nearest = path if path.is_dir() else path.parent
-    owners = [owner for owner in (nearest, nearest.parent) if is_finished(owner)]
-    return sorted(below) or owners[:1]
-
-
-def unfinished(path: Path) -> list[Path]:
-    """Runs and evaluations below a directory that were begun and have no result."""
-    runs = {file.parent for file in path.rglob("config.json") if is_begun(file.parent)}
-    answered = {file.parent for file in path.rglob("answers.jsonl") if not is_begun(file.parents[1])}
-    return sorted(place for place in runs | answered if not is_finished(place))
+def is_unfinished(directory: Path) -> bool:
+    """A run or evaluation that was begun and has no result; a method's directory belongs to its run."""
+    return not is_finished(directory) and not is_begun(directory.parent) and (
+        is_begun(directory) or (directory / "answers.jsonl").exists())
 
 
 @dataclass

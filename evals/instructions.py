@@ -14,7 +14,7 @@ TRANSLATED_AT_ONCE = 16     # instructions between two writes
 
 
 def read_instructions(path, language: str) -> list[dict]:
-    """[{"instruction", "dataset"}] of a file in alpaca_eval's format,
+    """[{"dataset", "instruction"}] of a file in alpaca_eval's format,
     or of parallel rows that hold the language."""
     found = []
     for where, record in read_records(path):
@@ -24,7 +24,7 @@ def read_instructions(path, language: str) -> list[dict]:
             text = own["prompt"]
         else:
             text = need(record, "instruction", where)
-        item = {"instruction": as_kind(text, str, where), "dataset": record.get("dataset")}
+        item = {"dataset": record.get("dataset"), "instruction": as_kind(text, str, where)}
         found.append((where, check_unicode(item, where)))
     refuse_duplicates([(where, item["instruction"]) for where, item in found])
     if not found:
