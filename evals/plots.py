@@ -76,30 +76,33 @@ def style(i: int) -> dict:
         "markersize": max(8 - 1.5 * i, 4)}
 
 
-def panels(plt, across: int, titles: list[str], x: str, y: str):
-    """A figure with a panel for each title, `across` of them in a row, and its axes in order."""
+def panels(plt, titles: dict, x: str, y: str) -> tuple:
+    """A figure with a panel for each title, and {key: axis}."""
+    across = min(len(titles), PANELS_ACROSS)
     down = math.ceil(len(titles) / across)
     size = WIDTH * across, HEIGHT * down
     figure, axes = plt.subplots(down, across, figsize=size, layout="constrained", squeeze=False)
-    for axis, title in itertools.zip_longest(axes.flat, titles):
-        axis.set_visible(title is not None)
+    for axis in axes.flat[len(titles):]:
+        axis.set_visible(False)
+    for axis, title in zip(axes.flat, titles.values()):
         axis.set(xlabel=x, ylabel=y)
-        axis.set_title(textwrap.fill(title or "", TITLE_WIDTH), fontsize=TITLE_SIZE)
+        axis.set_title(textwrap.fill(title, TITLE_WIDTH), fontsize=TITLE_SIZE)
         axis.grid(alpha=0.3)
-    return figure, axes.flat
+    return figure, dict(zip(titles, axes.flat))
 
 
-def add_legend(figure, across: int, title: str) -> None:
-    """Every label once, below the panels, on room added for it."""
+def add_legend(figure, title: str) -> None:
+    """Every label once, below the panels, on room added for it: as many columns as panels in a row."""
     handles = {}
     for axis in figure.axes:
         for handle, label in zip(*axis.get_legend_handles_labels()):
             handles.setdefault(textwrap.fill(label, LABEL_WIDTH), handle)
-    rows = math.ceil(len(handles) / across)
+    columns = round(figure.get_figwidth() / WIDTH)
+    rows = math.ceil(len(handles) / columns)
     lines = 2 + rows * max(label.count("\n") + 1 for label in handles)      # with the title, and the frame
     figure.set_figheight(figure.get_figheight() + lines * LINE)
     figure.legend(
-        handles.values(), handles, loc="outside lower center", ncols=across, title=title,
+        handles.values(), handles, loc="outside lower center", ncols=columns, title=title,
         fontsize=LABEL_SIZE, title_fontsize=LABEL_SIZE, handlelength=4)
 
 
@@ -116,18 +119,19 @@ def mean_curve(group: list[Result], place: str) -> tuple[list[int], list[float]]
 def draw_curves(plt, rows: Rows):
     """Held-out NLL over steps, two panels for each language."""
     languages, sizes, methods = values_of(rows)
-    places = list(itertools.product(languages, (TARGET, SOURCE)))
-    across = 2 if len(languages) <= 2 else PANELS_ACROSS
-    titles = [f"{language}: held out, {place} language" for language, place in places]
-    figure, axes = panels(plt, across, titles, "optimiser step", "NLL (nats per token)")
-    for (language, place), axis in zip(places, axes):
-        for (own, size, method), group in rows.items():
-            if own == language:
-                line = LINES[sizes.index(size) % len(LINES)]
-                axis.plot(*mean_curve(group, place), **style(methods.index(method)), linestyle=line,
-                          label=f"{method}, {size} samples")
-        axis.xaxis.get_major_locator().set_params(integer=True)
-    add_legend(figure, across, "mean over seeds")
+    titles = {}
+    for language, place in itertools.product(languages, (TARGET, SOURCE)):
+        titles[language, place] = f"{language}: held out, {place} language"
+    figure, axes = panels(plt, titles, "optimiser step", "NLL (nats per token)")
+    for (language, size, method), group in rows.items():
+        look = style(methods.index(method))
+        look["linestyle"] = LINES[sizes.index(size) % len(LINES)]
+        for place in (TARGET, SOURCE):
+            steps, means = mean_curve(group, place)
+            axis = axes[language, place]
+            axis.plot(steps, means, label=f"{method}, {size} samples", **look)
+            axis.xaxis.get_major_locator().set_params(integer=True)
+    add_legend(figure, "mean over seeds")
     return figure
 
 
@@ -138,33 +142,31 @@ def draw_tradeoff(plt, rows: Rows, traded: str):
     language, a line for each method over its sample sizes; standard errors over seeds, or over questions with
     one seed."""
     languages, sizes, methods = values_of(rows)
-    across = min(len(languages), PANELS_ACROSS)
-    titles = [f"{language}, {', '.join(sizes)} samples" for language in languages]
-    figure, axes = panels(plt, across, titles, f"{traded}, source language", f"{traded}, target language")
-    for language, axis in zip(languages, axes):
-        for i, method in enumerate(methods):
-            groups = {size: rows[language, size, method] for size in sizes if (language, size, method) in rows}
-            if groups:
-                draw_points(axis, i, method, groups, traded)
+    titles = {language: f"{language}, {', '.join(sizes)} samples" for language in languages}
+    figure, axes = panels(plt, titles, f"{traded}, source language", f"{traded}, target language")
+    lines = {}
+    for (language, size, method), group in rows.items():
+        lines.setdefault((language, method), {})[size] = group
+    for (language, method), groups in lines.items():
+        draw_points(axes[language], methods.index(method), method, groups, traded)
+    for axis in axes.values():
         axis.margins(0.15)
-    add_legend(figure, across, "± standard error")
+    add_legend(figure, "± standard error")
     return figure
 
 
 def draw_points(axis, i: int, method: str, groups: dict[str, list[Result]], traded: str) -> None:
     """The i-th method's line through its {samples: results over seeds}, with the numbers of samples. Methods
     write them into different corners of their points."""
-    values, errors = {}, {}
+    points, errors = [], []
     for place in (SOURCE, TARGET):
-        found = [over_seeds(f"{place} {traded}", group) for group in groups.values()]
-        values[place] = [figure["value"] for figure in found]
-        errors[place] = [figure["stderr"] or 0 for figure in found]
-    x, y = values.values()
-    axis.errorbar(
-        x, y, xerr=errors[SOURCE], yerr=errors[TARGET], label=method, **style(i),
-        linestyle="none" if method == "base" else LINES[i % len(LINES)], linewidth=1, capsize=2)
+        figures = [over_seeds(f"{place} {traded}", group) for group in groups.values()]
+        points.append([figure["value"] for figure in figures])
+        errors.append([figure["stderr"] or 0 for figure in figures])
+    line = "none" if method == "base" else LINES[i % len(LINES)]
+    axis.errorbar(*points, *reversed(errors), label=method, linestyle=line, linewidth=1, capsize=2, **style(i))
     if len(groups) == 1 or method == "base":
         return
     horizontal, vertical = CORNERS[i % len(CORNERS)]
-    for size, *point in zip(groups, x, y):
+    for size, *point in zip(groups, *points):
         axis.annotate(f" {size} ", point, ha=horizontal, va=vertical, fontsize=LABEL_SIZE)
