@@ -100,6 +100,10 @@ class Run:
     flags: dict
     labels: dict[str, str]              # what tables call its methods
 
+    @property
+    def methods(self) -> dict:
+        return self.report["methods"]
+
     def result(self, method: str, target: str) -> Result:
         """What is known of a method before anything is read. A target language is called "sw", or
         "sw (sw,yo)" where the run had several."""
@@ -109,23 +113,26 @@ class Run:
 
 
 def open_run(directory: Path) -> Run:
-    config, path = directory / "config.json", directory / "report.json"
+    path = directory / "report.json"
     report = read_json(path)
     for key in ("methods", "lang", "samples", "seed"):
         need(report, key, path)
-    return Run(directory, report["lang"], report, need(read_json(config), "flags", config), {})
+    path = directory / "config.json"
+    flags = need(read_json(path), "flags", path)
+    return Run(directory, report["lang"], report, flags, {})
 
 
 def label_methods_(runs: list[Run]) -> None:
     """Name methods by the flags, beyond those the table shows, in which their runs on one language differ."""
     differing = {}
     for run in runs:
-        for other in [other for other in runs if other.lang == run.lang]:
-            names = {name for name, value in run.flags.items() if other.flags.get(name) != value}
-            for method in run.report["methods"].keys() & other.report["methods"].keys():
+        for other in runs:
+            common = run.methods.keys() & other.methods.keys() if run.lang == other.lang else ()
+            names = {name for name in run.flags if run.flags[name] != other.flags.get(name)}
+            for method in common:
                 differing.setdefault(method, set()).update(names - unread_flags(method, run.flags))
     for run in runs:
-        for method in run.report["methods"]:
+        for method in run.methods:
             told = [f"{name.replace('_', '-')}={run.flags.get(name)}" for name in sorted(differing[method])]
             run.labels[method] = " ".join([method, *told])
 
@@ -141,7 +148,7 @@ def unread_flags(method: str, flags: dict) -> set[str]:
 def read_run(run: Run) -> list[Result]:
     """The methods of a run, one Result for each target language."""
     source, results = run.flags.get("source", "en"), []
-    for method, scores in run.report["methods"].items():
+    for method, scores in run.methods.items():
         answers = read_lines(run.directory / method / "answers.jsonl", ANSWER_KEYS)
         metrics = run.directory / method / "metrics.jsonl"
         steps = read_lines(metrics) if metrics.is_file() else []
@@ -153,9 +160,10 @@ def read_run(run: Run) -> list[Result]:
                     result.samples[name] = sample
                     result.figures[name] = sample.told()
                 key = f"nll_{side(language, source, run.lang)}"
-                if key in scores.get("heldout", {}):
+                if key in scores["heldout"]:
                     result.figures[f"{place} nll"] = {"value": scores["heldout"][key], "digits": 3}
-                result.curves[place] = {line["step"]: line[key] for line in steps if key in line}
+                validated = [line for line in steps if key in line]
+                result.curves[place] = {line["step"]: line[key] for line in validated}
             results.append(result)
     return results
 
@@ -168,9 +176,9 @@ def origins(settings: dict, runs: list[Run]) -> list[tuple[Run, str]]:
     for run in runs:
         if run.directory.resolve() == trained.parent:
             return [(run, trained.name)]
-    if settings.get("adapter") or not named:
+    if settings.get("adapter"):
         return []
-    return [(run, "base") for run in runs if named in (run.flags.get("base"), run.flags.get("model"))]
+    return [(run, "base") for run in runs if named and named in (run.flags.get("base"), run.flags.get("model"))]
 
 
 def read_evaluation(directory: Path, runs: list[Run]) -> list[Result]:
@@ -269,7 +277,8 @@ def figure_tables(rows: Rows) -> list[str]:
     """All figures: those of the source, of the target language, of evaluations. A row stands only in tables
     where it has one."""
     parts = {SOURCE: [], TARGET: [], "": []}
-    for name in names_in([result.figures for group in rows.values() for result in group]):
+    results = sum(rows.values(), [])
+    for name in names_in([result.figures for result in results]):
         place = name.split(" ")[0]
         parts[place if place in parts else ""].append(name)
     tables = []
@@ -350,4 +359,5 @@ def settings_text(directories: list[Path]) -> str:
     for directory in directories:
         told = json.dumps(settings_of(directory), ensure_ascii=False)
         groups.setdefault(told, []).append(str(directory))
-    return "\n".join(["Settings:", *(f"- {', '.join(names)}: {told}" for told, names in groups.items())])
+    lines = [f"- {', '.join(names)}: {told}" for told, names in groups.items()]
+    return "\n".join(["Settings:", *lines])

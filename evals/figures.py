@@ -155,7 +155,11 @@ class Sample:
 
     def told(self) -> dict:
         """As result.json has a figure, and all tables show it."""
-        return {"value": self.value, "stderr": self.error, "n": len(self.counts), "digits": self.figure.digits}
+        return {
+            "value": self.value,
+            "stderr": self.error,
+            "n": len(self.counts),
+            "digits": self.figure.digits}
 
 
 def binomial_error(value: float, n: int) -> float:
@@ -241,7 +245,8 @@ class Difference:
 def drawn_questions(n: int) -> np.ndarray:
     """(RESAMPLES, n): how often each of n questions is in each draw of n."""
     chance = np.full(n, 1 / n)
-    return np.random.default_rng(0).multinomial(n, chance, RESAMPLES).astype(np.float32)
+    draws = np.random.default_rng(0).multinomial(n, chance, RESAMPLES)
+    return draws.astype(np.float32)
 
 
 def paired_difference(one: list[Sample], other: list[Sample]) -> Difference | None:
@@ -271,7 +276,8 @@ def paired_difference(one: list[Sample], other: list[Sample]) -> Difference | No
     outside = (1 - CERTAINTY) / 2
     low, high = np.nanquantile(gaps, (outside, 1 - outside))
     tail = min((gaps <= 0).mean(), (gaps >= 0).mean())
-    numbers = map(float, (value, np.nanstd(gaps), low, high, min(1, 2 * tail)))
+    p = min(1, 2 * tail)
+    numbers = map(float, (value, np.nanstd(gaps), low, high, p))
     return Difference(*numbers, len(shared), nowhere)
 
 

@@ -58,8 +58,8 @@ def score(batches: list, policy: list[Tensor], reference: list[Tensor], beta: fl
         rewards.append(beta * (now - before)[pair])
         nll.append(-now[batch.right])
     side = torch.cat([batch.side[batch.chosen] for batch in batches])
-    metrics = pair_metrics(torch.cat(rewards, 1), torch.cat(logps, 1), side, targets)
-    nll = torch.cat(nll)
+    rewards, logps, nll = torch.cat(rewards, 1), torch.cat(logps, 1), torch.cat(nll)
+    metrics = pair_metrics(rewards, logps, side, targets)
     tokens = torch.cat([batch.length[batch.right] for batch in batches])
     side = torch.cat([batch.side[batch.right] for batch in batches])
     for name, mask in sides(side, targets).items():
@@ -97,10 +97,10 @@ def scored_rows(path: Path, source: str, target: str, split: str) -> list[dict]:
     return rows
 
 
-def response_lines(model, tokenizer, rows: list[dict], places: dict[str, str], done: set, system_prompt: str,
-                   batch_tokens: int):
+def response_lines(model, tokenizer, rows: list[dict], places: dict[str, str], done: set,
+                   system_prompt: str | None, batch_tokens: int):
     """Yields a line with the NLL of each row's response in the languages of `places`, but for those that are
-    done."""
+    done: (place, row_id)."""
     longest = model.config.max_position_embeddings
     for place, language in places.items():
         left = [row for row in rows if (place, row["row_id"]) not in done]
@@ -123,11 +123,13 @@ def response_lines(model, tokenizer, rows: list[dict], places: dict[str, str], d
 
 def byte_figures(place: str, lines: list[dict]) -> dict[str, dict]:
     """Bits, nats and their exponential per byte of one language's responses."""
-    counts = {line["question"]: (line["nll"], line["bytes"]) for line in lines}
-    nats = Sample(PER_BYTE, counts).told()
-    bits = Sample(PER_BYTE, {name: (nll / math.log(2), size) for name, (nll, size) in counts.items()}).told()
-    exponential = nats | {"value": math.exp(nats["value"]), "stderr": None}
+    nats, bits = {}, {}
+    for line in lines:
+        name, size = line["question"], line["bytes"]
+        nats[name] = line["nll"], size
+        bits[name] = line["nll"] / math.log(2), size
+    nats = Sample(PER_BYTE, nats).told()
     return {
-        f"bits/byte {place}": bits,
+        f"bits/byte {place}": Sample(PER_BYTE, bits).told(),
         f"nll/byte {place}": nats,
-        f"perplexity/byte {place}": exponential}
+        f"perplexity/byte {place}": nats | {"value": math.exp(nats["value"]), "stderr": None}}

@@ -18,12 +18,11 @@ def read_instructions(path, language: str) -> list[dict]:
     or of parallel rows that hold the language."""
     found = []
     for where, record in read_records(path):
-        sides = {normal(key): side for key, side in as_kind(record, dict, where).items()}
-        own = sides.get(language)
-        if isinstance(own, dict) and "prompt" in own:
-            text = own["prompt"]
-        else:
-            text = need(record, "instruction", where)
+        own = None
+        for key, side in as_kind(record, dict, where).items():
+            if normal(key) == language and isinstance(side, dict):
+                own = side.get("prompt")
+        text = need(record, "instruction", where) if own is None else own
         item = {"dataset": record.get("dataset"), "instruction": as_kind(text, str, where)}
         found.append((where, check_unicode(item, where)))
     refuse_duplicates([(where, item["instruction"]) for where, item in found])
@@ -70,7 +69,8 @@ def translate_instructions(items: list[dict], model: str, device: str, source: s
 def translated_lines(texts: list[str], translator, source: str, language: str, beams: int):
     for first in range(0, len(texts), TRANSLATED_AT_ONCE):
         asked = texts[first:first + TRANSLATED_AT_ONCE]
-        for text, found in zip(asked, translate.translate(asked, source, language, translator, beams)):
+        translations = translate.translate(asked, source, language, translator, beams)
+        for text, found in zip(asked, translations):
             yield {"source": text, "instruction": found, "faults": found.faults}
 
 
@@ -79,9 +79,13 @@ def answer_lines(model, tokenizer, items: list[dict], how: Decoding, batch_size:
     equals an undisturbed one."""
     for first in range(done // batch_size * batch_size, len(items), batch_size):
         questions = [item["instruction"] for item in items[first:first + batch_size]]
-        replies = zip(questions, how.replies(model, tokenizer, questions, first, batch_size))
-        for question, (text, tokens) in [*replies][max(done - first, 0):]:
-            yield {"instruction": question, "output": text, "tokens": tokens}
+        replies = how.replies(model, tokenizer, questions, first, batch_size)
+        known = max(done - first, 0)
+        for question, (text, tokens) in zip(questions[known:], replies[known:]):
+            yield {
+                "instruction": question,
+                "output": text,
+                "tokens": tokens}
 
 
 def model_outputs(items: list[dict], lines: list[dict], generator: str) -> list[dict]:

@@ -62,7 +62,8 @@ class LanguageModel:
 
 def split_words(text: str) -> list[str]:
     """Runs of letters of one script, of what is prose in the text. Marks and modifiers have no script."""
-    text = ASCII.sub(lambda run: " " if CODE.search(run[0]) else run[0], prose(text))
+    text = prose(text)
+    text = ASCII.sub(lambda run: " " if CODE.search(run[0]) else run[0], text)
     pieces, before = [""], None
     for char in unicodedata.normalize("NFC", text):
         kind = unicodedata.category(char)
@@ -80,7 +81,8 @@ def split_words(text: str) -> list[str]:
 
 def letters(text: str) -> int:
     """How many letters of a text the classifier reads."""
-    return sum(unicodedata.category(char)[0] == "L" for word in split_words(text) for char in word)
+    read = "".join(split_words(text))
+    return sum(unicodedata.category(char)[0] == "L" for char in read)
 
 
 def without_names(words: list[str]) -> list[str]:
@@ -94,7 +96,8 @@ def steps(word: str):
     """(letter, its contexts, the shortest first) of a word and its end."""
     padded = f" {word} "
     for i in range(1, len(padded)):
-        yield padded[i], [padded[i - size:i] for size in range(min(CONTEXT, i) + 1)]
+        longest = min(CONTEXT, i)
+        yield padded[i], [padded[i - size:i] for size in range(longest + 1)]
 
 
 def steps_and_scripts(word: str):
@@ -139,14 +142,18 @@ def fit_languages(texts: dict[str, list[str]]) -> LanguageModel:
         folds[language] = [own[start:end] for start, end in zip(cuts, cuts[1:])]
     languages, brought = fit_words(lines), defaultdict(list)
     for fold in range(FOLDS):
-        rest = fit_words({language: sum(parts[:fold] + parts[fold + 1:], []) for language, parts in folds.items()})
+        rest = {}
+        for language, parts in folds.items():
+            rest[language] = sum(parts[:fold] + parts[fold + 1:], [])
+        rest = fit_words(rest)
         for language, parts in folds.items():
             for line in parts[fold]:
                 found, size = total_gains(without_names(line), rest)
                 brought[language].append((found[language] + TOLERANCE) / size)
     for language, own in brought.items():
-        worst = sorted(own)[int(REFUSED * len(own)) + 1:]      # one line at least may be in any language
-        languages.floors[language] = min([FLOOR, *(value - MARGIN for value in worst[:1])])
+        own = sorted(own)[int(REFUSED * len(own)) + 1:]        # one line at least may be in any language
+        if own:
+            languages.floors[language] = min(FLOOR, own[0] - MARGIN)
     return languages
 
 
@@ -164,14 +171,16 @@ def probability(model: Letters, letter: str, contexts: list[str], new: float) ->
     for context in contexts:
         if context in model:
             seen, total = model[context]
-            found = (seen.get(letter, 0) + len(seen) * found) / (total + len(seen))
+            kinds = len(seen)
+            found = (seen.get(letter, 0) + kinds * found) / (total + kinds)
     return found
 
 
 @lru_cache(maxsize=1 << 16)
 def gains(word: str, languages: LanguageModel) -> dict[str, float]:
     """Eq. 1 under each language."""
-    script, path, background = letter_script(word[0]), list(steps(word)), languages.background
+    script, path = letter_script(word[0]), list(steps(word))
+    background = languages.background
     new = 1 / len(background[script][0]) if script in background else 1
     expected = [probability(background, letter, [script], new) for letter, _ in path]
     found = {}
@@ -247,5 +256,8 @@ def foreign_share(words: list[str], path: list[str]) -> tuple[float, str]:
 
 
 def texts_by_language(rows: list[dict], languages: tuple[str, ...]) -> dict[str, list[str]]:
-    return {language: [row[language][part] for row in rows for part in ("prompt", "response")]
-            for language in languages}
+    texts = {language: [] for language in languages}
+    for row in rows:
+        for language in languages:
+            texts[language] += [row[language]["prompt"], row[language]["response"]]
+    return texts

@@ -15,7 +15,11 @@ from evals.comparison import SOURCE, TARGET, Result, Rows, by_row, over_seeds
 MARKERS = "os^DvPX*"
 LINES = ("-", "--", ":", "-.")
 GREYS = ("0.0", "0.5", "0.25", "0.65")
-CORNERS = ("left", "bottom"), ("right", "top"), ("left", "top"), ("right", "bottom")    # of a label at its point
+CORNERS = (                         # of a label, that lies at its point
+    ("left", "bottom"),
+    ("right", "top"),
+    ("left", "top"),
+    ("right", "bottom"))
 WIDTH, HEIGHT = 4.4, 3.4            # of a panel, in inches
 PANELS_ACROSS = 4
 TITLE_SIZE, TITLE_WIDTH = 9, 44     # points, characters of a line
@@ -164,9 +168,10 @@ def draw_points(axis, i: int, method: str, groups: dict[str, list[Result]], trad
         points.append([figure["value"] for figure in figures])
         errors.append([figure["stderr"] or 0 for figure in figures])
     line = "none" if method == "base" else LINES[i % len(LINES)]
-    axis.errorbar(*points, *reversed(errors), label=method, linestyle=line, linewidth=1, capsize=2, **style(i))
+    look = style(i) | {"linestyle": line, "linewidth": 1, "capsize": 2}
+    axis.errorbar(*points, *reversed(errors), label=method, **look)
     if len(groups) == 1 or method == "base":
         return
     horizontal, vertical = CORNERS[i % len(CORNERS)]
     for size, *point in zip(groups, *points):
-        axis.annotate(f" {size} ", point, ha=horizontal, va=vertical, fontsize=LABEL_SIZE)
+        axis.annotate(f"  {size}  ", point, ha=horizontal, va=vertical, fontsize=LABEL_SIZE)

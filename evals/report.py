@@ -101,7 +101,8 @@ def answer_section(answers: Answers, languages: list[str], questions: int | None
     figures = [figure for figure in FIGURES if figure.name in known]
     cells = []
     for language, name, told in rows:
-        cells.append([language, name, *(shown(told.get(figure.name)) for figure in figures)])
+        values = [shown(told.get(figure.name)) for figure in figures]
+        cells.append([language, name, *values])
     asked = len(lines)
     which = f"the first {asked} of {questions}" if questions and asked < questions else str(asked)
     legend = [f"Answers to {which} questions in each language, ± standard error over questions:"]
@@ -176,7 +177,9 @@ def closing_lines(answers: Answers) -> list[str]:
         return []
     sentences = []
     for language in dict.fromkeys(line["language"] for line in answers[method]):
-        samples = {name: measure(in_language(lines, language)) for name, lines in answers.items()}
+        samples = {}
+        for name, lines in answers.items():
+            samples[name] = measure(in_language(lines, language))
         parts = [f"against {other}: {changes(samples[method], samples[other], language)}"
                  for other in others]
         sentences.append(f"{language}: {method} {'; '.join(parts)}.")
@@ -187,7 +190,9 @@ def closing_lines(answers: Answers) -> list[str]:
 def changes(one: dict[str, Sample], other: dict[str, Sample], language: str) -> str:
     told = []
     for name, title in CHANGES.items():
-        found = paired_difference([one[name]], [other[name]]) if name in one and name in other else None
+        if name not in one or name not in other:
+            continue
+        found = paired_difference([one[name]], [other[name]])
         if found:
             figure = one[name].figure
             unit = " points" if figure.is_share else ""
