@@ -25,7 +25,7 @@ import model as llama
 from engine.files import InputError, as_kind, fingerprint, need, read_records
 from formats import hub
 from formats.languages import nllb_code, normal, suggestion
-from formats.records import PARQUET, refuse_duplicates, table_cells
+from formats.records import PARQUET, read_table, refuse_duplicates, table_cells
 
 LETTERS = ("A", "B", "C", "D")
 MMLU_DESCRIPTION = "The following are multiple choice questions (with answers) about {subject}.\n\n"
@@ -141,46 +141,20 @@ class Benchmark:
 
 # ---------------------------------------------------------------------------------------------- files -> rows
 
-def read_table(path: Path, names: tuple[str, ...], header: bool) -> list[tuple[str, dict]]:
-    """[("file:line", {column: text})] of a csv with these columns. Without a header they are all its columns;
-    one that is there all the same is left out."""
-    rows, columns = list(table_cells(path)), names
-    if rows and (header or ",".join(rows[0][1]).lower() == ",".join(names).lower()):
-        (where, columns), *rows = rows
-        for name in names if header else ():
-            need(dict.fromkeys(columns), name, where)
-    for where, cells in rows:
-        if len(cells) != len(columns):
-            raise InputError(f"{where}: {len(cells)} columns, {len(columns)} are wanted "
-                             f"({', '.join(columns)})")
-    return [(where, dict(zip(columns, cells))) for where, cells in rows]
-
-
-def read_file(task: Task, path: Path, name: str) -> list[Question]:
-    """The questions of a csv as distributed, or of a jsonl file from the hub, on the subject `name` where rows
-    do not name their own. A number that rows carry tells copies of a row."""
-    joined = task.name == "mmlu" and path.suffix == ".jsonl"
-    own = "subject" if joined else "Subject" if task.name == "mmmlu" else ""
+def rows_of(task: Task, path: Path) -> list[tuple[str, dict]]:
+    """[("file:line", row)] of a csv as distributed, MMLU's without a header, or of a jsonl file."""
     if path.suffix == ".jsonl":
         rows = read_records(path)
-    else:
-        rows = read_table(path, (*task.keys, own) if own else task.keys, header=task.name != "mmlu")
-    questions, numbered = [], []
-    for where, row in rows:
-        subject = name
-        if own:                        # MMMLU's may carry the rest of a file's name
-            subject = re.split("_test[.-]", as_kind(need(row, own, where), str, where))[0]
-        if joined:
-            row = with_letters(row, where)
-        found = make_question(task, row, where, subject)
-        number = row.get("", row.get("question_number"))
-        if number is not None:
-            numbered.append((where, (subject, found.texts["passage"], number)))
-        questions.append(found)
-    refuse_duplicates(numbered)
-    if not questions:
-        raise InputError(f"{path}: the file holds no question")
-    return questions
+        return [(where, with_letters(row, where)) for where, row in rows] if task.name == "mmlu" else rows
+    if task.name != "mmlu":
+        return read_table(path)
+    rows = []
+    for where, cells in table_cells(path):
+        if len(cells) != len(FIELDS):
+            raise InputError(f"{where}: {len(cells)} columns, {len(FIELDS)} are wanted ({', '.join(FIELDS)})")
+        if ",".join(cells).lower() != ",".join(FIELDS).lower():        # a header that is there all the same
+            rows.append((where, dict(zip(FIELDS, cells))))
+    return rows
 
 
 def with_letters(row: dict, where: str) -> dict:
@@ -190,7 +164,27 @@ def with_letters(row: dict, where: str) -> dict:
         raise InputError(f"{where}: choices is no list of {len(LETTERS)} texts")
     if answer in range(len(LETTERS)):
         answer = LETTERS[int(answer)]
-    return row | dict(zip(LETTERS, choices)) | {"answer": answer}
+    return row | dict(zip(LETTERS, choices)) | {"answer": answer, "Subject": need(row, "subject", where)}
+
+
+def read_file(task: Task, path: Path, name: str) -> list[Question]:
+    """The questions of a file, on the subject `name` where rows do not name their own. A number that rows
+    carry tells copies of a row."""
+    questions, numbered = [], []
+    for where, row in rows_of(task, path):
+        subject = name
+        if task.name == "mmmlu" or "Subject" in row:        # it may carry the rest of a file's name
+            subject = as_kind(need(row, "Subject", where), str, where)
+            subject = re.split("_test[.-]", subject)[0]
+        question = make_question(task, row, where, subject)
+        number = row.get("", row.get("question_number"))
+        if number is not None:
+            numbered.append((where, (subject, question.texts["passage"], number)))
+        questions.append(question)
+    refuse_duplicates(numbered)
+    if not questions:
+        raise InputError(f"{path}: the file holds no question")
+    return questions
 
 
 def make_question(task: Task, row: dict, where: str, subject: str) -> Question:
