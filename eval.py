@@ -21,11 +21,12 @@ import model as llama
 from engine import flags, ranks
 from engine.files import InputError, Journal, check_unicode, fingerprint, run, write_json
 from engine.flags import REQUIRED
-from evals import choice, comparison, heldout, judge, plots, winrate
+from evals import choice, comparison, judge, plots, winrate
 from evals.answers import Decoding, answer_and_score    # noqa: F401
 from evals.choice import multiple_choice            # noqa: F401
 from evals.instructions import answer_lines, model_outputs, read_instructions, translate_instructions
 from evals.language import fit_languages, reply_language    # noqa: F401
+from evals.perplexity import byte_figures, response_lines, scored_rows
 from evals.report import shown, table
 from evals.systems import (
     check_system, compute_dtype, finish, keep, locate, open_model, out_directory, short, tell_cut, tell_notes,
@@ -131,7 +132,7 @@ def perplexity(args) -> None:
     """NLL of held-out responses per UTF-8 byte (the stop token's too), in nats and in bits, which models with
     other tokenizers can be compared with, and its exponential."""
     path = hub.data_file(args.data)
-    rows = heldout.scored_rows(path, args.source, args.lang, args.split)
+    rows = scored_rows(path, args.source, args.lang, args.split)
     model, tokenizer, settings = open_model(
         args.model, args.adapter, args.device,
         args.dtype, args.template_args)
@@ -158,14 +159,14 @@ def perplexity(args) -> None:
     keys = ("question", "place", "nll", "bytes", "tokens", "cut")
     with Journal(out / "answers.jsonl", settings, keys, args.fresh) as journal:
         done = {(line["place"], line["question"]) for line in journal.done}
-        lines = heldout.response_lines(
+        lines = response_lines(
             model, tokenizer, rows, places, done,
             args.system_prompt, args.batch_tokens)
         keep(journal, lines, 2 * len(rows), "nll", "response")
     figures, cells = {}, []
     for place, language in places.items():
         lines = [line for line in journal.done if line["place"] == place]
-        found = heldout.byte_figures(place, lines)
+        found = byte_figures(place, lines)
         per_token = sum(line["nll"] for line in lines) / sum(line["tokens"] for line in lines)
         told = [shown(figure) for figure in found.values()]
         cells.append([language, *told, f"{per_token:.4f}", str(len(lines))])

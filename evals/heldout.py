@@ -1,26 +1,22 @@
-"""Held-out pairs during training: rewards, margins and accuracies split by direction, and the NLL of right
-responses; and for `eval.py perplexity` that NLL per byte.
+"""Held-out pairs during training: rewards, margins and accuracies split by direction, and the NLL of right responses.
 
 TRL's metric names, with a side behind each: `en` the source, `tgt` all targets, and where there are several
 targets each of them as `tgt_sw`. Watch nll_en: a preference loss alone lets it rise.
 """
 
-import math
-from collections import Counter
-from dataclasses import replace
-from pathlib import Path
+import time
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
-from engine.files import InputError
-from evals import choice
-from evals.figures import MEAN, Sample
-from formats.records import describe_counts, read_rows, require_languages
+import model as llama
+from engine import ranks, scale
+from engine.progress import progress
 
 SHOWN = {"nll": "nll_", "accuracy": "rewards/accuracies_", "margin": "rewards/margins_"}
-SAMPLE_ANSWERS = 2              # held-out questions whose answers every validation shows
-PER_BYTE = replace(MEAN, digits=4)
+SAMPLE_ROWS = 2                 # held-out rows whose questions every validation asks
 
 
 def sides(side: Tensor, targets: list[str]) -> dict[str, Tensor]:
@@ -46,6 +42,76 @@ def pair_metrics(rewards: Tensor, logps: Tensor, side: Tensor, targets: list[str
         for key, value in values.items():
             metrics[f"{key}_{name}"] = value[mask].mean().item()
     return metrics
+
+
+def step_metrics(result: dict[str, Tensor], batches: list, targets: list[str], started: float) -> dict:
+    """What metrics.jsonl says of an optimiser step (clo.train_step's result) that began at `started`. Here a
+    step waits for the device, and nowhere before."""
+    metrics = {name: result[name].item() for name in ("loss", "nll", "grad_norm")}
+    seconds = time.perf_counter() - started
+    side = torch.cat([batch.side[batch.chosen] for batch in batches])
+    metrics |= pair_metrics(result["rewards"].cpu(), result["logps"].cpu(), side, targets)
+    tokens = sum(batch.used for batch in batches)
+    return metrics | {"tokens": tokens, "tokens_per_second": tokens / seconds, "seconds": seconds,
+                      "peak_memory_gb": scale.peak_memory_gb()}
+
+
+@torch.no_grad()
+def summed_logps(model: llama.Llama, batches: list, label: str) -> list[Tensor]:
+    """continuation_logps of every batch in order, on the CPU: the code path of training without gradient."""
+    shares = ranks.deal(len(batches))
+    sums = []
+    for i, counted in progress(shares, desc=label, unit="batch", disable=not label):
+        logp = llama.continuation_logps(model, batches[i].to(model.head.device)).cpu()
+        if counted:
+            sums.append(logp)
+    return ranks.gather(sums)
+
+
+def sample_answers(model: llama.Llama, forks: list, tokenizer, max_tokens: int) -> list[dict]:
+    """Greedy answers to the prompts of forks: numbers can look well while the text does not."""
+    decode = tokenizer.decode
+    with progress(total=len(forks), desc="sample answers", unit="reply", leave=False) as bar:
+        replies = llama.generate(model, [fork.prompt for fork in forks], max_tokens, tokenizer.stop_ids,
+                                 progress=bar.update)
+    return [{"row_id": fork.row, "language": fork.language, "reply": decode(reply).strip(),
+             "expected": decode(fork.continuations[0]).strip()} for fork, reply in zip(forks, replies)]
+
+
+@dataclass
+class Validation:
+    """The held-out rows of a run, and how a model stands on them."""
+    steps: list                     # packed steps of batches, every pair among them
+    groups: list                    # their forks, a group a row
+    tokenizer: object
+    max_tokens: int                 # of a sample answer
+    beta: float
+    targets: list[str]
+    untrained: list | None = field(default=None, init=False)      # the untrained model's answers, once known
+
+    @property
+    def batches(self) -> list:
+        return [batch for step in self.steps for batch in step]
+
+    def logps(self, model: llama.Llama, label: str) -> list[Tensor]:
+        return summed_logps(model, self.batches, label)
+
+    def score(self, policy: list[Tensor], reference: list[Tensor]) -> dict[str, float]:
+        return score(self.batches, policy, reference, self.beta, self.targets)
+
+    def report(self, model: llama.Llama, step: int, policy: list[Tensor], reference: list[Tensor],
+               untrained: bool) -> dict:
+        """Figures and sample answers for metrics.jsonl, printed too. All methods begin with one untrained model:
+        it is asked once."""
+        answers = self.untrained if untrained else None
+        if answers is None:
+            forks = [fork for group in self.groups[:SAMPLE_ROWS] for fork in group]
+            answers = sample_answers(model, forks, self.tokenizer, self.max_tokens)
+        if untrained:
+            self.untrained = answers
+        figures = self.score(policy, reference)
+        tqdm.write(describe(step, figures, answers))
+        return figures | {"answers": answers}
 
 
 def score(batches: list, policy: list[Tensor], reference: list[Tensor], beta: float,
@@ -80,56 +146,3 @@ def describe(step: int, metrics: dict, answers: list[dict]) -> str:
         wanted = "" if answer["reply"] == answer["expected"] else f"  (expected: {answer['expected']})"
         lines.append(f"    {answer['language']}: {answer['reply']}{wanted}")
     return "\n".join(lines)
-
-
-# ------------------------------------------------------------------------------------------------- perplexity
-
-def scored_rows(path: Path, source: str, target: str, split: str) -> list[dict]:
-    """The rows of a file in both languages and of a split."""
-    counts = Counter()
-    rows = read_rows(path, source, counts=counts, targets=[target], unique=True)
-    rows = require_languages(rows, source, target)
-    print(f"{path}: {describe_counts(counts)}")
-    if split:
-        rows = [row for row in rows if row.get("split", split) == split]
-    if not rows:
-        raise InputError(f"{path} has no row of split {split!r}: see --split")
-    return rows
-
-
-def response_lines(model, tokenizer, rows: list[dict], places: dict[str, str], done: set,
-                   system_prompt: str | None, batch_tokens: int):
-    """Yields a line with the NLL of each row's response in the languages of `places`, but for those that are
-    done: (place, row_id)."""
-    longest = model.config.max_position_embeddings
-    for place, language in places.items():
-        left = [row for row in rows if (place, row["row_id"]) not in done]
-        forks, lines = [], []
-        for row in left:
-            name, texts = row["row_id"], row[language]
-            prompt = tokenizer.prompt_ids(texts["prompt"], system_prompt)
-            reply = tokenizer.response_ids(texts["response"])
-            fork, = choice.make_forks(f"row {name} in {language}", prompt, [reply], longest)
-            forks.append(fork)
-            lines.append({
-                "question": name,
-                "place": place,
-                "cut": len(fork.prompt) < len(prompt),
-                "bytes": len(texts["response"].encode()),
-                "tokens": len(reply)})
-        for i, (logp,) in choice.fork_logps(model, forks, batch_tokens):
-            yield lines[i] | {"nll": -logp}
-
-
-def byte_figures(place: str, lines: list[dict]) -> dict[str, dict]:
-    """Bits, nats and their exponential per byte of one language's responses."""
-    nats, bits = {}, {}
-    for line in lines:
-        name, size = line["question"], line["bytes"]
-        nats[name] = line["nll"], size
-        bits[name] = line["nll"] / math.log(2), size
-    nats = Sample(PER_BYTE, nats).told()
-    return {
-        f"bits/byte {place}": Sample(PER_BYTE, bits).told(),
-        f"nll/byte {place}": nats,
-        f"perplexity/byte {place}": nats | {"value": math.exp(nats["value"]), "stderr": None}}
