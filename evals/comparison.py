@@ -76,7 +76,9 @@ def find_results(paths: list) -> tuple[list[Path], list[Path]]:
     for path in map(Path, paths):
         below = {file.parent for name in RESULTS for file in path.rglob(name)}
         owners = [path, path.parent, path.parent.parent]
-        finished = sorted(filter(is_finished, below)) or [*filter(is_finished, owners)][:1]
+        finished = sorted(filter(is_finished, below))
+        if not finished:
+            finished = list(filter(is_finished, owners))[:1]
         found |= {directory.resolve(): directory for directory in finished}
         left_out += sorted(filter(is_unfinished, below)) if finished else [path]
     if not found:
@@ -133,8 +135,10 @@ def label_methods_(runs: list[Run]) -> None:
                 differing.setdefault(method, set()).update(names - unread_flags(method, run.flags))
     for run in runs:
         for method in run.methods:
-            told = [f"{name.replace('_', '-')}={run.flags.get(name)}" for name in sorted(differing[method])]
-            run.labels[method] = " ".join([method, *told])
+            label = method
+            for name in sorted(differing[method]):
+                label += f" {name.replace('_', '-')}={run.flags.get(name)}"
+            run.labels[method] = label
 
 
 def unread_flags(method: str, flags: dict) -> set[str]:
@@ -178,7 +182,8 @@ def origins(settings: dict, runs: list[Run]) -> list[tuple[Run, str]]:
             return [(run, trained.name)]
     if settings.get("adapter"):
         return []
-    return [(run, "base") for run in runs if named and named in (run.flags.get("base"), run.flags.get("model"))]
+    begun = [run for run in runs if named and named in (run.flags.get("base"), run.flags.get("model"))]
+    return [(run, "base") for run in begun]
 
 
 def read_evaluation(directory: Path, runs: list[Run]) -> list[Result]:
@@ -287,7 +292,8 @@ def figure_tables(rows: Rows) -> list[str]:
         for row, group in rows.items():
             values = [over_seeds(name, group) for name in names]
             if any(values):
-                lines.append([*row, str(len(group)), *map(shown, values)])
+                cells = map(shown, values)
+                lines.append([*row, str(len(group)), *cells])
         tables.append(table(["language", "samples", "method", "seeds", *names], lines))
     return tables
 
@@ -308,9 +314,11 @@ def differences(rows: Rows, baseline: str) -> tuple[list[list[str]], int]:
         for name in names_in([result.samples for result in group]):
             own, others = samples_of(group, name), samples_of(base, name)
             found = paired_difference(own, others) if others else None
-            if found and found.nowhere:
+            if not found:
+                continue
+            if found.nowhere:
                 equal += 1
-            elif found:
+            else:
                 digits = own[0].figure.digits
                 interval = f"{found.low:+.{digits}f} to {found.high:+.{digits}f}"
                 chance = f"{found.p:.4f}" if found.p else f"<{2 / RESAMPLES:.4f}"

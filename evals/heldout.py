@@ -23,8 +23,8 @@ def sides(side: Tensor, targets: list[str]) -> dict[str, Tensor]:
     """Masks of the directions that metrics are split by, those without a member left out. side (P,) as in
     data.Batch."""
     masks = {"en": side == 0, "tgt": side > 0}
-    if len(targets) > 1:
-        masks |= {f"tgt_{target}": side == number for number, target in enumerate(targets, 1)}
+    for number, target in enumerate(targets if len(targets) > 1 else (), 1):
+        masks[f"tgt_{target}"] = side == number
     return {name: mask for name, mask in masks.items() if mask.any()}
 
 
@@ -52,8 +52,11 @@ def step_metrics(result: dict[str, Tensor], batches: list, targets: list[str], s
     side = torch.cat([batch.side[batch.chosen] for batch in batches])
     metrics |= pair_metrics(result["rewards"].cpu(), result["logps"].cpu(), side, targets)
     tokens = sum(batch.used for batch in batches)
-    return metrics | {"tokens": tokens, "tokens_per_second": tokens / seconds, "seconds": seconds,
-                      "peak_memory_gb": scale.peak_memory_gb()}
+    return metrics | {
+        "tokens": tokens,
+        "tokens_per_second": tokens / seconds,
+        "seconds": seconds,
+        "peak_memory_gb": scale.peak_memory_gb()}
 
 
 @torch.no_grad()
@@ -70,12 +73,17 @@ def summed_logps(model: llama.Llama, batches: list, label: str) -> list[Tensor]:
 
 def sample_answers(model: llama.Llama, forks: list, tokenizer, max_tokens: int) -> list[dict]:
     """Greedy answers to the prompts of forks: numbers can look well while the text does not."""
-    decode = tokenizer.decode
+    prompts = [fork.prompt for fork in forks]
     with progress(total=len(forks), desc="sample answers", unit="reply", leave=False) as bar:
-        replies = llama.generate(model, [fork.prompt for fork in forks], max_tokens, tokenizer.stop_ids,
-                                 progress=bar.update)
-    return [{"row_id": fork.row, "language": fork.language, "reply": decode(reply).strip(),
-             "expected": decode(fork.continuations[0]).strip()} for fork, reply in zip(forks, replies)]
+        replies = llama.generate(model, prompts, max_tokens, tokenizer.stop_ids, progress=bar.update)
+    answers = []
+    for fork, reply in zip(forks, replies):
+        answers.append({
+            "row_id": fork.row,
+            "language": fork.language,
+            "reply": tokenizer.decode(reply).strip(),
+            "expected": tokenizer.decode(fork.continuations[0]).strip()})
+    return answers
 
 
 @dataclass
@@ -123,9 +131,11 @@ def score(batches: list, policy: list[Tensor], reference: list[Tensor], beta: fl
         logps.append(now[pair])
         rewards.append(beta * (now - before)[pair])
         nll.append(-now[batch.right])
+    rewards = torch.cat(rewards, 1)
+    logps = torch.cat(logps, 1)
     side = torch.cat([batch.side[batch.chosen] for batch in batches])
-    rewards, logps, nll = torch.cat(rewards, 1), torch.cat(logps, 1), torch.cat(nll)
     metrics = pair_metrics(rewards, logps, side, targets)
+    nll = torch.cat(nll)
     tokens = torch.cat([batch.length[batch.right] for batch in batches])
     side = torch.cat([batch.side[batch.right] for batch in batches])
     for name, mask in sides(side, targets).items():
@@ -138,8 +148,10 @@ def describe(step: int, metrics: dict, answers: list[dict]) -> str:
     """What the loop prints of a validation: a line of figures by side, a line for each sample answer."""
     parts = []
     for name, start in SHOWN.items():
-        figures = [f"{key.removeprefix(start)} {value:.3f}"
-                   for key, value in metrics.items() if key.startswith(start)]
+        figures = []
+        for key, value in metrics.items():
+            if key.startswith(start):
+                figures.append(f"{key.removeprefix(start)} {value:.3f}")
         parts.append(f"{name} {', '.join(figures)}")
     lines = [f"held-out, step {step}: {'; '.join(parts)}"]
     for answer in answers:

@@ -38,7 +38,11 @@ def translate_instructions(items: list[dict], model: str, device: str, source: s
     the same strings, byte for byte: alpaca_eval joins answers on them."""
     translator = translate.load(model, device)
     translator.check(source, [language])
-    settings = {"translator": translator.fingerprint, "source": source, "lang": language, "beams": beams}
+    settings = {
+        "translator": translator.fingerprint,
+        "source": source,
+        "lang": language,
+        "beams": beams}
     texts = [item["instruction"] for item in items]
     path = Path("runs/eval") / f"instructions-{language}-{fingerprint(texts, settings)}.jsonl"
     with Journal(path, settings, ("source", "instruction", "faults")) as journal:
@@ -71,7 +75,10 @@ def translated_lines(texts: list[str], translator, source: str, language: str, b
         asked = texts[first:first + TRANSLATED_AT_ONCE]
         translations = translate.translate(asked, source, language, translator, beams)
         for text, found in zip(asked, translations):
-            yield {"source": text, "instruction": found, "faults": found.faults}
+            yield {
+                "source": text,
+                "instruction": found,
+                "faults": found.faults}
 
 
 def answer_lines(model, tokenizer, items: list[dict], how: Decoding, batch_size: int, done: int):
@@ -90,5 +97,11 @@ def answer_lines(model, tokenizer, items: list[dict], how: Decoding, batch_size:
 
 def model_outputs(items: list[dict], lines: list[dict], generator: str) -> list[dict]:
     """The records of alpaca_eval's model_outputs.json."""
-    how = {"generator": generator, "datasplit": "eval"}
-    return [{**item, "output": line["output"], **how} for item, line in zip(items, lines)]
+    records = []
+    for item, line in zip(items, lines):
+        records.append({
+            **item,
+            "output": line["output"],
+            "generator": generator,
+            "datasplit": "eval"})
+    return records

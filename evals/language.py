@@ -182,13 +182,15 @@ def gains(word: str, languages: LanguageModel) -> dict[str, float]:
     script, path = letter_script(word[0]), list(steps(word))
     background = languages.background
     new = 1 / len(background[script][0]) if script in background else 1
-    expected = [probability(background, letter, [script], new) for letter, _ in path]
+    usual = [probability(background, letter, [script], new) for letter, _ in path]
     found = {}
     for language, model in languages.letters.items():
-        found[language] = len(word) * math.log(probability(model, script, ["script"], NEW))
-        for (letter, contexts), usual in zip(path, expected):
-            ratio = probability(model, letter, contexts, NEW) / usual
-            found[language] += math.log((1 - BLEND) * ratio + BLEND)
+        of_script = probability(model, script, ["script"], NEW)
+        gain = len(word) * math.log(of_script)
+        for (letter, contexts), q in zip(path, usual):
+            p = probability(model, letter, contexts, NEW)
+            gain += math.log((1 - BLEND) * (p / q) + BLEND)
+        found[language] = gain
     return found
 
 
@@ -196,9 +198,10 @@ def total_gains(words: list[str], languages: LanguageModel) -> tuple[dict[str, f
     """(gain of a text under each language, its letters and word ends)."""
     found, size = dict.fromkeys(languages.letters, 0.0), 0.0
     for word, often in Counter(map(str.lower, words)).items():
-        size += math.sqrt(often) * (len(word) + 1)
+        weight = math.sqrt(often)
+        size += weight * (len(word) + 1)
         for language, gain in gains(word, languages).items():
-            found[language] += math.sqrt(often) * gain
+            found[language] += weight * gain
     return found, size
 
 

@@ -38,7 +38,8 @@ def response_lines(model, tokenizer, rows: list[dict], places: dict[str, str], d
             name, texts = row["row_id"], row[language]
             prompt = tokenizer.prompt_ids(texts["prompt"], system_prompt)
             reply = tokenizer.response_ids(texts["response"])
-            fork, = choice.make_forks(f"row {name} in {language}", prompt, [reply], longest)
+            where = f"row {name} in {language}"
+            fork, = choice.make_forks(where, prompt, [reply], longest)
             forks.append(fork)
             lines.append({
                 "question": name,
@@ -58,7 +59,11 @@ def byte_figures(place: str, lines: list[dict]) -> dict[str, dict]:
         nats[name] = line["nll"], size
         bits[name] = line["nll"] / math.log(2), size
     nats = Sample(PER_BYTE, nats).told()
+    bits = Sample(PER_BYTE, bits).told()
+    perplexity = nats | {
+        "value": math.exp(nats["value"]),
+        "stderr": None}
     return {
-        f"bits/byte {place}": Sample(PER_BYTE, bits).told(),
+        f"bits/byte {place}": bits,
         f"nll/byte {place}": nats,
-        f"perplexity/byte {place}": nats | {"value": math.exp(nats["value"]), "stderr": None}}
+        f"perplexity/byte {place}": perplexity}

@@ -44,12 +44,13 @@ def plot(results: list[Result], directory) -> list[Path]:
     directory.mkdir(parents=True, exist_ok=True)
     trained = [result for result in results if result.curves.get(TARGET)]
     answered = [result for result in results if result.size != "-" and result.samples]
-    traded = [title for title in TRADED if all(has_both(result, title) for result in answered)]
     figures = {}
     if trained:
         figures["learning.png"] = draw_curves(plt, by_row(trained))
-    if answered and traded:
-        figures["tradeoff.png"] = draw_tradeoff(plt, by_row(answered), traded[0])
+    for title in TRADED if answered else ():
+        if all(has_both(result, title) for result in answered):
+            figures["tradeoff.png"] = draw_tradeoff(plt, by_row(answered), title)
+            break
     for name, figure in figures.items():
         figure.savefig(directory / name, dpi=130)
         plt.close(figure)
@@ -106,8 +107,13 @@ def add_legend(figure, title: str) -> None:
     lines = 2 + rows * max(label.count("\n") + 1 for label in handles)      # with the title, and the frame
     figure.set_figheight(figure.get_figheight() + lines * LINE)
     figure.legend(
-        handles.values(), handles, loc="outside lower center", ncols=columns, title=title,
-        fontsize=LABEL_SIZE, title_fontsize=LABEL_SIZE, handlelength=4)
+        handles.values(), handles,
+        loc="outside lower center",
+        ncols=columns,
+        title=title,
+        fontsize=LABEL_SIZE,
+        title_fontsize=LABEL_SIZE,
+        handlelength=4)
 
 
 # ------------------------------------------------------------------------------------------- learning curves
@@ -116,7 +122,9 @@ def mean_curve(group: list[Result], place: str) -> tuple[list[int], list[float]]
     """Steps that all seeds validated, and the mean held-out NLL there."""
     curves = [result.curves.get(place, {}) for result in group]
     steps = sorted(set.intersection(*map(set, curves)))
-    means = [statistics.fmean(curve[step] for curve in curves) for step in steps]
+    means = []
+    for step in steps:
+        means.append(statistics.fmean(curve[step] for curve in curves))
     return steps, means
 
 
@@ -130,10 +138,11 @@ def draw_curves(plt, rows: Rows):
     for (language, size, method), group in rows.items():
         look = style(methods.index(method))
         look["linestyle"] = LINES[sizes.index(size) % len(LINES)]
+        look["label"] = f"{method}, {size} samples"
         for place in (TARGET, SOURCE):
             steps, means = mean_curve(group, place)
             axis = axes[language, place]
-            axis.plot(steps, means, label=f"{method}, {size} samples", **look)
+            axis.plot(steps, means, **look)
             axis.xaxis.get_major_locator().set_params(integer=True)
     add_legend(figure, "mean over seeds")
     return figure
@@ -167,11 +176,15 @@ def draw_points(axis, i: int, method: str, groups: dict[str, list[Result]], trad
         figures = [over_seeds(f"{place} {traded}", group) for group in groups.values()]
         points.append([figure["value"] for figure in figures])
         errors.append([figure["stderr"] or 0 for figure in figures])
-    line = "none" if method == "base" else LINES[i % len(LINES)]
-    look = style(i) | {"linestyle": line, "linewidth": 1, "capsize": 2}
-    axis.errorbar(*points, *reversed(errors), label=method, **look)
+    look = style(i) | {
+        "linestyle": "none" if method == "base" else LINES[i % len(LINES)],
+        "linewidth": 1,
+        "capsize": 2,
+        "label": method}
+    axis.errorbar(*points, *reversed(errors), **look)
     if len(groups) == 1 or method == "base":
         return
-    horizontal, vertical = CORNERS[i % len(CORNERS)]
+    across, along = CORNERS[i % len(CORNERS)]
     for size, *point in zip(groups, *points):
-        axis.annotate(f"  {size}  ", point, ha=horizontal, va=vertical, fontsize=LABEL_SIZE)
+        text = f"  {size}  "
+        axis.annotate(text, point, ha=across, va=along, fontsize=LABEL_SIZE)

@@ -22,7 +22,6 @@ from formats.records import read_rows
 from translate import Translation
 
 
-
 @pytest.mark.parametrize("lines, told", [
     (["{}"], ":1: damaged"), (["[]"], ":1: damaged"), (['{"settings": 5}'], ":1: dict expected"),
     (['{"settings": {"a": 1}}', "{}"], ":2: damaged"), (['{"settings": {"a": 1}}', "5"], ":2: damaged"),
@@ -93,6 +92,14 @@ def test_ask_shows_the_base_and_adapters_side_by_side_each_as_it_answers_alone(t
 def test_every_number_of_every_command_is_checked_in_one_line(arguments):
     result = run(*arguments)
     assert result.returncode == 2 and result.stderr.count("\n") == 1 and "was expected" in result.stderr
+
+
+def test_a_notebook_finds_what_it_may_rely_on_in_eval():
+    languages = evaluation.fit_languages({"en": ["where is the lion"] * 4, "sw": ["simba yuko wapi"] * 4})
+    assert evaluation.reply_language("simba yuko wapi", languages)[0] == "sw"
+    assert evaluation.multiple_choice is evaluation.choice.multiple_choice
+    assert evaluation.answer_and_score(None, SimpleNamespace(fingerprint=""), [], (), languages, 8, None, None) == {
+        "questions": 0, "decoding": {"temperature": 0, "max_tokens": 8, "system_prompt": None, "template": ""}}
 
 
 @pytest.mark.parametrize("command", evaluation.COMMANDS)
