@@ -93,6 +93,9 @@ def is_unfinished(directory: Path) -> bool:
         is_begun(directory) or (directory / "answers.jsonl").exists())
 
 
+Results = list[Result]
+
+
 @dataclass
 class Run:
     """A finished run directory of clo.py."""
@@ -149,7 +152,7 @@ def unread_flags(method: str, flags: dict) -> set[str]:
     return IGNORED_FLAGS | PREFERENCE_FLAGS if plain else IGNORED_FLAGS
 
 
-def read_run(run: Run) -> list[Result]:
+def read_run(run: Run) -> Results:
     """The methods of a run, one Result for each target language."""
     source, results = run.flags.get("source", "en"), []
     for method, scores in run.methods.items():
@@ -186,7 +189,7 @@ def origins(settings: dict, runs: list[Run]) -> list[tuple[Run, str]]:
     return [(run, "base") for run in begun]
 
 
-def read_evaluation(directory: Path, runs: list[Run]) -> list[Result]:
+def read_evaluation(directory: Path, runs: list[Run]) -> Results:
     """What `eval.py mc`, `perplexity` or `judge` wrote:
     the figures of one model, in the rows of the run it came from."""
     path = directory / "result.json"
@@ -222,7 +225,7 @@ def scored_samples(lines: list[dict]) -> dict[str, Sample]:
     return samples
 
 
-def read_results(directories: list[Path]) -> list[Result]:
+def read_results(directories: list[Path]) -> Results:
     """Results of run and evaluation directories, those of one trained model merged. InputError when a model
     has two figures of one name that differ."""
     runs = [open_run(directory) for directory in directories if is_run(directory)]
@@ -244,10 +247,10 @@ def read_results(directories: list[Path]) -> list[Result]:
 
 # ------------------------------------------------------------------------------------------------- comparison
 
-Rows = dict[tuple[str, str, str], list[Result]]     # {(language, samples, method): its results over seeds}
+Rows = dict[tuple[str, str, str], Results]      # {(language, samples, method): its results over seeds}
 
 
-def by_row(results: list[Result]) -> Rows:
+def by_row(results: Results) -> Rows:
     """Results that differ only in the seed,
     in the order of languages, sample sizes and the order they were given."""
     rows = {}
@@ -260,7 +263,7 @@ def language_and_size(language: str, size: str, method: str) -> tuple[str, int]:
     return language, int(size) if size.isdigit() else -1
 
 
-def over_seeds(name: str, results: list[Result]) -> dict | None:
+def over_seeds(name: str, results: Results) -> dict | None:
     """A figure's mean ± standard error over seeds; with one seed over questions, where that is known."""
     found = [result.figures[name] for result in results if name in result.figures]
     if len(found) < 2:
@@ -298,7 +301,7 @@ def figure_tables(rows: Rows) -> list[str]:
     return tables
 
 
-def samples_of(group: list[Result], name: str) -> list[Sample]:
+def samples_of(group: Results, name: str) -> list[Sample]:
     """Those of a figure over seeds."""
     return [result.samples[name] for result in group if name in result.samples]
 
@@ -328,7 +331,7 @@ def differences(rows: Rows, baseline: str) -> tuple[list[list[str]], int]:
     return lines, equal
 
 
-def comparison_text(results: list[Result], baseline: str) -> str:
+def comparison_text(results: Results, baseline: str) -> str:
     """Markdown: tables of all figures, and one of paired differences from the baseline."""
     rows = by_row(results)
     text = ["Mean over seeds ± its standard error; with one seed ± standard error over questions where it is "

@@ -46,6 +46,7 @@ FOLDS = 4                   # parts of the texts that are held out in turn
 SURE = 0.8                  # below this posterior probability the classifier abstains
 
 
+Gains = dict[str, float]                        # of a text under each language, in nats
 Letters = dict[str, tuple[Counter, float]]      # {context: (how often each letter was seen after it, any)}
 
 
@@ -127,7 +128,8 @@ def fit_words(lines: dict[str, list[list[str]]]) -> LanguageModel:
     for language, part in lines.items():
         words[language] = Counter(word.lower() for line in part for word in line)
     models = {language: count_letters(part, steps_and_scripts) for language, part in words.items()}
-    background = count_letters(sum(words.values(), Counter()), steps_in_script)
+    everything = sum(words.values(), Counter())
+    background = count_letters(everything, steps_in_script)
     return LanguageModel(models, background, dict.fromkeys(words, FLOOR))
 
 
@@ -177,7 +179,7 @@ def probability(model: Letters, letter: str, contexts: list[str], new: float) ->
 
 
 @lru_cache(maxsize=1 << 16)
-def gains(word: str, languages: LanguageModel) -> dict[str, float]:
+def gains(word: str, languages: LanguageModel) -> Gains:
     """Eq. 1 under each language."""
     script, path = letter_script(word[0]), list(steps(word))
     background = languages.background
@@ -194,7 +196,7 @@ def gains(word: str, languages: LanguageModel) -> dict[str, float]:
     return found
 
 
-def total_gains(words: list[str], languages: LanguageModel) -> tuple[dict[str, float], float]:
+def total_gains(words: list[str], languages: LanguageModel) -> tuple[Gains, float]:
     """(gain of a text under each language, its letters and word ends)."""
     found, size = dict.fromkeys(languages.letters, 0.0), 0.0
     for word, often in Counter(map(str.lower, words)).items():
@@ -230,18 +232,22 @@ def reply_language(text: str, languages: LanguageModel) -> tuple[str | None, flo
     missing = lacking(words, best, languages)
     if missing > 0:
         return OTHER, 1 / (1 + math.exp(-missing))
-    confidence = 1 / sum(math.exp(gain - found[best]) for gain in found.values())
+    odds = [math.exp(gain - found[best]) for gain in found.values()]
+    confidence = 1 / sum(odds)
     return (best if confidence >= SURE else None), confidence
 
 
-def likeliest_path(evidence: list[dict[str, float]]) -> list[str]:
+def likeliest_path(evidence: list[Gains]) -> list[str]:
     """The language of each word: a change costs SWITCH nats. evidence: gain of each word by language."""
-    best, origins = evidence[0], []
+    best, origins = dict(evidence[0]), []
     for row in evidence[1:]:
         top = max(best, key=best.get)
         entry = best[top] - SWITCH                      # worth of coming from the best other language
-        origins.append({language: language if best[language] >= entry else top for language in row})
-        best = {language: max(best[language], entry) + gain for language, gain in row.items()}
+        origins.append({
+            language: language if best[language] >= entry else top
+            for language in row})
+        for language, gain in row.items():
+            best[language] = max(best[language], entry) + gain
     path = [max(best, key=best.get)]
     for origin in reversed(origins):
         path.append(origin[path[-1]])

@@ -10,7 +10,7 @@ import textwrap
 from pathlib import Path
 
 from engine.files import InputError
-from evals.comparison import SOURCE, TARGET, Result, Rows, by_row, over_seeds
+from evals.comparison import SOURCE, TARGET, Result, Results, Rows, by_row, over_seeds
 
 MARKERS = "os^DvPX*"
 LINES = ("-", "--", ":", "-.")
@@ -38,7 +38,7 @@ def import_pyplot():
     return matplotlib.pyplot
 
 
-def plot(results: list[Result], directory) -> list[Path]:
+def plot(results: Results, directory) -> list[Path]:
     """learning.png and tradeoff.png in `directory`, as far as the results have something to draw."""
     plt, directory = import_pyplot(), Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
@@ -118,7 +118,7 @@ def add_legend(figure, title: str) -> None:
 
 # ------------------------------------------------------------------------------------------- learning curves
 
-def mean_curve(group: list[Result], place: str) -> tuple[list[int], list[float]]:
+def mean_curve(group: Results, place: str) -> tuple[list[int], list[float]]:
     """Steps that all seeds validated, and the mean held-out NLL there."""
     curves = [result.curves.get(place, {}) for result in group]
     steps = sorted(set.intersection(*map(set, curves)))
@@ -168,7 +168,7 @@ def draw_tradeoff(plt, rows: Rows, traded: str):
     return figure
 
 
-def draw_points(axis, i: int, method: str, groups: dict[str, list[Result]], traded: str) -> None:
+def draw_points(axis, i: int, method: str, groups: dict[str, Results], traded: str) -> None:
     """The i-th method's line through its {samples: results over seeds}, with the numbers of samples. Methods
     write them into different corners of their points."""
     points, errors = [], []
