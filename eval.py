@@ -29,8 +29,7 @@ from evals.language import fit_languages, reply_language    # noqa: F401
 from evals.perplexity import byte_figures, response_lines, scored_rows
 from evals.report import shown, table
 from evals.systems import (
-    check_system, compute_dtype, finish, keep, locate, open_model, out_directory, short, tell_cut, tell_notes,
-    unusual)
+    check_system, compute_dtype, finish, keep, locate, open_model, out_directory, tell_cut, tell_notes, unusual)
 from evals.verdict import VERDICT
 from formats import hub
 from formats.chat import load_tokenizer
@@ -107,7 +106,7 @@ def mc(args) -> None:
         args.lang,
         f"{args.shots}-shot",
         unusual(args.split, "test"),
-        short(subjects),
+        ",".join(subjects),
         unusual(args.limit, None, "first {}")]
     figure = " ".join(filter(None, name))
     out = args.out or out_directory(settings, *name, settings["dtype"])

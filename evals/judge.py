@@ -99,7 +99,8 @@ class Judge:
             else:
                 self.refused |= refused
                 for name in ("prompt_tokens", "completion_tokens"):
-                    used[name] += getattr(getattr(reply, "usage", None), name, None) or 0
+                    count = getattr(getattr(reply, "usage", None), name, 0)
+                    used[name] += count if isinstance(count, int) else 0
                 return reply
 
     async def send(self, messages: list[dict], options: dict):

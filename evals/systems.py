@@ -9,12 +9,12 @@ import torch
 import model as llama
 from engine.files import Journal, directory_fingerprint, fingerprint, write_json
 from engine.progress import progress
+from evals.answers import HASH_DIGITS
 from formats import hub
 from formats.chat import Tokenizer, load_tokenizer
 from formats.weights import DTYPES, adapter_base, read_adapter
 
 DEFAULT_MODEL = "demo/llama"
-HASH_DIGITS = 16
 LONGEST_NAME = 120          # characters of a directory's name; file systems hold 255 bytes
 
 
@@ -95,12 +95,6 @@ def keep(journal: Journal, lines, total: int, label: str, unit: str) -> None:
         for line in lines:
             journal.add(line)
             bar.update()
-
-
-def short(subjects: list[str]) -> str:
-    """Names of subjects for a figure and a directory; of many, how many and a hash."""
-    text = ",".join(subjects)
-    return text if len(text) <= 60 else f"{len(subjects)} subjects {fingerprint(subjects)[:6]}"
 
 
 def tell_cut(journal: Journal) -> int:
