@@ -135,19 +135,21 @@ def reference_nll(model, tokenizer, rows: list[dict], languages: tuple[str, ...]
     """Nats of the expected answer, stop token included, to each question, by language."""
     nats = {}
     for language in languages:
-        forks = [data.Fork(tokenizer.prompt_ids(row[language]["prompt"], system),
-                           [tokenizer.response_ids(row[language]["response"])], language, row["row_id"])
-                 for row in rows]
+        forks = []
+        for row in rows:
+            prompt = tokenizer.prompt_ids(row[language]["prompt"], system)
+            expected = tokenizer.response_ids(row[language]["response"])
+            forks.append(data.Fork(prompt, [expected], language, row["row_id"]))
         longest = max(fork.length for fork in forks)
         if longest > model.config.max_position_embeddings:
             print(f"a question with its answer in {language} has {longest} tokens, the model was made for "
                   f"{model.config.max_position_embeddings}: its bits per byte say little")
-        batches = data.micro_batches(forks, max(packing.row_tokens, longest), packing.micro_rows, packing.trim,
-                                     ends=False)
-        nats[language] = [0.0] * len(forks)
+        room = max(packing.row_tokens, longest)
+        batches = data.micro_batches(forks, room, packing.micro_rows, packing.trim, ends=False)
+        found = {}
         for batch, sums in zip(batches, summed_logps(model, batches, f"expected answers {language}")):
-            for i, logp in zip(batch.order, sums.tolist()):
-                nats[language][i] = -logp
+            found |= zip(batch.order, sums.tolist())
+        nats[language] = [-found[i] for i in range(len(forks))]
     return nats
 
 

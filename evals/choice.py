@@ -89,9 +89,8 @@ MMMLU_LANGUAGES = dict(pair.split(":") for pair in (
     "AR-XY:Arabic,BN-BD:Bengali,DE-DE:German,ES-LA:Spanish,FR-FR:French,HI-IN:Hindi,ID-ID:Indonesian,"
     "IT-IT:Italian,JA-JP:Japanese,KO-KR:Korean,PT-BR:Brazilian Portuguese,SW-KE:Swahili,YO-NG:Yoruba,"
     "ZH-CN:Simplified Chinese").split(","))
-
-
 FIELDS = ("question", *LETTERS, "answer")
+CAPITALS = ("Question", *LETTERS, "Answer")
 
 
 @dataclass(frozen=True)
@@ -107,7 +106,6 @@ class Task:
     answers: tuple = LETTERS
 
 
-CAPITALS = ("Question", *LETTERS, "Answer")
 TASKS = {
     "mmlu": Task("mmlu", MMLU_DESCRIPTION, LETTERED, FIELDS, MMLU_CATEGORIES, "dev"),
     "mmmlu": Task("mmmlu", MMMLU_DESCRIPTION, LETTERED, CAPITALS, MMLU_CATEGORIES),
@@ -252,8 +250,8 @@ def description_of(task: Task, subject: str, language: str) -> str:
     """What stands before the examples, with the subject named in the benchmark's language."""
     spaced = subject.replace("_", " ")
     if task.name == "cmmlu":
-        pairs = [pair.split(":") for pair in " ".join(CMMLU_SUBJECTS.values()).split() if ":" in pair]
-        names = dict(pairs)
+        words = " ".join(CMMLU_SUBJECTS.values()).split()
+        names = dict(word.split(":") for word in words if ":" in word)
         if subject not in names:
             raise InputError(f"CMMLU has no subject {subject!r}: "
                              f"the file's name must be one of {', '.join(sorted(names))}")

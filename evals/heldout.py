@@ -85,7 +85,8 @@ def sample_answers(model, forks: list, tokenizer, max_tokens: int) -> list[dict]
     """Greedy answers to the prompts of forks: numbers can look well while the text does not."""
     prompts = [fork.prompt for fork in forks]
     with progress(total=len(forks), desc="sample answers", unit="reply", leave=False) as bar:
-        replies = llama.generate(model, prompts, max_tokens, tokenizer.stop_ids, progress=bar.update)
+        replies = llama.generate(model, prompts, max_tokens, tokenizer.stop_ids,
+                                 progress=bar.update)
     answers = []
     for fork, reply in zip(forks, replies):
         expected = fork.continuations[0]
@@ -118,7 +119,8 @@ class Validation:
     def score(self, policy: Sums, reference: Sums) -> Metrics:
         return score(self.batches, policy, reference, self.beta, self.targets)
 
-    def report(self, model, step: int, policy: Sums, reference: Sums, untrained: bool) -> dict:
+    def report(self, model, step: int, policy: Sums, reference: Sums,
+               untrained: bool) -> dict:
         """Figures and sample answers for metrics.jsonl, printed too. All methods begin with one untrained model:
         it is asked once."""
         answers = self.untrained if untrained else None
@@ -132,7 +134,8 @@ class Validation:
         return figures | {"answers": answers}
 
 
-def score(batches: list, policy: Sums, reference: Sums, beta: float, targets: list[str]) -> Metrics:
+def score(batches: list, policy: Sums, reference: Sums, beta: float,
+          targets: list[str]) -> Metrics:
     """Metrics of held-out batches from their sums under the policy and the reference."""
     rewards, logps, nll = [], [], []
     for batch, now, before in zip(batches, policy, reference):

@@ -10,6 +10,7 @@ from evals.figures import (FIGURES, SHORT_ANSWER, SHORT_REPLY, Difference, Sampl
                            paired_difference)
 
 Answers = dict[str, list[dict]]     # {method: lines of its answers.jsonl}
+Rows = list[tuple[str, str, list[dict]]]        # of every table: (language, method, its answers)
 
 
 def table(header: list[str], lines: list[list[str]]) -> str:
@@ -66,17 +67,20 @@ def report_text(report: dict, answers: Answers, source: str, examples: int = 2) 
     lang, methods = report["lang"], report["methods"]
     languages = [source, *lang.split(",")]
     any_method = next(iter(methods.values()))
+    rows = []
+    for language in languages:
+        rows += [(language, name, in_language(lines, language)) for name, lines in answers.items()]
     training = [f"{name} {scores['train_seconds']:.0f} s"
                 for name, scores in methods.items() if name != "base"]
     sections = [
         f"# {lang}: {report['samples']} samples, seed {report['seed']}",
         *closing_lines(answers),
-        *answer_section(answers, languages, any_method.get("questions")),
-        *language_section(answers, languages),
+        *answer_section(rows, any_method.get("questions")),
+        *language_section(rows),
         *heldout_section(methods, languages, lang),
         f"Training took {', '.join(training) or 'no time'}. Decoding: "
         f"{json.dumps(any_method.get('decoding'))}; hashes of model and data: config.json.",
-        *example_sections(answers, languages, examples)]
+        *example_sections(rows, examples)]
     return "\n\n".join(sections) + "\n"
 
 
@@ -84,23 +88,15 @@ def in_language(lines: list[dict], language: str) -> list[dict]:
     return [line for line in lines if line["language"] == language]
 
 
-def by_language_and_method(answers: Answers, languages: list[str]) -> list[tuple[str, str, list[dict]]]:
-    """The rows of every table: (language, method, its answers)."""
-    return [(language, name, in_language(lines, language))
-            for language in languages for name, lines in answers.items()]
-
-
-def answer_section(answers: Answers, languages: list[str], questions: int | None) -> list[str]:
+def answer_section(rows: Rows, questions: int | None) -> list[str]:
     """A row for each language and method, a column for each figure that one of them has. questions: how many
     there were to answer, if that is known."""
-    rows = []
-    for language, name, lines in by_language_and_method(answers, languages):
-        told = {key: sample.told() for key, sample in measure(lines).items()}
-        rows.append((language, name, told))
-    known = set().union(*(told for _, _, told in rows))
+    samples = [measure(lines) for _, _, lines in rows]
+    known = set().union(*samples)
     figures = [figure for figure in FIGURES if figure.name in known]
     cells = []
-    for language, name, told in rows:
+    for (language, name, lines), found in zip(rows, samples):
+        told = {key: sample.told() for key, sample in found.items()}
         values = [shown(told.get(figure.name)) for figure in figures]
         cells.append([language, name, *values])
     asked = len(lines)
@@ -111,23 +107,23 @@ def answer_section(answers: Answers, languages: list[str], questions: int | None
     return ["\n".join(legend), table(["language", "method", *titles], cells)]
 
 
-def language_section(answers: Answers, languages: list[str]) -> list[str]:
+def language_section(rows: Rows) -> list[str]:
     """In which languages the replies are that are not in the right one, counted; and the very short ones
     apart, whose language is hard to tell."""
-    rows, left_out, parts = [], {}, []
-    for language, name, lines in by_language_and_method(answers, languages):
+    cells, left_out, parts = [], {}, []
+    for language, name, lines in rows:
         judged, *counts = languages_told(lines).values()
         left_out[language] = len(lines) - judged
         if any(counts):
-            rows.append([language, name, *map(str, (judged, *counts))])
+            cells.append([language, name, *map(str, (judged, *counts))])
     same = [f"{count} of {language}" for language, count in left_out.items() if count]
     if same:
         parts += [f"Answers that are the same in another language are left out of the language figures: "
                   f"{', '.join(same)}."]
-    if rows:
+    if cells:
         parts += ["Replies not in the language of the question (none of these counts as right), and those so "
                   "short that their language is hard to tell:",
-                  table(["language", "method", "replies", *LANGUAGES_TOLD], rows)]
+                  table(["language", "method", "replies", *LANGUAGES_TOLD], cells)]
     return parts
 
 
@@ -145,17 +141,15 @@ def heldout_section(methods: dict, languages: list[str], lang: str) -> list[str]
             table(["language", "method", *HELD_OUT], lines)]
 
 
-def example_sections(answers: Answers, languages: list[str], examples: int) -> list[str]:
+def example_sections(rows: Rows, examples: int) -> list[str]:
     """The first few questions in each language, with the expected answer and every method's reply below."""
-    sections = []
-    for language in languages:
-        replies = [in_language(lines, language)[:examples] for lines in answers.values()]
-        for first, *others in zip(*replies):
-            text = [on_one_line(first["prompt"]), "- expected: " + on_one_line(first["expected"])]
-            for name, line in zip(answers, (first, *others)):
-                text.append(f"- {name}: " + on_one_line(line["reply"]))
-            sections.append("\n".join(text))
-    return sections
+    sections = {}
+    for language, name, lines in rows:
+        for number, line in enumerate(lines[:examples]):
+            start = on_one_line(line["prompt"]) + "\n- expected: " + on_one_line(line["expected"])
+            text = sections.get((language, number), start)
+            sections[language, number] = text + f"\n- {name}: " + on_one_line(line["reply"])
+    return list(sections.values())
 
 
 def on_one_line(text: str) -> str:
