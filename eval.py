@@ -14,7 +14,7 @@ import argparse
 import json
 import sys
 from collections import Counter
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import model as llama
@@ -60,7 +60,9 @@ def ask(args) -> None:
     for system in systems:
         print(f"loading {base}{f' with {system}' if system else ''}", file=sys.stderr, flush=True)
         models[system or base] = llama.load(base, args.device, dtype, system)
-    how = Decoding(args.system_prompt, args.max_tokens, args.temperature, args.top_p, args.seed)
+    how = Decoding(
+        args.system_prompt, args.max_tokens,
+        args.temperature, args.top_p, args.seed)
     if args.question is not None:
         answer_with_all(models, tokenizer, args.question, how)
         return
@@ -190,7 +192,9 @@ def alpaca(args) -> None:
         args.model, args.adapter, args.device,
         args.dtype, args.template_args)
     tell_notes(tokenizer)
-    how = Decoding(args.system_prompt, args.max_tokens, args.temperature, args.top_p, args.seed)
+    how = Decoding(
+        args.system_prompt, args.max_tokens,
+        args.temperature, args.top_p, args.seed)
     settings |= {
         "language": args.lang,
         "instructions": args.instructions,
@@ -220,6 +224,9 @@ def judge_outputs(args) -> None:
     """Ask the judge about every pair of answers:
     annotations.json in alpaca_eval's format, and the win rate of A."""
     asked = judge.connect(args.judge_model, args.judge_tokens, args.timeout, args.attempts)
+    asked = replace(
+        asked, parallel=args.parallel, order=args.order,
+        seed=args.seed, language=args.lang)
     pairs = winrate.pair_outputs(args.outputs, args.reference)[:args.limit]
     settings = winrate.answer_settings(args.outputs, args.reference)
     settings |= {
@@ -242,9 +249,7 @@ def judge_outputs(args) -> None:
     figure = f"win rate over {reference}"
     keys = ("question", "preference", "reading", "refused", "prompt_tokens", "completion_tokens")
     with Journal(out / "answers.jsonl", settings, keys, args.fresh) as journal:
-        failed = judge.judge_pairs(
-            pairs, asked, args.order, args.seed, args.lang,
-            args.parallel, journal, figure)
+        failed = judge.judge_pairs(pairs, asked, journal, figure)
     kinds = winrate.tell_failures(failed, len(pairs))
     annotator = f"{args.judge_model}, {args.order} order, prompt {judge.prompt_hash()}"
     annotations = winrate.annotation_records(pairs, journal.done, annotator)

@@ -61,11 +61,16 @@ Reply with m or M only."""
 
 @dataclass
 class Judge:
-    """A model behind an OpenAI-compatible server. refused: the options that this server does not take."""
+    """A model behind an OpenAI-compatible server, and what it is asked. refused: the options that this server
+    does not take."""
     client: Any = field(repr=False)
     model: str
     tokens: int = 1                    # of the first reply
     deadline: float = 600.0            # seconds of a request with all its retries
+    parallel: int = 8                  # requests at a time
+    order: str = "random"              # alpaca_eval's coin; or "both"
+    seed: int = 0                      # of the coin
+    language: str = ""                 # that answers should be in
     refused: set[str] = field(default_factory=set)
 
     async def verdict(self, messages: list[dict]) -> tuple[float, str, Counter]:
@@ -168,15 +173,17 @@ def prompt_hash() -> str:
     return hashlib.sha256((SYSTEM + PROMPT).encode()).hexdigest()[:16]
 
 
-async def annotate(pair: dict, judge: Judge, order: str, seed: int, language: str) -> dict:
+async def annotate(pair: dict, judge: Judge) -> dict:
     """{"preference": alpaca_eval's (1 reference, 2 model), "reading": how it was read, ..., tokens used}.
     Equal answers are a draw without asking."""
     answers = [pair["output_1"], pair["output_2"]]
     found, readings, used = [], set(), Counter(prompt_tokens=0, completion_tokens=0)
-    orders = [False, True] if order == "both" else [is_switched(pair["instruction"], seed)]
+    instruction = pair["instruction"]
+    orders = [False, True] if judge.order == "both" else [is_switched(instruction, judge.seed)]
     for switched in orders if answers[0] != answers[1] else []:
         shown = answers[::-1] if switched else answers
-        value, reading, tokens = await judge.verdict(messages(pair["instruction"], *shown, language))
+        question = messages(instruction, *shown, judge.language)
+        value, reading, tokens = await judge.verdict(question)
         found.append(3 - value if switched else value)
         readings.add(reading)
         used.update(tokens)
@@ -187,14 +194,13 @@ async def annotate(pair: dict, judge: Judge, order: str, seed: int, language: st
         **used}
 
 
-async def annotate_all(pairs: list[dict], judge: Judge, order: str, seed: int, language: str, parallel: int,
-                       known: bool):
-    """Yields (pair, what annotate gives or the NoVerdict) as they are done, `parallel` at a time.
+async def annotate_all(pairs: list[dict], judge: Judge, known: bool):
+    """Yields (pair, what annotate gives or the NoVerdict) as they are done.
 
     InputError when the first pairs all fail: no server, a wrong key, an unknown model. known: there were
     verdicts in an earlier run, so pairs that are refused are nothing but that.
     """
-    gate = asyncio.Semaphore(parallel)
+    gate = asyncio.Semaphore(judge.parallel)
     asked = [pair["instruction"] for pair in pairs if pair["output_1"] != pair["output_2"]]
     first = asked[:GIVE_UP]
     not_failed = set(first)
@@ -202,7 +208,7 @@ async def annotate_all(pairs: list[dict], judge: Judge, order: str, seed: int, l
     async def settle(pair: dict):
         async with gate:
             try:
-                return pair, await annotate(pair, judge, order, seed, language)
+                return pair, await annotate(pair, judge)
             except NoVerdict as fault:
                 return pair, fault
 
@@ -224,8 +230,7 @@ async def annotate_all(pairs: list[dict], judge: Judge, order: str, seed: int, l
         await judge.client.close()
 
 
-def judge_pairs(pairs: list[dict], judge: Judge, order: str, seed: int, language: str, parallel: int,
-                journal: Journal, figure: str) -> list[NoVerdict]:
+def judge_pairs(pairs: list[dict], judge: Judge, journal: Journal, figure: str) -> list[NoVerdict]:
     """Add the verdicts on pairs without one to the journal; why others still have none."""
     names = {line["question"] for line in journal.done}
     known = any(line["reading"] != EQUAL for line in journal.done)
@@ -234,7 +239,7 @@ def judge_pairs(pairs: list[dict], judge: Judge, order: str, seed: int, language
 
     async def settle_all() -> None:
         with progress(total=len(pairs), initial=len(names), desc="judged", unit="pair") as bar:
-            async for pair, found in annotate_all(left, judge, order, seed, language, parallel, known):
+            async for pair, found in annotate_all(left, judge, known):
                 if isinstance(found, NoVerdict):
                     failed.append(found)
                     bar.set_postfix_str(f"{len(failed)} without a verdict")

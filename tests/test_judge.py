@@ -12,6 +12,7 @@ import sys
 import threading
 import time
 from collections import Counter
+from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -410,9 +411,10 @@ def make_pairs(n):
 
 
 def annotate(pairs, asked, order="random", parallel=3, known=False):
+    asked = replace(asked, order=order, language="sw", parallel=parallel)
+
     async def collect():
-        return {pair["instruction"]: found async for pair, found in judge.annotate_all(
-            pairs, asked, order, 0, "sw", parallel, known)}
+        return {pair["instruction"]: found async for pair, found in judge.annotate_all(pairs, asked, known)}
     return asyncio.run(collect())
 
 
