@@ -23,13 +23,13 @@ from engine.files import InputError, Journal, check_unicode, fingerprint, run, w
 from engine.flags import REQUIRED
 from evals import choice, comparison, judge, plots, winrate
 from evals.answers import Decoding, answer_and_score    # noqa: F401
-from evals.choice import multiple_choice            # noqa: F401
+from evals.choice import multiple_choice    # noqa: F401
 from evals.instructions import answer_lines, model_outputs, read_instructions, translate_instructions
 from evals.language import fit_languages, reply_language    # noqa: F401
 from evals.perplexity import byte_figures, response_lines, scored_rows
 from evals.report import shown, table
-from evals.systems import (
-    check_system, compute_dtype, finish, keep, locate, open_model, out_directory, tell_cut, tell_notes, unusual)
+from evals.systems import (check_system, compute_dtype, finish, keep, locate, open_model, out_directory,
+                           tell_cut, tell_notes, unusual)
 from evals.verdict import VERDICT
 from formats import hub
 from formats.chat import load_tokenizer

@@ -23,7 +23,7 @@ from evals.language import LanguageModel, reply_language
 
 HASH_DIGITS = 16
 
-# Unicode's punctuation that is part of an answer: "C#", "50%", "A*", "[0, 1)" are not "C", "50", "A", "[0, 1".
+# Unicode's punctuation that is part of an answer: "C#", "50%", "A*", "[0, 1)" are not "C", "50", "A", "[0, 1"
 # Dashes (Pd, as in "A-"), connectors (Pc) and opening brackets (Ps) are kept by their category.
 PART_OF_ANSWER = set("#%&*@/\\)]}†‡‰‱′″‴٪؉؊׳״")
 FINAL_CATEGORIES = ("Po", "Pe", "Pi", "Pf")
@@ -36,8 +36,8 @@ DOTTED = {"tr", "tur", "az", "aze", "azj"}      # languages whose small I is ı,
 
 def normalise(text: str, language: str = "") -> str:
     """What of a text has to be equal: small letters, one space between words, no final punctuation; Unicode's
-    composed form and one width, without invisible marks (zero-width spaces, soft hyphens, direction). Accents,
-    other punctuation, superscripts and the script of digits are part of an answer."""
+    composed form and one width, without invisible marks (spaces without width, soft hyphens). Accents, other
+    punctuation, superscripts and the script of digits are part of an answer."""
     text = re.sub(f"[{INVISIBLE}]", "", text)
     text = unicodedata.normalize("NFC", text)
     text = "".join(map(one_width, text))

@@ -156,7 +156,7 @@ def rows_of(task: Task, path: Path) -> list[tuple[str, dict]]:
 
 
 def with_letters(row: dict, where: str) -> dict:
-    """A row of the hub's MMLU, which lists its choices and counts the answer from 0, with letters for both."""
+    """A row of the hub's MMLU, which lists choices and counts the answer from 0, with letters for both."""
     choices, answer = need(row, "choices", where), need(row, "answer", where)
     if not isinstance(choices, list) or len(choices) != len(LETTERS):
         raise InputError(f"{where}: choices is no list of {len(LETTERS)} texts")
@@ -367,7 +367,8 @@ def make_forks(where: str, prompt: list[int], choices: list[list[int]], max_toke
     before a longer choice, a fork for each choice."""
     longest = max(map(len, choices))
     if longest > max_tokens:
-        raise InputError(f"{where}: {longest} tokens to be scored, the model reads {max_tokens}: leave it out")
+        raise InputError(f"{where}: {longest} tokens to be scored, the model reads {max_tokens}: "
+                         f"leave it out")
     if len(prompt) + longest <= max_tokens + 1:
         return [data.Fork(prompt, choices, "", where)]
     return [data.Fork(prompt[-(max_tokens + 1 - len(choice)):], [choice], "", where) for choice in choices]
@@ -415,7 +416,7 @@ def score(model, tokenizer, questions: list[Question], batch_tokens: int = 2048)
 
 
 def multiple_choice(model, tokenizer, questions: list[Question], batch_tokens: int = 2048) -> list[dict]:
-    """For each question {"choice": int, "correct": bool, "logp": [log-prob of each choice], "cut": bool, ...};
+    """For each question {"choice": int, "correct": bool, "logp": [log-prob of each choice], "cut": bool};
     cut: the prompt was longer than the model reads and lost its start."""
     scored = dict(score(model, tokenizer, questions, batch_tokens))
     return [scored[i] for i in range(len(questions))]
@@ -448,7 +449,7 @@ def accuracy(*subjects: list[bool]) -> dict:
 
 
 def summarise(benchmark: Benchmark, verdicts: dict[str, dict]) -> dict:
-    """{"all", "categories": {name}, "subjects": {name}} of verdicts by question, each with value, stderr, n."""
+    """{"all", "categories": {name}, "subjects": {name}} of verdicts by question: each value, stderr, n."""
     subjects, categories = {}, {}
     for question in benchmark.questions:
         subjects.setdefault(question.subject, []).append(verdicts[question.name]["correct"])

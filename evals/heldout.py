@@ -1,4 +1,4 @@
-"""Held-out pairs during training: rewards, margins and accuracies split by direction, and the NLL of right responses.
+"""Held-out pairs during training: rewards, margins, accuracies by direction, and the NLL of right responses.
 
 TRL's metric names, with a side behind each: `en` the source, `tgt` all targets, and where there are several
 targets each of them as `tgt_sw`. Watch nll_en: a preference loss alone lets it rise.
@@ -121,8 +121,8 @@ class Validation:
 
     def report(self, model, step: int, policy: Sums, reference: Sums,
                untrained: bool) -> dict:
-        """Figures and sample answers for metrics.jsonl, printed too. All methods begin with one untrained model:
-        it is asked once."""
+        """Figures and sample answers for metrics.jsonl, printed too. All methods begin with one untrained
+        model: it is asked once."""
         answers = self.untrained if untrained else None
         if answers is None:
             forks = [fork for group in self.groups[:SAMPLE_ROWS] for fork in group]

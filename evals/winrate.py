@@ -93,7 +93,8 @@ def read_annotations(path) -> list[dict]:
     for where, line in annotations:
         value = need(line, "preference", where)
         if value is not None and value == value and not is_preference(value):
-            raise InputError(f"{where}: the preference is {value!r:.80}, from 1 (output_1 wins) to 2 is wanted")
+            raise InputError(f"{where}: the preference is {value!r:.80}, "
+                             f"from 1 (output_1 wins) to 2 is wanted")
         for key in ("output_1", "output_2"):
             as_kind(need(line, key, where), str, f"{where}: {key}")
     return [line for _, line in annotations]

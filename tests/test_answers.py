@@ -175,7 +175,8 @@ def test_a_reply_ends_by_itself_when_a_stop_token_came_in_time(tmp_path, monkeyp
     tokenizer = SimpleNamespace(prompt_ids=lambda question, system: [1], stop_ids={0}, decode=str,
                                 fingerprint="")
     model = SimpleNamespace(config=SimpleNamespace(max_position_embeddings=99))
-    monkeypatch.setattr(answers.llama, "generate", lambda model, prompts, *_: [next(replies) for _ in prompts])
+    monkeypatch.setattr(answers.llama, "generate",
+                        lambda model, prompts, *_: [next(replies) for _ in prompts])
     path = tmp_path / "answers.jsonl"
     answer_and_score(model, tokenizer, ROWS, ("en",), fit_languages(TEXTS), 8, None, path)
     assert [line["ends"] for _, line in read_records(path)] == [False, True, True]

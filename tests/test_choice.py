@@ -392,7 +392,7 @@ BELEBELE_ROW = ('{"flores_passage": "p", "question": "q", "question_number": 1, 
     ("belebele", "deu_Latn.jsonl", BELEBELE_ROW % 1 + "\n{", "deu_Latn.jsonl:2: not valid JSON"),
     ("belebele", "deva.jsonl", BELEBELE_ROW % 1, "found no deu_Latn.jsonl or deu_Latn_"),
     ("cmmlu", "test/alchemy.csv", ",Question,A,B,C,D,Answer\n0,q,1,2,3,4,A\n", "no subject 'alchemy'"),
-    ("belebele", "deu_Latn.jsonl", BELEBELE_ROW % 5, "deu_Latn.jsonl:1: the answer is '5', one of 1, 2, 3, 4"),
+    ("belebele", "deu_Latn.jsonl", BELEBELE_ROW % 5, "deu_Latn.jsonl:1: the answer is '5', one of 1, 2, 3"),
     ("belebele", "test.parquet", "PAR1", "pandas.read_parquet"),
     ("mmmlu", "mmlu_DE-DE.csv", "", "found no mmlu_SW-KE")])
 def test_a_bad_file_is_one_clear_line(name, file, text, wanted, tmp_path):

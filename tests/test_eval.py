@@ -98,8 +98,9 @@ def test_a_notebook_finds_what_it_may_rely_on_in_eval():
     languages = evaluation.fit_languages({"en": ["where is the lion"] * 4, "sw": ["simba yuko wapi"] * 4})
     assert evaluation.reply_language("simba yuko wapi", languages)[0] == "sw"
     assert evaluation.multiple_choice is evaluation.choice.multiple_choice
-    assert evaluation.answer_and_score(None, SimpleNamespace(fingerprint=""), [], (), languages, 8, None, None) == {
-        "questions": 0, "decoding": {"temperature": 0, "max_tokens": 8, "system_prompt": None, "template": ""}}
+    tokenizer = SimpleNamespace(fingerprint="")
+    scores = evaluation.answer_and_score(None, tokenizer, [], (), languages, 8, None, None)
+    assert scores["questions"] == 0 and scores["decoding"]["max_tokens"] == 8
 
 
 @pytest.mark.parametrize("command", evaluation.COMMANDS)

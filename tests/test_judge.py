@@ -150,7 +150,8 @@ def test_win_rate_is_the_mean_of_preferences_with_draws_old_draws_and_gaps():
 @pytest.mark.parametrize("value", [3, 0.5, "2", True, [], float("inf")])
 def test_a_preference_that_is_none_is_refused(value, tmp_path):
     path = tmp_path / "x.jsonl"
-    lines = [{"preference": fine, "output_1": "", "output_2": ""} for fine in (1, 2, 1.5, 0, None, float("nan"))]
+    fine = (1, 2, 1.5, 0, None, float("nan"))
+    lines = [{"preference": preference, "output_1": "", "output_2": ""} for preference in fine]
     write_jsonl(path, lines)
     assert len(winrate.read_annotations(path)) == len(lines)
     write_jsonl(path, [*lines, lines[0] | {"preference": value}])
