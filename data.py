@@ -423,7 +423,7 @@ def main(argv=None):
     rows = read_counted(args.file, args.source, args.turns, args.targets)
     print("languages: " + describe_counts(Counter(language for row in rows for language in languages_of(row))))
     if args.trl:
-        print(f"{args.trl}: {write_preferences(args.trl, rows, args.source, args.targets):,} preference rows")
+        print(f"{args.trl}: {write_preferences(args.trl, rows, args.source, *args.targets):,} preference rows")
     if args.model:
         show_forks(rows, load_tokenizer(args.model, args.template_args), args)
 
