@@ -226,10 +226,10 @@ def test_adapted_or_resized_embeddings_are_refused_by_name(checkpoint, tmp_path)
 
 @pytest.mark.parametrize("change, match", [
     ({"peft_type": "IA3"}, "IA3"), ({"use_dora": True}, "use_dora"), ({"bias": "all"}, "bias"),
-    ({"lora_alpha": "x"}, "lora_alpha"), ({"r": 5}, "factors of rank 4, adapter_config.json says 5"),
-    ({"rank_pattern": {"q_proj": 5}}, "q_proj: factors of rank 4, adapter_config.json says 5"),
+    ({"lora_alpha": "x"}, "lora_alpha"), ({"r": 5}, r"factors \[.*, 4\] x \[4, .*\], adapter_config.json says rank 5"),
+    ({"rank_pattern": {"q_proj": 5}}, "q_proj: factors .*, adapter_config.json says rank 5"),
     ({"alpha_pattern": {"q_proj": "x"}}, "alpha_pattern: q_proj is 'x'"),
-    ({"alpha_pattern": [4]}, "an object was"),
+    ({"alpha_pattern": [4]}, "dict expected"),
     ({"alpha_pattern": {"(": 4}}, "no regular expression"),
     ({"init_lora_weights": "pissa"}, "init_lora_weights"),
     ({"alora_invocation_tokens": [1, 2]}, "alora_invocation_tokens")])
@@ -260,16 +260,16 @@ def test_an_adapter_with_more_or_less_than_pairs_of_factors_is_refused(checkpoin
     tensors = load_file(adapter / "adapter_model.safetensors")
     change(tensors)
     save_file(tensors, adapter / "adapter_model.safetensors")
-    with pytest.raises(InputError, match="no factor of a pair|not only pairs|holds no LoRA factors"):
+    with pytest.raises(InputError, match="no factor of a pair|carries .*score|holds no LoRA factors"):
         llama.load(checkpoint, adapter=adapter)
 
 
 @pytest.mark.parametrize("change, match", [
-    (lambda factor: torch.tensor(1.0), "do not fit each other"),
-    (lambda factor: factor[:0], "do not fit each other"), (lambda factor: factor[0], "do not fit each other"),
-    (lambda factor: factor.long(), "has dtype torch.int64"),
-    (lambda factor: factor * math.nan, "NaN or infinite"),
-    (lambda factor: factor + math.inf, "NaN or infinite")])
+    (lambda factor: torch.tensor(1.0), "adapter_config.json says rank 4"),
+    (lambda factor: factor[:0], "adapter_config.json says rank 4"), (lambda factor: factor[0], "adapter_config.json says rank 4"),
+    (lambda factor: factor.long(), "int64. holds other than finite numbers"),
+    (lambda factor: factor * math.nan, "holds other than finite numbers"),
+    (lambda factor: factor + math.inf, "holds other than finite numbers")])
 def test_factors_that_no_training_gives_are_refused(checkpoint, tmp_path, change, match):
     adapter = write_adapter(with_lora(checkpoint), checkpoint, tmp_path / "adapter")
     tensors = load_file(adapter / "adapter_model.safetensors")
