@@ -8,8 +8,9 @@ text). Templates are the checkpoint's own; a base model, which brings none, gets
 import hashlib
 import json
 import os.path
+import re
 from datetime import datetime
-from functools import cached_property, lru_cache
+from functools import cached_property, lru_cache, partial
 from itertools import groupby
 from pathlib import Path
 
@@ -51,13 +52,9 @@ def template_environment():
     def raise_exception(message):
         raise jinja2.TemplateError(message)
 
-    def to_json(value, ensure_ascii=False, indent=None, separators=None, sort_keys=False):
-        return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators,
-                          sort_keys=sort_keys)
-
     environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols", Generation])
-    environment.filters["tojson"] = to_json
+    environment.filters["tojson"] = partial(json.dumps, ensure_ascii=False)
     environment.globals |= {"raise_exception": raise_exception, "strftime_now": TEMPLATE_DATE.strftime}
     return environment
 
@@ -78,16 +75,16 @@ class Template:
         texts += [node.value for node in tree.find_all(jinja2.nodes.Const) if isinstance(node.value, str)]
         self.literals = "\n".join(texts)
         self.takes_parts = False
-        self.takes_parts = not self.writes_question() and self.writes_question(as_parts=True)
+        if not self.writes_question():
+            self.takes_parts = True
+            self.takes_parts = self.writes_question()
 
-    def writes_question(self, as_parts=False):
-        question = {"role": "user", "content": parts(USER) if as_parts else USER}
+    def writes_question(self):
         try:
-            text = self.render([question], asking=True)
+            text = self.render([{"role": "user", "content": USER}], asking=True)
         except InputError:
             return False
-        printed = as_parts and (repr(USER) in text or json.dumps(USER) in text)  # the list as code
-        return USER in text and not printed
+        return re.search(rf"""(?<!['"]){USER}""", text) is not None      # and no list as code
 
     def refusal(self, what):
         return InputError(f"{self.where}: the chat template {what}: mend it, or put another into "
@@ -240,15 +237,13 @@ class Tokenizer:
 
     def _config_stops(self):
         """Ids that config.json and generation_config.json say end a text, and the tokenizer's own."""
-        stops = {self.eos_id} - {None}
-        for name in ("config.json", "generation_config.json"):
-            ids = read_json(self.directory / name, missing={}).get("eos_token_id")
-            ids = ids if isinstance(ids, list) else [] if ids is None else [ids]
-            if not all(type(token) is int for token in ids):
-                raise InputError(f"{self.directory / name}: eos_token_id is {ids!r}, "
-                                 "whole numbers were expected")
-            stops |= set(ids)
-        return stops
+        stops = [self.eos_id]
+        for path in (self.directory / "config.json", self.directory / "generation_config.json"):
+            ids = read_json(path, missing={}).get("eos_token_id")
+            stops += ids if isinstance(ids, list) else [ids]
+            if not {*map(type, stops)} <= {int, type(None)}:
+                raise InputError(f"{path}: eos_token_id is {ids!r}, whole numbers were expected")
+        return {*stops} - {None}
 
     @cached_property
     def template(self):
@@ -256,13 +251,9 @@ class Tokenizer:
         file, where = self.directory / "chat_template.jinja", f"{self.directory}: chat_template"
         chat = read_text(file) if file.exists() else self.config.get("chat_template")
         if isinstance(chat, list):
-            chat = {as_kind(need(entry, "name", where), str, where): need(entry, "template", where)
-                    for entry in chat}
+            chat = {str(need(entry, "name", where)): need(entry, "template", where) for entry in chat}
         if isinstance(chat, dict):
-            if "default" not in chat:
-                raise InputError(f"{where} holds no default ({', '.join(chat)}): put the one you want into "
-                                 "chat_template.jinja")
-            chat = as_kind(chat["default"], str, where)
+            chat = as_kind(need(chat, "default", f"{where}: put the one you want into chat_template.jinja"), str, where)
         if chat:
             return as_kind(chat, str, where)
         adds_bos = self.config.get("add_bos_token")
