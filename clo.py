@@ -470,8 +470,7 @@ def make_steps(groups: list[list[data.Fork]], objective: Objective, packing: Pac
         for i in order[first:first + packing.batch_size]:
             forks += stage_forks(groups[i], objective)
         if forks:
-            steps.append(data.micro_batches(forks, packing.row_tokens, packing.micro_rows, packing.trim,
-                                            ends=False))
+            steps.append(data.micro_batches(forks, packing.row_tokens, packing.micro_rows, packing.trim))
     return steps
 
 
@@ -560,7 +559,7 @@ def reference_nll(model: llama.Llama, job: Job) -> dict[str, list[float]]:
             print(f"a question with its answer in {language} has {longest} tokens, the model was made for "
                   f"{model.config.max_position_embeddings}: its bits per byte say little")
         batches = data.micro_batches(forks, max(job.packing.row_tokens, longest), job.packing.micro_rows,
-                                     job.packing.trim, ends=False)
+                                     job.packing.trim)
         nats[language] = [0.0] * len(forks)
         for batch, sums in zip(batches, summed_logps(model, batches, f"expected answers {language}")):
             for i, logp in zip(batch.order, sums.tolist()):
@@ -867,7 +866,7 @@ def dry_run(args, device: torch.device) -> None:
                   + f": about {seconds / 60:.1f} min")
     print(f"in all about {total / 60:.1f} min; translation, validation and answers come on top")
     for fork in [fork for group in groups[:2] for fork in group]:
-        print("\n" + data.show(fork, tokenizer, sys.stdout.isatty()))
+        print("\n" + data.show(fork, tokenizer))
 
 
 def measured_seconds(config, plan: scale.Plan, steps: list[list[data.Batch]], objective: Objective,

@@ -485,7 +485,7 @@ def sequence_logps(model, forks: list[data.Fork], batch_tokens: int, shared: lis
     prefix = llama.keys_and_values(model, shared)
     rest = [replace(fork, prompt=fork.prompt[len(shared):]) for fork in forks]
     longest = max(fork.length for fork in rest)
-    for batch in data.micro_batches(rest, max(batch_tokens, longest), 1, ends=False):
+    for batch in data.micro_batches(rest, max(batch_tokens, longest), 1):
         sums = llama.continuation_logps(model, batch.to(model.head.device), prefix).cpu()
         sizes = [len(fork.continuations) for fork in batch.forks]
         yield batch.order, [part.tolist() for part in sums.split(sizes)]
