@@ -8,8 +8,8 @@ from torch import Tensor
 
 from engine.files import InputError, read_json, write_json, write_text
 from formats.configs import config_dict
-from formats.weights import (ADAPTER_CONFIG, ADAPTER_WEIGHTS, DTYPE_NAMES, MAX_SHARD_BYTES, PREFIX, Weights,
-                             add_update, read_adapter, save_sharded, save_tensors)
+from formats.weights import (ADAPTER_CONFIG, ADAPTER_WEIGHTS, DTYPE_NAMES, PREFIX, Weights, add_update,
+                             read_adapter, save_sharded, save_tensors)
 from model import Llama, load, open_checkpoint
 
 COPIED = (".json", ".jinja", ".model", ".txt")        # a base's tokenizer and generation files, its licence
@@ -17,17 +17,12 @@ MORE_TEMPLATES = "additional_chat_templates"          # transformers' folder of 
 TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
 
 
-def save(model: Llama, directory, dtype: torch.dtype = torch.float32,
-         max_shard_bytes: int = MAX_SHARD_BYTES) -> None:
+def save(model: Llama, directory, dtype: torch.dtype = torch.float32) -> None:
     """Write config.json and the weights as `dtype` in Hugging Face layout."""
-    directory = Path(directory)
+    directory, parameters = Path(directory), dict(model.named_parameters())
     write_json(directory / "config.json", config_dict(model.config) | {"torch_dtype": DTYPE_NAMES[dtype]})
-    parameters = dict(model.named_parameters())
     sizes = {name: parameter.numel() * dtype.itemsize for name, parameter in parameters.items()}
-
-    def tensor(name: str) -> Tensor:
-        return parameters[name].detach().to("cpu", dtype).contiguous()
-    save_sharded(directory, sizes, tensor, max_shard_bytes)
+    save_sharded(directory, sizes, lambda name: parameters[name].detach().to("cpu", dtype).contiguous())
 
 
 def save_adapter(model, directory: Path, base: str, targets: tuple[str, ...], rank: int, alpha: float,
@@ -58,8 +53,7 @@ def save_adapter(model, directory: Path, base: str, targets: tuple[str, ...], ra
     write_text(directory / "chat_template.jinja", template)
 
 
-def save_model(directory: Path | None, base, tokenizer, change,
-               max_shard_bytes: int = MAX_SHARD_BYTES) -> None:
+def save_model(directory: Path | None, base, tokenizer, change) -> None:
     """The base checkpoint (its directory) with change(parameter name, tensor) in the place of every tensor,
     as a whole Hugging Face directory. A tensor keeps the dtype it has in the base, and one that is
     not changed its bits. Without a directory change() is called alone: a rank takes part in gathering what
@@ -74,21 +68,20 @@ def save_model(directory: Path | None, base, tokenizer, change,
         old = weights[names[name]]
         return change(name, old).detach().to("cpu", old.dtype).contiguous()
     sizes = {name: weights[key].nbytes for name, key in names.items()}
-    save_sharded(directory, sizes, tensor, max_shard_bytes)
+    save_sharded(directory, sizes, tensor)
     copy_settings(Path(base), directory)
     write_generation_config(directory, tokenizer)
     write_tokenizer_config(directory, tokenizer)
 
 
-def save_merged(directory: Path, base, adapter: Path, tokenizer,
-                max_shard_bytes: int = MAX_SHARD_BYTES) -> None:
+def save_merged(directory: Path, base, adapter: Path, tokenizer) -> None:
     """save_model with the adapter's products added, in at least fp32."""
     _, weights, names = open_checkpoint(base)
     updates = read_adapter(adapter, weights, names)
 
     def change(name: str, old: Tensor) -> Tensor:
         return add_update(old, updates[name](), name) if name in updates else old
-    save_model(directory, base, tokenizer, change, max_shard_bytes)
+    save_model(directory, base, tokenizer, change)
 
 
 def copy_settings(base: Path, directory: Path) -> None:
@@ -146,10 +139,8 @@ def check_outputs(model, outputs: dict[Path, dict], ids: list[int], load=load) -
     for path, arguments in outputs.items():
         found = logits_of(load(device=device, dtype=dtype, **arguments), tokens)
         difference = ((found - expected).norm() / expected.norm()).item()
-        weights = Weights(arguments["path"])
-        stored = weights[next(iter(weights))].dtype
+        stored = next(iter(Weights(arguments["path"]).values())).dtype
+        told = f"its logits differ from the trained model's by {difference:.1e} of their size"
         if not difference < max(TOLERANCE[dtype], TOLERANCE[stored]):
-            raise InputError(f"{path} was written, but its logits differ from the trained model's "
-                             f"by {difference:.1e} of their size: do not use it, and report this")
-        print(f"{path}: written, loaded again; "
-              f"its logits differ from the trained model's by {difference:.1e} of their size")
+            raise InputError(f"{path} was written, but {told}: do not use it, and report this")
+        print(f"{path}: written, loaded again; {told}")

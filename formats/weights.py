@@ -75,9 +75,7 @@ class Weights(Mapping):
 def read_index(path: Path) -> dict[str, str]:
     """{tensor name: file name} of model.safetensors.index.json. InputError when it names other than
     safetensors files of its directory."""
-    where = read_json(path).get("weight_map")
-    if not isinstance(where, dict) or not where:
-        raise InputError(f"{path} has no weight_map: download it again")
+    where = as_kind(read_json(path).get("weight_map"), dict, f"{path}: weight_map")
     for name in where.values():
         if not isinstance(name, str) or Path(name).name != name or not name.endswith(".safetensors"):
             raise InputError(f"{path} names {name!r}, which is not a safetensors file of its directory")
@@ -135,14 +133,13 @@ def check_none(weights: Weights, what: str, keys: list[str]) -> None:
                          f"the weights do not belong to this config.json")
 
 
-def save_sharded(directory: Path, sizes: dict[str, int], tensor: Callable[[str], Tensor],
-                 max_shard_bytes: int = MAX_SHARD_BYTES) -> None:
-    """Write tensor(name) for every name of `sizes` (bytes), in files of at most max_shard_bytes unless one
+def save_sharded(directory: Path, sizes: dict[str, int], tensor: Callable[[str], Tensor]) -> None:
+    """Write tensor(name) for every name of `sizes` (bytes), in files of at most MAX_SHARD_BYTES unless one
     tensor is larger, with an index if there are several. A file's tensors are made when it is written, so no
     more than those are in memory."""
     shards, size = [[]], 0
     for name, nbytes in sizes.items():
-        if shards[-1] and size + nbytes > max_shard_bytes:
+        if shards[-1] and size + nbytes > MAX_SHARD_BYTES:
             shards.append([])
             size = 0
         shards[-1].append(name)
