@@ -197,9 +197,6 @@ class Lines(NamedTuple):
     restore: torch.Tensor    # (B * T,), where each token stands in the flattened gathers, end to end: a
                              # prompt in its first continuation's line, 0 padding
 
-    def to(self, device):
-        return Lines([rows.to(device) for rows in self.gathers], self.restore.to(device))
-
 
 @dataclass
 class Batch:
@@ -229,12 +226,13 @@ class Batch:
     def to(self, device):
         """The same batch with its tensors on a device. A GPU copies from pinned memory while the program goes
         on; from other memory it would wait."""
-        on_gpu = torch.device(device).type == "cuda"
-        moved = {"lines": None if on_gpu else self.lines and self.lines.to(device)}
+        kind, moved = torch.device(device).type, {}
+        if kind == "cpu":
+            return self
         for name, x in vars(self).items():
             if isinstance(x, torch.Tensor):
-                moved[name] = (x.pin_memory() if on_gpu else x).to(device, non_blocking=True)
-        return replace(self, **moved)
+                moved[name] = (x.pin_memory() if kind == "cuda" else x).to(device, non_blocking=True)
+        return replace(self, lines=None, **moved)
 
     @property
     def used(self):
@@ -261,29 +259,25 @@ def lay_out(forks, rows, width):
     continuation is a target, but predicts nothing: it is left out of the row."""
     grids = np.zeros((4, len(rows) * width), np.int64)      # tokens, positions, fork, branch
     grids[2] = -1
-    order, lines, row_index = [], [], []
+    laid_out, lines, row_index = [], [], []
     for b, row in enumerate(rows):
         cursor = b * width
-        for i in row:
-            prompt, own_lines = range(cursor, cursor + len(forks[i].prompt)), []
-            for branch, ids in enumerate([forks[i].prompt, *forks[i].continuations]):
+        for fork in (forks[i] for i in row):
+            prompt, own_lines = range(cursor, cursor + len(fork.prompt)), []
+            for branch, ids in enumerate([fork.prompt, *fork.continuations]):
                 laid, first = (ids[:-1], len(prompt)) if branch else (ids, 0)
                 here = range(cursor, cursor + len(laid))
                 cursor = here.stop
                 positions = range(first, first + len(laid))
-                grids[:, here.start:cursor] = np.broadcast_arrays(laid, positions, len(order), branch)
+                grids[:, here.start:cursor] = np.broadcast_arrays(laid, positions, len(laid_out), branch)
                 if branch:  # the shift by one: the prompt's last token predicts the first, then each the next
                     row_index += [prompt[-1], *here]
                     own_lines.append([*prompt, *here])
             lines += [line for line in own_lines if len(line) > len(prompt)] or own_lines[:1]
-            order.append(i)
-    laid_out = [forks[i] for i in order]
-    known = pair_up(laid_out)
-    targets = [token for fork in laid_out for ids in fork.continuations for token in ids]
-    sequence = torch.arange(len(known["length"])).repeat_interleave(known["length"])
+            laid_out.append(fork)
     return Batch(*torch.from_numpy(grids).view(4, len(rows), width), torch.tensor(row_index),
-                 torch.tensor(targets), sequence, unfold(lines, len(rows) * width),
-                 **known, forks=laid_out, order=order)
+                 lines=unfold(lines, len(rows) * width), **pair_up(laid_out),
+                 forks=laid_out, order=[i for row in rows for i in row])
 
 
 def unfold(lines, tokens):
@@ -303,12 +297,15 @@ def unfold(lines, tokens):
 
 def pair_up(forks):
     """What a Batch says of the continuations of its forks, in their order."""
-    length = torch.tensor([len(ids) for fork in forks for ids in fork.continuations])
+    continuations = [ids for fork in forks for ids in fork.continuations]
+    length = torch.tensor([len(ids) for ids in continuations])
     sizes = torch.tensor([len(fork.continuations) for fork in forks])
     side = torch.tensor([fork.side for fork in forks])
     under_nll = torch.tensor([fork.nll for fork in forks], dtype=torch.bool)
     right, every = sizes.cumsum(0) - sizes, torch.arange(len(length))
-    return {"length": length, "side": side.repeat_interleave(sizes), "right": right,
+    return {"targets": torch.tensor([token for ids in continuations for token in ids]),
+            "sequence": every.repeat_interleave(length),
+            "length": length, "side": side.repeat_interleave(sizes), "right": right,
             "chosen": right.repeat_interleave(sizes - 1), "rejected": every[~torch.isin(every, right)],
             "nll": right[under_nll], "english": right[side == 0]}
 
