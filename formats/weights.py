@@ -36,14 +36,15 @@ class Weights(Mapping):
 
     def __init__(self, directory):
         self.directory = Path(directory)
-        whole, index = self.directory / WHOLE, self.directory / INDEX
-        if not whole.is_file() and not index.is_file():
+        index = self.directory / INDEX
+        is_whole, is_sharded = (self.directory / WHOLE).is_file(), index.is_file()
+        if not is_whole and not is_sharded:
             raise InputError(f"{directory} holds neither {WHOLE} nor {INDEX}: "
                              f"download the weights, or convert .bin files to safetensors")
-        if whole.is_file() and index.is_file():     # saving a model again whole leaves its old index behind
+        if is_whole and is_sharded:                 # saving a model again whole leaves its old index behind
             say_once(f"{directory} holds {WHOLE} and an index of shards: "
                      f"{WHOLE} is read, as transformers does, and no shard")
-        promised = {} if whole.is_file() else read_index(index)
+        promised = {} if is_whole else read_index(index)
         self.where, self.shapes = {}, {}
         for name in sorted({*promised.values()}) or [WHOLE]:
             file = open_safetensors(self.directory / name)
@@ -77,7 +78,7 @@ def read_index(path: Path) -> dict[str, str]:
     safetensors files of its directory."""
     where = as_kind(read_json(path).get("weight_map"), dict, f"{path}: weight_map")
     for name in where.values():
-        if not isinstance(name, str) or Path(name).name != name or not name.endswith(".safetensors"):
+        if Path(str(name)).name != name or not name.endswith(".safetensors"):
             raise InputError(f"{path} names {name!r}, which is not a safetensors file of its directory")
     return where
 
@@ -85,12 +86,9 @@ def read_index(path: Path) -> dict[str, str]:
 def open_safetensors(path: Path):
     try:
         return safe_open(path, framework="pt", device="cpu")
-    except FileNotFoundError:
-        raise InputError(f"{path} is missing: download it again, "
-                         f"or convert .bin files to safetensors") from None
     except (SafetensorError, OSError) as error:
-        raise InputError(f"{path} is damaged or not a safetensors file ({error}): "
-                         f"download it again") from None
+        raise InputError(f"{path} is missing, damaged or not a safetensors file ({error}): download it again, "
+                         f"or convert .bin files to safetensors") from None
 
 
 def check_depth(weights: Weights, layers: int) -> None:
@@ -208,7 +206,7 @@ def read_adapter(directory, weights: Weights, names: dict[str, str]) -> dict[str
 
 def read_product(file, module: str, config: dict, where) -> Callable[[], Tensor]:
     """Function giving scale B A of a module. The scale is alpha / R, with rslora alpha / sqrt(R)."""
-    A, B = (read_finite(file, module + factor, where) for factor in (LORA_A, LORA_B))
+    A, B = read_finite(file, module + LORA_A, where), read_finite(file, module + LORA_B, where)
     layer = module.removeprefix(PREFIX)
     R = by_pattern(config["rank_pattern"], layer, config["r"])
     if A.ndim != 2 or B.ndim != 2 or not A.shape[0] == B.shape[1] == R:
