@@ -63,7 +63,8 @@ class Template:
     """A compiled chat template. reads: the variables it looks up; literals: every text in its source."""
 
     def __init__(self, source, variables, where):
-        self.where, self.variables = where, {"tools": None, "documents": None} | variables
+        self.where = where
+        self.variables = {"tools": None, "documents": None} | variables
         environment = template_environment()
         try:
             tree = environment.parse(source)
@@ -121,9 +122,12 @@ class Chat:
     """
 
     def __init__(self, template, tokenizer):
-        self.template, self.eos_id, self.bos_id = template, tokenizer.eos_id, tokenizer.bos_id
+        self.template = template
+        self.eos_id = tokenizer.eos_id
+        self.bos_id = tokenizer.bos_id
         question = [{"role": "user", "content": USER}]
-        opening, self.prompt = template.render(question, asking=True), self.prompt_text(question)
+        opening = template.render(question, asking=True)
+        self.prompt = self.prompt_text(question)
         head, end = self.finished(question, REPLY)
         if USER not in self.prompt:
             raise template.refusal("does not write the user's message before the reply")
@@ -222,7 +226,8 @@ class Tokenizer:
     """
 
     def __init__(self, directory, template_args=None):
-        self.directory, self.template_args = Path(directory), template_args or {}
+        self.directory = Path(directory)
+        self.template_args = template_args or {}
         self.config = tokens.read_config(self.directory)
         self.full, self.names, self.special = tokens.read_tokenizer(self.directory, self.config)
         self.bos_id, self.eos_id, self.unk_id = (
@@ -248,12 +253,14 @@ class Tokenizer:
     @cached_property
     def template(self):
         """The source of chat_template.jinja, else of tokenizer_config's chat_template, else the plain one."""
-        file, where = self.directory / "chat_template.jinja", f"{self.directory}: chat_template"
+        file = self.directory / "chat_template.jinja"
+        where = f"{self.directory}: chat_template"
         chat = read_text(file) if file.exists() else self.config.get("chat_template")
         if isinstance(chat, list):
             chat = {str(need(entry, "name", where)): need(entry, "template", where) for entry in chat}
         if isinstance(chat, dict):
-            chat = as_kind(need(chat, "default", f"{where}: put the one you want into chat_template.jinja"), str, where)
+            chat = need(chat, "default", f"{where}: put the one you want into chat_template.jinja")
+            return as_kind(chat, str, where)
         if chat:
             return as_kind(chat, str, where)
         adds_bos = self.config.get("add_bos_token")

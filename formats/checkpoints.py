@@ -19,7 +19,8 @@ TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-4, torch.float16: 1e-2, torc
 
 def save(model: Llama, directory, dtype: torch.dtype = torch.float32) -> None:
     """Write config.json and the weights as `dtype` in Hugging Face layout."""
-    directory, parameters = Path(directory), dict(model.named_parameters())
+    directory = Path(directory)
+    parameters = dict(model.named_parameters())
     write_json(directory / "config.json", config_dict(model.config) | {"torch_dtype": DTYPE_NAMES[dtype]})
     sizes = {name: parameter.numel() * dtype.itemsize for name, parameter in parameters.items()}
     save_sharded(directory, sizes, lambda name: parameters[name].detach().to("cpu", dtype).contiguous())
@@ -29,8 +30,10 @@ def save_adapter(model, directory: Path, base: str, targets: tuple[str, ...], ra
                  template: str) -> None:
     """The LoRA factors in PEFT's layout, fp32: loads in PEFT and vLLM over the base model `base`. With them
     the chat template they were trained in, which a server of a base model has to be given."""
-    tensors = {f"{PREFIX}{name}.weight": parameter.detach().float().cpu().contiguous()
-               for name, parameter in model.named_parameters() if ".lora_" in name}
+    tensors = {}
+    for name, parameter in model.named_parameters():
+        if ".lora_" in name:
+            tensors[f"{PREFIX}{name}.weight"] = parameter.detach().float().cpu().contiguous()
     save_tensors(directory / ADAPTER_WEIGHTS, tensors)
     write_json(directory / ADAPTER_CONFIG, {
         "peft_type": "LORA",
@@ -87,7 +90,8 @@ def save_merged(directory: Path, base, adapter: Path, tokenizer) -> None:
 def copy_settings(base: Path, directory: Path) -> None:
     """All of a checkpoint but its weights: config, tokenizer, every chat template, licence."""
     for path in sorted([*base.iterdir(), *base.glob(f"{MORE_TEMPLATES}/*.jinja")]):
-        if path.suffix in COPIED and path.is_file() and not path.name.endswith(".index.json"):
+        is_index = path.name.endswith(".index.json")
+        if path.suffix in COPIED and path.is_file() and not is_index:
             copy = directory / path.relative_to(base)
             copy.parent.mkdir(exist_ok=True)
             shutil.copyfile(path, copy)
@@ -107,8 +111,10 @@ def write_tokenizer_config(directory: Path, tokenizer) -> None:
     path = directory / "tokenizer_config.json"
     config = read_json(path, missing={})
     if str(config.get("tokenizer_class")).startswith("LlamaTokenizer"):
-        write_json(path, config | {"legacy": begins_with_space(read_json(directory / "tokenizer.json"))})
-    default, more = directory / "chat_template.jinja", directory / MORE_TEMPLATES
+        legacy = begins_with_space(read_json(directory / "tokenizer.json"))
+        write_json(path, config | {"legacy": legacy})
+    default = directory / "chat_template.jinja"
+    more = directory / MORE_TEMPLATES
     if not (config.get("chat_template") or default.exists() or more.exists()):
         write_text(default, tokenizer.template)
 
@@ -118,7 +124,8 @@ def begins_with_space(tokenizer: dict) -> bool:
     tokens, as Meta's code and transformers 4 do ("legacy"), and not before a text's start alone."""
     parts = [tokenizer.get(name) or {} for name in ("normalizer", "pre_tokenizer")]
     parts += parts[0].get("normalizers", []) + parts[1].get("pretokenizers", [])
-    return any(part.get("type") == "Prepend" or part.get("prepend_scheme") == "always" for part in parts)
+    return any(part.get("type") == "Prepend" or part.get("prepend_scheme") == "always"
+               for part in parts)
 
 
 @torch.no_grad()
@@ -132,7 +139,8 @@ def check_outputs(model, outputs: dict[Path, dict], ids: list[int], load=load) -
     """Load what was written (`outputs`: path -> arguments of `load`, model's or ranks') and compare its
     logits of a text with the trained model's, on the same device in the same dtype. The model gives up its
     memory for that: it ends on the meta device."""
-    device, dtype = model.head.device, model.compute_dtype
+    device = model.head.device
+    dtype = model.compute_dtype
     tokens = torch.tensor([ids], device=device)
     expected = logits_of(model, tokens)
     model.to("meta")

@@ -40,7 +40,7 @@ class OddRecord(Skip):
 # ---- values ----
 
 def is_blank(text):
-    """Nothing in the text can be seen: it is empty, or spaces, zero-width, control and combining characters."""
+    """Nothing in the text can be seen: it is empty, or spaces, zero-width, control, combining characters."""
     return all(unicodedata.category(character).startswith(BLANK_CATEGORIES) or character in BLANK_LETTERS
                for character in text)
 
@@ -84,7 +84,8 @@ def named(keys):
 
 def first_key(message, keys):
     """The first of the keys that holds something, else the first that is there, else None."""
-    return max((key for key in keys if key in message), key=lambda key: message[key] is not None, default=None)
+    held = [key for key in keys if key in message]
+    return max(held, key=lambda key: message[key] is not None, default=None)
 
 
 def message_of(message, counts):
@@ -158,7 +159,8 @@ def columns(record, keys, counts):
     *before, (role, text) = prompt
     texts = [text, *(as_text(record.get(key), key, counts) for key in ("input", "context") if key != asked)]
     question = role, "\n".join(text for text in texts if not is_blank(text))
-    system = [("system", as_text(record[key], key, counts)) for key in ("system", "system_prompt") if record.get(key)]
+    system = [("system", as_text(record[key], key, counts))
+              for key in ("system", "system_prompt") if record.get(key)]
     return [*system, *earlier_turns(record, counts), *before, question, *reply]
 
 
@@ -210,8 +212,8 @@ FORMATS = ", ".join(['parallel ({"en": {"prompt", "response"}, ...})', "OpenAssi
 
 
 def find_format(record):
-    """(keys, reader) of the record's format, or None. Keys that hold null count where no others tell it: files
-    joined from several have the columns of all."""
+    """(keys, reader) of the record's format, or None. Keys that hold null count where no others tell it:
+    files joined from several have the columns of all."""
     filled = {key for key, value in record.items() if value is not None}
     for held in (filled, record.keys()):
         for _, keys, reader in READERS:

@@ -5,6 +5,7 @@ or added_tokens.json alone. They are merged as transformers does, under the ids 
 """
 
 import copy
+import itertools
 import json
 import unicodedata
 
@@ -46,13 +47,14 @@ def special_tokens(config, where):
             named[key] = value
     more = config.get("extra_special_tokens") or config.get("additional_special_tokens") or []
     if isinstance(more, dict):
-        named, more = named | more, []
+        named = named | more
+        more = []
     named = {key: added_token(token, f"{where}: {key}") for key, token in named.items()}
     return named, [added_token(token, f"{where}: special tokens") for token in as_kind(more, list, where)]
 
 
 def numbered_tokens(source, config, listed, special, where):
-    """[(id, token)] of added_tokens.json, of tokenizer.json and of added_tokens_decoder; the last one wins."""
+    """[(id, token)] of added_tokens.json, tokenizer.json and added_tokens_decoder; the last one wins."""
     entries = [(number, {"content": name, "special": name in special}) for name, number in listed.items()]
     entries += [(need(entry, "id", where), entry)
                 for entry in as_kind(source.get("added_tokens") or [], list, where)]
@@ -73,11 +75,13 @@ def add_numbered(tokenizer, numbered, where):
 
     The library numbers new tokens one after another: gaps are filled with tokens that no text holds.
     """
-    batch, free = [], tokenizer.get_vocab_size()
+    batch = []
+    free = tokenizer.get_vocab_size()
     for number, token in numbered:
         if tokenizer.token_to_id(token.content) is None:
             gap = range(free, min(number, free + MOST_UNUSED))
-            batch += [tokenizers.AddedToken(f"\uf8ffunused {unused}\uf8ff", normalized=False) for unused in gap]
+            batch += [tokenizers.AddedToken(f"\uf8ffunused {unused}\uf8ff", normalized=False)
+                      for unused in gap]
             free = max(free, number) + 1
         batch.append(token)
     tokenizer.add_tokens(batch)
@@ -127,7 +131,9 @@ def encoder_for(tokenizer, special, unk_id, written):
     that Encoder can switch them off. Special ones split the text before a normaliser sees it, so that a word
     after <s> begins with Llama 2's space.
     """
-    inner, control, marks = copy.deepcopy(tokenizer), set(), []
+    inner = copy.deepcopy(tokenizer)
+    control = set()
+    marks = []
     for number, token in tokenizer.get_added_tokens_decoder().items():
         if number in special or token.content in written and not is_words(token.content):
             control.add(number)
@@ -146,7 +152,9 @@ class Encoder:
     """
 
     def __init__(self, tokenizer, control, unk_id):
-        self.tokenizer, self.control, self.unk_id = tokenizer, control, unk_id
+        self.tokenizer = tokenizer
+        self.control = control
+        self.unk_id = unk_id
         self.names = {number: token.content for number, token in tokenizer.get_added_tokens_decoder().items()}
 
     def encode(self, text, control=True):
@@ -181,10 +189,12 @@ class Encoder:
 
     def ids(self, text, hidden):
         """Ids of rendered text: control tokens as themselves, what is hidden in it as plain text."""
-        encoding, shown = self.encode(text), str.maketrans(hidden)
+        encoding = self.encode(text)
+        shown = str.maketrans(hidden)
         if text.translate(shown) == text:
             return encoding.ids
-        ids, cursor = [], 0
+        ids = []
+        cursor = 0
         for token, start, end in self.control_tokens(encoding, text):
             ids += self.plain(text[cursor:start].translate(shown), after_token=cursor > 0)
             ids.append(token)
@@ -200,7 +210,7 @@ class Encoder:
         if not cuts:
             return encoding.ids[after_token:]
         ids = self.plain(text[:cuts[0]], after_token)
-        for start, end in zip(cuts, [*cuts[1:], len(text)]):
+        for start, end in itertools.pairwise([*cuts, len(text)]):
             ids += self.following("", text[start:end], self.plain)
         return ids
 
@@ -211,7 +221,8 @@ class Encoder:
         context takes its place: a letter, or the start of a line.
         """
         for anchor in filter(None, (context, "\n", "x")):
-            before, both = encode(anchor), encode(anchor + text)
+            before = encode(anchor)
+            both = encode(anchor + text)
             if both[:len(before)] == before:
                 return both[len(before):]
         return encode(text)

@@ -30,8 +30,8 @@ class Weights(Mapping):
     """The tensors of a checkpoint by name, read lazily through memory maps, and their `shapes`.
 
     Takes model.safetensors or, without it, the files that model.safetensors.index.json names and no others.
-    No file stays open: a checkpoint holds no more memory than the tensors that somebody keeps. InputError when
-    a file is missing, damaged, outside the directory, or does not hold what the index promises.
+    No file stays open: a checkpoint takes no more memory than the tensors that somebody keeps. InputError
+    when a file is missing, damaged, outside the directory, or does not hold what the index promises.
     """
 
     def __init__(self, directory):
@@ -87,8 +87,8 @@ def open_safetensors(path: Path):
     try:
         return safe_open(path, framework="pt", device="cpu")
     except (SafetensorError, OSError) as error:
-        raise InputError(f"{path} is missing, damaged or not a safetensors file ({error}): download it again, "
-                         f"or convert .bin files to safetensors") from None
+        raise InputError(f"{path} is missing, damaged or not a safetensors file ({error}): "
+                         f"download it again, or convert .bin files to safetensors") from None
 
 
 def check_depth(weights: Weights, layers: int) -> None:
@@ -196,7 +196,8 @@ def read_adapter(directory, weights: Weights, names: dict[str, str]) -> dict[str
             raise InputError(f"{directory} changes lm_head, which is the embedding "
                              f"(tie_word_embeddings): train it without lm_head in target_modules")
         elif name not in names:
-            raise InputError(f"{directory}: {name} is no parameter of the model: another base model's adapter?")
+            raise InputError(f"{directory}: {name} is no parameter of the model: "
+                             f"another base model's adapter?")
         elif key.endswith(LORA_A):
             updates[name] = read_product(file, module, config, directory)
     if not updates:

@@ -570,7 +570,7 @@ def test_two_added_tokens_with_one_id_are_named(tmp_path):
     source = json.loads((tmp_path / "tokenizer.json").read_text())
     source["added_tokens"][-1]["id"] = source["added_tokens"][-2]["id"]
     write_json(tmp_path / "tokenizer.json", source)
-    with pytest.raises(InputError, match="tokenizer.json: the added token '<b>' has the id 360, in the vocabulary it is 361"):
+    with pytest.raises(InputError, match="token '<b>' has the id 360, in the vocabulary it is 361"):
         load_tokenizer(tmp_path)
 
 

@@ -66,7 +66,8 @@ def write_merged(checkpoint, adapter, directory: Path) -> Path:
 @pytest.mark.parametrize("family", [
     {}, {"model_type": "qwen2", "qkv_bias": True, "tie_word_embeddings": False},
     {"model_type": "mistral", "sliding_window": 5}, {"model_type": "qwen3", "qk_norm": True}])
-def test_the_merged_directory_gives_transformers_our_logits_prompts_and_replies(family, tmp_path, monkeypatch):
+def test_the_merged_directory_gives_transformers_our_logits_prompts_and_replies(
+        family, tmp_path, monkeypatch):
     transformers = pytest.importorskip("transformers")
     monkeypatch.setattr(weights, "MAX_SHARD_BYTES", 9000)
     base = write_checkpoint(tmp_path / "base", **family)
@@ -227,7 +228,8 @@ def test_adapted_or_resized_embeddings_are_refused_by_name(checkpoint, tmp_path)
 
 @pytest.mark.parametrize("change, match", [
     ({"peft_type": "IA3"}, "IA3"), ({"use_dora": True}, "use_dora"), ({"bias": "all"}, "bias"),
-    ({"lora_alpha": "x"}, "lora_alpha"), ({"r": 5}, r"factors \[.*, 4\] x \[4, .*\], adapter_config.json says rank 5"),
+    ({"lora_alpha": "x"}, "lora_alpha"),
+    ({"r": 5}, r"factors \[.*, 4\] x \[4, .*\], adapter_config.json says rank 5"),
     ({"rank_pattern": {"q_proj": 5}}, "q_proj: factors .*, adapter_config.json says rank 5"),
     ({"alpha_pattern": {"q_proj": "x"}}, "alpha_pattern: q_proj is 'x'"),
     ({"alpha_pattern": [4]}, "dict expected"),
@@ -267,7 +269,8 @@ def test_an_adapter_with_more_or_less_than_pairs_of_factors_is_refused(checkpoin
 
 @pytest.mark.parametrize("change, match", [
     (lambda factor: torch.tensor(1.0), "adapter_config.json says rank 4"),
-    (lambda factor: factor[:0], "adapter_config.json says rank 4"), (lambda factor: factor[0], "adapter_config.json says rank 4"),
+    (lambda factor: factor[:0], "adapter_config.json says rank 4"),
+    (lambda factor: factor[0], "adapter_config.json says rank 4"),
     (lambda factor: factor.long(), "int64. holds other than finite numbers"),
     (lambda factor: factor * math.nan, "holds other than finite numbers"),
     (lambda factor: factor + math.inf, "holds other than finite numbers")])
