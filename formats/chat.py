@@ -82,7 +82,7 @@ class Template:
 
     def writes_question(self):
         try:
-            text = self.render([{"role": "user", "content": USER}], asking=True)
+            text = self.render(question(USER), asking=True)
         except InputError:
             return False
         return re.search(rf"""(?<!['"]){USER}""", text) is not None      # and no list as code
@@ -93,17 +93,19 @@ class Template:
 
     def render(self, messages, asking):
         """The text of messages; asking: with what stands before a reply."""
-        if self.takes_parts:
-            messages = [message | {"content": parts(message["content"])} for message in messages]
+        if self.takes_parts:        # as those of models that see images
+            messages = [message | {"content": [{"type": "text", "text": message["content"]}]}
+                        for message in messages]
         try:
             return self.template.render(messages=messages, add_generation_prompt=asking, **self.variables)
         except TEMPLATE_MISTAKES as error:
             raise self.refusal(f"fails ({describe(error)})") from None
 
 
-def parts(text):
-    """Content as models that see images have it: some templates read nothing else."""
-    return [{"type": "text", "text": text}]
+def question(prompt, system=""):
+    """The messages of one."""
+    first = [{"role": "system", "content": system}] if system else []
+    return [*first, {"role": "user", "content": prompt}]
 
 
 def describe(error):
@@ -125,10 +127,9 @@ class Chat:
         self.template = template
         self.eos_id = tokenizer.eos_id
         self.bos_id = tokenizer.bos_id
-        question = [{"role": "user", "content": USER}]
-        opening = template.render(question, asking=True)
-        self.prompt = self.prompt_text(question)
-        head, end = self.finished(question, REPLY)
+        opening = template.render(question(USER), asking=True)
+        self.prompt = self.prompt_text(question(USER))
+        head, end = self.finished(question(USER), REPLY)
         if USER not in self.prompt:
             raise template.refusal("does not write the user's message before the reply")
         if REPLY in head:
@@ -138,6 +139,7 @@ class Chat:
         control = self.encoder.control_tokens(self.encoder.encode(self.prompt), self.prompt)
         self.context = self.prompt[control[-1][1]:] if control else self.prompt
         self.frame = lru_cache(self._frame)
+        self.check_system = lru_cache(self._check_system)
         self.stop_id = self.frame("", "")[2]
         self.notes = self._notes(opening, end)
 
@@ -147,9 +149,8 @@ class Chat:
         unwritten = end.partition(self.encoder.names[self.stop_id])[0].strip()
         notes = [("what finished replies begin with, {!r}, is part of the prompt", self.prompt[shared:]),
                  ("what only an open reply begins with, {!r}, is left out", opening[shared:]),
-                 ("what finished replies end with, {!r}, is left out", unwritten)]
-        if self.template.takes_parts:
-            notes.append(("messages are given to it as lists of parts, {}", parts("...")))
+                 ("what finished replies end with, {!r}, is left out", unwritten),
+                 ("messages are given to it as lists of parts", self.template.takes_parts)]
         return [f"chat template: {note.format(text)}" for note, text in notes if text]
 
     def finished(self, messages, reply):
@@ -172,7 +173,7 @@ class Chat:
 
         It ends at the first control token after it; text before that, unless white space, is not written.
         """
-        head, end = self.finished([{"role": "user", "content": USER}], before + REPLY + after)
+        head, end = self.finished(question(USER), before + REPLY + after)
         start = head[len(self.prompt):] if head.startswith(self.prompt) else before
         text = self.context + start + REPLY + end
         reply_end = len(text) - len(end)
@@ -185,22 +186,20 @@ class Chat:
                              "vocabulary, so no reply could end")
         return start, after if end.startswith(after) else "", self.eos_id
 
-    @cached_property
-    def takes_system(self):
-        """True, or an error that says why the template has no place for a system prompt."""
-        messages = [{"role": "system", "content": SYSTEM}, {"role": "user", "content": USER}]
+    def _check_system(self):
+        """InputError that says why the template has no place for a system prompt."""
         try:
-            text = self.prompt_text(messages)
+            text = self.prompt_text(question(USER, SYSTEM))
             if SYSTEM not in text or USER not in text:
                 raise self.template.refusal("leaves out the system prompt")
         except InputError as error:
             raise InputError(f"{error}, or ask without a system prompt") from None
-        return True
 
     def prompt_ids(self, prompt, system):
         (prompt, system), hidden = self.encoder.hide(prompt, system or "")
-        first = [{"role": "system", "content": system}] if system and self.takes_system else []
-        ids = self.encoder.ids(self.prompt_text([*first, {"role": "user", "content": prompt}]), hidden)
+        if system:
+            self.check_system()
+        ids = self.encoder.ids(self.prompt_text(question(prompt, system)), hidden)
         if self.bos_id is not None and ids[:2] == [self.bos_id] * 2:
             raise self.template.refusal("begins with BOS twice")
         if not ids:
