@@ -14,11 +14,9 @@ import contextlib
 from bisect import bisect_left, insort
 from collections import Counter
 from dataclasses import dataclass, replace
-from typing import NamedTuple
 
 import numpy as np
 import torch
-from torch.nn.utils.rnn import pad_sequence
 
 from engine import flags
 from engine.files import InputError, run
@@ -27,6 +25,7 @@ from formats.chat import load_tokenizer
 from formats.languages import language_list, normal
 from formats.records import (FORMATS, describe_counts, languages_of, read_rows, require_languages,
                              write_preferences)
+from kernels.layers import Span
 
 # ---- which rows train, validate and answer ----
 
@@ -220,16 +219,6 @@ class Packing:
     trim: bool = True
 
 
-class Lines(NamedTuple):
-    """Packed rows as plain causal sequences, one for each continuation: attention on a CPU walks these.
-
-    A line is a prompt and one continuation. Lines of like length share a gather, so that padding stays small.
-    """
-    gathers: list            # of (lines, longest): where their tokens stand in the flattened rows, 0 padding
-    restore: torch.Tensor    # (B * T,), where each token stands in the flattened gathers, end to end: a
-                             # prompt in its first continuation's line, 0 padding
-
-
 @dataclass
 class Batch:
     """B packed rows of T tokens, their N predictions, and what is known of their S continuations and P pairs.
@@ -243,7 +232,7 @@ class Batch:
     row_index: torch.Tensor  # (N,), the position in the flattened (B * T) hidden states that predicts
     targets: torch.Tensor    # (N,), the token it has to predict
     sequence: torch.Tensor   # (N,), the continuation this belongs to, counted over forks in order
-    lines: Lines | None      # None on a GPU, where masks hide what these leave out
+    spans: list | None       # of layers.Span, where each fork lies; None on a GPU, whose attention takes a mask
     length: torch.Tensor     # (S,), tokens of every continuation
     side: torch.Tensor       # (S,), language of its prompt: 0 the source, i the i-th target
     right: torch.Tensor      # (F,), the right continuation of each fork
@@ -264,7 +253,7 @@ class Batch:
         for name, x in vars(self).items():
             if isinstance(x, torch.Tensor):
                 moved[name] = (x.pin_memory() if kind == "cuda" else x).to(device, non_blocking=True)
-        return replace(self, lines=None, **moved)
+        return replace(self, spans=None, **moved)
 
     @property
     def used(self):
@@ -291,40 +280,23 @@ def lay_out(forks, rows, width):
     continuation is a target, but predicts nothing: it is left out of the row."""
     grids = np.zeros((4, len(rows) * width), np.int64)      # tokens, positions, fork, branch
     grids[2] = -1
-    laid_out, lines, row_index = [], [], []
+    laid_out, spans, row_index = [], [], []
     for b, row in enumerate(rows):
         cursor = b * width
         for fork in (forks[i] for i in row):
-            prompt, own_lines = range(cursor, cursor + len(fork.prompt)), []
+            size, start = len(fork.prompt), cursor
             for branch, ids in enumerate([fork.prompt, *fork.continuations]):
-                laid, first = (ids[:-1], len(prompt)) if branch else (ids, 0)
+                laid, first = (ids[:-1], size) if branch else (ids, 0)
                 here = range(cursor, cursor + len(laid))
                 cursor = here.stop
                 positions = range(first, first + len(laid))
                 grids[:, here.start:cursor] = np.broadcast_arrays(laid, positions, len(laid_out), branch)
                 if branch:  # the shift by one: the prompt's last token predicts the first, then each the next
-                    row_index += [prompt[-1], *here]
-                    own_lines.append([*prompt, *here])
-            lines += [line for line in own_lines if len(line) > len(prompt)] or own_lines[:1]
+                    row_index += [start + size - 1, *here]
+            spans.append(Span(start, size, tuple(len(ids) - 1 for ids in fork.continuations)))
             laid_out.append(fork)
     return Batch(*torch.from_numpy(grids).view(4, len(rows), width), torch.tensor(row_index),
-                 lines=unfold(lines, len(rows) * width), **pair_up(laid_out),
-                 forks=laid_out, order=[i for row in rows for i in row])
-
-
-def unfold(lines, tokens):
-    """The Lines of rows of so many tokens in all, from lists of indices into the flattened rows."""
-    groups = []
-    for line in sorted(lines, key=len):
-        if groups and len(line) <= max(1.1 * len(groups[-1][0]), len(groups[-1][0]) + 8):
-            groups[-1].append(line)
-        else:
-            groups.append([line])
-    padded = [pad_sequence(list(map(torch.tensor, group)), True, tokens) for group in groups]
-    walked = torch.cat([rows.flatten() for rows in padded]).numpy()
-    restore = np.zeros(tokens + 1, np.int64)
-    restore[walked[::-1]] = np.arange(len(walked))[::-1]     # of several places the first one stays
-    return Lines([rows % tokens for rows in padded], torch.from_numpy(restore[:-1]))
+                 spans=spans, **pair_up(laid_out), forks=laid_out, order=[i for row in rows for i in row])
 
 
 def pair_up(forks):
