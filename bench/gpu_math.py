@@ -134,7 +134,7 @@ def small_batches(tokens: int, rows: int, forks: int = 32, stretch: int = 1) -> 
 
 def masked(batch: data.Batch, device: torch.device) -> data.Batch:
     """The batch as a GPU sees it, also where there is none."""
-    return replace(batch.to(device), lines=None)
+    return replace(batch.to(device), spans=None)
 
 
 @dataclass
