@@ -352,7 +352,7 @@ def test_a_compiled_block_takes_the_mask_of_other_rows_without_compiling_again()
     block = model.model["layers"][0]
     angles = torch.randn(1, 24, 1, 4)
     for number in range(3):
-        batch = data.pack(make_forks()[number][:1], 24, trim=False)
+        batch = data.micro_batches(make_forks()[number][:1], 24, 1, trim=False)[0]
         fork, branch, positions = batch.fork, batch.branch, batch.positions
         x = torch.randn(1, 24, 16)
         mask = create_block_mask(llama.fork_predicate(fork, branch, positions), 1, None, 24, 24, device="cpu")
