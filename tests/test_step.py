@@ -397,9 +397,10 @@ def test_predicted_activations_are_within_two_percent_of_the_bytes_kept(shape, t
     batch = make_steps(clo.Packing(3, 80, 2))[0][0]
     c, tokens = model.config, batch.tokens.numel()
     copies = sum(rows.numel() for rows in batch.lines.gathers) / tokens
-    predicted = scale.activation_bytes(c, tokens, train, recompute, 3, 8, copies)
+    plan = scale.Plan(train, 3, "fp64", row_tokens=tokens, recompute=recompute)
+    predicted = scale.activation_bytes(c, plan, copies)
     if recompute:                                                # the block that is run again comes later
-        predicted -= tokens * max(scale.block_bytes(c, train, 3, 8, copies, first) for first in (True, False))
+        predicted -= tokens * max(scale.block_bytes(c, plan, copies, first) for first in (True, False))
     assert kept_bytes(model, batch) == pytest.approx(predicted, rel=0.02)
 
 
