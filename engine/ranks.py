@@ -197,15 +197,12 @@ def load(path, device, dtype: torch.dtype, adapter=None, prepare: Callable = lam
     prepare(model)
     shard_(model)
     parameters = dict(model.named_parameters())
-    state = {}
     for name, key in progress(names.items(), desc="load", unit="tensor", leave=False, delay=1):
-        parameter = parameters[name]
-        rows = own_rows(parameter)
+        rows = own_rows(parameters[name])
         tensor = weights[key][rows]
         if name in updates:
             tensor = add_update(tensor, updates[name]()[rows], f"{adapter}: {name}")
-        state[name] = sharded_like(parameter, tensor.to(device, parameter.dtype, copy=True))
-    model.load_state_dict(state, strict=False, assign=True)            # not what `prepare` has made
+        fill_(model, name, parameters[name], tensor.to(device, parameters[name].dtype, copy=True))
     return model
 
 
@@ -217,11 +214,14 @@ def own_rows(parameter: Tensor) -> slice:
     return slice(first, first + parameter.to_local().shape[0])
 
 
-def sharded_like(parameter: Tensor, rows: Tensor) -> Tensor:
-    """The DTensor of which this rank holds these rows."""
+def fill_(model, name: str, parameter: Tensor, rows: Tensor) -> None:
+    """Give a sharded parameter without memory its rows."""
     from torch.distributed.tensor import DTensor
-    return DTensor.from_local(rows, parameter.device_mesh, parameter.placements, run_check=False,
-                              shape=parameter.shape, stride=parameter.stride())
+    filled = DTensor.from_local(rows, parameter.device_mesh, parameter.placements, run_check=False,
+                                shape=parameter.shape, stride=parameter.stride())
+    module, _, attribute = name.rpartition(".")
+    learned = torch.nn.Parameter(filled, requires_grad=parameter.requires_grad)
+    setattr(model.get_submodule(module), attribute, learned)
 
 
 def shard_(model: llama.Llama) -> None:
