@@ -30,14 +30,13 @@ from engine.progress import progress
 from formats import hub
 from formats.languages import UNSPACED, language_list, normal, script_of, suggestion
 from formats.markup import KEEP, TEXT, WORD, hide, parse, show, split_edges, split_spans
-from formats.records import languages_of, require_languages
+from formats.records import PARTS, identifier, languages_of, require_languages
 from formats.translated import Key, describe_faults, file_failed_, read_done
 from formats.weights import DTYPES
 from m2m100.beam import beam_search
 from m2m100.checks import copied, loops, odd_length, wrong_script
 from m2m100.translator import Translator, load
 
-PARTS = "prompt", "response"
 MAX_SOURCE = 150      # tokens of a segment: the models were trained on sentences
 LONGEST_TOKEN = 16    # characters; a text of more than MAX_SOURCE such tokens is not worth counting
 MAX_LOGITS = 2**26    # elements of the largest logits matrix: bounds the batch when the vocabulary is large
@@ -65,7 +64,9 @@ class Job:
     def fits(self, segment: str) -> bool:
         """Whether a segment, its spans hidden, is short enough for the model."""
         room = min(MAX_SOURCE, self.translator.model.config.max_position_embeddings)
-        return len(segment) <= room * LONGEST_TOKEN and len(self.source_ids(segment)) <= room
+        if len(segment) > room * LONGEST_TOKEN:
+            return False
+        return len(self.source_ids(segment)) <= room
 
     def fault(self, source: str, source_ids: list[int], text: str, ids: list[int]) -> str | None:
         """Why a translation cannot be trusted, or None."""
@@ -87,17 +88,19 @@ def translate_sentences(texts: list[str], job: Job, beams: int, no_repeat: int =
     """The drafts of some texts, made in batches of like length."""
     model = job.translator.model
     tokenizer = job.translator.tokenizer
+    language = tokenizer.languages[job.target]
     longest = model.config.max_position_embeddings
+    most = MAX_LOGITS // (beams * len(model.head))
     sources = [job.source_ids(text) for text in texts]
     drafts = {}
     waiting = sorted(range(len(texts)), key=lambda i: -len(sources[i]))
     while waiting:
-        size = min(job.batch_tokens // len(sources[waiting[0]]), MAX_LOGITS // (beams * len(model.head)))
-        batch = waiting[:max(1, size)]
-        waiting = waiting[len(batch):]
+        size = job.batch_tokens // len(sources[waiting[0]])
+        size = max(1, min(size, most))
+        batch = waiting[:size]
+        waiting = waiting[size:]
         asked = [sources[i] for i in batch]
         limits = [min(2 * len(ids) + 50, longest) for ids in asked]
-        language = tokenizer.languages[job.target]
         outputs = beam_search(model, asked, language, limits, beams, no_repeat=no_repeat)
         for i, ids in zip(batch, outputs):
             text = tokenizer.decode(ids)
@@ -125,7 +128,9 @@ def translate_segments(segments: list[str], job: Job) -> dict[str, Draft]:
     for segment, (_, spans), (text, fault) in zip(segments, hidden, drafts):
         done[segment] = show(text, spans), fault
     lost = [segment for segment, (text, _) in done.items() if text is None]
-    return done | (translate_around_spans(lost, job) if lost else {})
+    if lost:
+        done |= translate_around_spans(lost, job)
+    return done
 
 
 def translate_around_spans(segments: list[str], job: Job) -> dict[str, Draft]:
@@ -155,11 +160,6 @@ class Translation(str):
     """A translated text. faults: how many of its segments failed which check."""
     faults: Counter
 
-    def __new__(cls, text: str, faults: Counter = Counter()):  # pickle gives the text alone
-        translation = super().__new__(cls, text)
-        translation.faults = faults
-        return translation
-
 
 def translate_documents(texts: list[str], job: Job) -> list[Translation]:
     """The translation of each document. A segment is translated once."""
@@ -173,18 +173,23 @@ def put_together(parts: list[tuple[str, str]], known: dict[str, Draft], job: Job
     """A document of its parts (formats.markup.parse) and their translations."""
     from_unspaced = script_of(job.source) in UNSPACED
     to_unspaced = script_of(job.target) in UNSPACED
-    out, faults, before = [], Counter(), KEEP
+    out = []
+    faults = Counter()
+    before = KEEP
     for kind, string in parts:
         if kind == TEXT:
             text, fault = known[string]
             if before == TEXT and from_unspaced and not to_unspaced:
                 out.append(" ")  # none follows 。 but one belongs behind its translation
             out.append(text)
-            faults.update([fault] if fault else [])
+            if fault:
+                faults[fault] += 1
         elif kind == KEEP or not to_unspaced:
             out.append(string)
         before = kind
-    return Translation("".join(out), faults)
+    translation = Translation("".join(out))
+    translation.faults = faults
+    return translation
 
 
 def translate(texts: list[str], source: str, target: str, translator: Translator, beams: int = 5,
@@ -198,33 +203,32 @@ def translate(texts: list[str], source: str, target: str, translator: Translator
 
 # ---- rows ----
 
-def row_key(row: dict, targets: list[str], job: Job) -> Key:
-    """What the translation of a row is known by: another text, translator or setting gives another one."""
+def new_record(row: dict, targets: list[str], job: Job) -> dict:
+    """A row as the file has it, before its translation. hash: another text, translator or setting gives
+    another one."""
     languages = sorted(targets)
     own = {code: row.get(code) for code in (job.source, *languages)}  # what people have translated stays
     dtype = str(job.translator.model.head.dtype)
     made_by = job.translator.fingerprint, dtype, job.beams
-    return row["row_id"], fingerprint(own, job.source, languages, made_by)
-
-
-def new_record(row: dict, key: Key, targets: list[str]) -> dict:
-    """A row as the file has it, before its translation."""
-    name, own_hash = key
+    made = {"hash": fingerprint(own, job.source, languages, made_by),
+            "into": targets,
+            "failed": {},
+            "drafts": {}}
     label = "row_id" if "id" in (*row, *targets) else "id"  # Indonesian is called "id"
     rest = {key: value for key, value in row.items() if key not in ("row_id", "clo")}
-    return {label: name, **rest, "clo": {"hash": own_hash, "into": targets, "failed": {}, "drafts": {}}}
+    return {label: row["row_id"], **rest, "clo": made}
 
 
 def translate_sides(rows: list[dict], job: Job) -> list[dict[str, Translation]]:
     """{"prompt", "response"} of each row in the job's target."""
     texts = [row[job.source][part] for row in rows for part in PARTS]
     done = translate_documents(texts, job)
-    return [dict(zip(PARTS, pair)) for pair in zip(done[::2], done[1::2])]
+    pairs = zip(done[::2], done[1::2])
+    return [dict(zip(PARTS, pair)) for pair in pairs]
 
 
-def translate_chunk(rows: list[tuple[dict, Key]], targets: list[str], job: Job) -> list[dict]:
-    """The records of some rows. A translation that a row already has stays."""
-    records = [new_record(row, key, targets) for row, key in rows]
+def fill_(records: list[dict], targets: list[str], job: Job) -> None:
+    """Translate some records. A translation that a row already has stays."""
     for target in targets:
         todo = [record for record in records if target not in record]
         sides = translate_sides(todo, replace(job, target=target))
@@ -233,36 +237,35 @@ def translate_chunk(rows: list[tuple[dict, Key]], targets: list[str], job: Job) 
             faults = side["prompt"].faults + side["response"].faults
             if faults:
                 record["clo"]["failed"][target] = dict(faults)
-    return records
 
 
-def translate_chunks(todo: list[tuple[dict, Key]], targets: list[str], job: Job,
-                     chunk: int) -> Iterator[dict[Key, dict]]:
-    """The records of the rows, a chunk a rank at a time, the same on every rank."""
-    for first in range(0, len(todo), chunk * ranks.size()):
-        dealt = todo[first:first + chunk * ranks.size()]
-        parts = [dealt[i:i + chunk] for i in range(0, len(dealt), chunk)]
-        own = parts[ranks.rank():ranks.rank() + 1]  # none where the last round has fewer chunks than ranks
-        found = ranks.gather([translate_chunk(part, targets, job) for part in own])
-        keys = [key for _, key in dealt]
-        yield dict(zip(keys, itertools.chain(*found)))
+def filled(todo: list[dict], targets: list[str], job: Job, chunk: int) -> Iterator[list[dict]]:
+    """The records with their translations, a chunk a rank at a time, the same on every rank."""
+    together = chunk * ranks.size()
+    for first in range(0, len(todo), together):
+        own = first + chunk * ranks.rank()  # nothing where the last round has fewer chunks than ranks
+        part = todo[own:min(own + chunk, first + together)]
+        fill_(part, targets, job)
+        yield [*itertools.chain(*ranks.gather([part]))]
 
 
 def speedometer(bar: tqdm) -> Callable[[int], None]:
     """Shows on a bar how fast tokens are generated, when it is told of them."""
-    start, tokens = time.perf_counter(), 0
+    tokens = 0
+    start = time.perf_counter()
 
     def hear(generated: int) -> None:
         nonlocal tokens
         tokens += generated * ranks.size()  # the other ranks have as much to do
-        bar.set_postfix_str(f"{tokens / (time.perf_counter() - start):,.0f} tokens/s")
+        seconds = time.perf_counter() - start
+        bar.set_postfix_str(f"{tokens / seconds:,.0f} tokens/s")
     return hear
 
 
-def complete_file(path: Path, rows: list[dict], targets: list[str], job: Job, keep_failed: bool,
+def complete_file(path: Path, records: list[dict], targets: list[str], job: Job, keep_failed: bool,
                   chunk: int) -> list[dict]:
-    """The records of the rows: those that the file has, and those that are made and appended now."""
-    keys = [row_key(row, targets, job) for row in rows]
+    """The records as the file has them; those that it has not are made now, and appended."""
+    keys = [(identifier(record, path), record["clo"]["hash"]) for record in records]
 
     def begin() -> dict[Key, dict]:
         lock.enter_context(locked(path))
@@ -270,18 +273,21 @@ def complete_file(path: Path, rows: list[dict], targets: list[str], job: Job, ke
 
     with contextlib.ExitStack() as lock:
         done = ranks.on_first(begin)
-        todo = [(row, key) for row, key in zip(rows, keys) if key not in done]
+        todo = {key: record for key, record in zip(keys, records) if key not in done}
+        finished = len(records) - len(todo)
         title = f"{job.source} -> {','.join(targets)}"
-        with progress(total=len(rows), initial=len(rows) - len(todo), desc=title, unit="row") as bar:
+        with progress(total=len(records), initial=finished, desc=title, unit="row") as bar:
             job.hear = speedometer(bar)
-            for found in translate_chunks(todo, targets, job, chunk):
-                for record in found.values():
+            made = []
+            for found in filled([*todo.values()], targets, job, chunk):
+                for record in found:
                     file_failed_(record, keep_failed)
                 if ranks.rank() == 0:
                     with writing(path):
-                        append_jsonl(path, found.values())
-                done |= found
+                        append_jsonl(path, found)
+                made += found
                 bar.update(len(found))
+    done |= zip(todo, made)
     return [done[key] for key in keys]
 
 
@@ -295,14 +301,19 @@ def translate_rows(rows: list[dict], translator: Translator, source: str, target
     left out of the result, and its translation is filed under "clo", unless keep_failed.
     """
     source = normal(source)
-    targets = [*dict.fromkeys(map(normal, [target] if isinstance(target, str) else target))]
+    given = [target] if isinstance(target, str) else target
+    targets = [*dict.fromkeys(map(normal, given))]
     translator.check(source, targets)
     rows = require_languages(rows, source)
     job = Job(translator, source, targets[0], beams, batch_tokens)
-    records = complete_file(Path(path), rows, targets, job, keep_failed, chunk)
+    records = [new_record(row, targets, job) for row in rows]
+    records = complete_file(Path(path), records, targets, job, keep_failed, chunk)
     print(describe_faults(records, targets, keep_failed))
-    return [row | {code: record[code] for code in targets} for row, record in zip(rows, records)
-            if set(targets) <= record.keys()]
+    translated = []
+    for row, record in zip(rows, records):
+        if set(targets) <= record.keys():
+            translated.append(row | {code: record[code] for code in targets})
+    return translated
 
 
 def translator_for(rows: list[dict], targets: list[str], path, device) -> Translator:
@@ -310,10 +321,11 @@ def translator_for(rows: list[dict], targets: list[str], path, device) -> Transl
     translator = load(path, device)
     for target in targets:
         if target not in translator.languages:
-            held = sorted({language for row in rows for language in languages_of(row)})
+            held = sorted(set().union(*map(languages_of, rows)))
+            known = ", ".join(translator.languages)
             near = suggestion(target, [*held, *translator.languages])
             raise InputError(f"--lang {target}{near}: the data hold {', '.join(held)} and the translator "
-                             f"{path} knows {', '.join(translator.languages)}")
+                             f"{path} knows {known}")
     return translator
 
 
@@ -367,8 +379,7 @@ def check_out(out: Path, data: Path) -> None:
         raise InputError(f"--out {out} is {kind}: give the name of a file")
     for suffix in ("", ".tmp", ".lock"):
         name = out.with_name(out.name + suffix)
-        linked = name.exists() and data.exists() and name.samefile(data)
-        if linked or name.resolve() == data.resolve():
+        if name.exists() and data.exists() and name.samefile(data):
             raise InputError(f"--out {out} would overwrite --data {data}: choose another name")
 
 
