@@ -30,7 +30,7 @@ from engine.progress import progress
 from formats import hub
 from formats.languages import UNSPACED, language_list, normal, script_of, suggestion
 from formats.markup import KEEP, TEXT, WORD, hide, parse, show, split_edges, split_spans
-from formats.records import PARTS, identifier, languages_of, require_languages
+from formats.records import identifier, languages_of, require_languages
 from formats.translated import Key, describe_faults, file_failed_, read_done
 from formats.weights import DTYPES
 from m2m100.beam import beam_search
@@ -58,8 +58,9 @@ class Job:
 
     def source_ids(self, text: str) -> list[int]:
         tokenizer = self.translator.tokenizer
+        language = tokenizer.languages[self.source]
         end = self.translator.model.config.eos_token_id
-        return [tokenizer.languages[self.source], *tokenizer.encode(text), end]
+        return [language, *tokenizer.encode(text), end]
 
     def fits(self, segment: str) -> bool:
         """Whether a segment, its spans hidden, is short enough for the model."""
@@ -71,8 +72,9 @@ class Job:
     def fault(self, source: str, source_ids: list[int], text: str, ids: list[int]) -> str | None:
         """Why a translation cannot be trusted, or None."""
         unknown = source_ids.count(self.translator.tokenizer.unknown)
+        end = self.translator.model.config.eos_token_id
         faults = {"unknown words": unknown > UNKNOWN_SHARE * len(source_ids),
-                  "cut at the limit": ids[-1] != self.translator.model.config.eos_token_id,
+                  "cut at the limit": ids[-1] != end,
                   "empty": not text,
                   "repetition": loops(ids) and not loops(source_ids),
                   "wrong script": wrong_script(text, self.target),
@@ -95,8 +97,8 @@ def translate_sentences(texts: list[str], job: Job, beams: int, no_repeat: int =
     drafts = {}
     waiting = sorted(range(len(texts)), key=lambda i: -len(sources[i]))
     while waiting:
-        size = job.batch_tokens // len(sources[waiting[0]])
-        size = max(1, min(size, most))
+        largest = len(sources[waiting[0]])
+        size = max(1, min(job.batch_tokens // largest, most))
         batch = waiting[:size]
         waiting = waiting[size:]
         asked = [sources[i] for i in batch]
@@ -112,8 +114,10 @@ def translate_sentences(texts: list[str], job: Job, beams: int, no_repeat: int =
 def translate_twice(texts: list[str], job: Job) -> list[Draft]:
     """What fails is tried again, greedily and without repeats."""
     drafts = translate_sentences(texts, job, job.beams)
-    again = [i for i, (_, fault) in enumerate(drafts) if fault not in (None, "unknown words")]
-    second = translate_sentences([texts[i] for i in again], job, 1, NO_REPEAT)
+    settled = None, "unknown words"
+    again = [i for i, (_, fault) in enumerate(drafts) if fault not in settled]
+    asked = [texts[i] for i in again]
+    second = translate_sentences(asked, job, 1, NO_REPEAT)
     for i, (text, fault) in zip(again, second):
         if fault is None:
             drafts[i] = text, None
@@ -123,7 +127,8 @@ def translate_twice(texts: list[str], job: Job) -> list[Draft]:
 def translate_segments(segments: list[str], job: Job) -> dict[str, Draft]:
     """The draft of each segment, its protected spans in their places."""
     hidden = [hide(segment) for segment in segments]
-    drafts = translate_twice([text for text, _ in hidden], job)
+    texts = [text for text, _ in hidden]
+    drafts = translate_twice(texts, job)
     done = {}
     for segment, (_, spans), (text, fault) in zip(segments, hidden, drafts):
         done[segment] = show(text, spans), fault
@@ -137,8 +142,10 @@ def translate_around_spans(segments: list[str], job: Job) -> dict[str, Draft]:
     """Where the model loses a span, the texts around the spans are translated on their own."""
     texts = set()
     for segment in segments:
-        cores = [split_edges(text)[1] for text in split_spans(segment)[::2]]
-        texts.update(core for core in cores if WORD.search(core))
+        for text in split_spans(segment)[::2]:
+            _, core, _ = split_edges(text)
+            if WORD.search(core):
+                texts.add(core)
     known = translate_segments(sorted(texts), job)
     return {segment: around_spans(segment, known) for segment in segments}
 
@@ -173,13 +180,14 @@ def put_together(parts: list[tuple[str, str]], known: dict[str, Draft], job: Job
     """A document of its parts (formats.markup.parse) and their translations."""
     from_unspaced = script_of(job.source) in UNSPACED
     to_unspaced = script_of(job.target) in UNSPACED
+    apart = from_unspaced and not to_unspaced
     out = []
     faults = Counter()
     before = KEEP
     for kind, string in parts:
         if kind == TEXT:
             text, fault = known[string]
-            if before == TEXT and from_unspaced and not to_unspaced:
+            if before == TEXT and apart:
                 out.append(" ")  # none follows 。 but one belongs behind its translation
             out.append(text)
             if fault:
@@ -207,7 +215,8 @@ def new_record(row: dict, targets: list[str], job: Job) -> dict:
     """A row as the file has it, before its translation. hash: another text, translator or setting gives
     another one."""
     languages = sorted(targets)
-    own = {code: row.get(code) for code in (job.source, *languages)}  # what people have translated stays
+    # What people have translated stays.
+    own = {code: row.get(code) for code in (job.source, *languages)}
     dtype = str(job.translator.model.head.dtype)
     made_by = job.translator.fingerprint, dtype, job.beams
     made = {"hash": fingerprint(own, job.source, languages, made_by),
@@ -221,10 +230,13 @@ def new_record(row: dict, targets: list[str], job: Job) -> dict:
 
 def translate_sides(rows: list[dict], job: Job) -> list[dict[str, Translation]]:
     """{"prompt", "response"} of each row in the job's target."""
-    texts = [row[job.source][part] for row in rows for part in PARTS]
+    texts = []
+    for row in rows:
+        side = row[job.source]
+        texts += [side["prompt"], side["response"]]
     done = translate_documents(texts, job)
     pairs = zip(done[::2], done[1::2])
-    return [dict(zip(PARTS, pair)) for pair in pairs]
+    return [{"prompt": prompt, "response": response} for prompt, response in pairs]
 
 
 def fill_(records: list[dict], targets: list[str], job: Job) -> None:
@@ -276,9 +288,9 @@ def complete_file(path: Path, records: list[dict], targets: list[str], job: Job,
         todo = {key: record for key, record in zip(keys, records) if key not in done}
         finished = len(records) - len(todo)
         title = f"{job.source} -> {','.join(targets)}"
+        made = []
         with progress(total=len(records), initial=finished, desc=title, unit="row") as bar:
             job.hear = speedometer(bar)
-            made = []
             for found in filled([*todo.values()], targets, job, chunk):
                 for record in found:
                     file_failed_(record, keep_failed)
@@ -366,7 +378,8 @@ def print_translations(args, targets: list[str], translator: Translator) -> None
     """--text in each language; what the checks say goes to stderr."""
     translator.check(args.source, targets)
     for target in targets:
-        [text] = translate([args.text], args.source, target, translator, args.beams, args.batch_tokens)
+        found = translate([args.text], args.source, target, translator, args.beams, args.batch_tokens)
+        text = found[0]
         print(text)
         for fault, number in text.faults.items():
             print(f"{target}: {number} of the text's segments failed a check: {fault}", file=sys.stderr)
@@ -375,8 +388,7 @@ def print_translations(args, targets: list[str], translator: Translator) -> None
 def check_out(out: Path, data: Path) -> None:
     """InputError if it is no file, or writing it or what lies beside it meanwhile would overwrite the data."""
     if out.exists() and not out.is_file():
-        kind = "a directory" if out.is_dir() else "no file"
-        raise InputError(f"--out {out} is {kind}: give the name of a file")
+        raise InputError(f"--out {out} is no file: give the name of one")
     for suffix in ("", ".tmp", ".lock"):
         name = out.with_name(out.name + suffix)
         if name.exists() and data.exists() and name.samefile(data):
@@ -393,10 +405,11 @@ def main():
         return
     out = Path(args.out or f"translated-{','.join(targets)}.jsonl")
     check_out(out, hub.data_file(args.data))
-    rows = read_counted(args.data, args.source, args.turns, targets)[:args.samples or None]
+    rows = read_counted(args.data, args.source, args.turns, targets)
+    rows = rows[:args.samples or None]
     translator = load(args.translator, device, dtype)
-    translate_rows(rows, translator, args.source, targets, out, args.beams, args.batch_tokens,
-                   args.keep_failed)
+    translate_rows(rows, translator, args.source, targets, out,
+                   args.beams, args.batch_tokens, args.keep_failed)
     print(f"{out} is written; next: python clo.py --lang {targets[0]} --data {out}")
     ranks.stop()
 

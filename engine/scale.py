@@ -139,12 +139,6 @@ def activation_bytes(c: Config, plan: Plan, copies: float = 1.0) -> float:
     return plan.tokens * (kept + norm_bytes(c, plan))
 
 
-def working_bytes(c: Config, plan: Plan) -> float:
-    """What a block's backward holds at once besides: gradients of gate, up, their product and one temporary,
-    and four tensors of the width of x."""
-    return plan.tokens * 4 * (c.intermediate_size + c.hidden_size) * plan.itemsize
-
-
 # ----------------------------------------------------------------------------------------------------- memory
 
 def memory(c: Config, plan: Plan) -> dict[str, float]:
@@ -170,7 +164,8 @@ def memory(c: Config, plan: Plan) -> dict[str, float]:
             "head": logits + plan.tokens * c.hidden_size * b,    # and the directions (N, H)
             # Gradients are whole until they are split: the root's, and a block's while the next is computed.
             "gradients before the split": plan.shard * 4 * gradients,
-            "working": working_bytes(c, plan),
+            # Of a block's backward: gradients of gate, up, their product, a temporary; four of the width of x.
+            "working": plan.tokens * 4 * (c.intermediate_size + c.hidden_size) * b,
             "the program itself": CONTEXT_BYTES if cuda else HOST_BYTES}
 
 
