@@ -386,7 +386,7 @@ def print_translations(args, targets: list[str], translator: Translator) -> None
 
 
 def check_out(out: Path, data: Path) -> None:
-    """InputError if it is no file, or writing it or what lies beside it meanwhile would overwrite the data."""
+    """InputError if it is no file, or writing it or what lies beside it would overwrite the data."""
     if out.exists() and not out.is_file():
         raise InputError(f"--out {out} is no file: give the name of one")
     for suffix in ("", ".tmp", ".lock"):

@@ -1,4 +1,4 @@
-"""Who runs in the head's benchmark, and how one run is timed, weighed and checked. `head.py` prints the results.
+"""Who runs in the head's benchmark, and how one run is timed, weighed and checked; head.py prints it.
 
 A contender is a function (hidden, weight, targets) -> log-probs (N,) or, where it has nothing per token, the
 mean of minus these. Peers run when they are installed; none is needed.

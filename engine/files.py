@@ -111,7 +111,8 @@ def need(record, key, where):
 def check_unicode(value, where):
     """The value, or an error if a string anywhere in it holds half of a character: no file can hold that."""
     if re.search(HALF_A_CHARACTER, json.dumps(value, ensure_ascii=False)):
-        raise InputError(f"{where}: broken Unicode (half of a character): write the whole one, or take it out")
+        raise InputError(f"{where}: broken Unicode (half of a character): "
+                         f"write the whole one, or take it out")
     return value
 
 
@@ -187,8 +188,8 @@ def writing(path: Path):
     try:
         yield
     except (OSError, SafetensorError) as error:
-        raise InputError(f"{path} cannot be written ({error}): make room on its disk, or choose another --out; "
-                         f"the same command goes on where it stopped") from None
+        raise InputError(f"{path} cannot be written ({error}): make room on its disk, or choose another "
+                         f"--out; the same command goes on where it stopped") from None
 
 
 @contextlib.contextmanager

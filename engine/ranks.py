@@ -3,9 +3,9 @@
     torchrun --nproc-per-node 2 clo.py --lang sw                   every rank holds the model
     torchrun --nproc-per-node 8 clo.py --lang sw --shard           the ranks share it (PyTorch's FSDP2)
 
-Work is dealt to ranks item by item (rank r takes r, r + size, ...) and gathered in order, so a result does not
-depend on how many ranks there are beyond floating-point summation order. What is not dealt, all ranks do alike,
-and the first one writes. Started without torchrun there is one rank, and every function here is the identity.
+Work is dealt to ranks item by item (rank r takes r, r + size, ...) and gathered in order, so a result does
+not depend on how many ranks there are beyond floating-point summation order. What is not dealt, all ranks do
+alike, and the first one writes. Started without torchrun there is one rank, and every function here is the identity.
 
 Sharded, a parameter is a DTensor of which each rank keeps a slice of the rows. `forward` gathers a block's
 weights when it comes to it and drops them after, on all ranks at once: so all of them call the model equally
@@ -117,8 +117,8 @@ def barrier() -> None:
 
 
 def sum_gradients_(parameters) -> None:
-    """All-reduce: replace every gradient by its sum over ranks, in one message. Sharded ones were summed during
-    the backward."""
+    """All-reduce: replace every gradient by its sum over ranks, in one message. Sharded ones were summed
+    during the backward."""
     whole = [parameter for parameter in parameters if not is_sharded(parameter)]
     if size() == 1 or not whole:
         return
@@ -259,6 +259,6 @@ def run(main: Callable) -> None:
         except RuntimeError as error:
             if "by peer" not in str(error):  # gloo's words for a rank that is gone
                 raise
-            raise InputError("the connection to another rank broke: it failed, or was killed, for want of memory "
-                             "perhaps; the same command goes on from the last checkpoint") from None
+            raise InputError("the connection to another rank broke: it failed, or was killed, for want of "
+                             "memory perhaps; the same command goes on from the last checkpoint") from None
     files.run(work)

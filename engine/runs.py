@@ -48,10 +48,10 @@ def open_run(directory, flags: dict, inputs: dict, chosen: dict, fresh: bool = F
     """(run directory, what it chose when it began) for these flags and inputs: made, or taken up again when
     config.json says the same.
 
-    flags: the identity of the run. inputs: a hash of each file it reads, by the flag that names it. chosen: what
-    this machine would choose where a flag says auto; a run that goes on keeps what it chose when it began.
-    InputError, naming the first difference, when the directory belongs to another run; nothing in it is touched
-    then. fresh: a run that is there is renamed aside.
+    flags: the identity of the run. inputs: a hash of each file it reads, by the flag that names it. chosen:
+    what this machine would choose where a flag says auto; a run that goes on keeps what it chose when it began.
+    InputError, naming the first difference, when the directory belongs to another run; nothing in it is
+    touched then. fresh: a run that is there is renamed aside.
     """
     directory = Path(directory)
     path = directory / "config.json"
@@ -155,7 +155,7 @@ class StopSignal:
 # ---------------------------------------------------------------------------------------- reference log-probs
 
 def load_reference(path: Path, sizes: list[int]) -> list[Tensor] | None:
-    """Summed log-probs (S,) per micro-batch; None when there is no whole file: then they are computed again."""
+    """Summed log-probs (S,) per micro-batch; None when there is no whole file: then they are made again."""
     try:
         return list(load_file(path)["logp"].split(sizes))
     except (OSError, SafetensorError):
@@ -286,8 +286,8 @@ def restore_(parameters: dict[str, Tensor], optimizer, tensors: dict[str, Tensor
 
 
 class Metrics:
-    """metrics.jsonl, one line a step, and TensorBoard's curves when they are wanted. Lines past step `done`, where
-    the checkpoint is, are dropped: a killed run wrote further. Only the first rank writes."""
+    """metrics.jsonl, one line a step, and TensorBoard's curves when they are wanted. Lines past step `done`,
+    where the checkpoint is, are dropped: a killed run wrote further. Only the first rank writes."""
 
     def __init__(self, directory: Path, done: int, tensorboard: bool = False):
         directory.mkdir(parents=True, exist_ok=True)

@@ -5,8 +5,8 @@ formula stands where it is computed, with its reason. Letters as in model.py: H 
 V vocabulary, Q query heads, G kv heads, D head width, R LoRA rank. A GB is 1e9 bytes.
 
 Exact: parameters. Held against the program by the tests: the bytes a forward pass keeps for its backward, on
-the CPU. An estimate: everything of a GPU, whose achieved rate of matrix products is an argument and no promise;
-torch.compile keeps less than is counted here.
+the CPU. An estimate: everything of a GPU, whose achieved rate of matrix products is an argument and no
+promise; torch.compile keeps less than is counted here.
 """
 
 import contextlib
@@ -164,7 +164,7 @@ def memory(c: Config, plan: Plan) -> dict[str, float]:
             "head": logits + plan.tokens * c.hidden_size * b,    # and the directions (N, H)
             # Gradients are whole until they are split: the root's, and a block's while the next is computed.
             "gradients before the split": plan.shard * 4 * gradients,
-            # Of a block's backward: gradients of gate, up, their product, a temporary; four of the width of x.
+            # Of a block's backward: gradients of gate, up, their product, a temporary; four as wide as x.
             "working": plan.tokens * 4 * (c.intermediate_size + c.hidden_size) * b,
             "the program itself": CONTEXT_BYTES if cuda else HOST_BYTES}
 
@@ -235,8 +235,8 @@ def peak_memory_gb() -> float:
 
 
 def stand_in(c: Config, layers: int, device: torch.device, dtype: torch.dtype) -> llama.Llama:
-    """A model of this shape with so many layers, for timing: its weights repeat a few random numbers, which is
-    quick. (Equal ones would give gradients so small that a CPU takes longer over them.)"""
+    """A model of this shape with so many layers, for timing: its weights repeat a few random numbers, which
+    is quick. (Equal ones would give gradients so small that a CPU takes longer over them.)"""
     with torch.device("meta"):
         model = llama.Llama(replace(c, num_hidden_layers=layers))
     model = model.to(dtype).to_empty(device=device).requires_grad_(False)

@@ -1,4 +1,4 @@
-"""How fast, large and exact these kernels are: `python -m kernels.bench --help`. The work is bench/head.py's."""
+"""How fast, large and exact these kernels are: `python -m kernels.bench --help`, which is bench/head.py."""
 
 import sys
 

@@ -61,7 +61,9 @@ def linear_cross_entropy(hidden, weight, targets, ignore_index=-100, *, chunk_by
     check(hidden, weight, targets)
     hidden_grad = wants_gradient(hidden)
     weight_grad = wants_gradient(weight)
-    loss, _, _ = mean_nll_op(hidden, weight, targets, ignore_index, hidden_grad, weight_grad, chunk_bytes, backend)
+    loss, _, _ = mean_nll_op(hidden, weight, targets, ignore_index,
+                             hidden_grad, weight_grad,
+                             chunk_bytes, backend)
     return loss
 
 

@@ -42,10 +42,10 @@ class Cache:
 
     def append_(self, key: Tensor, value: Tensor) -> Tensor:
         """Take in key, value (B, heads, n, D) of n new tokens; give all so far, (2, B, heads, used, D)."""
-        first = self.used
-        self.used += key.shape[2]
-        self.kept[0, :, :, first:self.used] = key
-        self.kept[1, :, :, first:self.used] = value
+        new = slice(self.used, self.used + key.shape[2])
+        self.kept[0, :, :, new] = key
+        self.kept[1, :, :, new] = value
+        self.used = new.stop
         return self.kept[..., :self.used, :]
 
     def has_room(self, n: int) -> bool:
@@ -76,20 +76,22 @@ class Beams:
     best: Tensor       # (B,) eq. 4 of the best of those
 
     @classmethod
-    def start(cls, rows: list[int], language: int, limits: list[int], score: Tensor) -> "Beams":
+    def start(cls, row: Tensor, language: int, limit: Tensor, score: Tensor) -> "Beams":
         """score: zeros (B,), of the type that sums are kept in."""
-        row = torch.tensor(rows, device=score.device)
+        history = torch.full_like(row, language)
+        visible = torch.ones_like(row, dtype=torch.bool)
         return cls(row=row,
-                   limit=torch.tensor(limits, device=score.device),
-                   history=torch.full_like(row, language)[:, None, None],
-                   visible=torch.ones_like(row, dtype=torch.bool)[:, None, None],
+                   limit=limit,
+                   history=history[:, None, None],
+                   visible=visible[:, None, None],
                    score=score[:, None],
                    finished=torch.zeros_like(row),
                    best=score - math.inf)
 
     def keep(self, rows: Tensor, slots: Tensor) -> "Beams":
         """The hypotheses of some rows (B',), which see the cache through these of its slots (B', n)."""
-        kept = Beams(*(getattr(self, field.name)[rows] for field in fields(self)))
+        chosen = {field.name: getattr(self, field.name)[rows] for field in fields(self)}
+        kept = Beams(**chosen)
         K = kept.visible.shape[1]
         seen = slots[:, None].expand(-1, K, -1)
         kept.visible = kept.visible.gather(2, seen)
@@ -99,7 +101,8 @@ class Beams:
         """The next K slots of the cache are those of the K newest tokens."""
         B, K, _ = self.visible.shape
         own = torch.eye(K, dtype=torch.bool, device=self.visible.device)
-        self.visible = torch.cat([self.visible, own.expand(B, -1, -1)], dim=2)
+        own = own.expand(B, -1, -1)
+        self.visible = torch.cat([self.visible, own], dim=2)
 
 
 @dataclass
@@ -116,7 +119,8 @@ class Answers:
     def replace_(self, row: Tensor, better: Tensor, ids: Tensor) -> None:
         """ids (B, T) become the answers of sentences row (B,) where better (B,)."""
         T = ids.shape[1]
-        self.ids[row, :T] = torch.where(better[:, None], ids, self.ids[row, :T])
+        before = self.ids[row, :T]
+        self.ids[row, :T] = torch.where(better[:, None], ids, before)
         self.length[row] = self.length[row].masked_fill(better, T)
 
     def as_lists(self) -> list[list[int]]:
@@ -133,8 +137,8 @@ def fill_logits_(logits: Tensor, hidden: Tensor, head: Tensor) -> Tensor:
     maximum m' makes it s exp(m - m') + sum of exp(logit - m').
     """
     columns = hidden.T.contiguous().to(logits.dtype)
-    peak = logits.new_full((len(hidden),), -math.inf)
-    mass = torch.zeros_like(peak)
+    mass = logits.new_zeros(len(hidden))
+    peak = mass - math.inf
     rows = HEAD_ROWS if head.device.type == "cpu" else CAST_ROWS
     for weights, part in zip(head.split(rows), logits.split(rows)):
         torch.mm(weights.to(logits.dtype), columns, out=part)
@@ -192,15 +196,18 @@ def extend(state: Beams, logp: Tensor, token: Tensor, alpha: float, end: int, an
     token = token.view(B, -1).gather(1, place)
 
     last = state.limit <= T + 1
+    open_ = state.finished < K
     ends = (token == end) | last[:, None]
-    ends = ends[:, :K] & (state.finished < K)[:, None]
+    ends = ends[:, :K] & open_[:, None]
     mean = total[:, :K] / (T + 1)**alpha  # eq. 4
-    best, which = mean.masked_fill(~ends, -math.inf).max(1, keepdim=True)
+    mean = mean.masked_fill(~ends, -math.inf)
+    best, which = mean.max(1, keepdim=True)
     best = best[:, 0]
     ended = longer(state, parent, token, which)[:, 0]
     answers.replace_(state.row, best > state.best, ended)
 
-    score, alive = total.masked_fill(token == end, -math.inf).topk(K)
+    unended = total.masked_fill(token == end, -math.inf)
+    score, alive = unended.topk(K)
     return replace(state,
                    history=longer(state, parent, token, alive),
                    visible=follow(state.visible, parent.gather(1, alive)),
@@ -264,9 +271,11 @@ class Search:
         self.model = model
         self.memory = model.memory(encoded)
         self.caches = [Cache(key) for key, _ in self.memory]
+        row = torch.tensor(order, device=encoded.device)
+        limit = torch.tensor(limits, device=encoded.device)
         score = encoded.new_zeros(len(sources), dtype=exact)
-        self.state = Beams.start(order, language, [limits[i] for i in order], score)
-        start = torch.full_like(self.state.row, model.config.decoder_start_token_id)
+        self.state = Beams.start(row, language, limit[row], score)
+        start = torch.full_like(row, model.config.decoder_start_token_id)
         model.decode(start[:, None], 0, self.memory, self.mask, self.caches)
 
     def hidden(self) -> Tensor:
@@ -302,7 +311,8 @@ def beam_search(model: M2M100, sources: list[list[int]], language: int, limits: 
     exact = torch.promote_types(head.dtype, torch.float32)
     search = Search(model, sources, language, limits, exact)
     answers = Answers.start(search.state.row, max(limits))
-    room = head.new_empty(len(sources) * beams * (len(head) + BLOCK), dtype=exact)
+    columns = len(sources) * beams
+    room = head.new_empty(columns * (len(head) + BLOCK), dtype=exact)
     while True:
         hidden = search.hidden()
         history = search.state.history.flatten(0, 1)

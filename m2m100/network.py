@@ -61,7 +61,8 @@ class Attention(nn.Module):
 
     def split(self, x: Tensor) -> Tensor:
         B, T, H = x.shape
-        return x.view(B, T, self.heads, H // self.heads).transpose(1, 2)  # (B, heads, T, D)
+        split = x.view(B, T, self.heads, H // self.heads)
+        return split.transpose(1, 2)  # (B, heads, T, D)
 
     def keys(self, x: Tensor) -> tuple[Tensor, Tensor]:
         return self.split(self.k_proj(x)), self.split(self.v_proj(x))
@@ -70,7 +71,8 @@ class Attention(nn.Module):
         """x (B, T, H) looks at key, value (B, heads, S, D); mask (B, 1, T or 1, S) is added to the scores."""
         query = self.split(self.q_proj(x))
         mixed = F.scaled_dot_product_attention(query, key, value, mask, is_causal=causal)
-        return self.out_proj(mixed.transpose(1, 2).flatten(2))
+        mixed = mixed.transpose(1, 2).flatten(2)
+        return self.out_proj(mixed)
 
 
 class EncoderLayer(nn.Module):
@@ -84,7 +86,8 @@ class EncoderLayer(nn.Module):
 
     def feed_forward(self, x: Tensor) -> Tensor:
         y = self.fc1(self.final_layer_norm(x))
-        return x + self.fc2(F.relu(y, inplace=True))
+        y = F.relu(y, inplace=True)
+        return x + self.fc2(y)
 
     def forward(self, x: Tensor, mask: Tensor) -> Tensor:
         y = self.self_attn_layer_norm(x)
@@ -143,7 +146,8 @@ class M2M100(nn.Module):
         c = self.config
         half = c.d_model // 2
         channel = torch.arange(half, device=tokens.device)
-        frequency = torch.exp(channel * (-math.log(10000) / (half - 1)))
+        step = -math.log(10000) / (half - 1)
+        frequency = torch.exp(channel * step)
         angle = positions[..., None].float() * frequency
         waves = torch.cat([angle.sin(), angle.cos()], dim=-1)
         padding = positions[..., None] == c.pad_token_id
@@ -153,11 +157,13 @@ class M2M100(nn.Module):
 
     def bias(self, mask: Tensor) -> Tensor:
         """What attention adds to its scores: 0 where mask is True, -inf elsewhere."""
-        return self.head.new_zeros(mask.shape).masked_fill_(~mask, -math.inf)
+        added = self.head.new_zeros(mask.shape)
+        return added.masked_fill_(~mask, -math.inf)
 
     def encode(self, tokens: Tensor, mask: Tensor) -> Tensor:
         """The source (B, S) as (B, S, H); mask (B, S) is False on padding."""
-        x = self.embed(tokens, self.config.pad_token_id + mask.cumsum(1) * mask)
+        positions = mask.cumsum(1) * mask
+        x = self.embed(tokens, self.config.pad_token_id + positions)
         added = self.bias(mask[:, None, None, :])
         for layer in self.model.encoder.layers:
             x = layer(x, added)
@@ -174,7 +180,8 @@ class M2M100(nn.Module):
         at place `start`, and visible (B, T, slots) says what each sees of the cache, itself included.
         """
         T = tokens.shape[1] if caches is None else 1
-        places = torch.arange(T, device=tokens.device) + self.config.pad_token_id + 1 + start
+        first = self.config.pad_token_id + 1 + start
+        places = torch.arange(first, first + T, device=tokens.device)
         x = self.embed(tokens, places[None])
         source = self.bias(source_mask[:, None, None, :])
         seen = None if visible is None else self.bias(visible[:, None])
@@ -228,7 +235,7 @@ def load_model(path, device="cpu", dtype: torch.dtype = torch.float32) -> M2M100
     stored |= {TIED[0]: name for name in reversed(TIED) if name in weights}
     state = {}
     for name, key in stored.items():
-        state[name] = weights[key].to(device=device, dtype=dtype, copy=True)  # a copy: the file stays as it is
+        state[name] = weights[key].to(device=device, dtype=dtype, copy=True)  # a copy: the file stays
     try:
         model.load_state_dict(state, assign=True)
     except RuntimeError as error:  # its second line names what is missing, unknown or of another shape
