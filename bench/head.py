@@ -50,7 +50,7 @@ def interleave(functions, rounds, device, clock):
     return times
 
 
-def bench(contenders, case, rounds, clock):
+def bench(contenders, case, rounds, clock, budgets=()):
     """[{name, ms, ...}] of {name: function}, the floor first. case: (shape, dtype, device, mode)."""
     (N, H, V), _, device, mode = case
     title = {"shape": f"{N}x{H}x{V}", "mode": mode}
@@ -71,7 +71,7 @@ def bench(contenders, case, rounds, clock):
         row["x eager"] = median_ratio(values, times["eager"])
         if name in ratios:
             show(f"memory, {name}")
-            row["peak MB"] = measure.peak_bytes(name, *case) / 1e6
+            row["peak MB"] = measure.peak_bytes(name, *case, budgets) / 1e6
             row["error"] = ratios[name]
         rows.append(row)
     return rows
@@ -128,9 +128,9 @@ def shape_of(text):
     return numbers
 
 
-def choose(names, device):
+def choose(names, device, budgets=()):
     """The contenders of these names; eager is always among them."""
-    found = measure.contenders(device)
+    found = measure.contenders(device, budgets)
     if not names:
         names = CPU_CONTENDERS if device.type == "cpu" else found
     missing = set(names) - set(found)
@@ -151,6 +151,8 @@ def parse_args(argv=None):
     add("--device", choices=("cpu", "cuda"), help="default: cuda if there is one")
     add("--only", nargs="+", metavar="NAME",
         help="contenders to run beside eager (default: all; on a CPU ours)")
+    add("--chunk-bytes", nargs="+", type=int, default=[], metavar="BYTES",
+        help="run ours with these bounds of its logits too, as contenders \"ours, N MB\"")
     add("--rounds", type=int, default=7, help="timed calls of each (default: %(default)s)")
     add("--cpu-time", action="store_true",
         help="on a CPU count the time it worked for us, not the time that passed: for a "
@@ -172,14 +174,14 @@ def main(argv=None):
     versions = measure.versions()
     used = ", ".join(f"{package} {version}" for package, version in versions.items())
     print(f"{where}, {dtype}, medians of {args.rounds} rounds; {used}")
-    contenders = choose(args.only, device)
+    contenders = choose(args.only, device, args.chunk_bytes)
     rows = []
     clock = time.process_time if args.cpu_time else time.perf_counter
     usual = SHAPES.values() if gpu else [CPU_SHAPE]
     for shape in args.shapes or usual:
         for mode in args.modes:
             case = shape, DTYPES[dtype], device, mode
-            new = bench(contenders, case, args.rounds, clock)
+            new = bench(contenders, case, args.rounds, clock, args.chunk_bytes)
             print_rows(new)
             rows += new
     if args.json:

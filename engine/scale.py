@@ -97,44 +97,40 @@ def trainable_parameters(c: Config, train: str = "lora", rank: int = 16) -> int:
 # ------------------------------------------------------------------------------------------------ activations
 
 def norm_bytes(c: Config, plan: Plan) -> int:
-    """Bytes a norm keeps per token: its input and 1 / rms in fp32; the normed input if it learns."""
-    wide = max(4, plan.itemsize)
-    return (c.hidden_size + 1) * wide + (plan.train == "full") * c.hidden_size * plan.itemsize
+    """Bytes a norm keeps per token: its input, and 1 / rms in fp32."""
+    return c.hidden_size * plan.itemsize + max(4, plan.itemsize)
 
 
-def block_bytes(c: Config, plan: Plan, copies: float = 1.0, first: bool = False) -> float:
-    """Bytes a block keeps per token of a row, for its backward.
-
-    copies: tokens attention sees per token of the row: 1 on CUDA; on the CPU a prompt is read once for every
-    continuation. first: the input of the first block needs no gradient unless the embedding is trained.
-    """
+def block_bytes(c: Config, plan: Plan, first: bool = False) -> float:
+    """Bytes a block keeps per token of a row, for its backward. first: the input of the first block needs no
+    gradient unless the embedding is trained."""
     H = c.hidden_size
     b = plan.itemsize
     wide = max(4, b)
     full = plan.train == "full"
+    heads = c.num_attention_heads
     QD, _ = attention_shapes(c)["q_proj"]
     GD, _ = attention_shapes(c)["k_proj"]
     kept = 0 if first and not full else norm_bytes(c, plan)
     kept += H * b                                      # input of q, k, v: for the gradients of their weights
-    kept += QD * b                                     # input of o
+    if plan.device != "cpu":
+        kept += QD * b                                 # input of o, where it isn't attention's result itself
     if plan.train == "lora":
         kept += 4 * plan.rank * b                      # A x, for the gradient of B
     if c.qk_norm:
-        kept += (QD + GD) * (wide + full * b)
-        kept += (c.num_attention_heads + c.num_key_value_heads) * wide
-    seen = 2 * (QD + GD) * b + c.num_attention_heads * wide      # q, k, v, the result, its log-sum-exp
-    kept += copies * seen
+        kept += (QD + GD) * b + (heads + c.num_key_value_heads) * wide
+    kept += 2 * (QD + GD) * b + heads * wide           # q, k, v, the result, its log-sum-exp
     kept += norm_bytes(c, plan) + full * H * b         # second norm; input of gate and up if they learn
     kept += (2 + full) * c.intermediate_size * b       # gate and up (SwiGLU); their product if down learns
     return kept
 
 
-def activation_bytes(c: Config, plan: Plan, copies: float = 1.0) -> float:
+def activation_bytes(c: Config, plan: Plan) -> float:
     """Bytes all blocks and the last norm keep for the backward of one micro-batch.
 
     With recompute a block keeps its input, H per token; in the backward one block at a time is run again.
     """
-    blocks = [block_bytes(c, plan, copies, first=i == 0) for i in range(c.num_hidden_layers)]
+    blocks = [block_bytes(c, plan, first=i == 0) for i in range(c.num_hidden_layers)]
     kept = sum(blocks)
     if plan.recompute:
         kept = c.num_hidden_layers * c.hidden_size * plan.itemsize + max(blocks)
