@@ -21,10 +21,10 @@ import clo
 import data
 import kernels
 import model as llama
+from bench import contenders as measure
 from bench.gpu_check import run_part, say
 from engine import ranks
 from formats.configs import Config
-from kernels import measure
 from kernels.chunks import matmul_into
 
 CPU = torch.device("cpu")

@@ -407,9 +407,10 @@ def test_predicted_activations_are_within_two_percent_of_the_bytes_kept(shape, t
     model = make_model(shape, train, recompute=recompute)
     batch = make_steps(data.Packing(3, 80, 2))[0][0]
     c, tokens = model.config, batch.tokens.numel()
-    predicted = scale.activation_bytes(c, tokens, train, recompute, 3, 8, "cpu")
+    plan = scale.Plan(train, 3, "fp64", row_tokens=tokens, recompute=recompute, device="cpu")
+    predicted = scale.activation_bytes(c, plan)
     if recompute:                                                # the block that is run again comes later
-        predicted -= tokens * max(scale.block_bytes(c, train, 3, 8, "cpu", first) for first in (True, False))
+        predicted -= tokens * max(scale.block_bytes(c, plan, first) for first in (True, False))
     assert kept_bytes(model, batch) == pytest.approx(predicted, rel=0.02)
 
 
