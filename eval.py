@@ -13,7 +13,6 @@ multiple_choice, fit_languages, reply_language and answer_and_score.
 import argparse
 import json
 import sys
-from collections import Counter
 from dataclasses import asdict, replace
 from pathlib import Path
 

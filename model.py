@@ -103,7 +103,8 @@ class Attention(nn.Module):
         k = Rotate.apply(k, cos, sin)
         if cache is not None:
             k, v = cache.append_(k, v)                                           # (B, S, G, D), S = past + T
-        return self.o_proj(attend(q, k, v).reshape(B, T, -1))
+        seen = attend(q, k, v)                                                   # (B, T, Q, D)
+        return self.o_proj(seen.reshape(B, T, -1))
 
 
 class MLP(nn.Module):
@@ -114,7 +115,9 @@ class MLP(nn.Module):
         self.down_proj = Linear(c.intermediate_size, c.hidden_size, c.mlp_bias)
 
     def forward(self, x):
-        return self.down_proj(SwiGLU.apply(self.gate_proj(x), self.up_proj(x)))
+        gate = self.gate_proj(x)
+        up = self.up_proj(x)
+        return self.down_proj(SwiGLU.apply(gate, up))
 
 
 class Block(nn.Module):
@@ -126,8 +129,10 @@ class Block(nn.Module):
         self.mlp = MLP(c)
 
     def forward(self, x, cos, sin, attend, cache=None):
-        x = x + self.self_attn(self.input_layernorm(x), cos, sin, attend, cache)
-        return x + self.mlp(self.post_attention_layernorm(x))
+        normed = self.input_layernorm(x)
+        x = x + self.self_attn(normed, cos, sin, attend, cache)
+        normed = self.post_attention_layernorm(x)
+        return x + self.mlp(normed)
 
 
 def rope_frequencies(config: Config, device=None):
@@ -138,7 +143,8 @@ def rope_frequencies(config: Config, device=None):
     """
     D = config.head_dim
     scaling = config.rope_scaling
-    frequency = 1.0 / config.rope_theta ** (torch.arange(0, D, 2, dtype=torch.float32, device=device) / D)
+    channels = torch.arange(0, D, 2, dtype=torch.float32, device=device)
+    frequency = 1.0 / config.rope_theta ** (channels / D)
     if scaling is None:
         return frequency
     if scaling["rope_type"] == "linear":
@@ -158,7 +164,9 @@ def rotation(c: Config, positions, dtype: torch.dtype):
     angles = angles[:, :, None]                                            # (B, T, 1, D/2), for all heads
     cos = angles.cos().to(dtype)
     sin = angles.sin().to(dtype)
-    return torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1)
+    both = torch.cat((cos, cos), dim=-1)
+    signed = torch.cat((-sin, sin), dim=-1)
+    return both, signed
 
 
 # -------------------------------------------------------------------------------------------------- attention
@@ -218,7 +226,8 @@ def dense_mask(fork, branch, positions, window=None, header: int = 0):
     order = torch.arange(T, device=fork.device)
     seen = fork_predicate(fork, branch, positions, window)(rows, None, order[:, None], order)
     distance = positions[:, :, None] - torch.arange(header, device=fork.device)
-    return torch.cat((distance < (window or math.inf), seen), dim=-1)[:, None]
+    header_seen = distance < (window or math.inf)
+    return torch.cat((header_seen, seen), dim=-1)[:, None]
 
 
 def attend_spans(q, k, v, pieces):
@@ -240,7 +249,8 @@ def flex_mask(fork, branch, positions, window=None):
     """Eq. 1 as a block-sparse mask: tiles that nobody may see are skipped, forward and backward."""
     B, T = fork.shape
     predicate = fork_predicate(fork, branch, positions, window)
-    return compiled_flex()[1](predicate, B, None, T, T, device=fork.device)
+    _, create_block_mask = compiled_flex()
+    return create_block_mask(predicate, B, None, T, T, device=fork.device)
 
 
 def attend_flex(q, k, v, mask, flex):
@@ -342,7 +352,9 @@ class Header:
         B = len(k)
         shared_k = self.k.expand(B, -1, -1, -1)
         shared_v = self.v.expand(B, -1, -1, -1)
-        return torch.cat((shared_k, k), dim=1), torch.cat((shared_v, v), dim=1)
+        k = torch.cat((shared_k, k), dim=1)
+        v = torch.cat((shared_v, v), dim=1)
+        return k, v
 
 
 # ------------------------------------------------------------------------------------------------------ model
@@ -406,7 +418,8 @@ class Llama(nn.Module):
             attend = fork_attention(fork, branch, positions, c.head_dim, c.sliding_window, header, spans)
         x = self.model["embed_tokens"](tokens).to(self.compute_dtype)
         cos, sin = rotation(c, positions, x.dtype)
-        return self.model["norm"](self.run_blocks(run, x, cos, sin, attend, layers))
+        x = self.run_blocks(run, x, cos, sin, attend, layers)
+        return self.model["norm"](x)
 
     def run_blocks(self, run, x, cos, sin, attend, layers):
         gradient = torch.is_grad_enabled()
@@ -526,7 +539,8 @@ def generate_batch(model, prompts, max_tokens, stop_ids, pick):
     padded = [[0] * (width - len(prompt)) + prompt for prompt in prompts]
     start = torch.tensor([width - len(prompt) for prompt in prompts], device=device)
     tokens = torch.tensor(padded, device=device)
-    positions = (torch.arange(width, device=device) - start[:, None]).clamp(min=0)
+    positions = torch.arange(width, device=device) - start[:, None]
+    positions = positions.clamp(min=0)
     cache = Cache(model.config, start, width + max_tokens, model.compute_dtype)
     stops = torch.tensor(sorted(stop_ids), device=device)
     head = None

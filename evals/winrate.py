@@ -7,7 +7,6 @@ References: AlpacaEval (Dubois et al., arXiv 2404.04475; github.com/tatsu-lab/al
 docs of the outputs format).
 """
 
-import math
 from collections import Counter
 from pathlib import Path
 

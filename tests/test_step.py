@@ -329,14 +329,14 @@ def test_compiled_blocks_keep_nothing_that_is_not_needed_again(gradient, recompu
     """Six more blocks may take their inputs alone where each is run again, and without a gradient nothing."""
     batch, peaks = make_steps()[0][0], {}
     rows = (batch.tokens, batch.positions, batch.fork, batch.branch)        # no spans: a mask, as on a GPU
-    for layers in (2, 8):
+    for depth in (2, 8):
         torch.compiler.reset()
-        model = llama.Llama(replace(SHAPES["llama"], num_hidden_layers=layers), None, recompute, "aot_eager")
+        model = llama.Llama(replace(SHAPES["llama"], num_hidden_layers=depth), None, recompute, "aot_eager")
         llama.initialise_(model).double()
         clo.make_trainable(model, "lora", rank=3, alpha=6, seed=0)
         with torch.set_grad_enabled(gradient):
             model(*rows)        # compiles
-            peaks[layers] = peak_bytes(lambda: model(*rows))
+            peaks[depth] = peak_bytes(lambda: model(*rows))
     inputs = 6 * batch.tokens.numel() * 16 * 8
     assert peaks[8] - peaks[2] <= (1.1 * inputs if gradient else 0.1 * inputs)
 
