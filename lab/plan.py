@@ -29,7 +29,8 @@ BASE = "base"
 NEEDED = ("model", "data", "eval-data", "dtype", "max-new-tokens")
 OURS = ("tokens-of", "passes-of")           # settings that are no flags
 PLANS = Path(__file__).parent / "plans"
-ALL_ROWS = 10_000                           # what "all rows" are taken for when costs are compared
+ALL_ROWS = 10 ** 9                          # what "all rows" are taken for when costs are compared
+PASSES = {"sft-en": 1, "sft-tgt": 1, "sft": 2, "dpo": 5, "clo": 5, "sft+dpo": 7}     # through a row, roughly
 PARTS = ("languages", "sizes", "seeds", "methods")
 
 
@@ -52,11 +53,8 @@ class Run:
 
     @property
     def cost(self) -> tuple:
-        """For the order of runs: tokens through the model, roughly; then the seed."""
-        if self.method == BASE:
-            return 0, 0
-        passes = self.flags.get("epochs", 2) * (1 if self.flags["method"].startswith("sft") else 2)
-        return passes * (self.size or ALL_ROWS), self.seed
+        """What is run first: few rows, then one seed of all methods before the next, in it few passes."""
+        return self.size or ALL_ROWS, self.seed, PASSES.get(self.flags.get("method"), 0)
 
 
 def read_plan(name: str) -> dict:
@@ -105,7 +103,7 @@ def ready(plan: dict, lines: list[dict], failed=()) -> list[Run]:
             for run in runs_of(plan, cell, lines, done | set(failed)):
                 found[run.name] = run
     missing = [run for name, run in found.items() if name not in done and name not in failed]
-    return sorted(missing, key=lambda run: run.cost)
+    return sorted(missing, key=lambda run: (run.method != BASE, run.cost))
 
 
 def base_run(plan: dict, language: str) -> Run:
