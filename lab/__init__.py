@@ -1,1 +1,1 @@
-"""The measurements behind docs/replication.md: plans, the runs they ask for, and the page drawn from their lines."""
+"""The measurements behind docs/replication.md: plans, the runs they ask for, the page drawn from them."""

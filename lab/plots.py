@@ -8,8 +8,10 @@ from evals.plots import import_pyplot
 
 # panels: (0 target or 1 source language, figure)
 PANELS = ((0, "language"), (0, "chrf"), (0, "bits"), (1, "kept"), (1, "chrf"), (1, "bits"))
+SIDES = ("target", "source")
 ACROSS = 3
-LABEL_WIDTH = 34                    # letters
+LABEL_WIDTH = 34                        # letters
+WIDTH, LABELS, ROW = 2.6, 3.0, 0.5      # inches: of a panel, of the labels, of a comparison
 
 
 def can_plot() -> bool:
@@ -19,31 +21,38 @@ def can_plot() -> bool:
 def plot_differences(compared: list, path: Path) -> None:
     """compared: report.Comparison, from the top."""
     plt = import_pyplot()
-    shown = [(side, name) for side, name in PANELS if all(name in one.told[side] for one in compared)]
-    labels = [textwrap.fill(one.label, LABEL_WIDTH) for one in compared]
+    shown = []
+    for side, name in PANELS:
+        told = [one.told[side].get(name) for one in compared]
+        if any(told):
+            shown.append((SIDES[side], told))
     down = -(-len(shown) // ACROSS)
-    size = 3 + 2.6 * ACROSS, down * (1 + 0.5 * len(labels))
+    size = LABELS + WIDTH * ACROSS, down * (1 + ROW * len(compared))
     figure, axes = plt.subplots(down, ACROSS, figsize=size, layout="constrained", sharey=True, squeeze=False)
     for axis in axes.flat[len(shown):]:
         axis.set_visible(False)
-    for axis, (side, name) in zip(axes.flat, shown):
-        draw_panel(axis, [one.told[side][name] for one in compared], ("target", "source")[side])
-    axes[0, 0].set_yticks(range(len(labels)), labels, fontsize=8)
-    axes[0, 0].invert_yaxis()                                   # the table's order, from the top
+    for axis, (side, told) in zip(axes.flat, shown):
+        draw_panel(axis, told, side)
+    labels = [textwrap.fill(one.label, LABEL_WIDTH) for one in compared]
+    axes[0, 0].set_yticks(range(len(labels)), labels)
+    for axis in axes[:, 0]:
+        axis.tick_params("y", labelsize=8)
+    axes[0, 0].set_ylim(len(labels) - 0.5, -0.5)                # the table's order, from the top
     figure.savefig(path, dpi=110)
     plt.close(figure)
 
 
 def draw_panel(axis, told: list, side: str) -> None:
-    figure = told[0].figure
-    better = "right" if figure.better > 0 else "left"
     axis.axvline(0, color="0.6", linewidth=1)
-    for place, difference in enumerate(told):
-        axis.plot([difference.low, difference.high], [place, place], color="0.2", linewidth=1.5)
-        filling = "1" if difference.verdict == "a tie" else "0"
-        axis.plot(difference.value, place, "o", color="0", markerfacecolor=filling)
-        axis.plot(difference.seeds, [place + 0.25] * len(difference.seeds), "|", color="0.4", markersize=7)
-    axis.set_title(f"{figure.title}, {side} language\n({better} of the line is better)", fontsize=9)
-    axis.margins(x=0.1, y=0.15)
+    for place, found in enumerate(told):
+        if found is None:
+            continue
+        filling = "1" if found.verdict == "a tie" else "0"
+        axis.plot([found.low, found.high], [place, place], color="0.3", linewidth=1.5)
+        axis.plot(found.value, place, "o", color="0", markerfacecolor=filling)
+        axis.plot(found.seeds, [place + 0.25] * len(found.seeds), "|", color="0.4", markersize=7)
+        better = "right" if found.figure.better > 0 else "left"
+        title = f"{found.figure.title}, {side} language\n({better} of the line is better)"
+        axis.set_title(title, fontsize=9)
+    axis.margins(x=0.1)
     axis.grid(axis="x", alpha=0.3)
-

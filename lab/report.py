@@ -1,8 +1,9 @@
 """docs/replication.md, drawn from the lines in lab/results/ and nothing else.
 
-A difference is one method's figure less another's, each a mean over seeds, on the same test questions. Its 95 %
-interval is a paired bootstrap over questions and seeds: every draw takes questions and, apart from them, seeds,
-with replacement, the same ones for both methods (Koehn 2004, W04-3250; Efron and Tibshirani 1993, ch. 16).
+A difference is one method's figure less another's, each a mean over seeds, on the same test questions. Its
+95 % interval is a paired bootstrap over questions and seeds: every draw takes questions and, apart from them,
+seeds, with replacement, the same ones for both methods (Koehn 2004, W04-3250; Efron and Tibshirani 1993,
+ch. 16).
 """
 
 import itertools
@@ -48,12 +49,13 @@ class Figure:
     words: str                                  # in a sentence
     better: int                                 # 1: more is better; -1: less
     of_sums: Callable = percentage              # (..., K) sums over questions -> (...)
-    counts: Callable = share                    # (questions, K) from columns
+    of_columns: Callable = share                # (questions, K)
     digits: int = 1
 
-    def table(self, line: dict, language: str) -> np.ndarray:
+    def counts(self, line: dict, language: str) -> np.ndarray:
         """(questions, K)"""
-        return np.array(self.counts(line["questions"][language], self.name), dtype=float)
+        columns = line["questions"][language]
+        return np.array(self.of_columns(columns, self.name), dtype=float)
 
 
 FIGURES = (
@@ -64,48 +66,53 @@ FIGURES = (
     Figure("confused", "confused", "language confusion", -1),
     Figure("kept", "like base", "likeness to the base's replies", 1, chrf, ngram_counts),
     Figure("ends", "ends", "replies that end", 1))
-CONTENT = ("correct", "chrf", "bits")           # what is asked where both replies are in the right language
+CONTENT = ("correct", "chrf", "bits")           # what is asked of replies in the right language
 
 
 def known_figures(lines, language: str) -> list[Figure]:
     """The figures that all of these lines have."""
-    return [figure for figure in FIGURES if all(figure.name in line["questions"][language] for line in lines)]
+    columns = [line["questions"][language] for line in lines]
+    return [figure for figure in FIGURES if all(figure.name in own for own in columns)]
 
 
 # ------------------------------------------------------------------------------------------------ differences
 
+TIE = "a tie"
+
+
 @dataclass(frozen=True)
 class Difference:
     figure: Figure
+    questions: int
     value: float
     low: float
     high: float
     seeds: list[float]              # the difference in each seed
-    questions: int
 
     @property
     def verdict(self) -> str:
         """Of the interval as it is shown."""
         digits = self.figure.digits
         if round(self.low, digits) <= 0 <= round(self.high, digits):
-            return "a tie"
+            return TIE
         return "better" if self.value * self.figure.better > 0 else "worse"
 
     @property
     def cell(self) -> str:
-        digits = self.figure.digits
-        text = f"{self.value:+.{digits}f} [{self.low:+.{digits}f}, {self.high:+.{digits}f}]"
-        return text if self.verdict == "a tie" else f"**{text}**"
+        value, low, high = (f"{x:+.{self.figure.digits}f}" for x in (self.value, self.low, self.high))
+        text = f"{value} [{low}, {high}]"
+        return text if self.verdict == TIE else f"**{text}**"
 
 
 def bootstrap(figure: Figure, counts: np.ndarray) -> Difference:
     """counts (seeds, 2, questions, K): of one method and of the other."""
     asked = counts.shape[2]
     by_seed = np.subtract(*figure.of_sums(counts.sum(2)).T)                             # (seeds,)
-    if figure.counts is share:          # two questions more: a share that never differs is not a sure one
-        half = math.sqrt(0.5)           # as evals/figures.py has it (Agresti and Min 2005)
-        counts = np.stack([with_questions(counts[:, 0], (half, 1), (0, 1)),
-                           with_questions(counts[:, 1], (0, 1), (half, 1))], 1)
+    if figure.of_columns is share:      # two questions more: a share that never differs is not a sure one
+        half = math.sqrt(0.5)           # as in evals/figures.py (Agresti and Min 2005)
+        one = with_questions(counts[:, 0], (half, 1), (0, 1))
+        other = with_questions(counts[:, 1], (0, 1), (half, 1))
+        counts = np.stack((one, other), 1)
     seeds, _, questions, _ = counts.shape
     random = np.random.default_rng(0)
     drawn = random.multinomial(questions, np.full(questions, 1 / questions), RESAMPLES)
@@ -113,25 +120,23 @@ def bootstrap(figure: Figure, counts: np.ndarray) -> Difference:
     gaps = [np.subtract(*figure.of_sums(drawn @ pair)) for pair in counts]              # seeds * (RESAMPLES,)
     draws = (weights.T * gaps).sum(0)
     outside = (1 - CERTAINTY) / 2
-    low, high = np.quantile(draws, (outside, 1 - outside))
-    return Difference(figure, float(by_seed.mean()), float(low), float(high), by_seed.tolist(), asked)
+    low, high = np.quantile(draws, (outside, 1 - outside)).tolist()
+    return Difference(figure, asked, float(by_seed.mean()), low, high, by_seed.tolist())
 
 
-def differences(pairs: list[tuple[dict, dict]], language: str, only_right: bool) -> dict[str, Difference]:
-    """{figure: difference} of two methods' lines, a pair for each seed; only_right: of content, on questions
-    that both replied to in the right language in every seed."""
+def differences(pairs: list[tuple], language: str, content: bool) -> dict[str, Difference]:
+    """{figure: difference} of the lines of two methods, a pair for each seed. content: on the questions that
+    both replied to in the right language in every seed."""
     lines = [line for pair in pairs for line in pair]
-    kept = slice(None)
-    if only_right:
-        right = np.array([line["questions"][language]["language"] for line in lines], dtype=float)
-        kept = (right == 1).all(0)
-        if kept.sum() < FEW:
-            return {}
+    figures, kept = known_figures(lines, language), slice(None)
+    if content:
+        right = [line["questions"][language]["language"] for line in lines]
+        kept = np.all(np.array(right, dtype=float) == 1, axis=0)
+        figures = [figure for figure in figures if figure.name in CONTENT and kept.sum() >= FEW]
     found = {}
-    for figure in known_figures(lines, language):
-        if figure.name in CONTENT or not only_right:
-            counts = [[figure.table(line, language)[kept] for line in pair] for pair in pairs]
-            found[figure.name] = bootstrap(figure, np.array(counts))
+    for figure in figures:
+        counts = [[figure.counts(line, language)[kept] for line in pair] for pair in pairs]
+        found[figure.name] = bootstrap(figure, np.array(counts))
     return found
 
 
@@ -147,43 +152,44 @@ class Place(NamedTuple):
         return f"{self.plan}, {self.language}, {self.rows:,} rows"
 
 
+Lines = dict[int, dict]                                 # {seed: line} of a method at a place
+
+
 def read_all(directory: Path) -> list[dict]:
     """The lines of all plans; of two lines of one run with other settings the later one."""
     latest = {}
     for path in sorted(directory.glob("*.jsonl")):
         for line in read_results(path):
             point = line["run"] if line["split"] != "test" else None        # of a grid
-            latest[tuple(line[key] for key in ("plan", "language", "method", "size", "seed")) + (point,)] = line
+            key = [line[name] for name in ("plan", "language", "method", "size", "seed")]
+            latest[(*key, point)] = line
     if not latest:
         raise InputError(f"{directory} holds no lines: python -m lab PLAN makes them")
     return list(latest.values())
 
 
-def places_of(lines: list[dict]) -> list[Place]:
-    return sorted({Place(line["plan"], line["language"], line["rows"]) for line in lines
-                   if line["split"] == "test" and line["method"] != BASE})
+def by_place(lines: list[dict]) -> dict[Place, dict[str, Lines]]:
+    """{place: {method: its test lines}}, the base at each place of its plan and language."""
+    tested = [line for line in lines if line["split"] == "test"]
+    bases = {(line["plan"], line["language"]): {0: line} for line in tested if line["method"] == BASE}
+    found = {}
+    for line in tested:
+        if line["method"] != BASE:
+            place = Place(line["plan"], line["language"], line["rows"])
+            methods = found.setdefault(place, {BASE: bases.get(place[:2], {})})
+            methods.setdefault(line["method"], {})[line["seed"]] = line
+    return dict(sorted(found.items()))
 
 
-def methods_at(lines: list[dict], place: Place) -> dict[str, dict[int, dict]]:
-    """{method: {seed: its test line}}, the base first."""
-    found = {BASE: {}}
-    for line in lines:
-        plan, language, rows = place
-        here = (line["plan"], line["language"], line["split"]) == (plan, language, "test")
-        if here and (line["method"] == BASE or line["rows"] == rows):
-            found.setdefault(line["method"], {})[line["seed"]] = line
-    return found
-
-
-def line_pairs(one: dict[int, dict], other: dict[int, dict]) -> list[tuple[dict, dict]]:
-    """The lines of two methods, for every seed that they share; the base has but one line for all."""
+def line_pairs(one: Lines, other: Lines) -> list[tuple]:
+    """The lines of two methods for every seed that they share; the base has one line for all."""
     if any(line["method"] == BASE for line in other.values()):
-        other = dict.fromkeys(one, *other.values())
+        other = dict.fromkeys(one, other[0])
     pairs = [(one[seed], other[seed]) for seed in sorted(one.keys() & other.keys())]
     for first, second in pairs:
         if first["asked"] != second["asked"]:
-            raise InputError(f"{first['run']} and {second['run']} answered different questions: "
-                             f"delete the older line, and run the plan again")
+            raise InputError(f"{first['run']} and {second['run']} answered different questions: delete the "
+                             f"older line, and run the plan again")
     return pairs
 
 
@@ -192,19 +198,20 @@ def line_pairs(one: dict[int, dict], other: dict[int, dict]) -> list[tuple[dict,
 CLO, SFT, EQUAL, ANCHOR = "clo", "sft", "sft, clo's compute", "clo, anchor 1"
 NOT_RUN = "Not run."
 QUESTIONS = {                       # name of the plot: (question, pairs of methods)
-    "target": ("1. Does CLO beat SFT in the target language, and does it keep English better? (paper: yes, both)",
-               [(CLO, BASE), (CLO, SFT), (CLO, "sft-tgt"), (CLO, "sft+dpo")]),
-    "sizes": ("2. Data efficiency: does CLO with n rows reach SFT with 2n? What do twice the rows bring to each?",
-              []),
+    "target": ("1. Does CLO beat SFT in the target language, and does it keep English better? (paper: yes, "
+               "both)", [(CLO, BASE), (CLO, SFT), (CLO, "sft-tgt"), (CLO, "sft+dpo")]),
+    "sizes": ("2. Data efficiency: does CLO with n rows reach SFT with 2n? What do twice the rows bring to "
+              "each?", []),
     "nll": ("3. NLL on the target alone, or on target and English? (paper: English brings the bias back)",
             [("clo, nll en,tgt", CLO)]),
     "train": ("4. Attention, LoRA, or full training? (paper: full helps in Swahili)",
               [("clo, attention", CLO), ("clo, full", CLO)]),
-    "compute": ("5. Against SFT with CLO's compute", [(CLO, EQUAL)]),
+    "compute": ("5. What is left against SFT with CLO's compute?", [(CLO, EQUAL)]),
     "anchor": ("6. Beyond the paper: does the anchor cost the target anything, does it protect English?",
                [(ANCHOR, CLO), (ANCHOR, SFT)]),
-    "content": ("7. Where CLO is better: language choice, or content? Content, where every reply of both is in "
-                "the right language", [(CLO, SFT)])}
+    "two": ("6b. Two languages in one adapter, against one", []),
+    "content": ("7. Where CLO is better: language choice, or content? Here content, on questions to which "
+                "every reply of both is in the right language", [(CLO, SFT)])}
 
 
 @dataclass(frozen=True)
@@ -212,7 +219,7 @@ class Comparison:
     """One method against another at a place."""
     label: str
     seeds: int
-    languages: tuple[str, str]                  # target, source
+    languages: tuple[str, str]                                          # target, source
     told: tuple[dict[str, Difference], dict[str, Difference]]
 
     @property
@@ -225,27 +232,28 @@ class Comparison:
 def verdicts(told: dict[str, Difference]) -> str:
     if not told:
         return "too few questions to tell"
-    kinds = {}
+    kinds = {"better": [], "worse": [], TIE: []}
     for found in told.values():
-        kinds.setdefault(found.verdict, []).append(found.figure.words)
-    shown = {"better": "**better** in", "worse": "**worse** in", "a tie": "a tie in"}
-    parts = [f"{words} {', '.join(kinds[kind])}" for kind, words in shown.items() if kind in kinds]
-    return f"({found.questions} questions) " + "; ".join(parts)
+        kinds[found.verdict].append(found.figure.words)
+        questions = found.questions
+    parts = [f"{kind if kind == TIE else f'**{kind}**'} in {', '.join(words)}"
+             for kind, words in kinds.items() if words]
+    return f"({questions} questions) {'; '.join(parts)}"
 
 
 def compare(name: str, lines: list[dict]) -> list[Comparison]:
     """What there is to a question."""
-    places, wanted = places_of(lines), []
+    places, wanted = by_place(lines), []
     for place, (one, other) in itertools.product(places, QUESTIONS[name][1]):
         wanted.append((place, one, place, other))
-    for place in places if name == "sizes" else []:
+    for place in places if name == "sizes" else ():
         twice = place._replace(rows=2 * place.rows)
         wanted += [(place, CLO, twice, SFT), (twice, CLO, place, CLO), (twice, SFT, place, SFT)]
     found = []
     for place, one, there, other in wanted:
-        pairs = line_pairs(methods_at(lines, place).get(one, {}), methods_at(lines, there).get(other, {}))
+        pairs = line_pairs(places.get(place, {}).get(one, {}), places.get(there, {}).get(other, {}))
         if pairs:
-            languages = place.language.split(",")[0], pairs[0][0]["flags"].get("source", "en")
+            languages = place.language.split(",")[0], source_of(pairs[0][0])
             told = tuple(differences(pairs, language, name == "content") for language in languages)
             elsewhere = f" with {there.rows:,}" if there != place else ""
             label = f"{place}: {one} against {other}{elsewhere}"
@@ -253,17 +261,24 @@ def compare(name: str, lines: list[dict]) -> list[Comparison]:
     return found
 
 
+def source_of(line: dict) -> str:
+    return line["flags"].get("source", "en")
+
+
 def section(name: str, compared: list[Comparison]) -> str:
-    """A question, its answer in sentences, in tables and in a plot."""
+    """A question, and its answer in sentences, in tables and in a plot."""
     text = [f"## {QUESTIONS[name][0]}"]
     if not compared:
         return "\n\n".join([*text, NOT_RUN])
     text.append("\n".join(one.sentence for one in compared))
     for side, title in enumerate(("target language", "source language")):
-        figures = [figure for figure in FIGURES if any(figure.name in one.told[side] for one in compared)]
-        rows = [[one.label, *(one.told[side][figure.name].cell if figure.name in one.told[side] else "-"
-                              for figure in figures)] for one in compared]
-        text.append(table([title, *(figure.title for figure in figures)], rows))
+        names = [figure.name for figure in FIGURES if any(figure.name in one.told[side] for one in compared)]
+        titles = [figure.title for figure in FIGURES if figure.name in names]
+        rows = []
+        for one in compared:
+            cells = [one.told[side][figure].cell if figure in one.told[side] else "-" for figure in names]
+            rows.append([one.label, *cells])
+        text.append(table([title, *titles], rows))
     return "\n\n".join([*text, f"![Differences and their intervals](replication-{name}.png)"])
 
 
@@ -271,57 +286,65 @@ def section(name: str, compared: list[Comparison]) -> str:
 
 INTRODUCTION = """# What CLO does, measured
 
-Drawn by `python -m lab report` from the lines in `lab/results/`, which `python -m lab PLAN` leaves; `lab/README.md`
-tells how to make the data and run the plans. Nothing here is written by hand: a difference is called better or worse
-where its 95 % interval leaves out 0 (bold), and a tie otherwise. Intervals are paired bootstraps over questions and
-seeds; of a hundred comparisons without any effect some five would still be called one.
+Drawn by `python -m lab report` from the lines in `lab/results/`, which `python -m lab PLAN` leaves;
+`lab/README.md` tells how to make the data and run the plans. Nothing here is written by hand: a difference is
+called better or worse where its 95 % interval leaves out 0 (bold), and a tie otherwise. Intervals are paired
+bootstraps over questions and seeds; of a hundred comparisons without any effect some five would still be
+called one.
 
-Figures, on the test questions. *in language*: % of replies in the language of the question; *correct*: % equal to the
-expected answer, where all expected answers are short; *chrF* of replies against the expected answers; *bits/byte*:
-what the expected answers cost the model (less is better); *confused*: % of questions of which the answer in the other
-language is likelier per byte than the right one (less is better); *like base*: chrF of replies against those of the
-base model; *ends*: % of replies that end by themselves; *tokens* that went through the model in training, a reference
-pass counted like one more epoch; *seconds* of all training steps, which other work on the machine lengthens."""
+Figures, on the test questions. *in language*: % of replies in the language of the question; *correct*: %
+equal to the expected answer, where all expected answers are short; *chrF* of replies against the expected
+answers; *bits/byte*: what the expected answers cost the model (less is better); *confused*: % of questions
+whose answer in the other language is likelier per byte than the right one (less is better); *like base*:
+chrF of replies against those of the base model; *ends*: % of replies that end by themselves; *tokens* that
+went through the model in training, a reference pass counted like one more epoch; *seconds* of all training
+steps, which other work on the machine lengthens. Of several seeds the mean stands before their values."""
 
 
 def page(lines: list[dict]) -> str:
     """The text of docs/replication.md."""
     questions = [section(name, compare(name, lines)) for name in QUESTIONS]
-    figures = [figure_section(lines, place) for place in places_of(lines)]
-    return "\n\n".join([INTRODUCTION, settings_section(lines), *questions, *figures, grid_section(lines)]) + "\n"
+    figures = [figure_section(place, methods) for place, methods in by_place(lines).items()]
+    parts = [INTRODUCTION, settings_section(lines), *questions, grid_section(lines), *figures]
+    return "\n\n".join(parts) + "\n"
 
 
 def settings_section(lines: list[dict]) -> str:
     """What the runs of every plan share."""
+    header = ["plan", "model", "lines", "questions", "max-new-tokens"]
+    machine = ["dtype", "threads", "cpu", "gpu", "torch", "commit"]
     rows = []
     for plan in dict.fromkeys(line["plan"] for line in lines):
-        own = [line for line in lines if line["plan"] == plan]
-        flags, (first, *_) = own[0]["flags"], own[0]["questions"].values()
-        shared = [", ".join(sorted({str(line[key]) for line in own})) for key in ("threads", "cpu", "torch", "commit")]
-        rows.append([plan, flags["model"], str(len(own)), str(len(first["bits"])), flags["dtype"],
-                     str(flags["max-new-tokens"]), *shared])
-    header = ["plan", "model", "lines", "questions", "dtype", "max-new-tokens", "threads", "CPU", "torch", "commit"]
-    return "\n\n".join(["## Settings", table(header, rows)])
+        own = [line | line["flags"] for line in lines if line["plan"] == plan]
+        first, *_ = own[0]["questions"].values()
+        shared = [", ".join(sorted({str(line[key]) for line in own})) for key in machine]
+        rows.append([plan, own[0]["model"], str(len(own)), str(len(first["bits"])),
+                     str(own[0]["max-new-tokens"]), *shared])
+    return "## Settings\n\n" + table([*header, *machine], rows)
 
 
-def figure_section(lines: list[dict], place: Place) -> str:
-    """Every figure at a place: the mean over seeds, and each seed's value."""
-    text, methods = [f"## Figures: {place}"], methods_at(lines, place)
-    trained = [line for method, own in methods.items() if method != BASE for line in own.values()]
-    for language in (place.language.split(",")[0], trained[0]["flags"].get("source", "en")):
+def figure_section(place: Place, methods: dict[str, Lines]) -> str:
+    """Every figure at a place, for each language a table."""
+    text = [f"## Figures: {place}"]
+    trained = [line for method, own in methods.items() for line in own.values() if method != BASE]
+    for language in (place.language.split(",")[0], source_of(trained[0])):
         figures, rows = known_figures(trained, language), []
         for method, own in methods.items():
             cells = [seeds_cell(figure, list(own.values()), language) for figure in figures]
-            cost = [statistics.fmean(line[key] for line in own.values()) for key in ("tokens", "seconds")]
-            rows.append([method, *cells, *(f"{value:,.0f}" for value in cost)])
-        text.append(table([language, *(figure.title for figure in figures), "tokens", "seconds"], rows))
+            for cost in ("tokens", "seconds"):
+                mean = statistics.fmean(line[cost] for line in own.values()) if own else 0
+                cells.append(f"{mean:,.0f}")
+            rows.append([method, *cells])
+        titles = [figure.title for figure in figures]
+        text.append(table([language, *titles, "tokens", "seconds"], rows))
     return "\n\n".join(text)
 
 
 def seeds_cell(figure: Figure, lines: list[dict], language: str) -> str:
-    if figure not in known_figures(lines, language):
+    """The mean over seeds, and each seed's value."""
+    if not lines or figure not in known_figures(lines, language):
         return "-"
-    values = [float(figure.of_sums(figure.table(line, language).sum(0))) for line in lines]
+    values = [float(figure.of_sums(figure.counts(line, language).sum(0))) for line in lines]
     mean, *each = (f"{value:.{figure.digits}f}" for value in (statistics.fmean(values), *values))
     return mean if len(values) == 1 else f"{mean} ({', '.join(each)})"
 
@@ -329,9 +352,11 @@ def seeds_cell(figure: Figure, lines: list[dict], language: str) -> str:
 def grid_section(lines: list[dict]) -> str:
     """What was tried on the validation split."""
     header = ["plan", "language", "method", "lr", "epochs", "rows", "bits/byte, target"]
-    rows = [[line["plan"], line["language"], line["method"], str(line["flags"].get("lr", "-")),
-             f"{line['epochs']:g}", str(line["rows"]), f"{target_bits(line):.3f}"]
-            for line in lines if line["split"] != "test"]
+    rows = []
+    for line in lines:
+        if line["split"] != "test":
+            rows.append([line["plan"], line["language"], line["method"], str(line["flags"].get("lr", "-")),
+                         f"{line['epochs']:g}", str(line["rows"]), f"{target_bits(line):.3f}"])
     return "## Settings tried on the validation split\n\n" + (table(header, rows) if rows else NOT_RUN)
 
 
