@@ -6,7 +6,7 @@ from pathlib import Path
 from engine import flags
 from engine.files import run
 from lab import report, runner
-from lab.plan import read_plan
+from lab.plan import read_plan, ready
 
 
 def parse_args(argv=None):
@@ -15,7 +15,7 @@ def parse_args(argv=None):
     add("plan", help="a JSON file, or the name of one in lab/plans/; or the word report")
     add("--runs", type=Path, default=Path("runs/lab"), help="where run directories and logs go")
     add("--results", type=Path, default=runner.RESULTS, help="where the lines go, one file for each plan")
-    add("--list", action="store_true", help="say what is missing and can begin, and run nothing")
+    add("--list", action="store_true", help="name what is missing and can begin; run nothing")
     add("--out", type=Path, default=report.DOCS, help="report: where the page and its plots go")
     return parser.parse_args(argv)
 
@@ -28,7 +28,8 @@ def main(argv=None) -> None:
     plan = read_plan(args.plan)
     results = args.results / f"{plan['name']}.jsonl"
     if args.list:
-        print(runner.describe(plan, runner.read_results(results)))
+        for missing in ready(plan, runner.read_results(results)):
+            print(missing.name)
         return
     failed = runner.work(plan, args.runs, results)
     if failed:

@@ -49,14 +49,15 @@ def answer_columns(model: llama.Llama, tokenizer, rows: list[dict], languages: l
     groups, _ = data.make_forks(rows, tokenizer, source, targets, NO_LIMIT)
     columns = {}
     for own, forks in zip(languages, zip(*groups)):
-        order = [own, *(language for language in languages if language != own)]     # of continuations
-        columns[own] = {"bits": [], "bytes": [], "confused": []}
+        order = sorted(languages, key=lambda language: language != own)             # of continuations
+        bits, sizes, confused = [], [], []
         for row, fork, logps in zip(rows, forks, log_probs(model, forks), strict=True):
-            sizes = [len(row[language]["response"].encode()) for language in order]
-            right, *wrong = [logp / size for logp, size in zip(logps, sizes)]
-            columns[own]["bits"].append(round(-logps[0] / math.log(2), 3))
-            columns[own]["bytes"].append(sizes[0])
-            columns[own]["confused"].append(None if fork.equal else int(max(wrong) > right))
+            lengths = [len(row[language]["response"].encode()) for language in order]
+            right, *wrong = [logp / length for logp, length in zip(logps, lengths)]
+            bits.append(round(-logps[0] / math.log(2), 3))
+            sizes.append(lengths[0])
+            confused.append(None if fork.equal else int(max(wrong) > right))
+        columns[own] = {"bits": bits, "bytes": sizes, "confused": confused}
     return columns
 
 
@@ -78,8 +79,11 @@ def reply_columns(lines: list[dict], base: list[dict] | None) -> dict[str, dict]
     for line, before in zip(lines, base or lines, strict=True):
         own = columns.setdefault(line["language"], {})
         right = int(line["reply_language"] == line["language"])
-        told = {"correct": int(line["correct"]), "language": right if line["judged"] else None,
-                "ends": int(line["ends"]), "chrf": short_counts(line["reply"], line["expected"])}
+        told = {
+            "correct": int(line["correct"]),
+            "language": right if line["judged"] else None,
+            "ends": int(line["ends"]),
+            "chrf": short_counts(line["reply"], line["expected"])}
         if base and line["language"] == lines[0]["language"]:
             told["kept"] = short_counts(line["reply"], before["reply"])
         for name, value in told.items():

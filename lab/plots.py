@@ -1,6 +1,7 @@
 """Pictures of differences: a dot, hollow for a tie, its 95 % interval, and a tick for each seed."""
 
 import importlib.util
+import math
 import textwrap
 from pathlib import Path
 
@@ -26,9 +27,10 @@ def plot_differences(compared: list, path: Path) -> None:
         told = [one.told[side].get(name) for one in compared]
         if any(told):
             shown.append((SIDES[side], told))
-    down = -(-len(shown) // ACROSS)
+    down = math.ceil(len(shown) / ACROSS)
     size = LABELS + WIDTH * ACROSS, down * (1 + ROW * len(compared))
-    figure, axes = plt.subplots(down, ACROSS, figsize=size, layout="constrained", sharey=True, squeeze=False)
+    figure, axes = plt.subplots(down, ACROSS, figsize=size, sharey=True, squeeze=False)
+    figure.set_layout_engine("constrained")
     for axis in axes.flat[len(shown):]:
         axis.set_visible(False)
     for axis, (side, told) in zip(axes.flat, shown):
@@ -48,11 +50,12 @@ def draw_panel(axis, told: list, side: str) -> None:
         if found is None:
             continue
         filling = "1" if found.verdict == "a tie" else "0"
-        axis.plot([found.low, found.high], [place, place], color="0.3", linewidth=1.5)
+        axis.hlines(place, found.low, found.high, color="0.3")
         axis.plot(found.value, place, "o", color="0", markerfacecolor=filling)
-        axis.plot(found.seeds, [place + 0.25] * len(found.seeds), "|", color="0.4", markersize=7)
+        for seed in found.seeds:
+            axis.plot(seed, place + 0.25, "|", color="0.4")
         better = "right" if found.figure.better > 0 else "left"
-        title = f"{found.figure.title}, {side} language\n({better} of the line is better)"
-        axis.set_title(title, fontsize=9)
+        title = f"{found.figure.title}, {side} language"
+        axis.set_title(f"{title}\n({better} of the line is better)", fontsize=9)
     axis.margins(x=0.1)
     axis.grid(axis="x", alpha=0.3)

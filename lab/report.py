@@ -171,6 +171,7 @@ def read_all(directory: Path) -> list[dict]:
 def by_place(lines: list[dict]) -> dict[Place, dict[str, Lines]]:
     """{place: {method: its test lines}}, the base at each place of its plan and language."""
     tested = [line for line in lines if line["split"] == "test"]
+    tested.sort(key=lambda line: line["seed"])
     bases = {(line["plan"], line["language"]): {0: line} for line in tested if line["method"] == BASE}
     found = {}
     for line in tested:
@@ -317,7 +318,7 @@ def settings_section(lines: list[dict]) -> str:
     for plan in dict.fromkeys(line["plan"] for line in lines):
         own = [line | line["flags"] for line in lines if line["plan"] == plan]
         first, *_ = own[0]["questions"].values()
-        shared = [", ".join(sorted({str(line[key]) for line in own})) for key in machine]
+        shared = [", ".join(sorted({str(line[key] or "-") for line in own})) for key in machine]
         rows.append([plan, own[0]["model"], str(len(own)), str(len(first["bits"])),
                      str(own[0]["max-new-tokens"]), *shared])
     return "## Settings\n\n" + table([*header, *machine], rows)

@@ -67,7 +67,9 @@ def call(program: str, flags: dict, directory: Path) -> None:
     """python PROGRAM --flag value ...; what it prints is appended to DIRECTORY.log. RunFailed if it fails."""
     words = [sys.executable, str(hub.ROOT / program)]
     for flag, value in flags.items():
-        words += [f"--{flag}"] if value is True else [f"--{flag}", str(value)]
+        words.append(f"--{flag}")
+        if value is not True:                           # else a switch
+            words.append(str(value))
     log = directory.with_name(directory.name + ".log")
     log.parent.mkdir(parents=True, exist_ok=True)
     with open(log, "a", encoding="utf-8") as file:
@@ -86,23 +88,19 @@ def call(program: str, flags: dict, directory: Path) -> None:
 
 def perform(plan: dict, run: Run, runs: Path) -> dict:
     """Train, but for the base, and score; the line of the run."""
-    told = {"epochs": 0, "rows": 0, "seconds": 0, "tokens": 0}
     rows = translated(run, runs)
-    base = base_run(plan, run.language)
+    told, before = {"epochs": 0, "rows": 0, "seconds": 0, "tokens": 0}, None
     if run.method != BASE:
         flags = {flag: value for flag, value in run.flags.items() if flag != "translator"}
         directory = runs / run.name
         call("clo.py", flags | ONE_ANSWER | {"data": rows, "out": directory}, directory)
         told = training_facts(directory, run.flags["method"])
-    before = None
-    if run.split == "test" and run.method != BASE:
-        if not replies_of(runs, base).exists():         # the base was scored on another machine
-            score(base, runs, rows, None)
-        before = measure.read_lines(replies_of(runs, base))
+        before = base_replies(base_run(plan, run.language), runs, rows)
     asked, questions = score(run, runs, rows, before)
-    return {"run": run.name, "plan": plan["name"], "language": run.language, "method": run.method,
-            "size": run.size, "seed": run.seed, "split": run.split, **told, "flags": run.flags,
-            **machine(), "asked": asked, "questions": questions}
+    line = {"run": run.name, "plan": plan["name"]}
+    for key in ("language", "method", "size", "seed", "split", "flags"):
+        line[key] = getattr(run, key)
+    return line | told | machine() | {"asked": asked, "questions": questions}
 
 
 def translated(run: Run, runs: Path) -> Path:
@@ -122,6 +120,13 @@ def replies_of(runs: Path, run: Run) -> Path:
     return runs / run.name / "replies.jsonl"
 
 
+def base_replies(base: Run, runs: Path, data_file: Path) -> list[dict]:
+    path = replies_of(runs, base)
+    if not path.exists():                               # its line was made on another machine
+        score(base, runs, data_file, None)
+    return measure.read_lines(path)
+
+
 def score(run: Run, runs: Path, data_file: Path, before: list[dict] | None) -> tuple[str, dict]:
     """(hash of what was asked, {language: columns}). before: the base's replies, for "kept". A point of a grid
     is not asked to reply."""
@@ -131,7 +136,8 @@ def score(run: Run, runs: Path, data_file: Path, before: list[dict] | None) -> t
     rows = [row for row in found if row.get("split") == run.split and set(languages) <= row.keys()]
     if not rows:
         raise InputError(f"{flags['eval-data']}: no row of split {run.split!r} holds {', '.join(languages)}")
-    tokenizer, model = data.load_tokenizer(hub.local(flags["model"])), open_model(run, runs / run.name)
+    tokenizer = data.load_tokenizer(hub.local(flags["model"]))
+    model = open_model(run, runs / run.name)
     columns = measure.answer_columns(model, tokenizer, rows, languages)
     if run.split == "test":
         known = data.read_rows(data_file, languages[0], targets=languages[1:])
@@ -144,12 +150,13 @@ def score(run: Run, runs: Path, data_file: Path, before: list[dict] | None) -> t
 
 def open_model(run: Run, directory: Path) -> llama.Llama:
     """The base with what the run trained, from the layout that the run wrote for other tools."""
-    where = ranks.pick_device(run.flags.get("device", "auto")), DTYPES[run.flags["dtype"]]
+    flags = run.flags
+    where = ranks.pick_device(flags.get("device", "auto")), DTYPES[flags["dtype"]]
     if run.method == BASE:
-        return llama.load(run.flags["model"], *where)
-    trained = directory / run.flags["method"]
-    if (trained / "adapter").exists():
-        return llama.load(run.flags["model"], *where, adapter=trained / "adapter")
+        return llama.load(flags["model"], *where)
+    trained = directory / flags["method"]
+    if flags.get("train", "lora") == "lora":
+        return llama.load(flags["model"], *where, adapter=trained / "adapter")
     return llama.load(trained / "model", *where)
 
 
@@ -160,9 +167,11 @@ def training_facts(directory: Path, method: str) -> dict:
     seconds = tokens = 0
     for path in (directory / method).rglob("metrics.jsonl"):
         steps = [line for line in measure.read_lines(path) if "tokens" in line]
-        plain = method in ("sft", "sft-en", "sft-tgt") or path.parent.name == "1-sft"
+        stage = path.parent.name                        # clo, sft-tgt, 1-sft, 2-dpo
+        trained = sum(line["tokens"] for line in steps)
+        referred = 0 if "sft" in stage.split("-") else trained / flags["epochs"]
         seconds += sum(line["seconds"] for line in steps)
-        tokens += sum(line["tokens"] for line in steps) * (1 if plain else 1 + 1 / flags["epochs"])
+        tokens += trained + referred
     rows = read_json(directory / "report.json")["samples"]
     return {"epochs": flags["epochs"], "rows": rows, "seconds": round(seconds, 1), "tokens": round(tokens)}
 
