@@ -1,5 +1,7 @@
 """python -m lab PLAN runs what is missing of a plan; python -m lab report draws docs/replication.md."""
 
+import os
+import signal
 import sys
 from pathlib import Path
 
@@ -7,6 +9,8 @@ from engine import flags
 from engine.files import run
 from lab import report, runner
 from lab.plan import read_plan, ready
+
+LOWEST_PRIORITY = 19
 
 
 def parse_args(argv=None):
@@ -31,6 +35,8 @@ def main(argv=None) -> None:
         for missing in ready(plan, runner.read_results(results)):
             print(missing.name)
         return
+    os.nice(LOWEST_PRIORITY)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)       # as Ctrl-C: a run is not left alone
     failed = runner.work(plan, args.runs, results)
     if failed:
         sys.exit(f"{len(failed)} runs failed; the same command tries them again")

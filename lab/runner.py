@@ -6,7 +6,6 @@ few rows a run has trained on. A killed lab goes on where it stopped, inside of 
 """
 
 import json
-import os
 import platform
 import subprocess
 import sys
@@ -25,7 +24,6 @@ from lab import measure
 from lab.plan import BASE, Run, base_run, ready
 
 RESULTS = Path(__file__).parent / "results"
-LOWEST_PRIORITY = 19
 ONE_ANSWER = {"baseline": "none", "answers": 1}     # the lab answers the questions
 
 
@@ -47,7 +45,6 @@ def write_results(path: Path, lines: list[dict]) -> None:
 
 def work(plan: dict, runs: Path, results: Path) -> dict[str, str]:
     """Run what is missing of the plan; {run: why it failed}."""
-    os.nice(LOWEST_PRIORITY)
     failed = {}
     with locked(runs / plan["name"]):
         while missing := ready(plan, read_results(results), failed):
@@ -76,7 +73,8 @@ def call(program: str, flags: dict, directory: Path) -> None:
         process = subprocess.Popen(words, stdout=file, stderr=file)
         try:
             code = process.wait()
-        except KeyboardInterrupt:                       # the run has had it too, and saves what it has
+        except KeyboardInterrupt:
+            process.terminate()                         # clo.py saves what it has
             process.wait()
             raise
     if code:

@@ -122,7 +122,6 @@ def test_the_queue_goes_on_behind_its_lines_and_past_a_failure(tmp_path, monkeyp
             raise runner.RunFailed("out of memory")
         return line_of(run)
     monkeypatch.setattr(runner, "perform", perform)
-    monkeypatch.setattr(runner.os, "nice", lambda by: by)
     results = tmp_path / "results" / "p.jsonl"
     failed = runner.work(table, tmp_path, results)
     assert len(failed) == 4 and set(failed.values()) == {"out of memory"}
@@ -379,6 +378,7 @@ def test_a_plan_runs_end_to_end_and_again_does_nothing(tmp_path):
     assert [line["method"] for line in lines] == ["base", "sft", "clo", "sft, clo's compute"]
     tokens = {line["method"]: line["tokens"] for line in lines}
     assert tokens["sft, clo's compute"] == pytest.approx(tokens["clo"], rel=0.5)      # of one step in three
+    assert {"commit", "cpu", "threads", "torch", "seconds"} <= lines[0].keys()
     assert all(len(column) == 3 for column in lines[1]["questions"]["sw"].values())
     assert str(tmp_path / "runs") not in json.dumps(lines)
     again = subprocess.run(command, capture_output=True, text=True)
