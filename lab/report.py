@@ -290,8 +290,9 @@ INTRODUCTION = """# What CLO does, measured
 Drawn by `python -m lab report` from the lines in `lab/results/`, which `python -m lab PLAN` leaves;
 `lab/README.md` tells how to make the data and run the plans. Nothing here is written by hand: a difference is
 called better or worse where its 95 % interval leaves out 0 (bold), and a tie otherwise. Intervals are paired
-bootstraps over questions and seeds; of a hundred comparisons without any effect some five would still be
-called one.
+bootstraps over questions and seeds; three seeds tell little of what a fourth would give, and with one the
+interval knows of questions alone. Of a hundred comparisons without any effect some five would still be called
+one.
 
 Figures, on the test questions. *in language*: % of replies in the language of the question; *correct*: %
 equal to the expected answer, where all expected answers are short; *chrF* of replies against the expected
