@@ -10,6 +10,7 @@ import itertools
 import math
 import statistics
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Callable, NamedTuple
 
@@ -104,6 +105,15 @@ class Difference:
         return text if self.verdict == TIE else f"**{text}**"
 
 
+@lru_cache
+def resamples(questions: int, seeds: int) -> tuple[np.ndarray, np.ndarray]:
+    """How often each question is in each draw, (RESAMPLES, questions); the weight of each seed in it."""
+    random = np.random.default_rng(0)
+    drawn = random.multinomial(questions, np.full(questions, 1 / questions), RESAMPLES)
+    weights = random.multinomial(seeds, np.full(seeds, 1 / seeds), RESAMPLES)
+    return drawn.astype(float), weights / seeds
+
+
 def bootstrap(figure: Figure, counts: np.ndarray) -> Difference:
     """counts (seeds, 2, questions, K): of one method and of the other."""
     asked = counts.shape[2]
@@ -113,10 +123,7 @@ def bootstrap(figure: Figure, counts: np.ndarray) -> Difference:
         one = with_questions(counts[:, 0], (half, 1), (0, 1))
         other = with_questions(counts[:, 1], (0, 1), (half, 1))
         counts = np.stack((one, other), 1)
-    seeds, _, questions, _ = counts.shape
-    random = np.random.default_rng(0)
-    drawn = random.multinomial(questions, np.full(questions, 1 / questions), RESAMPLES)
-    weights = random.multinomial(seeds, np.full(seeds, 1 / seeds), RESAMPLES) / seeds
+    drawn, weights = resamples(counts.shape[2], len(counts))
     gaps = [np.subtract(*figure.of_sums(drawn @ pair)) for pair in counts]              # seeds * (RESAMPLES,)
     draws = (weights.T * gaps).sum(0)
     outside = (1 - CERTAINTY) / 2
