@@ -507,7 +507,7 @@ def dry_run(args, device, methods: dict[str, list[Stage]]) -> None:
                   f"tokens and {took['step']:.3g} s{reference}: about {seconds / 60:.1f} min")
     print(f"in all about {total / 60:.1f} min; translation, validation and answers come on top")
     for fork in sum(job.groups[:2], []):
-        print("\n" + data.show(fork, job.tokenizer, sys.stdout.isatty()))
+        print("\n" + data.show(fork, job.tokenizer))
 
 
 # ----------------------------------------------------------------------------------------------- command line

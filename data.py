@@ -11,7 +11,6 @@ Readers of public formats are in formats/records.py, chat templates in formats/c
 """
 
 import contextlib
-import sys
 from bisect import bisect_left, insort
 from collections import Counter
 from dataclasses import dataclass, replace
@@ -32,8 +31,8 @@ from kernels.layers import Span
 
 @dataclass
 class Split:
-    """Rows by what a run does with them. Held-out rows steer choices (validation), answered rows are the report;
-    where the evaluation data has no validation split, the first `apart` of the training rows are held out."""
+    """Rows by what a run does with them. Held-out rows steer choices (validation), answered rows are the
+    report; without a validation split in the evaluation data the first `apart` training rows are held out."""
     rows: list
     apart: int
     heldout: list
@@ -66,26 +65,32 @@ def read_counted(path, source, turns, targets, unique=False):
     return rows
 
 
+def holders(rows, language):
+    """How many rows hold a language."""
+    return sum(language in languages_of(row) for row in rows)
+
+
 def training_rows(path, source, targets, turns="first"):
-    """The rows of a file with the source and every target that any row holds; a target that none holds is left
-    to the translator. InputError when no row is left."""
+    """The rows of a file with the source and every target that any row holds; a target that none holds is
+    left to the translator. InputError when no row is left."""
     rows = read_counted(path, source, turns, targets)
-    held = [target for target in targets if any(target in languages_of(row) for row in rows)]
+    wanted = [source, *(target for target in targets if holders(rows, target))]
     with naming(path):
-        usable = require_languages(rows, source, *held)
+        usable = require_languages(rows, *wanted)
     if len(usable) < len(rows):
-        print(f"{len(rows) - len(usable)} rows without {' or '.join([source, *held])} are left out")
+        print(f"{len(rows) - len(usable)} rows without {' or '.join(wanted)} are left out")
     return usable
 
 
 def evaluation_rows(path, source, targets, trained):
-    """The rows of a file that hold every language. trained: the training rows; questions that are among them are
-    counted and said. InputError when all are the same, or two rows have one identifier."""
+    """The rows of a file that hold every language. trained: the training rows; questions that are among them
+    are counted and said. InputError when all are the same, or two rows have one identifier."""
     with naming(path):
         rows = require_languages(read_counted(path, source, "first", targets, unique=True), source, *targets)
     known = {row[source]["prompt"] for row in trained}
-    shared = sum(row[source]["prompt"] in known for row in rows)
-    if known == {row[source]["prompt"] for row in rows}:
+    asked = [row[source]["prompt"] for row in rows]
+    shared = sum(question in known for question in asked)
+    if known == {*asked}:
         raise InputError(f"{path} asks the same questions as the training rows: the run would train on its "
                          f"test; leave it out, and rows are held out of the training rows")
     if shared:
@@ -109,7 +114,7 @@ def holds_languages(path, source, targets):
 
 def missing_targets(rows, targets):
     """The targets that not every row holds."""
-    return [target for target in targets if not all(target in languages_of(row) for row in rows)]
+    return [target for target in targets if holders(rows, target) < len(rows)]
 
 
 def split_rows(rows, evaluated, samples, holdout, eval_split, seed):
@@ -150,14 +155,14 @@ class Fork:
         return self.continuations[0] in self.continuations[1:]
 
 
-def cut_to_fit(continuations, room):
-    """The continuations, the longest cut until all fit into `room` tokens; None if no token of each does."""
-    if room < len(continuations):
+def cut_to_fit(fork, row_tokens):
+    """The fork, its longest continuations cut until it fits; None if no token of each does."""
+    room, longest = row_tokens - len(fork.prompt), max(map(len, fork.continuations))
+    if room < len(fork.continuations):
         return None
-    longest = max(map(len, continuations))
-    while sum(min(len(ids), longest) for ids in continuations) > room:
+    while sum(min(len(ids), longest) for ids in fork.continuations) > room:
         longest -= 1
-    return [ids[:longest] for ids in continuations]
+    return replace(fork, continuations=[ids[:longest] for ids in fork.continuations])
 
 
 def make_forks(rows, tokenizer, source="en", target="sw", row_tokens=1024, system=None):
@@ -173,9 +178,8 @@ def make_forks(rows, tokenizer, source="en", target="sw", row_tokens=1024, syste
     counts = Counter({"rows": len(rows), f"without {' and '.join(wanted)}": len(rows) - len(usable)})
     for row in progress(usable, desc="tokenise", unit="row", leave=False):
         uncut = row_forks(row, tokenizer, wanted, system)
-        group = [replace(fork, continuations=cut_to_fit(fork.continuations, row_tokens - len(fork.prompt)))
-                 for fork in uncut]
-        if any(fork.continuations is None for fork in group):
+        group = [cut_to_fit(fork, row_tokens) for fork in uncut]
+        if None in group:
             counts[f"rows dropped: a prompt fills {row_tokens} tokens"] += 1
             continue
         groups.append(group)
@@ -192,9 +196,9 @@ def row_forks(row, tokenizer, languages, system=None):
     responses = {own: tokenizer.response_ids(row[own]["response"]) for own in languages}
     forks = []
     for side, own in enumerate(languages):
-        prompt = tokenizer.prompt_ids(row[own]["prompt"], system)
-        wrong = [responses[other] for other in languages if other != own]
-        forks.append(Fork(prompt, [responses[own], *wrong], own, row["row_id"], side))
+        first = sorted(languages, key=lambda language: language != own)
+        forks.append(Fork(tokenizer.prompt_ids(row[own]["prompt"], system),
+                          [responses[language] for language in first], own, row["row_id"], side))
     return forks
 
 
@@ -243,24 +247,18 @@ class Batch:
     def to(self, device):
         """The same batch with its tensors on a device. A GPU copies from pinned memory while the program goes
         on; from other memory it would wait."""
-        def send(x):
-            x = x.pin_memory() if on_gpu else x
-            return x.to(device, non_blocking=True)
-        kind = torch.device(device).type
-        on_gpu = kind == "cuda"
-        spans = self.spans if kind == "cpu" else None
-        tensors = {name: x for name, x in vars(self).items() if isinstance(x, torch.Tensor)}
-        return replace(self, spans=spans, **{name: send(x) for name, x in tensors.items()})
+        kind, moved = torch.device(device).type, {}
+        if kind == "cpu":
+            return self
+        for name, x in vars(self).items():
+            if isinstance(x, torch.Tensor):
+                moved[name] = (x.pin_memory() if kind == "cuda" else x).to(device, non_blocking=True)
+        return replace(self, spans=None, **moved)
 
     @property
     def used(self):
         """How many of the B * T tokens are no padding."""
         return int((self.fork >= 0).sum())
-
-    @property
-    def padding(self):
-        """Share of the B * T tokens that is padding, 0 to 1."""
-        return 1 - self.used / self.fork.numel()
 
 
 def best_fit(lengths, row_tokens):
@@ -269,97 +267,74 @@ def best_fit(lengths, row_tokens):
     for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
         assert 0 < lengths[i] <= row_tokens, f"a fork of {lengths[i]} tokens for rows of {row_tokens}"
         at = bisect_left(by_room, (lengths[i], 0))
-        if at == len(by_room):
-            by_room.append((row_tokens, len(rows)))
+        room, row = by_room.pop(at) if at < len(by_room) else (row_tokens, len(rows))
+        if row == len(rows):
             rows.append([])
-        room, row = by_room.pop(at)
         rows[row].append(i)
         insort(by_room, (room - lengths[i], row))
     return rows
 
 
-def laid_lengths(fork, ends):
-    """Tokens that each continuation takes up in a row; see micro_batches."""
-    return [len(ids) if ends else len(ids) - 1 for ids in fork.continuations]
-
-
-def laid_length(fork, ends):
-    """Tokens a fork takes up in a row."""
-    return len(fork.prompt) + sum(laid_lengths(fork, ends))
-
-
-def lay_out(forks, rows, width, ends=True):
-    """The Batch of `rows` (lists of indices into forks), each `width` tokens long."""
+def lay_out(forks, rows, width):
+    """The Batch of `rows` (lists of indices into forks), each `width` tokens long. The last token of a
+    continuation is a target, but predicts nothing: it is left out of the row."""
     grids = np.zeros((4, len(rows) * width), np.int64)      # tokens, positions, fork, branch
     grids[2] = -1
-    row_index, targets, sequence, order, spans = [], [], [], [], []
-    continuations = 0
+    laid_out, spans, row_index = [], [], []
     for b, row in enumerate(rows):
         cursor = b * width
-        for i in row:
-            prompt = forks[i].prompt
-            prompt_at = range(cursor, cursor + len(prompt))
-            spans.append(Span(cursor, len(prompt), tuple(laid_lengths(forks[i], ends))))
-            for branch, ids in enumerate([prompt, *forks[i].continuations]):
-                assert ids, f"row {forks[i].row}: empty prompt or continuation"
-                first = len(prompt) if branch else 0
-                laid = ids if ends or not branch else ids[:-1]
-                here, cursor = cursor, cursor + len(laid)
-                grids[0, here:cursor] = laid
-                grids[1, here:cursor] = range(first, first + len(laid))
-                grids[2, here:cursor] = len(order)
-                grids[3, here:cursor] = branch
+        for fork in (forks[i] for i in row):
+            size, start = len(fork.prompt), cursor
+            for branch, ids in enumerate([fork.prompt, *fork.continuations]):
+                laid, first = (ids[:-1], size) if branch else (ids, 0)
+                here = range(cursor, cursor + len(laid))
+                cursor = here.stop
+                positions = range(first, first + len(laid))
+                grids[:, here.start:cursor] = np.broadcast_arrays(laid, positions, len(laid_out), branch)
                 if branch:  # the shift by one: the prompt's last token predicts the first, then each the next
-                    row_index += [prompt_at[-1], *range(here, here + len(ids) - 1)]
-                    targets += ids
-                    sequence += [continuations] * len(ids)
-                    continuations += 1
-            order.append(i)
-    laid_out = [forks[i] for i in order]
-    predictions = [torch.tensor(x, dtype=torch.int64) for x in (row_index, targets, sequence)]
-    return Batch(*torch.from_numpy(grids).view(4, len(rows), width), *predictions,
-                 spans, **pair_up(laid_out), forks=laid_out, order=order)
+                    row_index += [start + size - 1, *here]
+            spans.append(Span(start, size, tuple(len(ids) - 1 for ids in fork.continuations)))
+            laid_out.append(fork)
+    return Batch(*torch.from_numpy(grids).view(4, len(rows), width), torch.tensor(row_index),
+                 spans=spans, **pair_up(laid_out), forks=laid_out, order=[i for row in rows for i in row])
 
 
 def pair_up(forks):
     """What a Batch says of the continuations of its forks, in their order."""
-    known = {name: [] for name in ("length", "side", "right", "chosen", "rejected", "nll", "english")}
-    for fork in forks:
-        right = len(known["length"])
-        known["length"] += [len(ids) for ids in fork.continuations]
-        known["side"] += [fork.side] * len(fork.continuations)
-        wrong = range(right + 1, len(known["length"]))
-        known["right"].append(right)
-        known["chosen"] += [right] * len(wrong)
-        known["rejected"] += wrong
-        known["nll"] += [right] * fork.nll
-        known["english"] += [right] * (fork.side == 0)
-    return {name: torch.tensor(numbers, dtype=torch.int64) for name, numbers in known.items()}
+    continuations = [ids for fork in forks for ids in fork.continuations]
+    length = torch.tensor([len(ids) for ids in continuations])
+    sizes = torch.tensor([len(fork.continuations) for fork in forks])
+    side = torch.tensor([fork.side for fork in forks])
+    under_nll = torch.tensor([fork.nll for fork in forks], dtype=torch.bool)
+    right, every = sizes.cumsum(0) - sizes, torch.arange(len(length))
+    return {"targets": torch.tensor([token for ids in continuations for token in ids]),
+            "sequence": every.repeat_interleave(length),
+            "length": length, "side": side.repeat_interleave(sizes), "right": right,
+            "chosen": right.repeat_interleave(sizes - 1), "rejected": every[~torch.isin(every, right)],
+            "nll": right[under_nll], "english": right[side == 0]}
 
 
-def micro_batches(forks, row_tokens, rows, trim=True, ends=True):
+def micro_batches(forks, row_tokens, rows, trim=True):
     """[Batch]: forks packed into rows of row_tokens, `rows` of them a batch.
 
     trim drops padding that all rows share; without it every batch has one shape, in the last one with empty
-    rows if need be. ends=False leaves each continuation's last token out of the row: it is a target, but
-    predicts nothing.
+    rows if need be.
     """
-    assert forks and rows > 0, f"{len(forks)} forks in batches of {rows} rows"
-    packed = best_fit([laid_length(fork, ends) for fork in forks], row_tokens)
-    batches = []
+    lengths = np.array([fork.length - len(fork.continuations) for fork in forks])         # see lay_out
+    packed, batches = best_fit(lengths.tolist(), row_tokens), []
     for first in range(0, len(packed), rows):
         part = packed[first:first + rows]
-        longest = max(sum(laid_length(forks[i], ends) for i in row) for row in part)
+        width = max(lengths[row].sum() for row in part)
         if not trim:
-            longest, part = row_tokens, part + [[]] * (rows - len(part))
-        batches.append(lay_out(forks, part, longest, ends))
+            width, part = row_tokens, part + [[]] * (rows - len(part))
+        batches.append(lay_out(forks, part, width))
     return batches
 
 
 def stage_forks(group, prefers, nll):
     """What a stage of training reads of one row's forks: the right continuation and, if it prefers, the wrong
-    ones that differ from it. nll: the prompts ("en", "tgt") whose right continuations are under the NLL. A fork
-    that serves neither term is left out."""
+    ones that differ from it. nll: the prompts ("en", "tgt") whose right continuations are under the NLL. A
+    fork that serves neither term is left out."""
     forks = []
     for fork in group:
         right, others = fork.continuations[0], fork.continuations[1:] if prefers else []
@@ -383,47 +358,41 @@ def make_steps(groups, objective, packing, seed):
         for i in order[first:first + packing.batch_size]:
             forks += stage_forks(groups[i], objective.prefers, objective.nll)
         if forks:
-            steps.append(micro_batches(forks, packing.row_tokens, packing.micro_rows, packing.trim, ends=False))
+            steps.append(micro_batches(forks, packing.row_tokens, packing.micro_rows, packing.trim))
     return steps
 
 
-def pack(forks, row_tokens, trim=True):
+def pack(forks, row_tokens):
     """All forks in one Batch."""
-    rows = len(best_fit([fork.length for fork in forks], row_tokens))
-    return micro_batches(forks, row_tokens, rows, trim)[0]
+    return micro_batches(forks, row_tokens, len(forks))[0]
 
 
 # ---- command line ----
 
-def show(fork, tokenizer, colour):
-    """A fork as text: the prompt, then each continuation, which the loss reads, marked."""
-    before, after = ("\033[32m", "\033[0m") if colour else ("[[", "]]")
+def show(fork, tokenizer):
+    """A fork as text: the prompt, then each continuation, which the loss reads, in [[ ]]."""
     lines = [f"row {fork.row}, {fork.language} prompt, {len(fork.prompt)} tokens:",
              tokenizer.decode(fork.prompt, special=True)]
     for i, ids in enumerate(fork.continuations):
-        name = "right" if i == 0 else "equal to the right one" if ids == fork.continuations[0] else "wrong"
-        lines += [f"continuation {i}, {name}, {len(ids)} tokens:",
-                  before + tokenizer.decode(ids, special=True) + after]
+        name = "right" if ids == fork.continuations[0] else "wrong"
+        text = tokenizer.decode(ids, special=True)
+        lines.append(f"continuation {i}, {name}, {len(ids)} tokens:\n[[{text}]]")
     return "\n".join(lines)
 
 
 def show_forks(rows, tokenizer, args):
-    """Print what training would see of the rows: counts, packing, unknown tokens, samples."""
+    """Print what training would see of the rows: counts, packing, samples."""
     for note in tokenizer.chat.notes:
         print(note)
     groups, counts = make_forks(rows, tokenizer, args.source, args.targets, args.row_tokens, args.system)
-    forks = [fork for group in groups for fork in group]
-    batch = pack(forks, args.row_tokens)
+    batch = pack([fork for group in groups for fork in group], args.row_tokens)
     rows, width = batch.tokens.shape
     print(f"forks: {describe_counts(counts)}")
-    print(f"packed: {rows:,} rows of {width} tokens, {batch.padding:.1%} padding, "
+    print(f"packed: {rows:,} rows of {width} tokens, {1 - batch.used / batch.tokens.numel():.1%} padding, "
           f"{len(batch.targets):,} predictions")
-    for language in dict.fromkeys(fork.language for fork in forks) if tokenizer.unk_id is not None else []:
-        ids = [token for fork in forks if fork.language == language for token in fork.continuations[0]]
-        print(f"unknown to the tokenizer: {ids.count(tokenizer.unk_id) / len(ids):.1%} of {language} tokens")
     for group in groups[:args.show]:
         for fork in group:
-            print("\n" + show(fork, tokenizer, sys.stdout.isatty()))
+            print("\n" + show(fork, tokenizer))
 
 
 def parse_args(argv=None):
@@ -432,13 +401,14 @@ def parse_args(argv=None):
     parser.add_argument("--source", type=normal, default="en",
                         help="source language, and that of one-language files")
     parser.add_argument("--lang",
-                        help="target language, or several: sw,yo; without it each prompt has its own response")
+                        help="target language, or several: sw,yo; else each prompt has its own response")
     parser.add_argument("--turns", choices=("first", "all"), default="first", help="turns of a conversation")
     parser.add_argument("--model", help="Hugging Face directory whose tokenizer and template make the forks")
     parser.add_argument("--system", help="system prompt before every prompt")
     parser.add_argument("--template-args", help="variables of the chat template, as JSON: "
                                                 '{"enable_thinking": false}')
-    parser.add_argument("--row-tokens", type=flags.positive_int, default=1024, help="length of a packed row, in tokens")
+    parser.add_argument("--row-tokens", type=flags.positive_int, default=1024,
+                        help="length of a packed row, in tokens")
     parser.add_argument("--show", type=flags.count, default=0, help="rows to print as forks (needs --model)")
     parser.add_argument("--trl", metavar="OUT", help="write TRL preference rows here (needs --lang)")
     return parser.parse_args(argv)
@@ -446,16 +416,17 @@ def parse_args(argv=None):
 
 def main(argv=None):
     args = parse_args(argv)
-    for given, other, needed in ((args.show, args.model, "--show needs --model DIR"),
-                                 (args.template_args, args.model, "--template-args needs --model DIR"),
-                                 (args.trl, args.lang, "--trl needs --lang CODE")):
-        if given and not other:
-            raise InputError(needed)
+    if (args.show or args.template_args) and not args.model:
+        raise InputError("--show and --template-args need --model DIR")
+    if args.trl and not args.lang:
+        raise InputError("--trl needs --lang CODE")
     args.targets = language_list(args.lang) if args.lang else []
     rows = read_counted(args.file, args.source, args.turns, args.targets)
-    print("languages: " + describe_counts(Counter(language for row in rows for language in languages_of(row))))
+    held = Counter(language for row in rows for language in languages_of(row))
+    print(f"languages: {describe_counts(held)}")
     if args.trl:
-        print(f"{args.trl}: {write_preferences(args.trl, rows, args.source, args.targets):,} preference rows")
+        pairs = write_preferences(args.trl, rows, args.source, *args.targets)
+        print(f"{args.trl}: {pairs:,} preference rows")
     if args.model:
         show_forks(rows, load_tokenizer(args.model, args.template_args), args)
 

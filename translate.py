@@ -24,14 +24,13 @@ from pathlib import Path
 from tqdm import tqdm
 
 from data import read_counted
-from engine import ranks
+from engine import flags, ranks
 from engine.files import InputError, append_jsonl, fingerprint, locked, writing
-from engine.flags import Parser, count, positive_int
 from engine.progress import progress
 from formats import hub
 from formats.languages import UNSPACED, language_list, normal, script_of, suggestion
 from formats.markup import KEEP, TEXT, WORD, hide, parse, show, split_edges, split_spans
-from formats.records import languages_of, require_languages
+from formats.records import identifier, languages_of, require_languages
 from formats.translated import Key, describe_faults, file_failed_, read_done
 from formats.weights import DTYPES
 from m2m100.beam import beam_search
@@ -49,35 +48,38 @@ UNKNOWN_SHARE = 0.1   # a source with more unknown tokens than this cannot be tr
 
 @dataclass
 class Job:
-    """How to translate: every function below needs most of it. progress(n) hears of n generated tokens."""
+    """How to translate: every function below needs most of it. hear(n) is told of n generated tokens."""
     translator: Translator
     source: str
     target: str
     beams: int = 5
     batch_tokens: int = 2048
-    progress: Callable[[int], None] | None = None
+    hear: Callable[[int], None] = lambda generated: None
 
     def source_ids(self, text: str) -> list[int]:
-        tokenizer, end = self.translator.tokenizer, self.translator.model.config.eos_token_id
-        return [tokenizer.languages[self.source], *tokenizer.encode(text), end]
+        tokenizer = self.translator.tokenizer
+        language = tokenizer.languages[self.source]
+        end = self.translator.model.config.eos_token_id
+        return [language, *tokenizer.encode(text), end]
 
     def fits(self, segment: str) -> bool:
         """Whether a segment, its spans hidden, is short enough for the model."""
         room = min(MAX_SOURCE, self.translator.model.config.max_position_embeddings)
-        return len(segment) <= room * LONGEST_TOKEN and len(self.source_ids(segment)) <= room
+        if len(segment) > room * LONGEST_TOKEN:
+            return False
+        return len(self.source_ids(segment)) <= room
 
     def fault(self, source: str, source_ids: list[int], text: str, ids: list[int]) -> str | None:
         """Why a translation cannot be trusted, or None."""
-        languages = self.source, self.target
-        if source_ids.count(self.translator.tokenizer.unknown) > UNKNOWN_SHARE * len(source_ids):
-            return "unknown words"
-        if ids[-1] != self.translator.model.config.eos_token_id:
-            return "cut at the limit"
-        faults = {"empty": not text,
+        unknown = source_ids.count(self.translator.tokenizer.unknown)
+        end = self.translator.model.config.eos_token_id
+        faults = {"unknown words": unknown > UNKNOWN_SHARE * len(source_ids),
+                  "cut at the limit": ids[-1] != end,
+                  "empty": not text,
                   "repetition": loops(ids) and not loops(source_ids),
                   "wrong script": wrong_script(text, self.target),
                   "copied": copied(source, text),
-                  "length": odd_length(source, text, languages)}
+                  "length": odd_length(source, text, (self.source, self.target))}
         return next((name for name, found in faults.items() if found), None)
 
 
@@ -86,70 +88,77 @@ Draft = tuple[str, str | None]  # a translation and its fault, if any
 
 def translate_sentences(texts: list[str], job: Job, beams: int, no_repeat: int = 0) -> list[Draft]:
     """The drafts of some texts, made in batches of like length."""
-    model, tokenizer = job.translator.model, job.translator.tokenizer
-    target, longest = tokenizer.languages[job.target], model.config.max_position_embeddings
+    model = job.translator.model
+    tokenizer = job.translator.tokenizer
+    language = tokenizer.languages[job.target]
+    longest = model.config.max_position_embeddings
     most = MAX_LOGITS // (beams * len(model.head))
     sources = [job.source_ids(text) for text in texts]
+    drafts = {}
     waiting = sorted(range(len(texts)), key=lambda i: -len(sources[i]))
-    drafts: list[Draft] = [("", None)] * len(texts)
     while waiting:
-        longest_source = len(sources[waiting[0]])
-        size = max(1, min(job.batch_tokens // longest_source, most))
-        batch, waiting = waiting[:size], waiting[size:]
-        limits = [min(2 * len(sources[i]) + 50, longest) for i in batch]
-        outputs = beam_search(model, [sources[i] for i in batch], target, limits, beams, no_repeat=no_repeat)
+        largest = len(sources[waiting[0]])
+        size = max(1, min(job.batch_tokens // largest, most))
+        batch = waiting[:size]
+        waiting = waiting[size:]
+        asked = [sources[i] for i in batch]
+        limits = [min(2 * len(ids) + 50, longest) for ids in asked]
+        outputs = beam_search(model, asked, language, limits, beams, no_repeat=no_repeat)
         for i, ids in zip(batch, outputs):
             text = tokenizer.decode(ids)
             drafts[i] = text, job.fault(texts[i], sources[i], text, ids)
-        if job.progress:
-            job.progress(sum(map(len, outputs)))
-    return drafts
+        job.hear(sum(map(len, outputs)))
+    return [drafts[i] for i in range(len(texts))]
 
 
 def translate_twice(texts: list[str], job: Job) -> list[Draft]:
     """What fails is tried again, greedily and without repeats."""
     drafts = translate_sentences(texts, job, job.beams)
-    again = [i for i, (_, fault) in enumerate(drafts) if fault not in (None, "unknown words")]
-    second = translate_sentences([texts[i] for i in again], job, 1, NO_REPEAT)
+    settled = None, "unknown words"
+    again = [i for i, (_, fault) in enumerate(drafts) if fault not in settled]
+    asked = [texts[i] for i in again]
+    second = translate_sentences(asked, job, 1, NO_REPEAT)
     for i, (text, fault) in zip(again, second):
         if fault is None:
-            drafts[i] = text, fault
+            drafts[i] = text, None
     return drafts
 
 
 def translate_segments(segments: list[str], job: Job) -> dict[str, Draft]:
     """The draft of each segment, its protected spans in their places."""
     hidden = [hide(segment) for segment in segments]
-    drafts = translate_twice([text for text, _ in hidden], job)
-    done, lost = {}, []
+    texts = [text for text, _ in hidden]
+    drafts = translate_twice(texts, job)
+    done = {}
     for segment, (_, spans), (text, fault) in zip(segments, hidden, drafts):
-        shown = show(text, spans)
-        if shown is None:
-            lost.append(segment)
-        else:
-            done[segment] = shown, fault
-    return done | (translate_around_spans(lost, job) if lost else {})
+        done[segment] = show(text, spans), fault
+    lost = [segment for segment, (text, _) in done.items() if text is None]
+    if lost:
+        done |= translate_around_spans(lost, job)
+    return done
 
 
 def translate_around_spans(segments: list[str], job: Job) -> dict[str, Draft]:
     """Where the model loses a span, the texts around the spans are translated on their own."""
-    texts, done = set(), {}
+    texts = set()
     for segment in segments:
-        cores = [split_edges(text)[1] for text in split_spans(segment)[::2]]
-        texts.update(core for core in cores if WORD.search(core))
+        for text in split_spans(segment)[::2]:
+            _, core, _ = split_edges(text)
+            if WORD.search(core):
+                texts.add(core)
     known = translate_segments(sorted(texts), job)
-    for segment in segments:
-        out, faults = [], []
-        for i, part in enumerate(split_spans(segment)):
-            if i % 2:
-                out.append(part)
-                continue
-            before, core, after = split_edges(part)
-            text, fault = known.get(core, (core, None))
-            out += [before, text, after]
-            faults.append(fault)
-        done[segment] = "".join(out), next(filter(None, faults), None)
-    return done
+    return {segment: around_spans(segment, known) for segment in segments}
+
+
+def around_spans(segment: str, known: dict[str, Draft]) -> Draft:
+    parts = split_spans(segment)
+    faults = []
+    for i in range(0, len(parts), 2):  # the spans lie between
+        before, core, after = split_edges(parts[i])
+        text, fault = known.get(core, (core, None))
+        parts[i] = before + text + after
+        faults.append(fault)
+    return "".join(parts), next(filter(None, faults), None)
 
 
 # ---- documents ----
@@ -157,11 +166,6 @@ def translate_around_spans(segments: list[str], job: Job) -> dict[str, Draft]:
 class Translation(str):
     """A translated text. faults: how many of its segments failed which check."""
     faults: Counter
-
-    def __new__(cls, text: str, faults: Counter = Counter()):  # pickle gives the text alone
-        translation = super().__new__(cls, text)
-        translation.faults = faults
-        return translation
 
 
 def translate_documents(texts: list[str], job: Job) -> list[Translation]:
@@ -176,87 +180,127 @@ def put_together(parts: list[tuple[str, str]], known: dict[str, Draft], job: Job
     """A document of its parts (formats.markup.parse) and their translations."""
     from_unspaced = script_of(job.source) in UNSPACED
     to_unspaced = script_of(job.target) in UNSPACED
-    out, faults, before = [], Counter(), KEEP
+    apart = from_unspaced and not to_unspaced
+    out = []
+    faults = Counter()
+    before = KEEP
     for kind, string in parts:
         if kind == TEXT:
             text, fault = known[string]
-            if before == TEXT and from_unspaced and not to_unspaced:
+            if before == TEXT and apart:
                 out.append(" ")  # none follows 。 but one belongs behind its translation
             out.append(text)
-            faults.update([fault] if fault else [])
+            if fault:
+                faults[fault] += 1
         elif kind == KEEP or not to_unspaced:
             out.append(string)
         before = kind
-    return Translation("".join(out), faults)
+    translation = Translation("".join(out))
+    translation.faults = faults
+    return translation
 
 
 def translate(texts: list[str], source: str, target: str, translator: Translator, beams: int = 5,
-              batch_tokens: int = 2048, progress: Callable[[int], None] | None = None) -> list[Translation]:
+              batch_tokens: int = 2048) -> list[Translation]:
     """Each document in `target`, its lines, code, links and markup as they were: a str whose `faults` count
     the segments that failed their checks. InputError unless the translator knows both languages."""
     source, target = normal(source), normal(target)
     translator.check(source, [target])
-    return translate_documents(texts, Job(translator, source, target, beams, batch_tokens, progress))
+    return translate_documents(texts, Job(translator, source, target, beams, batch_tokens))
 
 
 # ---- rows ----
 
-def row_key(row: dict, targets: list[str], job: Job) -> Key:
-    """What the translation of a row is known by: another text, translator or setting gives another one."""
+def new_record(row: dict, targets: list[str], job: Job) -> dict:
+    """A row as the file has it, before its translation. hash: another text, translator or setting gives
+    another one."""
     languages = sorted(targets)
-    own = {code: row.get(code) for code in (job.source, *languages)}  # what people have translated stays
+    # What people have translated stays.
+    own = {code: row.get(code) for code in (job.source, *languages)}
     dtype = str(job.translator.model.head.dtype)
     made_by = job.translator.fingerprint, dtype, job.beams
-    return row["row_id"], fingerprint(own, job.source, languages, made_by)
-
-
-def new_record(row: dict, key: Key, targets: list[str]) -> dict:
-    """A row as the file has it, before its translation."""
-    name, own_hash = key
+    made = {"hash": fingerprint(own, job.source, languages, made_by),
+            "into": targets,
+            "failed": {},
+            "drafts": {}}
     label = "row_id" if "id" in (*row, *targets) else "id"  # Indonesian is called "id"
     rest = {key: value for key, value in row.items() if key not in ("row_id", "clo")}
-    return {label: name, **rest, "clo": {"hash": own_hash, "into": targets, "failed": {}, "drafts": {}}}
+    return {label: row["row_id"], **rest, "clo": made}
 
 
-def translate_chunk(rows: list[tuple[dict, Key]], targets: list[str], job: Job) -> list[dict]:
-    """The records of some rows. A translation that a row already has stays."""
-    records = [new_record(row, key, targets) for row, key in rows]
+def translate_sides(rows: list[dict], job: Job) -> list[dict[str, Translation]]:
+    """{"prompt", "response"} of each row in the job's target."""
+    texts = []
+    for row in rows:
+        side = row[job.source]
+        texts += [side["prompt"], side["response"]]
+    done = translate_documents(texts, job)
+    pairs = zip(done[::2], done[1::2])
+    return [{"prompt": prompt, "response": response} for prompt, response in pairs]
+
+
+def fill_(records: list[dict], targets: list[str], job: Job) -> None:
+    """Translate some records. A translation that a row already has stays."""
     for target in targets:
         todo = [record for record in records if target not in record]
-        texts = [record[job.source][part] for record in todo for part in ("prompt", "response")]
-        done = translate_documents(texts, replace(job, target=target))
-        for record, prompt, response in zip(todo, done[::2], done[1::2]):
-            record[target] = {"prompt": prompt, "response": response}
-            faults = prompt.faults + response.faults
+        sides = translate_sides(todo, replace(job, target=target))
+        for record, side in zip(todo, sides):
+            record[target] = side
+            faults = side["prompt"].faults + side["response"].faults
             if faults:
                 record["clo"]["failed"][target] = dict(faults)
-    return records
 
 
-@contextlib.contextmanager
-def speedometer(done: int, rows: int, title: str, job: Job) -> Iterator[tqdm]:
-    """A bar of rows that also shows how fast tokens are generated."""
-    start, tokens = time.perf_counter(), 0
-    with progress(total=rows, initial=done, desc=title, unit="row") as bar:
-        def hear(generated: int) -> None:
-            nonlocal tokens
-            tokens += generated * ranks.size()  # the other ranks have as much to do
-            bar.set_postfix_str(f"{tokens / (time.perf_counter() - start):,.0f} tokens/s")
-
-        job.progress = hear
-        yield bar
+def filled(todo: list[dict], targets: list[str], job: Job, chunk: int) -> Iterator[list[dict]]:
+    """The records with their translations, a chunk a rank at a time, the same on every rank."""
+    together = chunk * ranks.size()
+    for first in range(0, len(todo), together):
+        own = first + chunk * ranks.rank()  # nothing where the last round has fewer chunks than ranks
+        part = todo[own:min(own + chunk, first + together)]
+        fill_(part, targets, job)
+        yield [*itertools.chain(*ranks.gather([part]))]
 
 
-def translate_chunks(todo: list[tuple[dict, Key]], targets: list[str], job: Job,
-                     chunk: int) -> Iterator[list[tuple[Key, dict]]]:
-    """(key, record) of the rows, a chunk a rank at a time, the same on every rank."""
-    for first in range(0, len(todo), chunk * ranks.size()):
-        dealt = todo[first:first + chunk * ranks.size()]
-        parts = [dealt[i:i + chunk] for i in range(0, len(dealt), chunk)]
-        own = parts[ranks.rank():ranks.rank() + 1]  # none where the last round has fewer chunks than ranks
-        found = ranks.gather([translate_chunk(part, targets, job) for part in own])
-        keys = [key for _, key in dealt]
-        yield list(zip(keys, itertools.chain(*found)))
+def speedometer(bar: tqdm) -> Callable[[int], None]:
+    """Shows on a bar how fast tokens are generated, when it is told of them."""
+    tokens = 0
+    start = time.perf_counter()
+
+    def hear(generated: int) -> None:
+        nonlocal tokens
+        tokens += generated * ranks.size()  # the other ranks have as much to do
+        seconds = time.perf_counter() - start
+        bar.set_postfix_str(f"{tokens / seconds:,.0f} tokens/s")
+    return hear
+
+
+def complete_file(path: Path, records: list[dict], targets: list[str], job: Job, keep_failed: bool,
+                  chunk: int) -> list[dict]:
+    """The records as the file has them; those that it has not are made now, and appended."""
+    keys = [(identifier(record, path), record["clo"]["hash"]) for record in records]
+
+    def begin() -> dict[Key, dict]:
+        lock.enter_context(locked(path))
+        return read_done(path, keys, targets, keep_failed)
+
+    with contextlib.ExitStack() as lock:
+        done = ranks.on_first(begin)
+        todo = {key: record for key, record in zip(keys, records) if key not in done}
+        finished = len(records) - len(todo)
+        title = f"{job.source} -> {','.join(targets)}"
+        made = []
+        with progress(total=len(records), initial=finished, desc=title, unit="row") as bar:
+            job.hear = speedometer(bar)
+            for found in filled([*todo.values()], targets, job, chunk):
+                for record in found:
+                    file_failed_(record, keep_failed)
+                if ranks.rank() == 0:
+                    with writing(path):
+                        append_jsonl(path, found)
+                made += found
+                bar.update(len(found))
+    done |= zip(todo, made)
+    return [done[key] for key in keys]
 
 
 def translate_rows(rows: list[dict], translator: Translator, source: str, target: str | list[str], path,
@@ -268,31 +312,14 @@ def translate_rows(rows: list[dict], translator: Translator, source: str, target
     chunk each and the first one writes: the file is that of one process. A row of which a segment failed is
     left out of the result, and its translation is filed under "clo", unless keep_failed.
     """
-    path, source = Path(path), normal(source)
-    targets = [*dict.fromkeys(map(normal, [target] if isinstance(target, str) else target))]
+    source = normal(source)
+    given = [target] if isinstance(target, str) else target
+    targets = [*dict.fromkeys(map(normal, given))]
     translator.check(source, targets)
     rows = require_languages(rows, source)
     job = Job(translator, source, targets[0], beams, batch_tokens)
-    keys = [row_key(row, targets, job) for row in rows]
-
-    def begin() -> dict[Key, dict]:
-        lock.enter_context(locked(path))
-        return read_done(path, keys, targets, keep_failed)
-
-    with contextlib.ExitStack() as lock:
-        done = ranks.on_first(begin)
-        todo = [(row, key) for row, key in zip(rows, keys) if key not in done]
-        title = f"{source} -> {','.join(targets)}"
-        with speedometer(len(rows) - len(todo), len(rows), title, job) as bar:
-            for found in translate_chunks(todo, targets, job, chunk):
-                for _, record in found:
-                    file_failed_(record, keep_failed)
-                if ranks.rank() == 0:
-                    with writing(path):
-                        append_jsonl(path, [record for _, record in found])
-                done |= dict(found)
-                bar.update(len(found))
-    records = [done[key] for key in keys]
+    records = [new_record(row, targets, job) for row in rows]
+    records = complete_file(Path(path), records, targets, job, keep_failed, chunk)
     print(describe_faults(records, targets, keep_failed))
     translated = []
     for row, record in zip(rows, records):
@@ -306,46 +333,44 @@ def translator_for(rows: list[dict], targets: list[str], path, device) -> Transl
     translator = load(path, device)
     for target in targets:
         if target not in translator.languages:
-            held = sorted({language for row in rows for language in languages_of(row)})
+            held = sorted(set().union(*map(languages_of, rows)))
+            known = ", ".join(translator.languages)
             near = suggestion(target, [*held, *translator.languages])
             raise InputError(f"--lang {target}{near}: the data hold {', '.join(held)} and the translator "
-                             f"{path} knows {', '.join(translator.languages)}")
+                             f"{path} knows {known}")
     return translator
 
 
 def translate_ahead(rows: list[dict], translator: Translator, source: str, targets: list[str],
                     beams: int) -> list[dict]:
     """The rows with their translations, failed or not, and nothing written: to look at before a run."""
-    texts = [row[source][part] for row in rows for part in ("prompt", "response")]
+    translator.check(source, targets)
     for target in targets:
-        done = translate(texts, source, target, translator, beams)
-        rows = [row | {target: {"prompt": prompt, "response": response}}
-                for row, prompt, response in zip(rows, done[::2], done[1::2])]
+        sides = translate_sides(rows, Job(translator, source, target, beams))
+        rows = [row | {target: side} for row, side in zip(rows, sides)]
     return rows
 
 
 # ---- command line ----
 
 def parse_args(argv=None):
-    parser = Parser(description=__doc__)
-    add = parser.add_argument_group("what").add_argument
-    add("--lang", required=True, help="target language, or several: sw,yo")
-    add("--source", type=normal, default="en", help="language of the data")
-    add("--data", default="demo/english.jsonl", help="rows in any format that data.py reads")
-    add("--turns", choices=("first", "all"), default="first", help="exchanges of a conversation to take")
-    add("--samples", type=count, default=0, help="how many rows, from the first; 0: all")
-    add("--out", help="JSONL file; a run goes on with what is there (default: translated-LANG.jsonl)")
-    add("--text", help="a text to translate and print instead")
-    add = parser.add_argument_group("translator").add_argument
-    add("--translator", default="demo/m2m100", help="directory or hub id of an M2M100 or NLLB")
-    add("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
-    add("--dtype", choices=("auto", "fp32", "bf16"), default="auto",
-        help="of weights; auto: bf16 on CUDA, else fp32")
-    add = parser.add_argument_group("decoding and checks").add_argument
-    add("--beams", type=positive_int, default=5, help="hypotheses of a sentence")
-    add("--batch-tokens", type=positive_int, default=2048,
-        help="source tokens of a batch: fewer need less memory")
-    add("--keep-failed", action="store_true", help="keep rows of which a segment failed its checks")
+    parser = flags.Parser(description=__doc__)
+    add = flags.group(parser, "what")
+    add("--lang", str, flags.REQUIRED, "target language, or several: sw,yo")
+    add("--source", normal, "en", "language of the data")
+    add("--data", str, "demo/english.jsonl", "rows in any format that data.py reads")
+    add("--turns", ["first", "all"], "first", "exchanges of a conversation to take")
+    add("--samples", flags.count, 0, "how many rows, from the first; 0: all")
+    add("--out", str, None, "JSONL file; a run goes on with what is there (default: translated-LANG.jsonl)")
+    add("--text", str, None, "a text to translate and print instead")
+    add = flags.group(parser, "translator")
+    add("--translator", str, "demo/m2m100", "directory or hub id of an M2M100 or NLLB")
+    add("--device", str, "auto", "auto, cpu, cuda, cuda:1, ...")
+    add("--dtype", ["auto", "fp32", "bf16"], "auto", "of weights; auto: bf16 on CUDA, else fp32")
+    add = flags.group(parser, "decoding and checks")
+    add("--beams", flags.positive_int, 5, "hypotheses of a sentence")
+    add("--batch-tokens", flags.positive_int, 2048, "source tokens of a batch: fewer need less memory")
+    add("--keep-failed", bool, False, "keep rows of which a segment failed its checks")
     return parser.parse_args(argv)
 
 
@@ -353,22 +378,20 @@ def print_translations(args, targets: list[str], translator: Translator) -> None
     """--text in each language; what the checks say goes to stderr."""
     translator.check(args.source, targets)
     for target in targets:
-        done = translate([args.text], args.source, target, translator, args.beams, args.batch_tokens)
-        text = done[0]
+        found = translate([args.text], args.source, target, translator, args.beams, args.batch_tokens)
+        text = found[0]
         print(text)
         for fault, number in text.faults.items():
             print(f"{target}: {number} of the text's segments failed a check: {fault}", file=sys.stderr)
 
 
 def check_out(out: Path, data: Path) -> None:
-    """InputError if it is no file, or writing it or what lies beside it meanwhile would overwrite the data."""
+    """InputError if it is no file, or writing it or what lies beside it would overwrite the data."""
     if out.exists() and not out.is_file():
-        kind = "a directory" if out.is_dir() else "no file"
-        raise InputError(f"--out {out} is {kind}: give the name of a file")
+        raise InputError(f"--out {out} is no file: give the name of one")
     for suffix in ("", ".tmp", ".lock"):
         name = out.with_name(out.name + suffix)
-        linked = name.exists() and data.exists() and name.samefile(data)
-        if linked or name.resolve() == data.resolve():
+        if name.exists() and data.exists() and name.samefile(data):
             raise InputError(f"--out {out} would overwrite --data {data}: choose another name")
 
 
@@ -382,10 +405,11 @@ def main():
         return
     out = Path(args.out or f"translated-{','.join(targets)}.jsonl")
     check_out(out, hub.data_file(args.data))
-    rows = read_counted(args.data, args.source, args.turns, targets)[:args.samples or None]
+    rows = read_counted(args.data, args.source, args.turns, targets)
+    rows = rows[:args.samples or None]
     translator = load(args.translator, device, dtype)
-    translate_rows(rows, translator, args.source, targets, out, args.beams, args.batch_tokens,
-                   args.keep_failed)
+    translate_rows(rows, translator, args.source, targets, out,
+                   args.beams, args.batch_tokens, args.keep_failed)
     print(f"{out} is written; next: python clo.py --lang {targets[0]} --data {out}")
     ranks.stop()
 

@@ -21,10 +21,10 @@ import clo
 import data
 import kernels
 import model as llama
+from bench import contenders as measure
 from bench.gpu_check import run_part, say
 from engine import ranks
 from formats.configs import Config
-from kernels import measure
 from kernels.chunks import matmul_into
 
 CPU = torch.device("cpu")
@@ -129,12 +129,12 @@ def small_batches(tokens: int, rows: int, forks: int = 32, stretch: int = 1) -> 
         length = rng.randint(stretch * low, stretch * high)
         return [rng.randrange(SHAPE.vocab_size) for _ in range(length)]
     made = [data.Fork(ids(2, 12), [ids(3, 30), ids(3, 30)], "en", row, 0) for row in range(forks)]
-    return data.micro_batches(made, tokens, rows, trim=False, ends=False)
+    return data.micro_batches(made, tokens, rows, trim=False)
 
 
 def masked(batch: data.Batch, device: torch.device) -> data.Batch:
     """The batch as a GPU sees it, also where there is none."""
-    return replace(batch.to(device), lines=None)
+    return replace(batch.to(device), spans=None)
 
 
 @dataclass

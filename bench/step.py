@@ -1,6 +1,7 @@
 """A training step side by side: ours, TRL's DPOTrainer with PEFT, and the bare matrix products of our step.
 
     python -m bench.step                         # the shape of its defaults, paired in one run
+    python -m bench.step --model DIR --data FILE --samples 6 --sides ours products hf     # a real model
     python -m bench.step --trl-batch 1           # TRL where it is fastest on a CPU; its own default is 8
     python -m bench.step --sides ours --recompute
     python -m bench.step --flat                  # cost per token while the number of samples grows
@@ -19,6 +20,9 @@ step under the base model; they have to agree, since the work is the same. `prod
 activation with a frozen weight that our step needs, and nothing between them: the time left when all else is
 free. tflops counts those products for ours too. Beside the wall clock stands processor time, which with
 --threads 1 is what to compare on a machine that does other work too.
+
+`hf` is plain transformers with PEFT on the same sequences, each in full: sorted by length, four a batch, padded
+to the longest, reference pass included, and the gradient that the loss has at the first step.
 
 TRL's reference is the model with its adapter switched off, inside every step; --trl-precompute has it compute
 all of them first. Needs trl and peft (tests/requirements.txt).
@@ -52,13 +56,19 @@ from formats.weights import DTYPES
 from kernels.chunks import chunk_rows
 
 BOS, EOS, SPECIAL = 0, 1, 2                                       # ids; words follow the special tokens
+HF_BATCH = 4                                                      # plain transformers: sequences a forward pass
 MAX_PROMPT, MAX_RESPONSE = 200, 400                               # tokens: 200 + 2 * 400 fit a row of 1024
 
 
 # --------------------------------------------------------------------------------------------------- the work
 
 def make_samples(args) -> list[list[data.Fork]]:
-    """Forks of every sample, [English, target]: random words of log-normal lengths."""
+    """Forks of every sample, [English, target]: the first rows of --data, or random words of log-normal
+    lengths."""
+    if args.data:
+        rows = data.read_rows(args.data, "en")[:args.samples]
+        target = next(language for language in data.languages_of(rows[0]) if language != "en")
+        return data.make_forks(rows, data.load_tokenizer(args.model), "en", target, args.row_tokens)[0]
     generator = torch.Generator().manual_seed(1)
 
     def words(median: int, most: int) -> list[int]:
@@ -93,7 +103,7 @@ def make_model(directory: Path, args, compiler=None) -> llama.Llama:
 
 def write_checkpoint(directory: Path, args) -> None:
     """A random Llama, and a tokenizer to which every word is one token, for those who want text."""
-    if args.init_on_device:
+    if args.init_on_device or args.model:
         return
     with torch.device(args.device):
         model = llama.initialise_(llama.Llama(shape_of(args)))
@@ -141,7 +151,7 @@ def run_ours(directory: Path, args) -> dict:
     batches = [batch for step in steps for batch in step]
     warm = make_steps(samples[:1], args)[0]
     still = torch.optim.SGD(parameters.values(), lr=0.0)
-    heldout.summed_logps(model, warm, "warm")              # both modes: what one of them compiles is not timed
+    heldout.summed_logps(model, warm, "warm")             # both modes: what one of them compiles is not timed
     clo.train_step(model, warm, DPO, still, 1.0)
     started = clock()
     for batch, logp in zip(batches, heldout.summed_logps(model, batches, "reference")):
@@ -154,7 +164,8 @@ def run_ours(directory: Path, args) -> dict:
         spent |= profile_step(lambda: clo.train_step(model, steps[0], DPO, still, 1.0), args.profile)
     chosen = torch.cat([batch.ref_logp[batch.chosen] for batch in steps[0]])
     tflops = product_flops(model.config, batches) / spent["seconds"] / 1e12
-    return spent | {"reference_seconds": reference_seconds, "tflops": tflops,
+    return spent | {"reference_seconds": reference_seconds,
+                    "step_seconds": spent["seconds"] - reference_seconds, "tflops": tflops,
                     "chosen_logp": chosen.mean().item()}
 
 
@@ -230,10 +241,71 @@ def run_products(directory: Path, args) -> dict:
     work(256, 256, True)
     started = clock()
     for batch in batches:
-        for backward in (False, True):
-            work(batch.used, len(batch.targets), backward)
+        work(batch.used, len(batch.targets), backward=False)
+    reference_seconds = elapsed(started)["seconds"]
+    for batch in batches:
+        work(batch.used, len(batch.targets), backward=True)
     spent = elapsed(started)
-    return spent | {"tflops": product_flops(model.config, batches) / spent["seconds"] / 1e12}
+    return spent | {"reference_seconds": reference_seconds,
+                    "step_seconds": spent["seconds"] - reference_seconds,
+                    "tflops": product_flops(model.config, batches) / spent["seconds"] / 1e12}
+
+
+def run_hf(directory: Path, args) -> dict:
+    """Reference pass and an epoch of plain transformers with PEFT on the same sequences, each in full."""
+    import transformers
+    from peft import LoraConfig, get_peft_model
+    model = transformers.AutoModelForCausalLM.from_pretrained(directory, dtype=DTYPES[args.dtype])
+    model = model.to(args.device)
+    lora = LoraConfig(r=args.rank, lora_alpha=32, target_modules=list(clo.ATTENTION), task_type="CAUSAL_LM")
+    model = get_peft_model(model, lora)
+    learned = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(learned, args.lr, weight_decay=0.0)
+    sequences = []                                       # (prompt, continuation, +1 if it is right, else -1)
+    for fork in [fork for group in make_samples(args) for fork in group]:
+        for i, ids in enumerate(fork.continuations):
+            sequences.append((fork.prompt, ids, -1 if i else 1))
+    sequences.sort(key=lambda one: len(one[0]) + len(one[1]))
+    batches = [sequences[first:first + HF_BATCH] for first in range(0, len(sequences), HF_BATCH)]
+
+    def logps(batch: list[tuple]) -> torch.Tensor:
+        """Summed log-prob of each continuation."""
+        longest = max(len(prompt) + len(ids) for prompt, ids, _ in batch)
+        tokens = torch.zeros(len(batch), longest, dtype=torch.int64, device=args.device)
+        counted = torch.zeros_like(tokens, dtype=torch.bool)
+        seen = torch.zeros_like(tokens)
+        for row, (prompt, ids, _) in enumerate(batch):
+            end = len(prompt) + len(ids)
+            tokens[row, :end] = torch.tensor(prompt + ids)
+            counted[row, len(prompt):end] = True
+            seen[row, :end] = 1
+        logits = model(tokens, attention_mask=seen).logits[:, :-1]
+        token_logps = logits.float().log_softmax(-1).gather(-1, tokens[:, 1:, None])[..., 0]
+        return (token_logps * counted[:, 1:]).sum(1)
+
+    def step(batches: list[list[tuple]], update: bool) -> None:
+        for batch in batches:
+            weights = torch.tensor([0.5 * DPO.beta * sign / len(sequences) for _, _, sign in batch])
+            (-weights.to(args.device) * logps(batch)).sum().backward()
+        if update:
+            optimizer.step()
+        optimizer.zero_grad()
+    with torch.no_grad():
+        logps(batches[0][:1])
+    step([batches[0][:1]], update=False)
+    started = clock()
+    with torch.no_grad():
+        reference = [logps(batch) for batch in batches]
+    reference_seconds = elapsed(started)["seconds"]
+    size = 4 * args.batch_size // HF_BATCH               # a sample is four sequences
+    for first in range(0, len(batches), size):
+        step(batches[first:first + size], update=True)
+    spent = elapsed(started)
+    signs = torch.tensor([sign for *_, sign in sequences])
+    chosen = torch.cat(reference).cpu()[signs > 0]
+    return spent | {"reference_seconds": reference_seconds,
+                    "step_seconds": spent["seconds"] - reference_seconds,
+                    "chosen_logp": chosen.mean().item()}
 
 
 def run_trl(directory: Path, args) -> dict:
@@ -274,7 +346,7 @@ def run_trl(directory: Path, args) -> dict:
     return spent | {"reference_seconds": first_pass["seconds"], "chosen_logp": chosen}
 
 
-SIDES = {"ours": run_ours, "trl": run_trl, "products": run_products}
+SIDES = {"ours": run_ours, "trl": run_trl, "products": run_products, "hf": run_hf}
 
 
 def run_apart(side: str, given: list[str], directory: str, args) -> dict:
@@ -318,6 +390,8 @@ def parse_args(argv=None) -> argparse.Namespace:
     add("--device", default="cpu", help="cpu or cuda")
     add("--shape", default=None, choices=list(tables.MODELS),
         help="of a known model, instead of the next five")
+    add("--model", default=None, help="a model's directory, instead of random weights of the next five sizes")
+    add("--data", default=None, help="with --model: parallel rows; the first --samples train")
     add("--width", type=int, default=512, help="hidden width")
     add("--mlp", type=int, default=1376, help="mlp width")
     add("--layers", type=int, default=8)
@@ -346,7 +420,7 @@ def parse_args(argv=None) -> argparse.Namespace:
     add("--dtype", default="fp32", choices=list(DTYPES))
     add("--threads", type=int, default=2)
     add("--rounds", type=int, default=1)
-    add("--sides", nargs="+", default=list(SIDES), choices=list(SIDES))
+    add("--sides", nargs="+", default=["ours", "trl", "products"], choices=list(SIDES))
     add("--flat", action="store_true",
         help="cost per token with 400 to 6,400 samples instead (give a small model)")
     add("--flat-steps", type=int, default=20, help="steps timed for each number of samples")
@@ -355,6 +429,8 @@ def parse_args(argv=None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if args.init_on_device and ("trl" in args.sides or args.flat):
         parser.error("--init-on-device writes no checkpoint: give --sides ours products")
+    if (args.model is None) != (args.data is None):
+        parser.error("--model and --data go together: a real model reads real rows")
     return args
 
 
@@ -369,6 +445,7 @@ def main(argv=None) -> None:
         return
     with tempfile.TemporaryDirectory() as directory:
         write_checkpoint(Path(directory), args)
+        directory = args.model or directory
         if args.flat:
             run_flat(Path(directory), args)
             return
@@ -381,9 +458,12 @@ def main(argv=None) -> None:
                       + f": {args.samples / result['seconds']:.3f} samples/s", flush=True)
     for other in [side for side in args.sides if side != "ours" and "ours" in args.sides]:
         ratio = {name: statistics.median(b[name] / a[name] for a, b in zip(results["ours"], results[other]))
-                 for name in ("seconds", "cpu_seconds", "peak_gb")}
+                 for name in ("seconds", "cpu_seconds", "peak_gb", "reference_seconds", "step_seconds")
+                 if results[other][0].get(name)}
+        parts = [f"{part} {ratio[part + '_seconds']:.2f}" for part in ("reference", "step")
+                 if part + "_seconds" in ratio]
         print(f"ours / {other}: {ratio['seconds']:.2f} of its samples/s "
-              f"({ratio['cpu_seconds']:.2f} by processor time), "
+              f"({ratio['cpu_seconds']:.2f} by processor time{'; ' if parts else ''}{', '.join(parts)}), "
               f"{1 / ratio['peak_gb']:.2f} of its peak memory")
 
 

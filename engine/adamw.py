@@ -1,40 +1,40 @@
-"""AdamW for a CPU (arXiv 1711.05101, algorithm 2), bit for bit torch.optim's and with its state.
+"""AdamW for a CPU (arXiv 1711.05101, algorithm 2): torch's arithmetic without its optimizer class.
 
-Why not torch's: constructing it imports the compiler, two seconds and 150 MB that a run on a CPU need not spend.
+Constructing that class imports the compiler, two seconds and 150 MB that a run on a CPU need not spend.
 """
 
 from collections.abc import Iterable
 
 import torch
 from torch import nn
+from torch.optim.adamw import adamw
 
 
 class AdamW:
-    def __init__(self, parameters: Iterable[nn.Parameter], lr: float, betas=(0.9, 0.999), eps=1e-8,
-                 weight_decay=0.0):
-        self.defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "fused": False}
-        self.param_groups = [self.defaults | {"params": list(parameters)}]
+    def __init__(self, parameters: Iterable[nn.Parameter], lr: float, weight_decay: float = 0.0):
+        self.defaults = {"fused": False}
+        self.param_groups = [{"params": list(parameters), "lr": lr, "weight_decay": weight_decay}]
         self.state = {}
 
     @torch.no_grad()
     def step(self) -> None:
         group = self.param_groups[0]
-        rate, (beta1, beta2) = group["lr"], group["betas"]
-        for parameter in group["params"]:
-            gradient = parameter.grad
-            if gradient is None:
-                continue
+        parameters = [parameter for parameter in group["params"] if parameter.grad is not None]
+        for parameter in parameters:
             if parameter not in self.state:
-                self.state[parameter] = {"step": torch.zeros(()), "exp_avg": torch.zeros_like(parameter),
+                self.state[parameter] = {"step": torch.zeros(()),
+                                         "exp_avg": torch.zeros_like(parameter),
                                          "exp_avg_sq": torch.zeros_like(parameter)}
-            state = self.state[parameter]
-            state["step"] += 1
-            step = state["step"].item()                          # a number of the CPU: nothing to wait for
-            parameter.mul_(1 - rate * group["weight_decay"])
-            state["exp_avg"].lerp_(gradient, 1 - beta1)
-            state["exp_avg_sq"].mul_(beta2).addcmul_(gradient, gradient, value=1 - beta2)
-            spread = (state["exp_avg_sq"].sqrt() / (1 - beta2 ** step) ** 0.5).add_(group["eps"])
-            parameter.addcdiv_(state["exp_avg"], spread, value=-rate / (1 - beta1 ** step))
+        states = [self.state[parameter] for parameter in parameters]
+        adamw(parameters,
+              [parameter.grad for parameter in parameters],
+              [state["exp_avg"] for state in states],
+              [state["exp_avg_sq"] for state in states],
+              max_exp_avg_sqs=[],
+              state_steps=[state["step"] for state in states],
+              foreach=False, amsgrad=False, maximize=False,
+              beta1=0.9, beta2=0.999, eps=1e-8,
+              lr=group["lr"], weight_decay=group["weight_decay"])
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         for parameter in self.param_groups[0]["params"]:

@@ -18,7 +18,8 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
-SAMPLES, SAMPLE_BYTES = 256, 1 << 14      # of a large file, for its hash
+SAMPLES = 256                         # blocks of a large file that its hash is made from
+SAMPLE_BYTES = 1 << 14
 HALF_A_CHARACTER = "[\ud800-\udfff]"  # JSON can spell a surrogate on its own
 
 
@@ -50,23 +51,14 @@ def say_once(line: str) -> None:
     print(line)
 
 
-def check_file(path) -> Path:
-    """The path; InputError unless there is a file."""
-    path = Path(path)
-    if not path.exists():
-        raise InputError(f"{path}: no such file")
-    if path.is_dir():
-        raise InputError(f"{path}: a directory, a file is wanted")
-    return path
-
-
-def read_text(path):
+def read_text(path) -> str:
     """The text of a UTF-8 file, plain or gzip (told by its first bytes)."""
-    path = check_file(path)
     try:
-        raw = path.read_bytes()
+        raw = Path(path).read_bytes()
         raw = gzip.decompress(raw) if raw[:2] == b"\x1f\x8b" else raw
         return raw.decode("utf-8-sig")
+    except FileNotFoundError:
+        raise InputError(f"{path}: no such file") from None
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:
         raise InputError(f"{path}: damaged gzip file ({error}); fetch it again") from None
     except OSError as error:
@@ -81,7 +73,8 @@ def parse_json(text, path, wanted, line=1):
     try:
         return json.loads(text)
     except json.JSONDecodeError as error:
-        line, why = line + error.lineno - 1, f"{error.msg} (column {error.colno})"
+        line += error.lineno - 1
+        why = f"{error.msg} (column {error.colno})"
     except RecursionError:
         why = "lists or objects nested too deeply"
     except ValueError as error:  # a number of thousands of digits
@@ -91,11 +84,14 @@ def parse_json(text, path, wanted, line=1):
 
 def read_records(path):
     """[(where, object)] of a JSONL file ("file:line") or of a file holding one JSON list ("file[item]")."""
-    text, wanted = read_text(path), "one object a line is wanted, or one list"
+    wanted = "one object a line is wanted, or one list"
+    text = read_text(path)
     if text.lstrip()[:1] == "[":
-        return [(f"{path}[{item}]", record) for item, record in enumerate(parse_json(text, path, wanted))]
-    return [(f"{path}:{number}", parse_json(line, path, wanted, number))  # splitlines() also cuts at U+2028
-            for number, line in enumerate(text.split("\n"), 1) if line.strip()]
+        records = parse_json(text, path, wanted)
+        return [(f"{path}[{item}]", record) for item, record in enumerate(records)]
+    lines = enumerate(text.split("\n"), 1)                # splitlines() also cuts at U+2028
+    return [(f"{path}:{number}", parse_json(line, path, wanted, number))
+            for number, line in lines if line.strip()]
 
 
 def as_kind(value, kind, where):
@@ -115,7 +111,8 @@ def need(record, key, where):
 def check_unicode(value, where):
     """The value, or an error if a string anywhere in it holds half of a character: no file can hold that."""
     if re.search(HALF_A_CHARACTER, json.dumps(value, ensure_ascii=False)):
-        raise InputError(f"{where}: broken Unicode (half of a character): write the whole one, or take it out")
+        raise InputError(f"{where}: broken Unicode (half of a character): "
+                         f"write the whole one, or take it out")
     return value
 
 
@@ -127,7 +124,12 @@ def read_json(path, missing: dict | None = None) -> dict:
     return as_kind(parse_json(read_text(path), path, "one object is wanted"), dict, path)
 
 
+def json_line(record) -> str:
+    return json.dumps(record, ensure_ascii=False) + "\n"
+
+
 def write_text(path: Path, text: str) -> None:
+    """To a temporary name first, so there is never half a file."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(path.name + ".tmp")
     temporary.write_text(text, encoding="utf-8")
@@ -138,15 +140,9 @@ def write_json(path: Path, value) -> None:
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 
 
-def write_jsonl(path, records):
-    """Write one JSON object a line; to a temporary name first, so there is never half a file."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".tmp")
-    with open(partial, "w", encoding="utf-8", newline="\n") as file:
-        for record in records:
-            file.write(json.dumps(record, ensure_ascii=False) + "\n")
-    os.replace(partial, path)
+def write_jsonl(path, records) -> None:
+    """One JSON object a line."""
+    write_text(Path(path), "".join(map(json_line, records)))
 
 
 def fill_directory(path: Path, fill, writes: bool = True) -> None:
@@ -192,8 +188,8 @@ def writing(path: Path):
     try:
         yield
     except (OSError, SafetensorError) as error:
-        raise InputError(f"{path} cannot be written ({error}): make room on its disk; "
-                        f"the same command goes on where it stopped") from None
+        raise InputError(f"{path} cannot be written ({error}): make room on its disk, or choose another "
+                         f"--out; the same command goes on where it stopped") from None
 
 
 @contextlib.contextmanager
@@ -201,11 +197,9 @@ def locked(path: Path):
     """Nobody else writes this file or directory meanwhile; InputError says who does. The lock is a file
     beside it that the system lets go when its process ends, however it ends."""
     path = Path(path).resolve()
-    try:
+    with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         lock = claim(path)
-    except OSError as error:
-        raise InputError(f"{path} cannot be written ({error.strerror}): give another --out") from None
     with lock as file:
         file.truncate(0)
         command = " ".join([Path(sys.argv[0]).name, *sys.argv[1:]])
@@ -239,12 +233,8 @@ def claim(path: Path):
 
 
 def append_jsonl(path: Path, records) -> None:
-    """On the disk before anything else is done: a kill loses no more than the records at work."""
-    with open(path, "ab") as file:
-        for record in records:
-            file.write(json.dumps(record, ensure_ascii=False).encode() + b"\n")
-        file.flush()
-        os.fsync(file.fileno())
+    with open(path, "a", encoding="utf-8", newline="\n") as file:
+        file.writelines(map(json_line, records))
 
 
 def whole_lines(path: Path) -> list[bytes]:
@@ -272,7 +262,7 @@ def fingerprint(*parts) -> str:
     digest = hashlib.sha256()
     for part in parts:
         if isinstance(part, Path):
-            with open(check_file(part), "rb") as file:
+            with open(part, "rb") as file:
                 for block in iter(lambda: file.read(1 << 20), b""):
                     digest.update(block)
         else:
@@ -287,11 +277,11 @@ class Journal:
     without the `keys` of an answer."""
 
     def __init__(self, path: Path, settings: dict, keys: tuple[str, ...], fresh: bool = False):
-        self.path, self.keys, self.done = path, keys, []
-        if path.exists() and not fresh:
-            self.done = self.read(json.loads(json.dumps(settings)))
+        self.path, self.keys = path, keys
+        going_on = path.exists() and not fresh
+        self.done = self.read(json.loads(json.dumps(settings))) if going_on else []
         write_jsonl(path, [{"settings": settings}, *self.done])
-        self.file = open(path, "a", encoding="utf-8", newline="\n")
+        self.file = open(path, "a", encoding="utf-8", newline="\n", buffering=1)     # written line by line
 
     def read(self, settings: dict) -> list[dict]:
         found = []
@@ -302,24 +292,27 @@ class Journal:
                     need(found[-1], key, number)
             except (ValueError, RecursionError):
                 raise InputError(f"{self.path}:{number}: damaged; delete the file, "
-                                     f"or start over with --fresh") from None
+                                 f"or start over with --fresh") from None
         before = as_kind(found[0]["settings"], dict, f"{self.path}:1") if found else settings
-        for key in [*before, *settings]:
-            if before.get(key) != settings.get(key):
-                raise InputError(f"{self.path} was begun with {key} = {before.get(key)!r}, "
-                                     f"now it is {settings.get(key)!r}: choose another --out, "
-                                     f"or start over with --fresh")
+        key = first_difference(before, settings)
+        if key is not None:
+            raise InputError(f"{self.path} was begun with {key} = {before.get(key)!r}, now it is "
+                             f"{settings.get(key)!r}: choose another --out, or start over with --fresh")
         if len(found) > 1:
             print(f"{self.path} holds {len(found) - 1} answers: going on behind them")
         return found[1:]
 
     def add(self, line: dict) -> None:
         self.done.append(line)
-        self.file.write(json.dumps(line, ensure_ascii=False) + "\n")
-        self.file.flush()
+        self.file.write(json_line(line))
 
     def __enter__(self):
         return self
 
     def __exit__(self, *_):
         self.file.close()
+
+
+def first_difference(before: dict, now: dict) -> str | None:
+    """The first key under which two dictionaries differ."""
+    return next((key for key in [*before, *now] if before.get(key) != now.get(key)), None)

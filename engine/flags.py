@@ -2,65 +2,45 @@
 
     add("--top-p", type=share, default=1.0, help="...")
 
-NaN and infinity are never numbers here. Each function is an argparse `type`: it takes the text and returns
-the number, or raises argparse's error with the text and what was expected.
+NaN and infinity are never numbers here.
 """
 
 import argparse
 import math
 import sys
 
+LARGEST = sys.float_info.max
 LARGEST_COUNT = 2 ** 31 - 1      # what 32-bit sizes hold
 LARGEST_SEED = 2 ** 63 - 1       # what torch.Generator takes
+SMALLEST = math.ulp(0.0)         # above 0
 SMALLEST_SHARE = 1e-6            # below it, float32 sums of probabilities are noise
 SMALLEST_TEMPERATURE = 1e-3      # below it, logits / temperature may overflow
 
-REQUIRED = object()              # the default of a flag that has none
+REQUIRED = argparse.SUPPRESS     # the default of a flag that has none
 
 
-def positive_int(text: str) -> int:
-    return check(text, int, lambda x: 1 <= x <= LARGEST_COUNT, "a whole number of 1 or more")
-
-
-def count(text: str) -> int:
-    return check(text, int, lambda x: 0 <= x <= LARGEST_COUNT, "a whole number of 0 or more")
-
-
-def seed(text: str) -> int:
-    return check(text, int, lambda x: 0 <= x <= LARGEST_SEED, "a whole number from 0 to 2^63 - 1")
-
-
-def positive(text: str) -> float:
-    return check(text, float, lambda x: 0 < x < math.inf, "a number above 0")
-
-
-def not_negative(text: str) -> float:
-    return check(text, float, lambda x: 0 <= x < math.inf, "a number of 0 or more")
-
-
-def fraction(text: str) -> float:
-    return check(text, float, lambda x: 0 <= x <= 1, "a number from 0 to 1")
-
-
-def share(text: str) -> float:
-    """A fraction that is not nothing: --top-p."""
-    return check(text, float, lambda x: SMALLEST_SHARE <= x <= 1, f"a number from {SMALLEST_SHARE:f} to 1")
-
-
-def temperature(text: str) -> float:
-    return check(text, float, lambda x: x == 0 or SMALLEST_TEMPERATURE <= x < math.inf,
-                 f"0 (greedy) or a number of {SMALLEST_TEMPERATURE} or more")
-
-
-def check(text: str, kind: type, good, wanted: str):
-    """The number in the text; argparse.ArgumentTypeError unless it is one and good(number)."""
-    try:
-        value = kind(text)
-    except ValueError:
-        value = None
-    if value is None or not good(value):
+def number(kind: type, least: float, most: float, wanted: str, or_zero: bool = False):
+    """An argparse `type`: numbers of a kind from `least` to `most`."""
+    def read(text: str):
+        try:
+            value = kind(text)
+        except ValueError:
+            value = math.nan
+        if least <= value <= most or or_zero and value == 0:
+            return value
         raise argparse.ArgumentTypeError(f"{text[:40]!r}: {wanted} was expected")
-    return value
+    return read
+
+
+positive_int = number(int, 1, LARGEST_COUNT, "a whole number of 1 or more")
+count = number(int, 0, LARGEST_COUNT, "a whole number of 0 or more")
+seed = number(int, 0, LARGEST_SEED, "a whole number from 0 to 2^63 - 1")
+positive = number(float, SMALLEST, LARGEST, "a number above 0")
+not_negative = number(float, 0, LARGEST, "a number of 0 or more")
+fraction = number(float, 0, 1, "a number from 0 to 1")
+share = number(float, SMALLEST_SHARE, 1, f"a number from {SMALLEST_SHARE:f} to 1")    # not nothing: --top-p
+temperature = number(float, SMALLEST_TEMPERATURE, LARGEST,
+                     f"0 (greedy) or a number of {SMALLEST_TEMPERATURE} or more", or_zero=True)
 
 
 class Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
@@ -79,7 +59,7 @@ class Parser(argparse.ArgumentParser):
     """argparse with `Help` and errors of one line: what is wrong, and where help is."""
 
     def __init__(self, **options):
-        super().__init__(**{"formatter_class": Help} | options)
+        super().__init__(formatter_class=Help, **options)
 
     def error(self, message: str):
         print(f"error: {message} (see {self.prog} --help)", file=sys.stderr)
@@ -96,12 +76,12 @@ def group(parser: argparse.ArgumentParser, title: str):
 
     def add(name: str, kind, default, text: str) -> None:
         if kind is bool:
-            section.add_argument(name, action="store_true", help=text)
+            how = {"action": "store_true"}
         elif kind is list:
-            section.add_argument(name, action="append", default=default, help=text)
+            how = {"action": "append"}
         elif isinstance(kind, list):
-            section.add_argument(name, choices=kind, default=default, help=text)
+            how = {"choices": kind}
         else:
-            section.add_argument(name, type=kind, default=None if default is REQUIRED else default,
-                                 required=default is REQUIRED, help=text)
+            how = {"type": kind}
+        section.add_argument(name, default=default, required=default is REQUIRED, help=text, **how)
     return add

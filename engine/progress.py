@@ -1,4 +1,4 @@
-"""Progress bars: on a terminal tqdm's, in a redirected log a line now and then. No rank but the first shows one."""
+"""Progress bars: on a terminal tqdm's, in a redirected log a line now and then. Only the first rank shows one."""
 
 import os
 import sys
@@ -14,48 +14,48 @@ class LogLines:
     """A stream for tqdm whose every redraw is a line of its own, unless it says what the last one said."""
 
     def __init__(self, stream):
-        self.stream, self.last, self.written = stream, "", time.monotonic()
+        self.stream = stream
+        self.flush = stream.flush
+        self.last = ""
+        self.written = time.monotonic()
 
     def write(self, text: str) -> None:
         text = text.strip("\r\n ")
         if text and text != self.last:
             self.stream.write(text + "\n")
-            self.last, self.written = text, time.monotonic()
-
-    def flush(self) -> None:
-        self.stream.flush()
+            self.last = text
+            self.written = time.monotonic()
 
 
 class LogBar(tqdm):
-    """A bar for a log. It also shows itself while one piece of its work takes long, unless a newer bar does."""
-    running: list = []                       # of bars, oldest first; told by `is`, tqdm's == compares positions
+    """A bar for a log. It shows itself also while one piece of its work takes long, unless a newer one does."""
+    running: list[int] = []          # ids of the bars, oldest first
 
     def __init__(self, *args, **options):
         super().__init__(*args, **options)
         self.ended = threading.Event()
         if not self.disable:
-            self.running.append(self)
+            self.running.append(id(self))
             threading.Thread(target=self.beat, daemon=True).start()
 
     def beat(self) -> None:
         while not self.ended.wait(LINE_EVERY / 6):
-            newest = self.running[-1:]
             late = time.monotonic() - self.fp.written > LINE_EVERY * 5 / 6
-            if late and newest and newest[0] is self:
+            if late and self.running[-1:] == [id(self)]:
                 self.refresh()
 
     def close(self) -> None:
-        if not self.disable:
+        if id(self) in self.running:
             self.ended.set()
-            self.running[:] = [bar for bar in self.running if bar is not self]
+            self.running.remove(id(self))
         super().close()
 
 
 def progress(iterable=None, **options) -> tqdm:
     """A tqdm bar on standard error with tqdm's own options."""
-    options["disable"] = options.get("disable", False) or os.environ.get("RANK", "0") != "0"
+    if os.environ.get("RANK", "0") != "0":
+        options["disable"] = True
     if sys.stderr.isatty():
         return tqdm(iterable, **options)
-    options |= {"file": LogLines(sys.stderr), "ncols": 100, "mininterval": LINE_EVERY, "maxinterval": LINE_EVERY,
-                "delay": LINE_EVERY, "position": 0}
-    return LogBar(iterable, **options)
+    seconds = dict.fromkeys(("mininterval", "maxinterval", "delay"), LINE_EVERY)
+    return LogBar(iterable, **options | seconds, file=LogLines(sys.stderr), ncols=100, position=0)

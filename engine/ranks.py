@@ -1,11 +1,11 @@
-"""Data parallel over many processes: what clo.py and translate.py need when torchrun starts them on several devices.
+"""Data parallel over many processes: what is needed when torchrun starts a command on several devices.
 
     torchrun --nproc-per-node 2 clo.py --lang sw                   every rank holds the model
     torchrun --nproc-per-node 8 clo.py --lang sw --shard           the ranks share it (PyTorch's FSDP2)
 
-Work is dealt to ranks item by item (rank r takes r, r + size, ...) and gathered in order, so a result does not
-depend on how many ranks there are beyond floating-point summation order. What is not dealt, all ranks do alike,
-and the first one writes. Started without torchrun there is one rank, and every function here is the identity.
+Work is dealt to ranks item by item (rank r takes r, r + size, ...) and gathered in order, so a result does
+not depend on how many ranks there are beyond floating-point summation order. What is not dealt, all ranks do
+alike, and the first one writes. Started without torchrun there is one rank, and every function here is the identity.
 
 Sharded, a parameter is a DTensor of which each rank keeps a slice of the rows. `forward` gathers a block's
 weights when it comes to it and drops them after, on all ranks at once: so all of them call the model equally
@@ -40,27 +40,31 @@ def pick_device(name: str) -> str:
     # CUDA's allocator reads this when it starts: the buffer of logits grows with the rows, in place.
     if "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:              # the variable's older name
         os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
-    own = name + ":" + os.environ["LOCAL_RANK"] if name == "cuda" and "RANK" in os.environ else name
     try:
-        torch.empty(1, device=own)               # not every rank on the first GPU: half a GB there for each
+        torch.empty(1, device=own_device(name))  # not every rank on the first GPU: half a GB there for each
     except (RuntimeError, AssertionError) as error:
-        raise InputError(f"--device {name} cannot be used ({str(error).splitlines()[0]}): "
-                             f"try --device auto") from None
+        why = str(error).splitlines()[0]
+        raise InputError(f"--device {name} cannot be used ({why}): try --device auto") from None
     return name
+
+
+def own_device(name: str) -> str:
+    """A rank's own GPU where many share the work."""
+    return f"cuda:{os.environ['LOCAL_RANK']}" if name.startswith("cuda") and "RANK" in os.environ else name
 
 
 def start(device: str) -> torch.device:
     """Join the other processes; this one's device: its own GPU of `device` cuda.
     Only the first rank prints."""
-    if "RANK" not in os.environ:
-        return torch.device(device)
-    cuda = device.startswith("cuda")
-    dist.init_process_group("nccl" if cuda else "gloo", timeout=LONGEST_WAIT)
-    if rank():
-        sys.stdout = open(os.devnull, "w", encoding="utf-8")
-    if cuda:
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    return torch.device(f"cuda:{os.environ['LOCAL_RANK']}" if cuda else device)
+    own = torch.device(own_device(device))
+    if "RANK" in os.environ:
+        cuda = own.type == "cuda"
+        dist.init_process_group("nccl" if cuda else "gloo", timeout=LONGEST_WAIT)
+        if rank():
+            sys.stdout = open(os.devnull, "w", encoding="utf-8")
+        if cuda:
+            torch.cuda.set_device(own)
+    return own
 
 
 def fix_order_of_sums() -> None:
@@ -94,7 +98,9 @@ def deal(items: int) -> list[tuple[int, bool]]:
     """This rank's share of range(items), as (index, True). Where other ranks have one more, the last is (0,
     False): to be done like the rest, since a sharded model needs every rank (else this one would only wait),
     and not to be counted."""
-    return [(i, True) if i < items else (0, False) for i in range(rank(), items + -items % size(), size())]
+    rounds = -(-items // size())
+    mine = range(rank(), rounds * size(), size())
+    return [(i, True) if i < items else (0, False) for i in mine]
 
 
 def gather(own: list) -> list:
@@ -118,18 +124,22 @@ def barrier() -> None:
 
 
 def sum_gradients_(parameters) -> None:
-    """All-reduce: replace every gradient by its sum over ranks, in one message. Sharded ones were summed during
-    the backward."""
-    parameters = [parameter for parameter in parameters if not is_sharded(parameter)]
-    if size() == 1 or not parameters:
+    """All-reduce: replace every gradient by its sum over ranks, in one message. Sharded ones were summed
+    during the backward."""
+    whole = [parameter for parameter in parameters if not is_sharded(parameter)]
+    if size() == 1 or not whole:
         return
-    for parameter in parameters:
-        if parameter.grad is None:
-            parameter.grad = torch.zeros_like(parameter)
-    flat = torch.cat([parameter.grad.reshape(-1) for parameter in parameters])
+    flat = torch.cat([flat_gradient(parameter) for parameter in whole])
     dist.all_reduce(flat)
-    for parameter, part in zip(parameters, flat.split([parameter.numel() for parameter in parameters])):
+    parts = flat.split([parameter.numel() for parameter in whole])
+    for parameter, part in zip(whole, parts):
         parameter.grad = part.view_as(parameter)
+
+
+def flat_gradient(parameter: Tensor) -> Tensor:
+    """Zeros where this rank had nothing to learn it from."""
+    gradient = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+    return gradient.reshape(-1)
 
 
 def largest(number: int, device: torch.device) -> int:
@@ -146,19 +156,19 @@ def on_first(work: Callable):
     fails on bad input or a full disk the first rank says why, and the others leave with it."""
     if size() == 1:
         return work()
-    message = [None, None]
+    result, failed = None, None
     if rank() == 0:
         try:
-            message = [work(), None]
+            result = work()
         except (ValueError, OSError) as error:
-            message = [None, error]
-    dist.broadcast_object_list(message, src=0)
-    result, error = message
-    if error is not None and rank():
+            failed = error
+    message = [result, failed is not None]
+    dist.broadcast_object_list(message)
+    if failed:
+        raise failed
+    if message[1]:
         sys.exit(2)
-    if error is not None:
-        raise error
-    return result
+    return message[0]
 
 
 # ---------------------------------------------------------------------------------------------- shared models
@@ -221,8 +231,8 @@ def fill_(model, name: str, parameter: Tensor, rows: Tensor) -> None:
     filled = DTensor.from_local(rows, parameter.device_mesh, parameter.placements, run_check=False,
                                 shape=parameter.shape, stride=parameter.stride())
     module, _, attribute = name.rpartition(".")
-    setattr(model.get_submodule(module), attribute,
-            torch.nn.Parameter(filled, requires_grad=parameter.requires_grad))
+    learned = torch.nn.Parameter(filled, requires_grad=parameter.requires_grad)
+    setattr(model.get_submodule(module), attribute, learned)
 
 
 def shard_(model: llama.Llama) -> None:
@@ -260,6 +270,6 @@ def run(main: Callable) -> None:
         except RuntimeError as error:
             if "by peer" not in str(error):  # gloo's words for a rank that is gone
                 raise
-            raise InputError("the connection to another rank broke: it failed, or was killed, for want of memory "
-                             "perhaps; the same command goes on from the last checkpoint") from None
+            raise InputError("the connection to another rank broke: it failed, or was killed, for want of "
+                             "memory perhaps; the same command goes on from the last checkpoint") from None
     files.run(work)

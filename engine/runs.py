@@ -12,6 +12,7 @@
 Everything is written under a temporary name and renamed, so a file that is there is whole.
 """
 
+import itertools
 import json
 import os
 import platform
@@ -25,11 +26,12 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from engine import ranks
-from engine.files import (InputError, empty_directory, fingerprint, put_in_place, read_json, remove,
-                          write_json, write_text, writing)
+from engine.files import (InputError, empty_directory, fingerprint, first_difference, put_in_place, read_json,
+                          remove, write_json, write_text, writing)
 from formats.weights import save_tensors
 
 CHECKPOINTS_KEPT = 2
+STATE = ("weight", "step", "exp_avg", "exp_avg_sq")     # of a parameter: itself, and what AdamW knows of it
 READ = ("model", "data", "eval_data", "translator")     # flags that name what a run reads: never moved away
 
 
@@ -46,29 +48,28 @@ def open_run(directory, flags: dict, inputs: dict, chosen: dict, fresh: bool = F
     """(run directory, what it chose when it began) for these flags and inputs: made, or taken up again when
     config.json says the same.
 
-    flags: the identity of the run. inputs: a hash of each file it reads, by the flag that names it. chosen: what
-    this machine would choose where a flag says auto; a run that goes on keeps what it chose when it began.
-    InputError, naming the first difference, when the directory belongs to another run; nothing in it is touched
-    then. fresh: a run that is there is renamed aside.
+    flags: the identity of the run. inputs: a hash of each file it reads, by the flag that names it. chosen:
+    what this machine would choose where a flag says auto; a run that goes on keeps what it chose when it began.
+    InputError, naming the first difference, when the directory belongs to another run; nothing in it is
+    touched then. fresh: a run that is there is renamed aside.
     """
     directory = Path(directory)
-    config = {"flags": flags, "inputs": inputs, "chosen": chosen, "seed": flags["seed"],
-              "versions": {"python": platform.python_version(), "torch": torch.__version__}}
     path = directory / "config.json"
-    try:
+    versions = {"python": platform.python_version(), "torch": torch.__version__}
+    with writing(directory):
         if fresh:
             move_aside(directory, [Path(flags[name]) for name in READ if flags.get(name)])
         before = read_run(path)
-        if before is not None and list(directory.iterdir()) == [path]:
-            before = None                    # it stopped before it had anything: its input was refused
-            path.unlink()
-        if before is None:
-            check_vacant(directory)
-            write_json(path, config)
+        there = {entry.name for entry in directory.iterdir()} if directory.exists() else set()
+        # A kill leaves half a config.json; a run whose input was refused, nothing else.
+        if not there - {"config.json.tmp", before and "config.json"}:
+            write_json(path, {"flags": flags, "inputs": inputs, "chosen": chosen, "seed": flags["seed"],
+                              "versions": versions})
             return directory, chosen
-        compare_runs(directory, before, config)
-    except OSError as error:
-        raise InputError(f"cannot write to {directory} ({error.strerror}): choose another --out") from None
+    if before is None:
+        raise InputError(f"{directory} is not empty and holds no run (config.json is missing, damaged or "
+                         f"another program's): choose another --out")
+    compare_runs(directory, before, flags, inputs)
     print(f"{directory} is there with the same settings: going on where it stopped (--fresh starts over)")
     return directory, before.get("chosen", chosen)
 
@@ -84,30 +85,17 @@ def read_run(path: Path) -> dict | None:
     return config if whole else None
 
 
-def compare_runs(directory: Path, before: dict, config: dict) -> None:
+def compare_runs(directory: Path, before: dict, flags: dict, inputs: dict) -> None:
     """InputError that names the first difference between two runs."""
-    for key in {**before["flags"], **config["flags"]}:
-        old, new = before["flags"].get(key), config["flags"].get(key)
-        if old != new:
-            raise InputError(f"{directory} belongs to a run with {key} = {old!r}, now it is {new!r}: "
-                             f"choose another --out, or start over with --fresh")
-    for key in {**before["inputs"], **config["inputs"]}:
-        if before["inputs"].get(key) != config["inputs"].get(key):
-            name = config["flags"].get(key) or f"the {key} of {config['flags'].get('model')}"
-            raise InputError(f"{directory} belongs to a run that began with another content of --{key}: the "
-                             f"contents of {name} changed; choose another --out, or start over with --fresh")
-
-
-def check_vacant(directory: Path) -> None:
-    """InputError unless a run can begin here: nothing is there but what a kill leaves while config.json is being
-    written."""
-    path, half = directory / "config.json", directory / "config.json.tmp"
-    if not directory.exists() or not set(directory.iterdir()) - {half}:
-        return
-    if path.exists():
-        raise InputError(f"{directory} is not empty and its config.json is not a run's, or damaged: "
-                         f"choose another --out")
-    raise InputError(f"{directory} is not empty and holds no run: choose another --out")
+    key = first_difference(before["flags"], flags)
+    if key is not None:
+        raise InputError(f"{directory} belongs to a run with {key} = {before['flags'].get(key)!r}, now it is "
+                         f"{flags.get(key)!r}: choose another --out, or start over with --fresh")
+    key = first_difference(before["inputs"], inputs)
+    if key is not None:
+        name = flags.get(key) or f"the {key} of {flags.get('model')}"
+        raise InputError(f"{directory} belongs to a run that began with another content of --{key}: the "
+                         f"contents of {name} changed; choose another --out, or start over with --fresh")
 
 
 def move_aside(directory: Path, needed: list[Path]) -> None:
@@ -115,11 +103,10 @@ def move_aside(directory: Path, needed: list[Path]) -> None:
     if read_run(directory / "config.json") is None:
         return
     for kept in needed:
-        if kept.exists() and directory.resolve() in (kept.resolve(), *kept.resolve().parents):
+        if kept.exists() and kept.resolve().is_relative_to(directory.resolve()):
             raise InputError(f"--fresh would move {kept} away, which the new run reads: choose another --out")
-    number = 1
-    while (aside := directory.with_name(f"{directory.name}.old-{number}")).exists():
-        number += 1
+    names = (directory.with_name(f"{directory.name}.old-{number}") for number in itertools.count(1))
+    aside = next(name for name in names if not name.exists())
     os.replace(directory, aside)
     print(f"{directory} is now {aside}: delete it when nobody needs it")
 
@@ -172,33 +159,29 @@ class StopSignal:
 
 # ---------------------------------------------------------------------------------------- reference log-probs
 
-def load_reference(run: Path, key: str, sizes: list[int]) -> list[Tensor] | None:
-    """Summed log-probs (S,) per micro-batch from the cache file of this key; None when there is none, or it
-    is damaged or holds anything but finite log-probs of these sizes: then they are computed again."""
+def load_reference(path: Path, sizes: list[int]) -> list[Tensor] | None:
+    """Summed log-probs (S,) per micro-batch; None when there is no whole file: then they are made again."""
     try:
-        flat = load_file(run / "reference" / f"{key}.safetensors")["logp"]
-    except (OSError, SafetensorError, KeyError):
+        return list(load_file(path)["logp"].split(sizes))
+    except (OSError, SafetensorError):
         return None
-    sound = (flat.shape == (sum(sizes),) and flat.dtype in (torch.float32, torch.float64)
-             and bool(flat.isfinite().all()))
-    return list(flat.split(sizes)) if sound else None
+
+
+def save_reference(path: Path, sums: list[Tensor]) -> None:
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        save_tensors(path, {"logp": torch.cat(sums)})
 
 
 def cached_reference(run: Path, key: str, sizes: list[int], compute) -> list[Tensor]:
-    """Summed log-probs (S,) per micro-batch: from the cache file of this key, else by compute(), and kept."""
-    sums = ranks.on_first(lambda: load_reference(run, key, sizes))
+    """Summed log-probs (S,) per micro-batch: from the cache file of this key, which says all that they depend
+    on, else by compute(), and kept."""
+    path = run / "reference" / f"{key}.safetensors"
+    sums = ranks.on_first(lambda: load_reference(path, sizes))
     if sums is None:
         sums = compute()
-        ranks.on_first(lambda: save_reference(run, key, sums))
+        ranks.on_first(lambda: save_reference(path, sums))
     return sums
-
-
-def save_reference(run: Path, key: str, sums: list[Tensor]) -> None:
-    path = run / "reference" / f"{key}.safetensors"
-    with writing(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        remove(path)                                               # which load_reference found no use for
-        save_tensors(path, {"logp": torch.cat(sums)})
 
 
 # ------------------------------------------------------------------------------------------------ checkpoints
@@ -210,31 +193,31 @@ def save_checkpoint(directory: Path, step: int, parameters: dict[str, Tensor], o
     temporary = path.with_name(path.name + ".tmp")
 
     def finish() -> None:
-        write_json(temporary / "state.json", {"step": step, "parts": parts})
         put_in_place(temporary, path)
-        # one of a later step was passed over when this run went on: damaged
-        prune(directory, [old for old in checkpoints(directory) if step_of(old) <= step][-CHECKPOINTS_KEPT:])
+        prune(directory, step)
     with writing(path):
         ranks.on_first(lambda: empty_directory(temporary))
         part, parts = own_part(parameters)
         if parts > 1 or ranks.rank() == 0:
-            save_tensors(temporary / f"state-{part}.safetensors", state_tensors(parameters, optimizer))
+            save_tensors(temporary / file_name(part, parts), state_tensors(parameters, optimizer))
         ranks.barrier()
         ranks.on_first(finish)
 
 
 def checkpoints(directory: Path) -> list[Path]:
     """Oldest first."""
-    return sorted((path for path in directory.glob("step-*") if re.fullmatch("step-[0-9]+", path.name)),
-                  key=step_of)
+    found = [path for path in directory.glob("step-*") if re.fullmatch("step-[0-9]+", path.name)]
+    return sorted(found, key=step_of)
 
 
 def step_of(path: Path) -> int:
     return int(path.name.removeprefix("step-"))
 
 
-def prune(directory: Path, kept: list[Path]) -> None:
-    """Delete the checkpoints not to be kept, and what a kill left of others."""
+def prune(directory: Path, step: int) -> None:
+    """Delete all checkpoints but the last two up to this step: later ones were passed over, damaged. And
+    what a kill left of others."""
+    kept = [path for path in checkpoints(directory) if step_of(path) <= step][-CHECKPOINTS_KEPT:]
     for path in set(directory.glob("step-*")) - set(kept):
         if re.fullmatch(r"step-[0-9]+(\.tmp|\.old)?", path.name):
             remove(path)
@@ -245,96 +228,86 @@ def own_part(parameters: dict[str, Tensor]) -> tuple[int, int]:
     return (ranks.rank(), ranks.size()) if any(map(ranks.is_sharded, parameters.values())) else (0, 1)
 
 
+def file_name(part: int, parts: int) -> str:
+    return f"state-{part}-of-{parts}.safetensors"
+
+
 def state_tensors(parameters: dict[str, Tensor], optimizer) -> dict[str, Tensor]:
     tensors = {}
     for name, parameter in parameters.items():
-        for kind, value in {"weight": parameter.detach(), **optimizer.state[parameter]}.items():
-            tensors[f"{kind}.{name}"] = ranks.local(value).cpu().contiguous()
+        state = {"weight": parameter.detach()} | optimizer.state[parameter]
+        for kind in STATE:
+            tensors[f"{kind}.{name}"] = ranks.local(state[kind]).cpu().contiguous()
     return tensors
 
 
 def load_checkpoint(directory: Path, parameters: dict[str, Tensor], optimizer) -> int:
     """Restore the newest whole checkpoint into parameters and optimiser; the number of steps done
     (0 without one). One that any rank finds damaged is named and passed over."""
-    device, found = next(iter(parameters.values())).device, checkpoints(directory)
-    for i, path in reversed(list(enumerate(found))):
+    device = next(iter(parameters.values())).device
+    for path in reversed(checkpoints(directory)):
         ranks.on_first(lambda: refuse_other_ranks(path, parameters))
-        try:
-            step, tensors = read_checkpoint(path, parameters)
-        except InputError as error:
-            step, why = -1, error
-        if not ranks.largest(int(step < 0), device):
-            restore_(parameters, optimizer, tensors)
-            ranks.on_first(lambda: prune(directory, found[max(i + 1 - CHECKPOINTS_KEPT, 0):]))
-            return step
-        print(f"checkpoint passed over, going back to the one before: "
-              f"{why if step < 0 else f'{path} is damaged'}")
+        tensors = read_checkpoint(path, parameters)
+        if ranks.largest(int(tensors is None), device):
+            print(f"checkpoint passed over, going back to the one before: {path} is damaged")
+            continue
+        restore_(parameters, optimizer, tensors)
+        ranks.on_first(lambda: prune(directory, step_of(path)))
+        return step_of(path)
     return 0
 
 
 def refuse_other_ranks(path: Path, parameters: dict[str, Tensor]) -> None:
     """InputError when another number of ranks wrote the checkpoint: no rank would find its part."""
-    try:
-        written = read_json(path / "state.json").get("parts")
-    except InputError:                                             # damaged: read_checkpoint says so
-        return
-    parts = own_part(parameters)[1]
-    if type(written) is int and written > 0 and written != parts:
-        raise InputError(f"{path} was written by {written} ranks with --shard, now there are {parts}: "
-                         f"start as many, or start over with --fresh")
+    _, parts = own_part(parameters)
+    for file in path.glob("state-*-of-*.safetensors"):
+        written = file.stem.rpartition("-")[2]
+        if written != str(parts):
+            raise InputError(f"{path} was written by {written} ranks with --shard, now there are {parts}: "
+                             f"start as many, or start over with --fresh")
 
 
-def read_checkpoint(path: Path, parameters: dict[str, Tensor]) -> tuple[int, dict[str, Tensor]]:
-    """Step and tensors of this rank's part of a checkpoint. InputError when it is damaged or incomplete."""
-    state, (part, _) = read_json(path / "state.json"), own_part(parameters)
-    step, written = state.get("step"), state.get("parts")
-    if type(step) is not int or not 0 < step == step_of(path) or type(written) is not int or written < 1:
-        raise InputError(f"{path}/state.json is damaged (step {step!r:.20}, parts {written!r:.20})")
+def read_checkpoint(path: Path, parameters: dict[str, Tensor]) -> dict[str, Tensor] | None:
+    """This rank's part of a checkpoint; None when it is damaged or incomplete."""
     try:
-        tensors = load_file(path / f"state-{part}.safetensors")
-    except (OSError, SafetensorError) as error:
-        raise InputError(f"{path}/state-{part}.safetensors cannot be read ({error})") from None
-    for name, parameter in parameters.items():
-        for kind, shape in {"weight": ranks.local(parameter).shape, "exp_avg": ranks.local(parameter).shape,
-                            "exp_avg_sq": ranks.local(parameter).shape, "step": ()}.items():
-            if f"{kind}.{name}" not in tensors or tensors[f"{kind}.{name}"].shape != shape:
-                raise InputError(f"{path}: {kind}.{name} is missing or has another shape")
-    return step, tensors
+        tensors = load_file(path / file_name(*own_part(parameters)))
+    except (OSError, SafetensorError):
+        return None
+    names = {f"{kind}.{name}" for kind in STATE for name in parameters}
+    return tensors if names <= tensors.keys() else None
 
 
 @torch.no_grad()
 def restore_(parameters: dict[str, Tensor], optimizer, tensors: dict[str, Tensor]) -> None:
     for name, parameter in parameters.items():
         ranks.local(parameter).copy_(tensors[f"weight.{name}"])
-        state = {"step": tensors[f"step.{name}"]}                  # on the CPU, unless AdamW is fused
-        if optimizer.defaults["fused"]:
-            state["step"] = state["step"].to(parameter.device)
+        step = tensors[f"step.{name}"]
+        if optimizer.defaults["fused"]:                            # else AdamW has it on the CPU
+            step = step.to(parameter.device)
+        state = optimizer.state[parameter] = {"step": step}
         for moment in ("exp_avg", "exp_avg_sq"):
             state[moment] = torch.zeros_like(parameter)
             ranks.local(state[moment]).copy_(tensors[f"{moment}.{name}"])
-        optimizer.state[parameter] = state
 
 
 class Metrics:
-    """metrics.jsonl, one line a step, and TensorBoard's curves when they are wanted. Lines past step `done`, where
-    the checkpoint is, are dropped: a killed run wrote further. Only the first rank writes."""
+    """metrics.jsonl, one line a step, and TensorBoard's curves when they are wanted. Lines past step `done`,
+    where the checkpoint is, are dropped: a killed run wrote further. Only the first rank writes."""
 
     def __init__(self, directory: Path, done: int, tensorboard: bool = False):
         directory.mkdir(parents=True, exist_ok=True)
         path = directory / "metrics.jsonl"
-        ranks.on_first(lambda: truncate_metrics(path, done if done else -1))
-        writes = ranks.rank() == 0
-        self.file = open(path if writes else os.devnull, "a", encoding="utf-8", buffering=1)
+        ranks.on_first(lambda: truncate_metrics(path, done))
+        first = ranks.rank() == 0
+        self.file = open(path if first else os.devnull, "a", encoding="utf-8", buffering=1)
         self.board = None
-        if tensorboard and writes:
+        if tensorboard and first:
             from torch.utils.tensorboard import SummaryWriter
             self.board = SummaryWriter(str(directory / "tensorboard"), purge_step=done)
 
     def write(self, metrics: dict) -> None:
         self.file.write(json.dumps(metrics) + "\n")
-        if self.board is None:
-            return
-        for name, value in metrics.items():
+        for name, value in metrics.items() if self.board else ():
             if isinstance(value, (int, float)) and name != "step":
                 self.board.add_scalar(name, value, metrics["step"])
 
@@ -346,14 +319,16 @@ class Metrics:
 
 
 def truncate_metrics(path: Path, done: int) -> None:
-    """Keep the lines of steps 0 to `done`, none for -1: a killed run wrote further than its checkpoint,
-    perhaps half a line. InputError when one of those is missing or damaged: nothing writes it again."""
+    """Keep the lines of steps 0 to `done`, none where none is done: a killed run wrote further than its
+    checkpoint, perhaps half a line. InputError when one of those is missing or damaged: nothing writes it
+    again."""
+    steps = list(range(done + 1)) if done else []
     try:
-        lines = path.read_bytes().split(b"\n")[:done + 1] if done >= 0 else []
-        sound = [json.loads(line.decode())["step"] for line in lines] == list(range(done + 1))
+        lines = path.read_text("utf-8", "replace").split("\n")[:len(steps)] if steps else []
+        sound = [json.loads(line)["step"] for line in lines] == steps
     except (OSError, ValueError, TypeError, KeyError, RecursionError):
         sound = False
     if not sound:
         raise InputError(f"{path} is damaged: not every step up to {done}, where the checkpoint is, "
-                        f"has its line: start over with --fresh, or choose another --out")
-    write_text(path, "".join(line.decode() + "\n" for line in lines))
+                         f"has its line: start over with --fresh, or choose another --out")
+    write_text(path, "".join(line + "\n" for line in lines))

@@ -5,8 +5,8 @@ formula stands where it is computed, with its reason. Letters as in model.py: H 
 V vocabulary, Q query heads, G kv heads, D head width, R LoRA rank. A GB is 1e9 bytes.
 
 Exact: parameters. Held against the program by the tests: the bytes a forward pass keeps for its backward, on
-the CPU. An estimate: everything of a GPU, whose achieved rate of matrix products is an argument and no promise;
-torch.compile keeps less than is counted here.
+the CPU. An estimate: everything of a GPU, whose achieved rate of matrix products is an argument and no
+promise; torch.compile keeps less than is counted here.
 """
 
 import contextlib
@@ -36,79 +36,6 @@ MEMORY_FLAGS = "--micro-rows 1, --recompute, half of --row-tokens, --dtype bf16,
 CONTEXT_BYTES = 1.5 * GB                 # a CUDA context, cuBLAS's workspace, what the allocator rounds up
 
 
-# ------------------------------------------------------------------------------------------------- parameters
-
-def attention_shapes(c: Config) -> dict[str, tuple[int, int]]:
-    """(out, in) of the four projections of a block."""
-    QD, GD = c.num_attention_heads * c.head_dim, c.num_key_value_heads * c.head_dim
-    H = c.hidden_size
-    return {"q_proj": (QD, H), "k_proj": (GD, H), "v_proj": (GD, H), "o_proj": (H, QD)}
-
-
-def parameters(c: Config) -> dict[str, int]:
-    """Number of parameters by part; their sum is the model's. A tied head counts once, as the embedding."""
-    H, F, V, L = c.hidden_size, c.intermediate_size, c.vocab_size, c.num_hidden_layers
-    shapes = attention_shapes(c)
-    biases = c.qkv_bias * sum(shapes[name][0] for name in ("q_proj", "k_proj", "v_proj")) + c.o_bias * H
-    return {"embedding": V * H, "head": 0 if c.tie_word_embeddings else V * H,
-            "attention": L * (sum(rows * columns for rows, columns in shapes.values()) + biases),
-            "mlp": L * (3 * H * F + c.mlp_bias * (2 * F + H)),
-            "norms": L * (2 * H + c.qk_norm * 2 * c.head_dim) + H}
-
-
-def trainable_parameters(c: Config, train: str = "lora", rank: int = 16) -> int:
-    """lora: R (in + out) for each projection, whose B is out x R and A is R x in; attention: the projections;
-    full: all."""
-    if train == "lora":
-        return c.num_hidden_layers * rank * sum(map(sum, attention_shapes(c).values()))
-    counts = parameters(c)
-    return counts["attention"] if train == "attention" else sum(counts.values())
-
-
-# ------------------------------------------------------------------------------------------------ activations
-
-def block_bytes(c: Config, train: str = "lora", rank: int = 16, itemsize: int = 4, device: str = "cuda",
-                first: bool = False) -> float:
-    """Bytes a block keeps per token of a row, for its backward. first: the input of the first block needs no
-    gradient unless the embedding is trained."""
-    H, F = c.hidden_size, c.intermediate_size
-    QD, GD = c.num_attention_heads * c.head_dim, c.num_key_value_heads * c.head_dim
-    full, wide = train == "full", max(4, itemsize)
-    heads, kv_heads = c.num_attention_heads, c.num_key_value_heads
-    norm = H * itemsize + wide                         # input, 1 / rms in fp32
-    kept = 0 if first and not full else norm
-    kept += H * itemsize                               # input of q, k, v: for the gradients of their weights
-    kept += (device != "cpu") * QD * itemsize          # input of o, where it isn't attention's result itself
-    if train == "lora":
-        kept += 4 * rank * itemsize                    # A x, for the gradient of B
-    if c.qk_norm:
-        kept += (QD + GD) * itemsize + (heads + kv_heads) * wide
-    kept += 2 * (QD + GD) * itemsize + heads * wide    # q, k, v, the result, its log-sum-exp
-    kept += norm + full * H * itemsize                 # second norm; input of gate and up if they learn
-    return kept + (2 + full) * F * itemsize            # gate and up (SwiGLU); their product if down learns
-
-
-def activation_bytes(c: Config, tokens: int, train: str = "lora", recompute: bool = False,
-                     rank: int = 16, itemsize: int = 4, device: str = "cuda") -> float:
-    """Bytes all blocks keep for the backward of one micro-batch of so many row tokens.
-
-    With recompute a block keeps its input, H per token; in the backward one block at a time is run again.
-    """
-    blocks = [block_bytes(c, train, rank, itemsize, device, first=i == 0) for i in range(c.num_hidden_layers)]
-    final = c.hidden_size * itemsize + max(4, itemsize)                                    # of the last norm
-    if recompute:
-        return tokens * (c.num_hidden_layers * c.hidden_size * itemsize + max(blocks) + final)
-    return tokens * (sum(blocks) + final)
-
-
-def working_bytes(c: Config, tokens: int, itemsize: int = 4) -> float:
-    """What a block's backward holds at once besides: gradients of gate, up, their product and one temporary,
-    and four tensors of the width of x."""
-    return tokens * (4 * c.intermediate_size + 4 * c.hidden_size) * itemsize
-
-
-# ----------------------------------------------------------------------------------------------------- memory
-
 @dataclass(frozen=True)
 class Plan:
     """How a model is trained, and on what. tflops: TFLOP/s a device achieves; link_gb: GB/s it sends."""
@@ -124,30 +51,120 @@ class Plan:
     device: str = "cuda"
     link_gb: float = 50.0
 
+    @property
+    def tokens(self) -> int:
+        """Of a micro-batch."""
+        return self.row_tokens * self.micro_rows
+
+    @property
+    def itemsize(self) -> int:
+        return DTYPES[self.dtype].itemsize
+
+
+# ------------------------------------------------------------------------------------------------- parameters
+
+def attention_shapes(c: Config) -> dict[str, tuple[int, int]]:
+    """(out, in) of the four projections of a block."""
+    H = c.hidden_size
+    QD = c.num_attention_heads * c.head_dim
+    GD = c.num_key_value_heads * c.head_dim
+    return {"q_proj": (QD, H), "k_proj": (GD, H), "v_proj": (GD, H), "o_proj": (H, QD)}
+
+
+def parameters(c: Config) -> dict[str, int]:
+    """Number of parameters by part; their sum is the model's. A tied head counts once, as the embedding."""
+    H, F, V, L = c.hidden_size, c.intermediate_size, c.vocab_size, c.num_hidden_layers
+    shapes = attention_shapes(c)
+    attention = sum(rows * columns for rows, columns in shapes.values())
+    attention += c.qkv_bias * sum(shapes[name][0] for name in ("q_proj", "k_proj", "v_proj"))
+    attention += c.o_bias * H
+    return {"embedding": V * H,
+            "head": 0 if c.tie_word_embeddings else V * H,
+            "attention": L * attention,
+            "mlp": L * (3 * H * F + c.mlp_bias * (2 * F + H)),
+            "norms": L * (2 * H + c.qk_norm * 2 * c.head_dim) + H}
+
+
+def trainable_parameters(c: Config, train: str = "lora", rank: int = 16) -> int:
+    """lora: R (in + out) for each projection, whose B is out x R and A is R x in; attention: the projections;
+    full: all."""
+    if train == "lora":
+        return c.num_hidden_layers * rank * sum(map(sum, attention_shapes(c).values()))
+    counts = parameters(c)
+    return counts["attention"] if train == "attention" else sum(counts.values())
+
+
+# ------------------------------------------------------------------------------------------------ activations
+
+def norm_bytes(c: Config, plan: Plan) -> int:
+    """Bytes a norm keeps per token: its input, and 1 / rms in fp32."""
+    return c.hidden_size * plan.itemsize + max(4, plan.itemsize)
+
+
+def block_bytes(c: Config, plan: Plan, first: bool = False) -> float:
+    """Bytes a block keeps per token of a row, for its backward. first: the input of the first block needs no
+    gradient unless the embedding is trained."""
+    H = c.hidden_size
+    b = plan.itemsize
+    wide = max(4, b)
+    full = plan.train == "full"
+    heads = c.num_attention_heads
+    QD, _ = attention_shapes(c)["q_proj"]
+    GD, _ = attention_shapes(c)["k_proj"]
+    kept = 0 if first and not full else norm_bytes(c, plan)
+    kept += H * b                                      # input of q, k, v: for the gradients of their weights
+    if plan.device != "cpu":
+        kept += QD * b                                 # input of o, where it isn't attention's result itself
+    if plan.train == "lora":
+        kept += 4 * plan.rank * b                      # A x, for the gradient of B
+    if c.qk_norm:
+        kept += (QD + GD) * b + (heads + c.num_key_value_heads) * wide
+    kept += 2 * (QD + GD) * b + heads * wide           # q, k, v, the result, its log-sum-exp
+    kept += norm_bytes(c, plan) + full * H * b         # second norm; input of gate and up if they learn
+    kept += (2 + full) * c.intermediate_size * b       # gate and up (SwiGLU); their product if down learns
+    return kept
+
+
+def activation_bytes(c: Config, plan: Plan) -> float:
+    """Bytes all blocks and the last norm keep for the backward of one micro-batch.
+
+    With recompute a block keeps its input, H per token; in the backward one block at a time is run again.
+    """
+    blocks = [block_bytes(c, plan, first=i == 0) for i in range(c.num_hidden_layers)]
+    kept = sum(blocks)
+    if plan.recompute:
+        kept = c.num_hidden_layers * c.hidden_size * plan.itemsize + max(blocks)
+    return plan.tokens * (kept + norm_bytes(c, plan))
+
+
+# ----------------------------------------------------------------------------------------------------- memory
 
 def memory(c: Config, plan: Plan) -> dict[str, float]:
     """Bytes of one device, by what they are for; their sum is the estimate of its peak."""
-    b, tokens, counts = DTYPES[plan.dtype].itemsize, plan.row_tokens * plan.micro_rows, parameters(c)
+    b = plan.itemsize
+    cuda = plan.device == "cuda"
+    counts = parameters(c)
     learned = trainable_parameters(c, plan.train, plan.rank)
     frozen = sum(counts.values()) - (0 if plan.train == "lora" else learned)
     parts = plan.gpus if plan.shard else 1                       # FSDP2 splits every tensor evenly
     root = counts["embedding"] + counts["head"]
     block = (counts["attention"] + counts["mlp"]) / c.num_hidden_layers
-    chunk = GPU_CHUNK_BYTES if plan.device == "cuda" else CPU_CHUNK_ROWS * CPU_TILE_WORDS * 4
-    logits = min(chunk, tokens * c.vocab_size * 4)               # the log-prob op's one buffer
+    gradients = root + 2 * block if plan.train == "full" else 2 * learned / c.num_hidden_layers
+    chunk = GPU_CHUNK_BYTES if cuda else CPU_CHUNK_ROWS * CPU_TILE_WORDS * 4
+    logits = min(chunk, plan.tokens * c.vocab_size * 4)          # the log-prob op's one buffer
     return {"frozen weights": b * frozen / parts,
             "trainables, gradients, AdamW": TRAINABLE_BYTES * learned / parts,
             # Copies in compute type, kept until the backward has passed: the trainables are fp32.
-            "trainables, cast": 0 if plan.shard or plan.dtype in ("fp32", "fp64") else b * learned,
+            "trainables, cast": 0 if plan.shard or b >= 4 else b * learned,
             # The root (embedding, head) stays whole during a step; of blocks the running one and the next.
-            "gathered weights": b * (root + 2 * block) if plan.shard else 0,
-            "activations": activation_bytes(c, tokens, plan.train, plan.recompute, plan.rank, b, plan.device),
-            "head": logits + tokens * c.hidden_size * b,         # and the directions (N, H)
+            "gathered weights": plan.shard * b * (root + 2 * block),
+            "activations": activation_bytes(c, plan),
+            "head": logits + plan.tokens * c.hidden_size * b,    # and the directions (N, H)
             # Gradients are whole until they are split: the root's, and a block's while the next is computed.
-            "gradients before the split": plan.shard * 4 * (
-                root + 2 * block if plan.train == "full" else 2 * learned / c.num_hidden_layers),
-            "working": working_bytes(c, tokens, b),
-            "the program itself": CONTEXT_BYTES if plan.device == "cuda" else HOST_BYTES}
+            "gradients before the split": plan.shard * 4 * gradients,
+            # Of a block's backward: gradients of gate, up, their product, a temporary; four as wide as x.
+            "working": plan.tokens * 4 * (c.intermediate_size + c.hidden_size) * b,
+            "the program itself": CONTEXT_BYTES if cuda else HOST_BYTES}
 
 
 def fitting_micro_rows(c: Config, plan: Plan, device_bytes: float) -> int:
@@ -174,9 +191,9 @@ def choose(c: Config, plan: Plan, device: torch.device) -> Plan:
 
 # ------------------------------------------------------------------------------------------------------- time
 
-def token_flops(c: Config, train: str = "lora", rank: int = 16,
-                recompute: bool = False) -> dict[str, float]:
-    """FLOPs per token of a packed row, all of whose tokens are predicted (an upper bound: prompts are not).
+def token_flops(c: Config, plan: Plan) -> tuple[float, float]:
+    """FLOPs per token of a packed row, all of whose tokens are predicted (an upper bound: prompts are not):
+    of a training step, of the reference pass.
 
     A product costs 2 FLOPs a weight and token, forward; as much again for the gradient of its input; and as
     much once more for that of its weight, where it learns. The head: 2HV forward, 2HV for the gradient of its
@@ -184,30 +201,28 @@ def token_flops(c: Config, train: str = "lora", rank: int = 16,
     left out: in rows of forks they are a few percent.
     """
     counts = parameters(c)
-    body, head = counts["attention"] + counts["mlp"], c.vocab_size * c.hidden_size
-    learned = {"lora": trainable_parameters(c, "lora", rank), "attention": counts["attention"],
-               "full": body}[train]
-    once = 2 * (body + learned if train == "lora" else body)     # LoRA's products come beside the frozen ones
-    return {"forward": once, "backward": once + 2 * learned, "head": (6 if train == "full" else 4) * head,
-            "recompute": once if recompute else 0, "reference": 2 * body + 2 * head}
+    body = counts["attention"] + counts["mlp"]
+    head = c.vocab_size * c.hidden_size
+    learned = body if plan.train == "full" else trainable_parameters(c, plan.train, plan.rank)
+    forward = 2 * (body + learned if plan.train == "lora" else body)     # LoRA's come beside the frozen ones
+    backward = forward + 2 * learned
+    step = (1 + plan.recompute) * forward + backward + (6 if plan.train == "full" else 4) * head
+    return step, 2 * body + 2 * head
 
 
 def step_seconds(c: Config, plan: Plan, tokens: float) -> dict[str, float]:
     """Seconds of an optimiser step over so many row tokens, dealt evenly to the devices; apart, those of the
     reference pass, which comes once, before training. Communication hides behind the products where it is
     shorter."""
-    flops = token_flops(c, plan.train, plan.rank, plan.recompute)
+    step, reference = token_flops(c, plan)
     each = max(tokens / plan.gpus, 1)
-    compute = each * (sum(flops.values()) - flops["reference"]) / (plan.tflops * 1e12)
-    learned, total = trainable_parameters(c, plan.train, plan.rank), sum(parameters(c).values())
-    b = DTYPES[plan.dtype].itemsize
+    micros = max(1, each / plan.tokens)
     share = (plan.gpus - 1) / plan.gpus                               # what a ring sends from each device
-    micros = max(1, each / (plan.row_tokens * plan.micro_rows))
-    gathered = micros * 2 * b * total * share if plan.shard else 0    # weights: in forward and backward
-    reduced = 2 * 4 * learned * share                                 # gradients: reduced, and sent back
-    sent = (gathered + reduced) / (plan.link_gb * GB)
-    return {"products": compute, "communication": sent, "step": max(compute, sent),
-            "reference": each * flops["reference"] / (plan.tflops * 1e12)}
+    weights = 2 * plan.itemsize * sum(parameters(c).values())         # gathered in forward and backward
+    gradients = 2 * 4 * trainable_parameters(c, plan.train, plan.rank)     # reduced, and sent back
+    sent = (plan.shard * micros * weights + gradients) * share / (plan.link_gb * GB)
+    rate = plan.tflops * 1e12
+    return {"step": max(each * step / rate, sent), "reference": each * reference / rate}
 
 
 # ------------------------------------------------------------------------------------------------ this machine
@@ -228,8 +243,8 @@ def peak_memory_gb() -> float:
 
 
 def stand_in(c: Config, layers: int, device: torch.device, dtype: torch.dtype) -> llama.Llama:
-    """A model of this shape with so many layers, for timing: its weights repeat a few random numbers, which is
-    quick. (Equal ones would give gradients so small that a CPU takes longer over them.)"""
+    """A model of this shape with so many layers, for timing: its weights repeat a few random numbers, which
+    is quick. (Equal ones would give gradients so small that a CPU takes longer over them.)"""
     with torch.device("meta"):
         model = llama.Llama(replace(c, num_hidden_layers=layers))
     model = model.to(dtype).to_empty(device=device).requires_grad_(False)
@@ -280,7 +295,7 @@ def memory_advice(device: str):
     try:
         yield
     except (MemoryError, RuntimeError) as error:                 # torch.OutOfMemoryError is a RuntimeError
-        text = str(error).splitlines()[0] if str(error) else "no memory"
+        text = next(iter(str(error).splitlines()), "no memory")
         full = isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in text
         if not full:
             raise
@@ -291,16 +306,10 @@ def memory_advice(device: str):
 
 # ------------------------------------------------------------------------------------------------------ print
 
-def recompute_saves(c: Config, plan: Plan) -> float:
-    """Bytes that --recompute saves."""
-    tokens, b = plan.row_tokens * plan.micro_rows, DTYPES[plan.dtype].itemsize
-    kept = [activation_bytes(c, tokens, plan.train, flag, plan.rank, b, plan.device) for flag in (False, True)]
-    return kept[0] - kept[1]
-
-
 def describe(c: Config, plan: Plan, available: float = DEVICE_BYTES) -> str:
     """Parameters and memory of a device, as text; available: bytes a device has."""
-    counts, parts = parameters(c), memory(c, plan)
+    counts = parameters(c)
+    parts = memory(c, plan)
     total = sum(parts.values())
     by_part = ", ".join(f"{name} {count:,}" for name, count in counts.items())
     where = "one device"
@@ -313,5 +322,6 @@ def describe(c: Config, plan: Plan, available: float = DEVICE_BYTES) -> str:
     verdict = "" if total < available else ": too much for the device"
     lines.append(f"  {'sum':30}{total / GB:9.3f} GB{verdict}")
     if not plan.recompute:
-        lines.append(f"  --recompute would save {recompute_saves(c, plan) / GB:.3f} GB")
+        saved = parts["activations"] - activation_bytes(c, replace(plan, recompute=True))
+        lines.append(f"  --recompute would save {saved / GB:.3f} GB")
     return "\n".join(lines)

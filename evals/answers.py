@@ -145,7 +145,7 @@ def reference_nll(model, tokenizer, rows: list[dict], languages: tuple[str, ...]
             print(f"a question with its answer in {language} has {longest} tokens, the model was made for "
                   f"{model.config.max_position_embeddings}: its bits per byte say little")
         room = max(packing.row_tokens, longest)
-        batches = data.micro_batches(forks, room, packing.micro_rows, packing.trim, ends=False)
+        batches = data.micro_batches(forks, room, packing.micro_rows, packing.trim)
         found = {}
         for batch, sums in zip(batches, summed_logps(model, batches, f"expected answers {language}")):
             found |= zip(batch.order, sums.tolist())

@@ -386,7 +386,7 @@ def fork_logps(model, forks: list[data.Fork], batch_tokens: int):
     prefix = llama.keys_and_values(model, shared)
     rest = [replace(fork, prompt=fork.prompt[len(shared):]) for fork in forks]
     longest = max(fork.length for fork in rest)
-    for batch in data.micro_batches(rest, max(batch_tokens, longest), 1, ends=False):
+    for batch in data.micro_batches(rest, max(batch_tokens, longest), 1):
         sums = llama.continuation_logps(model, batch.to(model.head.device), prefix).cpu()
         parts = sums.split([len(fork.continuations) for fork in batch.forks])
         yield from zip(batch.order, [part.tolist() for part in parts])

@@ -1,1 +1,1 @@
-"""What other programs write and read: checkpoints, tokenizers and templates, data files, hub ids, languages."""
+"""What others write and read: checkpoints, tokenizers and templates, data files, hub ids, languages."""

@@ -8,8 +8,9 @@ text). Templates are the checkpoint's own; a base model, which brings none, gets
 import hashlib
 import json
 import os.path
+import re
 from datetime import datetime
-from functools import cached_property, lru_cache
+from functools import cached_property, lru_cache, partial
 from itertools import groupby
 from pathlib import Path
 
@@ -51,13 +52,9 @@ def template_environment():
     def raise_exception(message):
         raise jinja2.TemplateError(message)
 
-    def to_json(value, ensure_ascii=False, indent=None, separators=None, sort_keys=False):
-        return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators,
-                          sort_keys=sort_keys)
-
     environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols", Generation])
-    environment.filters["tojson"] = to_json
+    environment.filters["tojson"] = partial(json.dumps, ensure_ascii=False)
     environment.globals |= {"raise_exception": raise_exception, "strftime_now": TEMPLATE_DATE.strftime}
     return environment
 
@@ -66,7 +63,8 @@ class Template:
     """A compiled chat template. reads: the variables it looks up; literals: every text in its source."""
 
     def __init__(self, source, variables, where):
-        self.where, self.variables = where, {"tools": None, "documents": None} | variables
+        self.where = where
+        self.variables = {"tools": None, "documents": None} | variables
         environment = template_environment()
         try:
             tree = environment.parse(source)
@@ -78,16 +76,16 @@ class Template:
         texts += [node.value for node in tree.find_all(jinja2.nodes.Const) if isinstance(node.value, str)]
         self.literals = "\n".join(texts)
         self.takes_parts = False
-        self.takes_parts = not self.writes_question() and self.writes_question(as_parts=True)
+        if not self.writes_question():
+            self.takes_parts = True
+            self.takes_parts = self.writes_question()
 
-    def writes_question(self, as_parts=False):
-        question = {"role": "user", "content": parts(USER) if as_parts else USER}
+    def writes_question(self):
         try:
-            text = self.render([question], asking=True)
+            text = self.render(question(USER), asking=True)
         except InputError:
             return False
-        printed = as_parts and (repr(USER) in text or json.dumps(USER) in text)  # the list as code
-        return USER in text and not printed
+        return re.search(rf"""(?<!['"]){USER}""", text) is not None      # and no list as code
 
     def refusal(self, what):
         return InputError(f"{self.where}: the chat template {what}: mend it, or put another into "
@@ -95,17 +93,19 @@ class Template:
 
     def render(self, messages, asking):
         """The text of messages; asking: with what stands before a reply."""
-        if self.takes_parts:
-            messages = [message | {"content": parts(message["content"])} for message in messages]
+        if self.takes_parts:        # as those of models that see images
+            messages = [message | {"content": [{"type": "text", "text": message["content"]}]}
+                        for message in messages]
         try:
             return self.template.render(messages=messages, add_generation_prompt=asking, **self.variables)
         except TEMPLATE_MISTAKES as error:
             raise self.refusal(f"fails ({describe(error)})") from None
 
 
-def parts(text):
-    """Content as models that see images have it: some templates read nothing else."""
-    return [{"type": "text", "text": text}]
+def question(prompt, system=""):
+    """The messages of one."""
+    first = [{"role": "system", "content": system}] if system else []
+    return [*first, {"role": "user", "content": prompt}]
 
 
 def describe(error):
@@ -124,10 +124,12 @@ class Chat:
     """
 
     def __init__(self, template, tokenizer):
-        self.template, self.eos_id, self.bos_id = template, tokenizer.eos_id, tokenizer.bos_id
-        question = [{"role": "user", "content": USER}]
-        opening, self.prompt = template.render(question, asking=True), self.prompt_text(question)
-        head, end = self.finished(question, REPLY)
+        self.template = template
+        self.eos_id = tokenizer.eos_id
+        self.bos_id = tokenizer.bos_id
+        opening = template.render(question(USER), asking=True)
+        self.prompt = self.prompt_text(question(USER))
+        head, end = self.finished(question(USER), REPLY)
         if USER not in self.prompt:
             raise template.refusal("does not write the user's message before the reply")
         if REPLY in head:
@@ -137,6 +139,7 @@ class Chat:
         control = self.encoder.control_tokens(self.encoder.encode(self.prompt), self.prompt)
         self.context = self.prompt[control[-1][1]:] if control else self.prompt
         self.frame = lru_cache(self._frame)
+        self.check_system = lru_cache(self._check_system)
         self.stop_id = self.frame("", "")[2]
         self.notes = self._notes(opening, end)
 
@@ -146,9 +149,8 @@ class Chat:
         unwritten = end.partition(self.encoder.names[self.stop_id])[0].strip()
         notes = [("what finished replies begin with, {!r}, is part of the prompt", self.prompt[shared:]),
                  ("what only an open reply begins with, {!r}, is left out", opening[shared:]),
-                 ("what finished replies end with, {!r}, is left out", unwritten)]
-        if self.template.takes_parts:
-            notes.append(("messages are given to it as lists of parts, {}", parts("...")))
+                 ("what finished replies end with, {!r}, is left out", unwritten),
+                 ("messages are given to it as lists of parts", self.template.takes_parts)]
         return [f"chat template: {note.format(text)}" for note, text in notes if text]
 
     def finished(self, messages, reply):
@@ -171,7 +173,7 @@ class Chat:
 
         It ends at the first control token after it; text before that, unless white space, is not written.
         """
-        head, end = self.finished([{"role": "user", "content": USER}], before + REPLY + after)
+        head, end = self.finished(question(USER), before + REPLY + after)
         start = head[len(self.prompt):] if head.startswith(self.prompt) else before
         text = self.context + start + REPLY + end
         reply_end = len(text) - len(end)
@@ -184,22 +186,20 @@ class Chat:
                              "vocabulary, so no reply could end")
         return start, after if end.startswith(after) else "", self.eos_id
 
-    @cached_property
-    def takes_system(self):
-        """True, or an error that says why the template has no place for a system prompt."""
-        messages = [{"role": "system", "content": SYSTEM}, {"role": "user", "content": USER}]
+    def _check_system(self):
+        """InputError that says why the template has no place for a system prompt."""
         try:
-            text = self.prompt_text(messages)
+            text = self.prompt_text(question(USER, SYSTEM))
             if SYSTEM not in text or USER not in text:
                 raise self.template.refusal("leaves out the system prompt")
         except InputError as error:
             raise InputError(f"{error}, or ask without a system prompt") from None
-        return True
 
     def prompt_ids(self, prompt, system):
         (prompt, system), hidden = self.encoder.hide(prompt, system or "")
-        first = [{"role": "system", "content": system}] if system and self.takes_system else []
-        ids = self.encoder.ids(self.prompt_text([*first, {"role": "user", "content": prompt}]), hidden)
+        if system:
+            self.check_system()
+        ids = self.encoder.ids(self.prompt_text(question(prompt, system)), hidden)
         if self.bos_id is not None and ids[:2] == [self.bos_id] * 2:
             raise self.template.refusal("begins with BOS twice")
         if not ids:
@@ -225,7 +225,8 @@ class Tokenizer:
     """
 
     def __init__(self, directory, template_args=None):
-        self.directory, self.template_args = Path(directory), template_args or {}
+        self.directory = Path(directory)
+        self.template_args = template_args or {}
         self.config = tokens.read_config(self.directory)
         self.full, self.names, self.special = tokens.read_tokenizer(self.directory, self.config)
         self.bos_id, self.eos_id, self.unk_id = (
@@ -240,29 +241,25 @@ class Tokenizer:
 
     def _config_stops(self):
         """Ids that config.json and generation_config.json say end a text, and the tokenizer's own."""
-        stops = {self.eos_id} - {None}
-        for name in ("config.json", "generation_config.json"):
-            ids = read_json(self.directory / name, missing={}).get("eos_token_id")
-            ids = ids if isinstance(ids, list) else [] if ids is None else [ids]
-            if not all(type(token) is int for token in ids):
-                raise InputError(f"{self.directory / name}: eos_token_id is {ids!r}, "
-                                 "whole numbers were expected")
-            stops |= set(ids)
-        return stops
+        stops = [self.eos_id]
+        for path in (self.directory / "config.json", self.directory / "generation_config.json"):
+            ids = read_json(path, missing={}).get("eos_token_id")
+            stops += ids if isinstance(ids, list) else [ids]
+            if not {*map(type, stops)} <= {int, type(None)}:
+                raise InputError(f"{path}: eos_token_id is {ids!r}, whole numbers were expected")
+        return {*stops} - {None}
 
     @cached_property
     def template(self):
         """The source of chat_template.jinja, else of tokenizer_config's chat_template, else the plain one."""
-        file, where = self.directory / "chat_template.jinja", f"{self.directory}: chat_template"
+        file = self.directory / "chat_template.jinja"
+        where = f"{self.directory}: chat_template"
         chat = read_text(file) if file.exists() else self.config.get("chat_template")
         if isinstance(chat, list):
-            chat = {as_kind(need(entry, "name", where), str, where): need(entry, "template", where)
-                    for entry in chat}
+            chat = {str(need(entry, "name", where)): need(entry, "template", where) for entry in chat}
         if isinstance(chat, dict):
-            if "default" not in chat:
-                raise InputError(f"{where} holds no default ({', '.join(chat)}): put the one you want into "
-                                 "chat_template.jinja")
-            chat = as_kind(chat["default"], str, where)
+            chat = need(chat, "default", f"{where}: put the one you want into chat_template.jinja")
+            return as_kind(chat, str, where)
         if chat:
             return as_kind(chat, str, where)
         adds_bos = self.config.get("add_bos_token")

@@ -9,8 +9,8 @@ from torch import Tensor
 from engine import ranks
 from engine.files import InputError, fill_directory, read_json, write_json, write_text
 from formats.configs import config_dict
-from formats.weights import (ADAPTER_CONFIG, ADAPTER_WEIGHTS, DTYPE_NAMES, MAX_SHARD_BYTES, PREFIX, Weights,
-                             add_update, read_adapter, save_sharded, save_tensors)
+from formats.weights import (ADAPTER_CONFIG, ADAPTER_WEIGHTS, DTYPE_NAMES, PREFIX, Weights, add_update,
+                             read_adapter, save_sharded, save_tensors)
 from model import Llama, load, open_checkpoint
 
 COPIED = (".json", ".jinja", ".model", ".txt")        # a base's tokenizer and generation files, its licence
@@ -18,25 +18,23 @@ MORE_TEMPLATES = "additional_chat_templates"          # transformers' folder of 
 TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
 
 
-def save(model: Llama, directory, dtype: torch.dtype = torch.float32,
-         max_shard_bytes: int = MAX_SHARD_BYTES) -> None:
+def save(model: Llama, directory, dtype: torch.dtype = torch.float32) -> None:
     """Write config.json and the weights as `dtype` in Hugging Face layout."""
     directory = Path(directory)
-    write_json(directory / "config.json", config_dict(model.config) | {"torch_dtype": DTYPE_NAMES[dtype]})
     parameters = dict(model.named_parameters())
+    write_json(directory / "config.json", config_dict(model.config) | {"torch_dtype": DTYPE_NAMES[dtype]})
     sizes = {name: parameter.numel() * dtype.itemsize for name, parameter in parameters.items()}
-
-    def tensor(name: str) -> Tensor:
-        return parameters[name].detach().to("cpu", dtype).contiguous()
-    save_sharded(directory, sizes, tensor, max_shard_bytes)
+    save_sharded(directory, sizes, lambda name: parameters[name].detach().to("cpu", dtype).contiguous())
 
 
 def save_adapter(model, directory: Path, base: str, targets: tuple[str, ...], rank: int, alpha: float,
                  template: str) -> None:
     """The LoRA factors in PEFT's layout, fp32: loads in PEFT and vLLM over the base model `base`. With them
     the chat template they were trained in, which a server of a base model has to be given."""
-    tensors = {f"{PREFIX}{name}.weight": parameter.detach().float().cpu().contiguous()
-               for name, parameter in model.named_parameters() if ".lora_" in name}
+    tensors = {}
+    for name, parameter in model.named_parameters():
+        if ".lora_" in name:
+            tensors[f"{PREFIX}{name}.weight"] = parameter.detach().float().cpu().contiguous()
     save_tensors(directory / ADAPTER_WEIGHTS, tensors)
     write_json(directory / ADAPTER_CONFIG, {
         "peft_type": "LORA",
@@ -59,8 +57,7 @@ def save_adapter(model, directory: Path, base: str, targets: tuple[str, ...], ra
     write_text(directory / "chat_template.jinja", template)
 
 
-def save_model(directory: Path | None, base, tokenizer, change,
-               max_shard_bytes: int = MAX_SHARD_BYTES) -> None:
+def save_model(directory: Path | None, base, tokenizer, change) -> None:
     """The base checkpoint (its directory) with change(parameter name, tensor) in the place of every tensor,
     as a whole Hugging Face directory. A tensor keeps the dtype it has in the base, and one that is
     not changed its bits. Without a directory change() is called alone: a rank takes part in gathering what
@@ -75,27 +72,27 @@ def save_model(directory: Path | None, base, tokenizer, change,
         old = weights[names[name]]
         return change(name, old).detach().to("cpu", old.dtype).contiguous()
     sizes = {name: weights[key].nbytes for name, key in names.items()}
-    save_sharded(directory, sizes, tensor, max_shard_bytes)
+    save_sharded(directory, sizes, tensor)
     copy_settings(Path(base), directory)
     write_generation_config(directory, tokenizer)
     write_tokenizer_config(directory, tokenizer)
 
 
-def save_merged(directory: Path, base, adapter: Path, tokenizer,
-                max_shard_bytes: int = MAX_SHARD_BYTES) -> None:
+def save_merged(directory: Path, base, adapter: Path, tokenizer) -> None:
     """save_model with the adapter's products added, in at least fp32."""
     _, weights, names = open_checkpoint(base)
     updates = read_adapter(adapter, weights, names)
 
     def change(name: str, old: Tensor) -> Tensor:
         return add_update(old, updates[name](), name) if name in updates else old
-    save_model(directory, base, tokenizer, change, max_shard_bytes)
+    save_model(directory, base, tokenizer, change)
 
 
 def copy_settings(base: Path, directory: Path) -> None:
     """All of a checkpoint but its weights: config, tokenizer, every chat template, licence."""
     for path in sorted([*base.iterdir(), *base.glob(f"{MORE_TEMPLATES}/*.jinja")]):
-        if path.suffix in COPIED and path.is_file() and not path.name.endswith(".index.json"):
+        is_index = path.name.endswith(".index.json")
+        if path.suffix in COPIED and path.is_file() and not is_index:
             copy = directory / path.relative_to(base)
             copy.parent.mkdir(exist_ok=True)
             shutil.copyfile(path, copy)
@@ -115,8 +112,10 @@ def write_tokenizer_config(directory: Path, tokenizer) -> None:
     path = directory / "tokenizer_config.json"
     config = read_json(path, missing={})
     if str(config.get("tokenizer_class")).startswith("LlamaTokenizer"):
-        write_json(path, config | {"legacy": begins_with_space(read_json(directory / "tokenizer.json"))})
-    default, more = directory / "chat_template.jinja", directory / MORE_TEMPLATES
+        legacy = begins_with_space(read_json(directory / "tokenizer.json"))
+        write_json(path, config | {"legacy": legacy})
+    default = directory / "chat_template.jinja"
+    more = directory / MORE_TEMPLATES
     if not (config.get("chat_template") or default.exists() or more.exists()):
         write_text(default, tokenizer.template)
 
@@ -126,7 +125,8 @@ def begins_with_space(tokenizer: dict) -> bool:
     tokens, as Meta's code and transformers 4 do ("legacy"), and not before a text's start alone."""
     parts = [tokenizer.get(name) or {} for name in ("normalizer", "pre_tokenizer")]
     parts += parts[0].get("normalizers", []) + parts[1].get("pretokenizers", [])
-    return any(part.get("type") == "Prepend" or part.get("prepend_scheme") == "always" for part in parts)
+    return any(part.get("type") == "Prepend" or part.get("prepend_scheme") == "always"
+               for part in parts)
 
 
 @torch.no_grad()
@@ -140,37 +140,40 @@ def check_outputs(model, outputs: dict[Path, dict], ids: list[int], load=load) -
     """Load what was written (`outputs`: path -> arguments of `load`, model's or ranks') and compare its
     logits of a text with the trained model's, on the same device in the same dtype. The model gives up its
     memory for that: it ends on the meta device."""
-    device, dtype = model.head.device, model.compute_dtype
+    device = model.head.device
+    dtype = model.compute_dtype
     tokens = torch.tensor([ids], device=device)
     expected = logits_of(model, tokens)
     model.to("meta")
     for path, arguments in outputs.items():
         found = logits_of(load(device=device, dtype=dtype, **arguments), tokens)
         difference = ((found - expected).norm() / expected.norm()).item()
-        weights = Weights(arguments["path"])
-        stored = weights[next(iter(weights))].dtype
+        stored = next(iter(Weights(arguments["path"]).values())).dtype
+        told = f"its logits differ from the trained model's by {difference:.1e} of their size"
         if not difference < max(TOLERANCE[dtype], TOLERANCE[stored]):
-            raise InputError(f"{path} was written, but its logits differ from the trained model's "
-                             f"by {difference:.1e} of their size: do not use it, and report this")
-        print(f"{path}: written, loaded again; "
-              f"its logits differ from the trained model's by {difference:.1e} of their size")
+            raise InputError(f"{path} was written, but {told}: do not use it, and report this")
+        print(f"{path}: written, loaded again; {told}")
 
 
 def export(model, parameters: dict[str, Tensor], directory: Path, path: str, base: str, tokenizer,
            ids: list[int], lora: tuple | None, merge: bool, shard: bool) -> None:
-    """The trained part in the layout other tools read: a PEFT adapter, and with `merge` or without LoRA a whole
-    Hugging Face directory. Each is loaded again and compared with the model, which ends without memory.
+    """The trained part in the layout other tools read: a PEFT adapter, and with `merge` or without LoRA a
+    whole Hugging Face directory. Each is loaded again and compared with the model, which ends without memory.
 
-    path: where the base model lies; base: its name. ids: a text to compare by. lora: (target modules, rank, alpha); None: weights learned.
+    path: where the base model lies; base: its name. ids: a text to compare by. lora: (target modules, rank,
+    alpha); None: weights learned.
     """
-    adapter, merged, outputs = directory / "adapter", directory / "model", {}
+    adapter = directory / "adapter"
+    merged = directory / "model"
+    outputs = {}
     print(f"writing the results to {directory}")
     if lora is not None:
         ranks.on_first(lambda: fill_directory(
             adapter, lambda at: save_adapter(model, at, base, *lora, tokenizer.template)))
         outputs[adapter] = {"path": path, "adapter": adapter}
         if merge:
-            ranks.on_first(lambda: fill_directory(merged, lambda at: save_merged(at, path, adapter, tokenizer)))
+            ranks.on_first(lambda: fill_directory(
+                merged, lambda at: save_merged(at, path, adapter, tokenizer)))
             outputs[merged] = {"path": merged}
     else:
         def change(name: str, old: Tensor) -> Tensor:     # all ranks gather a sharded parameter

@@ -3,7 +3,7 @@
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from engine.files import InputError, read_json
+from engine.files import InputError, as_kind, read_json
 
 ARCHITECTURES = {"llama": "LlamaForCausalLM", "mistral": "MistralForCausalLM", "qwen2": "Qwen2ForCausalLM",
                  "qwen3": "Qwen3ForCausalLM"}
@@ -29,8 +29,15 @@ DEFAULTS = {
     "qwen2": QWEN,
     "qwen3": QWEN | {"head_dim": 128, "attention_bias": False},
 }
+SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
 SLIDING, FULL = "sliding_attention", "full_attention"
-EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")
+# Keys that mean another model when they say anything, and what to do about them.
+UNSUPPORTED = {
+    **dict.fromkeys(("num_experts", "num_local_experts", "n_routed_experts"),
+                    "mixture-of-experts models are not supported"),
+    "quantization_config": "use the unquantised checkpoint (fp32, bf16 or fp16)",
+    "transformers_weights": "call the file model.safetensors, and take the key out",
+}
 ROPE_KEYS = {
     "linear": ("factor",),
     "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
@@ -66,9 +73,8 @@ def read_config(directory) -> Config:
     path = Path(directory) / "config.json"
     raw = read_json(path)
     kind = raw.get("model_type")
-    if not isinstance(kind, str) or kind not in ARCHITECTURES:
-        raise InputError(f"{path}: model_type {kind!r} is not supported, "
-                         f"only {', '.join(sorted(ARCHITECTURES))}")
+    if str(kind) not in ARCHITECTURES:
+        raise InputError(f"{path}: model_type {kind!r} is not supported, only {', '.join(ARCHITECTURES)}")
     values = {key: raw.get(key, default) for key, default in DEFAULTS[kind].items()}
     refuse_unsupported(path, raw, values)
     bias = boolean(path, values, "attention_bias")
@@ -94,8 +100,7 @@ def read_config(directory) -> Config:
 def positive(path, raw: dict, key: str, kind=int):
     """raw[key] as `kind`. InputError unless it is a positive number."""
     value = raw.get(key)
-    good = (int,) if kind is int else (int, float)
-    if isinstance(value, bool) or not isinstance(value, good) or not 0 < value < 1e12:
+    if type(value) not in (int, kind) or not 0 < value < 1e12:
         raise InputError(f"{path}: {key} is {value!r}, a positive {kind.__name__} was expected")
     return kind(value)
 
@@ -109,34 +114,34 @@ def boolean(path, raw: dict, key: str) -> bool:
 
 
 def refuse_unsupported(path, raw: dict, values: dict) -> None:
-    for key in EXPERTS:
+    for key, remedy in UNSUPPORTED.items():
         if raw.get(key):
-            raise InputError(f"{path}: {key} = {raw[key]}: mixture-of-experts models are not supported")
-    if raw.get("quantization_config"):
-        raise InputError(f"{path}: quantization_config: "
-                         f"use the unquantised checkpoint (fp32, bf16 or fp16)")
-    if raw.get("transformers_weights"):
-        raise InputError(f"{path}: transformers_weights = {raw['transformers_weights']!r} is not supported: "
-                         f"call the file model.safetensors, and take the key out")
+            raise InputError(f"{path}: {key} = {raw[key]!r:.80}: {remedy}")
     if values["hidden_act"] != "silu":
         raise InputError(f"{path}: hidden_act = {values['hidden_act']!r} is not supported, only silu")
 
 
 def read_sizes(path, values: dict) -> dict[str, int]:
     """The widths and numbers of the layers. A head_dim or num_key_value_heads of null follows from others."""
-    heads, width = (positive(path, values, key) for key in ("num_attention_heads", "hidden_size"))
-    follows = {"num_key_value_heads": heads, "head_dim": max(width // heads, 1)}
-    values = values | {key: value for key, value in follows.items() if values[key] is None}
-    names = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
-             *follows)
-    return {name: positive(path, values, name) for name in names}
+    sizes = {name: positive(path, values, name) for name in SIZES}
+    heads = sizes["num_attention_heads"]
+    follows = {"num_key_value_heads": heads, "head_dim": max(sizes["hidden_size"] // heads, 1)}
+    given = {name: value for name, value in values.items() if value is not None}
+    return sizes | {name: positive(path, follows | given, name) for name in follows}
 
 
 def read_window(path, values: dict) -> int | None:
-    """How many of the last tokens a token sees, in every layer; None for all of them."""
-    chosen = boolean(path, {"use_sliding_window": True} | values, "use_sliding_window")
-    window = values.get("sliding_window") if chosen else None
-    kinds = layer_kinds(path, values, window)
+    """How many of the last tokens a token sees, in every layer; None for all of them. layer_types tells the
+    layers' kinds of attention, else max_window_layers how many of the first see all."""
+    asked = boolean(path, {"use_sliding_window": True} | values, "use_sliding_window")
+    window = values.get("sliding_window") if asked else None
+    kinds, full = values.get("layer_types"), values.get("max_window_layers", 0)
+    if kinds is None:
+        if type(full) is not int:
+            raise InputError(f"{path}: max_window_layers is {full!r}, a number of layers was expected")
+        windowed = [FULL] * (full > 0) + [SLIDING] * (full < values["num_hidden_layers"])
+        kinds = [FULL] if window is None else windowed
+    kinds = {*map(str, as_kind(kinds, list, f"{path}: layer_types"))}
     if kinds == {FULL} and (window is None or "use_sliding_window" in values):
         return None                                            # Mistral's window does not ask layer_types
     if kinds == {SLIDING} and window is not None:
@@ -145,41 +150,23 @@ def read_window(path, values: dict) -> int | None:
                      f"supported, only one window in all layers or none (use_sliding_window, layer_types)")
 
 
-def layer_kinds(path, values: dict, window) -> set[str]:
-    """The kinds of attention among the layers, as layer_types says, else max_window_layers."""
-    kinds, full = values.get("layer_types"), values.get("max_window_layers", 0)
-    if kinds is not None and not isinstance(kinds, list):
-        raise InputError(f"{path}: layer_types is {kinds!r}, a list was expected")
-    if kinds is not None:
-        return set(map(str, kinds))
-    if isinstance(full, bool) or not isinstance(full, int):
-        raise InputError(f"{path}: max_window_layers is {full!r}, a number of layers was expected")
-    if window is None or full >= values["num_hidden_layers"]:
-        return {FULL}
-    return {SLIDING} if full <= 0 else {FULL, SLIDING}
-
-
 def read_rope(path, raw: dict, values: dict) -> dict:
     """rope_theta and rope_scaling (None, or its type and numbers), as transformers 5 finds them."""
-    rope = values["rope_scaling"] or values["rope_parameters"] or {}
-    if not isinstance(rope, dict):
-        raise InputError(f"{path}: rope_scaling is {rope!r}, an object was expected")
+    rope = as_kind(values["rope_scaling"] or values["rope_parameters"] or {}, dict, f"{path}: rope_scaling")
     if any(isinstance(value, dict) for value in rope.values()):
         raise InputError(f"{path}: rope_parameters of their own for each kind of layer are not supported")
-    for where in (raw, rope):
-        if where.get("partial_rotary_factor", 1) not in (1, None):
-            raise InputError(f"{path}: partial_rotary_factor = {where['partial_rotary_factor']} "
-                             f"is not supported")
+    rotary = (raw | rope).get("partial_rotary_factor")
+    if rotary not in (None, 1):
+        raise InputError(f"{path}: partial_rotary_factor = {rotary} is not supported")
     theta = positive(path, {"rope_theta": values["rope_theta"]} | rope, "rope_theta", float)
-    kind = rope.get("rope_type") or rope.get("type") or "default"
+    kind = str(rope.get("rope_type") or rope.get("type") or "default")
     if kind == "default":
         return {"rope_theta": theta, "rope_scaling": None}
     if kind not in ROPE_KEYS:
         raise InputError(f"{path}: rope_scaling of type {kind!r} is not supported, only llama3 and linear")
     context = "original_max_position_embeddings"
     rope = {context: values["max_position_embeddings"]} | rope
-    if context in raw:
-        rope[context] = raw[context]
+    rope[context] = raw.get(context, rope[context])
     for key in ROPE_KEYS[kind]:
         positive(f"{path}: rope_scaling", rope, key, float)
     if kind == "llama3" and rope["low_freq_factor"] >= rope["high_freq_factor"]:

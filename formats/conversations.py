@@ -21,6 +21,7 @@ ROLES = {name: role for role, names in {
 }.items() for name in names.split()}
 ROLE_KEYS = ("role", "from")
 TEXT_KEYS = ("content", "value", "text")
+SIDES = ("user", "assistant")
 TURN_KEYS = (("input", "output"), ("human", "assistant"))     # of an object that holds a whole turn
 UNKNOWN = "unknown format"
 # Letters and symbols that print nothing: fillers of Hangul syllables, the empty Braille pattern.
@@ -39,7 +40,7 @@ class OddRecord(Skip):
 # ---- values ----
 
 def is_blank(text):
-    """Nothing in the text can be seen: it is empty, or spaces, zero-width, control and combining characters."""
+    """Nothing in the text can be seen: it is empty, or spaces, zero-width, control, combining characters."""
     return all(unicodedata.category(character).startswith(BLANK_CATEGORIES) or character in BLANK_LETTERS
                for character in text)
 
@@ -81,23 +82,27 @@ def named(keys):
 
 # ---- records -> messages ----
 
+def first_key(message, keys):
+    """The first of the keys that holds something, else the first that is there, else None."""
+    held = [key for key in keys if key in message]
+    return max(held, key=lambda key: message[key] is not None, default=None)
+
+
 def message_of(message, counts):
     """(role, text) of {"role", "content"} or {"from", "value"}, in any spelling of the role."""
     if not isinstance(message, dict):
         raise OddRecord("a message that is no object")
-    role_key = next((key for key in ROLE_KEYS if message.get(key) is not None), None)
-    if role_key is None:
+    role_key, key = first_key(message, ROLE_KEYS), first_key(message, TEXT_KEYS)
+    name = message.get(role_key)
+    if name is None:
         raise OddRecord(f'a message without "role" or "from" (keys: {named(message)})')
-    name = message[role_key]
-    role = ROLES.get(name.strip().lower()) if isinstance(name, str) else None
+    role = ROLES.get(str(name).strip().lower())
     if role is None:
         raise OddRecord(f'a message whose "{role_key}" is {name!r:.40}, an unknown role')
     if role == "tool" or message.get("tool_calls") or message.get("function_call"):
         return "tool", ""
-    held = [key for key in TEXT_KEYS if key in message]
-    if not held:
+    if key is None:
         raise OddRecord(f'a message of role {name!r:.40} without "content" (keys: {named(message)})')
-    key = next((key for key in held if message[key] is not None), held[0])
     return role, as_text(message[key], key, counts)
 
 
@@ -121,21 +126,22 @@ def dialogue(text):
     if not re.match(r"\s*Human:.*\n\nAssistant:", text, re.DOTALL):
         return []
     _, *turns = re.split(r"(?:^\s*|\n\n)(Human|Assistant):", text)
-    messages = [(ROLES[name.lower()], said.strip()) for name, said in zip(turns[::2], turns[1::2])]
+    messages = [(ROLES[name.lower()], text.strip()) for name, text in zip(turns[::2], turns[1::2])]
     return messages if messages[-1][1] else messages[:-1]         # a prompt ends with an open "Assistant:"
 
 
 def listed(record, keys, counts):
     """Messages of a list; of a list of texts, which take turns; of turns of an input and an output."""
-    key, = keys
-    items = as_list(record[key], key)
-    if items and all(isinstance(item, str) for item in items):
-        return [("assistant" if number % 2 else "user", text) for number, text in enumerate(items)]
-    for asked, answered in TURN_KEYS:
-        if items and all(isinstance(item, dict) and {asked, answered} <= item.keys() for item in items):
-            return [(role, as_text(item[name], name, counts))
-                    for item in items for role, name in (("user", asked), ("assistant", answered))]
-    return [message_of(item, counts) for item in items]
+    messages, key = [], keys[0]
+    for number, item in enumerate(as_list(record[key], key)):
+        turn = [keys for keys in TURN_KEYS if isinstance(item, dict) and {*keys} <= item.keys()]
+        if isinstance(item, str):
+            messages.append(("assistant" if number % 2 else "user", item))
+        elif turn and not has_role(item):
+            messages += zip(SIDES, (as_text(item[key], key, counts) for key in turn[0]))
+        else:
+            messages.append(message_of(item, counts))
+    return messages
 
 
 def columns(record, keys, counts):
@@ -150,11 +156,12 @@ def columns(record, keys, counts):
     reply = messages_of(record[answered], "assistant", answered, counts)
     if any(role == "user" for role, _ in reply):
         return reply                                  # UltraFeedback: `chosen` begins with the prompt
-    texts = [prompt[-1][1], *(as_text(record.get(key), key, counts)
-                              for key in ("input", "context") if key != asked)]
-    prompt[-1] = (prompt[-1][0], "\n".join(text for text in texts if not is_blank(text)))
-    system = [as_text(record.get(key), key, counts) for key in ("system", "system_prompt")]
-    return [*(("system", text) for text in system if text), *earlier_turns(record, counts), *prompt, *reply]
+    *before, (role, text) = prompt
+    texts = [text, *(as_text(record.get(key), key, counts) for key in ("input", "context") if key != asked)]
+    question = role, "\n".join(text for text in texts if not is_blank(text))
+    system = [("system", as_text(record[key], key, counts))
+              for key in ("system", "system_prompt") if record.get(key)]
+    return [*system, *earlier_turns(record, counts), *before, question, *reply]
 
 
 def earlier_turns(record, counts):
@@ -162,7 +169,7 @@ def earlier_turns(record, counts):
     messages = []
     for turn in as_list(record.get("history") or [], "history"):
         texts = [as_text(text, "history", counts) for text in as_list(turn, "history")]
-        messages += zip(("user", "assistant"), texts)
+        messages += zip(SIDES, texts)
     return messages
 
 
@@ -205,8 +212,8 @@ FORMATS = ", ".join(['parallel ({"en": {"prompt", "response"}, ...})', "OpenAssi
 
 
 def find_format(record):
-    """(keys, reader) of the record's format, or None. Keys that hold null count where no others tell it: files
-    joined from several have the columns of all."""
+    """(keys, reader) of the record's format, or None. Keys that hold null count where no others tell it:
+    files joined from several have the columns of all."""
     filled = {key for key, value in record.items() if value is not None}
     for held in (filled, record.keys()):
         for _, keys, reader in READERS:
@@ -217,8 +224,7 @@ def find_format(record):
 
 def read_conversation(record, counts):
     """[(role, text)] of a record. OddRecord."""
-    found = find_format(record)
-    if found is None:
-        raise OddRecord(f"{UNKNOWN} (keys: {named(record)})")
-    keys, reader = found
-    return reader(record, keys, counts)
+    if found := find_format(record):
+        keys, reader = found
+        return reader(record, keys, counts)
+    raise OddRecord(f"{UNKNOWN} (keys: {named(record)})")

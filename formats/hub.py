@@ -120,13 +120,11 @@ def fetch(repository: str, names: tuple[str, ...], revision: str | None = None, 
     try:
         return Path(snapshot_download(repository, repo_type=kind, revision=revision,
                                       allow_patterns=list(names)))
-    except errors.GatedRepoError:
-        raise InputError(
-            f"{repository} is gated on the hub: accept its licence at https://huggingface.co/{repository}, "
-            f"then log in with `hf auth login` (or set HF_TOKEN)") from None
-    except (errors.RepositoryNotFoundError, errors.HFValidationError):
-        raise InputError(f"{repository}: neither a directory here nor a public {kind} on the hub: "
-                       f"check the spelling; for a private one log in with `hf auth login`") from None
+    except (errors.RepositoryNotFoundError, errors.HFValidationError):         # gated ones, too
+        raise InputError(f"{repository}: neither a directory here nor a {kind} that the hub gives to you: "
+                         f"check the spelling; for a gated one accept its licence at "
+                         f"https://huggingface.co/{repository}, then log in with `hf auth login` "
+                         f"(or set HF_TOKEN)") from None
     except errors.LocalEntryNotFoundError as error:
         raise InputError(f"{repository} is not (wholly) in the cache and the hub cannot be reached "
                        f"({type(error.__cause__ or error).__name__}): connect, or give a directory") from None

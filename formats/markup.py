@@ -4,8 +4,10 @@ r"""What of a document is prose, and what is code, a formula, a link, markup or 
     hide(segment)          "see `ls -l` now" -> "see [0] now" and ["`ls -l`"]; show() puts them back
     prose(text)            what a reader reads: no code, links, formulas, tags, table rules
 
-First the *spans* are found that come back as they are, from left to right. Then what is between them is
-split: lines, table cells, sentences. Rules: CommonMark 0.31 for code, GitHub's for tables, pandoc's for $x$.
+First the *spans* are found that come back as they are, from left to right. In the *flat* text one character
+stands for each, so that nothing below can cut one or find a mark in it: it is split into lines, table cells
+and sentences, and then the spans go back to their places.
+Rules: CommonMark 0.31 for code, GitHub's for tables, pandoc's for $x$.
 
 Indented lines are prose, not code: of ten indented paragraphs in real replies nine are items of a list.
 
@@ -13,14 +15,16 @@ Documents are written by strangers, so every step takes time linear in the text:
 stretch from many starts, and the places where a span may end are listed once, before any span begins.
 """
 
+import itertools
 import re
 import string
-from bisect import bisect_left
+from bisect import bisect_right
 from collections import defaultdict
 from collections.abc import Callable, Iterator
-from functools import cached_property
+from math import inf
 
 TEXT, KEEP, GAP = "text", "keep", "gap"  # to translate; as it is; white space between sentences
+SPAN, BLOCK = "\ufffc", "\ufffb"          # in a flat text: a span in a line; one of several lines
 
 RAW = "script|style|pre|code|samp|kbd|textarea|svg|math"   # elements whose content is no prose
 # Symbols that are pictures: arrows, clocks, boxes, stars, dingbats, emoji, flags, skin tones.
@@ -35,13 +39,10 @@ URL_STOP = r"\s<>()\[\]|\\\"`“”‘’«»、。，；：！？（）「」�
 OPENER = re.compile(rf"""
     (?P<fence> ^[ \t>]*(?:(?:[-*+]|\d{{1,9}}[.)])[ \t]+)? (?P<mark> `{{3,}}(?=[^`\n]*$) | ~{{3,}}) [^\n]*)
   | (?P<ticks> `+)
-  | (?P<display> \$\$)
-  | (?P<bracket> \\[\[(])
-  | (?P<environment> \\begin\{{(?P<name>\w+\*?)\}})
-  | (?P<comment> <!--)
-  | (?P<data> <!\[CDATA\[)
-  | (?P<program> <\?(?:php|xml|=))
-  | (?P<element> <(?P<tag>(?i:{RAW}))(?:\s[^<>]*)?>)
+  | (?P<formula> \$\$ | \\[\[(])
+  | (?P<other> <!-- | <!\[CDATA\[ | <\?(?:php|xml|=))
+  | (?P<named> \\begin\{{(?P<environment>\w+\*?)\}} | <(?P<tag>(?i:{RAW}))(?:\s[^<>]*)?>)
+  | [{SPAN}{BLOCK}]
   | <[A-Za-z][\w:-]*(?:\s+[\w:@.-]+\s*=\s*(?:"[^"]*"|'[^']*'))+\s*/?>    # a tag, perhaps on several lines
   | <[A-Za-z/!|%][^<>\n]*>                                               # any other, and <placeholders>
   | &(?:\#\d{{1,7}}|\#[xX][\da-fA-F]{{1,6}}|[A-Za-z][A-Za-z\d]{{1,31}});
@@ -59,10 +60,11 @@ OPENER = re.compile(rf"""
 # What may end one.
 CLOSER = re.compile(rf"\n|`+|\$\$|\\[\])]|-->|\]\]>|\?>|\\end\{{(\w+\*?)\}}|</({RAW})\s*>", re.IGNORECASE)
 BLANK_LINE = re.compile(r"\n[ \t]*(?=\r?\n)")
+CLOSED_BY = {"$$": "$$", "\\[": "\\]", "\\(": "\\)", "<!--": "-->", "<![CDATA[": "]]>"}
 
-NEWLINE, PIPE = re.compile(r"\r?\n"), re.compile(r"(?<!\\)\|")
-WORD, LETTER_OR_DIGIT = re.compile(r"[^\W\d_]"), re.compile(r"\w")
-QUOTED = re.compile(r"[ \t>]*")
+LINE_END, HIDDEN = re.compile(rf"(\r?\n|{BLOCK})"), re.compile(rf"[{SPAN}{BLOCK}]")
+QUOTE = " \t\r>"
+WORD, LETTER_OR_DIGIT = re.compile(r"[^\W\d_]"), re.compile(rf"[\w{SPAN}]")
 TABLE_RULE = re.compile(r"[ \t>]*\|?[ \t]*:?-+:?[ \t]*(?:\|[ \t]*:?-+:?[ \t]*)*\|?[ \t\r]*")
 # Kept at the start of a line: indentation, quote marks, headings, list markers, check boxes, numbers.
 MARKER = re.compile(r"\s*(?:(?:[-*+•–>]|#{1,6}|\(?\d{1,3}[.):]|\(?[A-Za-z][.)]|\[[ xX]\])(?:\s+|$))*")
@@ -72,32 +74,30 @@ SENTENCE_END = re.compile(r"(?:(?<![.!?…؟।۔።])[.!?…؟।۔።]+[\"'”
 FIRST_LETTER = re.compile(r"[\"'“‘(\[*_¿¡]*(\S)")
 NOT_AN_END = set("Mr Mrs Ms Dr Prof St vs etc e.g i.e cf al No Fig Jr Sr Inc Ltd Co approx Vol pp".split())
 LONGEST_ABBREVIATION = 12   # characters, with what may stand before one
-CLAUSE_END, SPACE = re.compile(r"[;:,，、；：]\s*"), re.compile(r"\s+")
-EDGES = string.whitespace + string.punctuation + "\u00a0\u3000«»‘’‚‛“”„‟…、。〈〉《》「」『』【】〔〕！（），．：；？"
+CLAUSE_END, SPACE = re.compile(r"[;:,，、；：]\s*"), re.compile(r"\s")
+EDGES = (string.whitespace + string.punctuation
+         + "\u00a0\u3000«»‘’‚‛“”„‟…、。〈〉《》「」『』【】〔〕！（），．：；？")
 MARK = re.compile(r"[\[［【]\s*(\d{1,6})\s*[\]］】]")
 
-Place = tuple[int, int]      # start, end
-Places = list[Place]         # in order
-Piece = tuple[str, int, int]  # kind, start, end
+Piece = tuple[str, str]       # kind, text
 Fits = Callable[[str], bool]  # is a segment short enough? Its spans are marks
 
 
 # ---- spans ----
 
-def from_place(places: Places, start: int) -> Place | None:
-    """The first of the places that begins at `start` or later."""
-    i = bisect_left(places, (start,))
-    return places[i] if i < len(places) else None
-
-
-def find_closers(text: str) -> dict[str, Places]:
-    """Where a span may end, by what ends it: "\n", "``", "code", "pmatrix", a blank line, ..."""
+def find_closers(text: str) -> dict[str, list[int]]:
+    """Where what may end a span ends itself, by its name: "\n", "``", "code", "pmatrix", a blank line, ..."""
     closers = defaultdict(list)
     for match in CLOSER.finditer(text):
-        key = match[1] or (match[2] or match[0]).lower()
-        closers[key].append(match.span())
-    closers["blank line"] = [match.span() for match in BLANK_LINE.finditer(text)]
+        closers[match[1] or (match[2] or match[0]).lower()].append(match.end())
+    closers["blank line"] = [match.end() for match in BLANK_LINE.finditer(text)]
     return closers
+
+
+def closing(places: list[int], start: int) -> float:
+    """The first of the places behind `start`."""
+    i = bisect_right(places, start)
+    return places[i] if i < len(places) else inf
 
 
 def fence_end(opener: re.Match) -> int:
@@ -111,38 +111,31 @@ def fence_end(opener: re.Match) -> int:
     return found.end() if found else len(opener.string)
 
 
-def span_end(match: re.Match, closers: dict[str, Places]) -> int | None:
+def span_end(match: re.Match, closers: dict[str, list[int]]) -> int | None:
     """Where the span ends that this opener begins; None if it begins none."""
-    kind, text, start = match.lastgroup, match.string, match.end()
+    kind, opener, text, start = match.lastgroup, match[0], match.string, match.end()
     if kind is None:
         return start
     if kind == "fence":
         return fence_end(match)
-    limit, unclosed = None, None        # what the span may not cross; where it ends if nothing closes it
-    if kind == "ticks":
-        key, long = match[0], len(match[0]) > 2
-        limit, unclosed = (None, len(text)) if long else ("\n", None)
-    elif kind == "display":
-        key, limit = "$$", "blank line"
-    elif kind == "bracket":
-        key, limit = ("\\]", None) if match[0] == "\\[" else ("\\)", "blank line")
-    elif kind == "environment":
-        key, unclosed = match["name"], start
-    elif kind == "element":
-        key = match["tag"].lower()
-        block = key in ("script", "style", "pre") and NEWLINE.match(text, start)
-        unclosed = len(text) if block else start    # "the <pre> tag" is a word in a sentence
-    else:
-        key, unclosed = {"comment": "-->", "data": "]]>", "program": "?>"}[kind], len(text)
-    closing = from_place(closers[key], start)
-    border = from_place(closers[limit], start) if limit else None
-    if closing is None or border and border < closing:
-        return unclosed
-    return closing[1]
+    key, limit, unclosed = CLOSED_BY.get(opener, "?>"), "the end", len(text)
+    if kind == "formula":
+        limit, unclosed = "blank line", None
+    elif kind == "ticks":
+        key = opener
+        if len(opener) < 3:
+            limit, unclosed = "\n", None
+    elif kind == "named":
+        key = match["environment"] or match["tag"].lower()
+        if match["environment"] or not text.startswith(("\n", "\r\n"), start):
+            unclosed = start                        # "the <pre> tag" is a word in a sentence
+
+    end = closing(closers[key], start)
+    return end if end < closing(closers[limit], start) else unclosed
 
 
-def find_spans(text: str) -> Places:
-    """What comes back as it is: neighbours are one."""
+def flatten(text: str) -> tuple[str, list[str]]:
+    """(flat text, its spans). Neighbours are one span."""
     closers, spans, at = find_closers(text), [], 0
     while match := OPENER.search(text, at):
         end, at = span_end(match, closers), match.end()
@@ -153,65 +146,31 @@ def find_spans(text: str) -> Places:
         else:
             spans.append((match.start(), end))
         at = end
-    return spans
+    flat, found, at = [], [], 0
+    for start, end in spans:
+        found.append(text[start:end])
+        flat += text[at:start], BLOCK if "\n" in found[-1] else SPAN
+        at = end
+    return "".join(flat) + text[at:], found
 
 
-class Document:
-    """A text and its spans."""
-
-    def __init__(self, text: str):
-        self.text, self.spans = text, find_spans(text)
-
-    def cover(self, place: int) -> Place | None:
-        """The span that has this place in its inside: one may not cut there."""
-        i = bisect_left(self.spans, (place,)) - 1
-        return self.spans[i] if i >= 0 and place < self.spans[i][1] else None
-
-    def split(self, start: int, end: int) -> list[str]:
-        """[text, span, text, ..., text] of a stretch."""
-        parts, at = [], start
-        inside = slice(bisect_left(self.spans, (start,)), bisect_left(self.spans, (end,)))
-        for first, last in self.spans[inside]:
-            parts += [self.text[at:first], self.text[first:last]]
-            at = last
-        return [*parts, self.text[at:end]]
-
-    def masked(self, start: int, end: int) -> str:
-        """A stretch with [0], [1], ... for its spans."""
-        return mask(self.split(start, end))
-
-    @cached_property
-    def lines(self) -> Places:
-        """Without line ends; a span of several lines is no line but ends one."""
-        blocks = [span for span in self.spans if "\n" in self.text[span[0]:span[1]]]
-        lines, at = [], 0
-        for first, last in [*blocks, (len(self.text), len(self.text))]:
-            for match in NEWLINE.finditer(self.text, at, first):
-                lines.append((at, match.start()))
-                at = match.end()
-            lines.append((at, first))
-            at = last
-        return lines
-
-    def pipes(self, start: int, end: int) -> list[int]:
-        """Where the cells of a line part."""
-        return [match.start() for match in PIPE.finditer(self.text, start, end)
-                if not self.cover(match.start())]
-
-
-def mask(parts: list[str]) -> str:
-    return "".join(f"[{i // 2}]" if i % 2 else part for i, part in enumerate(parts))
+def marked(flat: str) -> str:
+    """With [0], [1], ... for the spans."""
+    numbers = itertools.count()
+    return HIDDEN.sub(lambda _: f"[{next(numbers)}]", flat)
 
 
 def split_spans(segment: str) -> list[str]:
     """[text, span, text, ..., text]."""
-    return Document(segment).split(0, len(segment))
+    flat, spans = flatten(segment)
+    parts = HIDDEN.split(flat)
+    return [*itertools.chain(*zip(parts, spans)), parts[-1]]
 
 
 def hide(segment: str) -> tuple[str, list[str]]:
     """The segment with [0], [1], ... for its spans, and the spans. Most models copy such marks."""
-    parts = split_spans(segment)
-    return mask(parts), parts[1::2]
+    flat, spans = flatten(segment)
+    return marked(flat), spans
 
 
 def split_edges(text: str) -> tuple[str, str, str]:
@@ -226,168 +185,127 @@ def show(text: str, spans: list[str]) -> str | None:
     parts = MARK.split(text) if spans else [text]
     if sorted(map(int, parts[1::2])) != list(range(len(spans))):
         return None
-    return "".join(spans[int(part)] if i % 2 else part for i, part in enumerate(parts))
+    parts[1::2] = [spans[int(number)] for number in parts[1::2]]
+    return "".join(parts)
 
 
 # ---- tables ----
 
-def cell_count(document: Document, line: Place) -> int:
-    """Cells of a line if it is a table's row; the pipes at its ends make none."""
-    inner = document.text[slice(*line)].strip(" \t>\r")
-    pipes = document.pipes(*line)
-    return len(pipes) + 1 - inner.startswith("|") - (inner.endswith("|") and len(pipes) > 1)
+def cells_of(line: str) -> list[str]:
+    """The cells of a line if it is a table's row; the pipes at its ends make none."""
+    return line.strip(QUOTE).removeprefix("|").removesuffix("|").split("|")
 
 
-def is_rule(document: Document, line: Place) -> bool:
-    """Whether a line is |---|:--:|, which makes a table of the line above and those below."""
-    return "|" in document.text[slice(*line)] and bool(TABLE_RULE.fullmatch(document.text, *line))
-
-
-def boxed_row(document: Document, line: Place) -> str | None:
+def boxed(line: str) -> str | None:
     """Whether a line may be a row without a rule nearby: pipes at both ends, several cells, words in all that
     are not empty. "padded" if | all | cells | have spaces around them, "tight" if |none|begins|with one|,
     else None: |x| + |y| and |x| and |y| and Haskell's guards are no rows."""
-    text, pipes = document.text, document.pipes(*line)
-    start = QUOTED.match(text, *line).end()
-    if len(pipes) < 3 or pipes[0] != start or text[pipes[-1] + 1:line[1]].strip():
+    inner, filled = line.strip(QUOTE), [cell for cell in cells_of(line) if cell.strip()]
+    if inner.count("|") < 3 or not inner[0] == inner[-1] == "|":
         return None
-    cells = [text[first + 1:last] for first, last in zip(pipes, pipes[1:])]
-    filled = [cell for cell in cells if cell.strip()]
-    if not all(LETTER_OR_DIGIT.search(cell) for cell in filled):
+    if not all(map(LETTER_OR_DIGIT.search, filled)):
         return None
     if all(cell[0] == cell[-1] == " " for cell in filled):
         return "padded"
     return None if any(cell[0] == " " for cell in filled) else "tight"
 
 
-def find_rows(document: Document) -> set[int]:
-    """Which lines are rows of tables, by number."""
-    lines, rows = document.lines, set()
-    has_pipe = [bool(document.pipes(*line)) for line in lines]
-
-    def row_follows(i: int) -> bool:
-        if i + 1 == len(lines) or not has_pipe[i + 1]:
-            return False
-        between = document.text[lines[i][1]:lines[i + 1][0]]
-        return NEWLINE.fullmatch(between) is not None  # and no code in between
-
+def find_rows(lines: list[str], ends: list[str]) -> set[int]:
+    """Which lines are rows of tables, by number; ends[i] stands between two lines."""
+    rows, in_table = set(), False
     for i, line in enumerate(lines):
-        if i in rows or not has_pipe[i]:
-            continue
-        follows = i > 0 and has_pipe[i - 1] and row_follows(i - 1)
-        same = follows and cell_count(document, lines[i - 1]) == cell_count(document, line)
-        style = boxed_row(document, line)
-        if same and is_rule(document, line):
-            last = i
-            while row_follows(last):
-                last += 1
-            rows.update(range(i - 1, last + 1))
-        elif style == "padded":
+        above = lines[i - 1] if i and ends[i - 1] != BLOCK else ""
+        follows = "|" in line and "|" in above
+        same = follows and len(cells_of(above)) == len(cells_of(line))
+        is_rule = same and TABLE_RULE.fullmatch(line)
+        both_tight = same and boxed(above) == boxed(line) == "tight"
+        if not in_table and (is_rule or both_tight):
+            rows.add(i - 1)
+        in_table = follows and (in_table or is_rule)
+        if in_table or both_tight or boxed(line) == "padded":
             rows.add(i)
-        elif style == "tight" and same and boxed_row(document, lines[i - 1]) == "tight":
-            rows.update((i - 1, i))
     return rows
 
 
 # ---- sentences ----
 
-def sentence_ends(document: Document, start: int, end: int) -> Iterator[int]:
-    """Where sentences end, each with the white space after it. None ends inside a span, after an abbreviation
-    or an initial, or before a small letter."""
-    text, first = document.text, start
-    for match in SENTENCE_END.finditer(text, start, end):
+def sentences(text: str) -> Iterator[str]:
+    """Each with the white space after it. None ends after an abbreviation or an initial, or before a small
+    letter."""
+    first = 0
+    for match in SENTENCE_END.finditer(text):
         stop = match.end()
         window = text[max(first, match.start() - LONGEST_ABBREVIATION):match.start()]
         word = window.split()[-1].lstrip("\"'“‘([") if window.strip() else ""
         initial = len(word) == 1 and word.isupper() and word != "I"
         short = match[0].strip() == "." and (initial or word in NOT_AN_END)
-        after = FIRST_LETTER.match(text, stop, end)
+        after = FIRST_LETTER.match(text, stop)
         small = after and after[1].islower()
-        if not (short or small or document.cover(stop)):
-            yield stop
+        if not (short or small):
+            yield text[first:stop]
             first = stop
-    yield end
+    yield text[first:]
 
 
-def cut(document: Document, start: int, end: int, fits: Fits) -> list[int]:
-    """Ends of the parts of a sentence, which is halved at the clause or word end nearest its middle until
-    every part fits."""
-    if end - start < 2 or fits(document.masked(start, end)):
-        return [end]
-    middle, half = (start + end) // 2, (end - start) // 2
-    place = (nearest(document, CLAUSE_END, middle, half // 2) or nearest(document, SPACE, middle, half)
-             or middle)
-    if span := document.cover(place):
-        place = span[0] if span[0] > start else span[1]
-    if not start < place < end:
-        return [end]
-    return cut(document, start, place, fits) + cut(document, place, end, fits)
-
-
-def nearest(document: Document, pattern: re.Pattern, middle: int, reach: int) -> int | None:
-    """The end of the pattern's match that is nearest the middle, less than `reach` from it, outside spans."""
-    radius = 0
-    while radius < reach:
-        radius = min(max(64, 4 * radius), reach)
-        ends = [match.end() for match in pattern.finditer(document.text, middle - radius, middle + radius)]
-        places = [end for end in ends if abs(end - middle) < radius and not document.cover(end)]
-        if places:
-            return min(places, key=lambda place: abs(place - middle))
-    return None
+def cut(sentence: str, fits: Fits) -> list[str]:
+    """A sentence, halved at the clause or word end nearest its middle until every part fits."""
+    if len(sentence) < 2 or fits(marked(sentence)):
+        return [sentence]
+    middle = place = len(sentence) // 2
+    for pattern, reach in ((SPACE, (len(sentence) - 1) // 2), (CLAUSE_END, middle // 2)):
+        ends = [match.end() for match in pattern.finditer(sentence, middle - reach, middle + reach)]
+        place = min(ends, key=lambda end: abs(end - middle), default=place)
+    return cut(sentence[:place], fits) + cut(sentence[place:], fits)
 
 
 # ---- documents ----
 
-def pieces(document: Document, fits: Fits) -> Iterator[Piece]:
-    """Everything in a document, in order."""
-    rows, at = find_rows(document), 0
-    for i, (start, end) in enumerate(document.lines):
-        yield KEEP, at, start
-        borders = document.pipes(start, end) if i in rows else []
-        for pipe in borders:
-            yield from pieces_of_line(document, start, pipe, fits)
-            yield KEEP, pipe, pipe + 1
-            start = pipe + 1
-        yield from pieces_of_line(document, start, end, fits)
-        at = end
-    yield KEEP, at, len(document.text)
+def pieces(flat: str, fits: Fits) -> Iterator[Piece]:
+    """Everything in a flat text, in order."""
+    parts = LINE_END.split(flat)
+    lines, ends = parts[::2], [*parts[1::2], ""]
+    rows = find_rows(lines, ends)
+    for i, line in enumerate(lines):
+        cells = line.split("|") if i in rows else [line]
+        for number, cell in enumerate(cells):
+            yield KEEP, "|" if number else ""
+            yield from pieces_of_line(cell, fits)
+        yield KEEP, ends[i]
 
 
-def pieces_of_line(document: Document, start: int, end: int, fits: Fits) -> Iterator[Piece]:
+def pieces_of_line(line: str, fits: Fits) -> Iterator[Piece]:
     """The same of a line or a table's cell: what it begins with, its sentences, the spaces behind them."""
-    text = document.text
-    if not WORD.search(text, start, end):
-        yield KEEP, start, end
+    if not WORD.search(line):
+        yield KEEP, line
         return
-    first = MARKER.match(text, start, end).end()
-    last = max(first, start + len(text[start:end].rstrip()))
-    yield KEEP, start, first
-    for stop in sentence_ends(document, first, last):
-        for place in cut(document, first, stop, fits):
-            piece = text[first:place]
-            body_start = first + len(piece) - len(piece.lstrip())
-            body_end = max(body_start, first + len(piece.rstrip()))
-            words = WORD.search(document.masked(body_start, body_end))
-            yield GAP, first, body_start
-            yield TEXT if words else KEEP, body_start, body_end
-            yield GAP, body_end, place
-            first = place
-    yield KEEP, last, end
+    first = MARKER.match(line).end()
+    body = line[first:].rstrip()
+    yield KEEP, line[:first]
+    for sentence in sentences(body):
+        for part in cut(sentence, fits):
+            core = part.strip()
+            before, _, after = part.partition(core) if core else (part, "", "")
+            yield GAP, before
+            yield TEXT if WORD.search(core) else KEEP, core
+            yield GAP, after
+    yield KEEP, line[first + len(body):]
 
 
-def parse(text: str, fits: Fits) -> list[tuple[str, str]]:
+def parse(text: str, fits: Fits) -> list[Piece]:
     """[(kind, string)], whose strings joined are `text`. fits(segment, with marks for its spans): is it short
     enough?"""
-    return [(kind, text[start:end]) for kind, start, end in pieces(Document(text), fits) if end > start]
+    flat, spans = flatten(text)
+    spans = iter(spans)
+    return [(kind, HIDDEN.sub(lambda _: next(spans), part)) for kind, part in pieces(flat, fits) if part]
 
 
 def prose(text: str) -> str:
     """What is left of a text for a reader: no code, links, addresses, formulas, tags, emoji, table rules. A
     space or a line break stands for what is left out."""
-    document, parts = Document(text), []
-    for kind, start, end in pieces(document, lambda segment: True):
+    parts = []
+    for kind, part in pieces(flatten(text)[0], lambda segment: True):
         if kind == TEXT:
-            parts.append(" ".join(document.split(start, end)[::2]))
-        elif end > start:
-            parts.append("\n" if "\n" in text[start:end] else " ")
+            parts.append(HIDDEN.sub(" ", part))
+        elif part:
+            parts.append("\n" if LINE_END.search(part) else " ")
     return "".join(parts)

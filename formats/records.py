@@ -26,19 +26,18 @@ import io
 import itertools
 import json
 import re
-from collections import Counter
+from collections import Counter, defaultdict
 from dataclasses import dataclass
 from pathlib import Path
 
 from engine.files import HALF_A_CHARACTER, InputError, read_records, read_text, write_jsonl
 from formats import hub
-from formats.conversations import (FORMATS, UNKNOWN, OddRecord, Skip, as_list, as_text, find_format, is_blank,
-                                   named, read_conversation)
+from formats.conversations import (FORMATS, UNKNOWN, OddRecord, Skip, as_text, find_format, is_blank, named,
+                                   read_conversation)
 from formats.languages import normal, script_of, suggestion
 
 PARTS = ("prompt", "response")
 LANGUAGE_KEYS = ("language_code", "lang", "language")
-SHOWN = 3               # different faults that the refusal of a file names
 PARQUET = ("parquet files, which are not read here; with pandas and pyarrow installed, convert each: "
            "python -c \"import sys, pandas; pandas.read_parquet(sys.argv[1])"
            ".to_json(sys.argv[2], orient='records', lines=True)\" X.parquet X.jsonl")
@@ -47,26 +46,25 @@ PARQUET = ("parquet files, which are not read here; with pandas and pyarrow inst
 # ---- files -> records ----
 
 def read_data(path):
-    """[(where, record)] of a data file; InputError with file and line."""
+    """[(where, record)] of a data file; InputError with file and line, or when there is nothing."""
     path = hub.data_file(path)
     if path.suffix == ".parquet":
         raise InputError(f"{path} is one of the {PARQUET}")
-    if Path(path.name.removesuffix(".gz")).suffix in (".csv", ".tsv"):
-        return read_table(path)
-    try:
-        records = read_records(path)
-    except InputError:
+    if path.name.removesuffix(".gz").endswith((".csv", ".tsv")):
+        records = read_table(path)
+    else:
         whole = object_in(read_text(path))
-        if whole is None:
-            raise
-        records = [(f"{path}:1", whole)]
-    if len(records) == 1 and isinstance(records[0][1], dict):
-        return unwrap(*records[0], path)
-    return records
+        records = read_records(path) if whole is None else unwrap(path, whole)
+    if not records:
+        raise InputError(f"{path}: the file is empty")
+    try:
+        return [(where, without_nan(record)) for where, record in records]
+    except RecursionError:
+        raise InputError(f"{path}: lists or objects nested too deeply") from None
 
 
 def object_in(text):
-    """The object that a text is, over several lines; None if it is anything else."""
+    """The one object that a text is, on one line or several; None if it is anything else."""
     try:
         whole = json.loads(text)
     except (ValueError, RecursionError):
@@ -74,28 +72,17 @@ def object_in(text):
     return whole if isinstance(whole, dict) else None
 
 
-def unwrap(where, record, path):
+def unwrap(path, record):
     """[(where, record)] of a file with this one record, which may stand around a list of them, as in
     {"data": [...]} or {"train": [...]}."""
     lists = [key for key, value in record.items()
              if isinstance(value, list) and value and all(isinstance(item, dict) for item in value)]
-    keys = find_format(record)[0] if find_format(record) else ("data",)
-    if not lists or is_message(record) or keys != ("data",):
-        return [(where, record)]
+    known = is_message(record) or find_format(record)
+    if not lists or known and "data" not in lists:
+        return [(f"{path}:1", record)]
     if len(lists) > 1:
         raise InputError(f"{path}: lists of records under {named(lists)}: write the one wanted to a file")
     return [(f"{path}[{lists[0]}][{item}]", inner) for item, inner in enumerate(record[lists[0]])]
-
-
-def clean_records(path):
-    """read_data with null for every NaN. InputError when there is nothing."""
-    records = read_data(path)
-    if not records:
-        raise InputError(f"{path}: the file is empty")
-    try:
-        return [(where, without_nan(record)) for where, record in records]
-    except RecursionError:
-        raise InputError(f"{path}: lists or objects nested too deeply") from None
 
 
 def without_nan(value):
@@ -111,32 +98,26 @@ def read_table(path):
     """[(where, {column: text})] of a csv or tsv file with a header."""
     records, columns = [], None
     for where, cells in table_cells(path):
-        if columns is None:
-            columns = cells
-            continue
+        columns = columns or cells
         if len(cells) != len(columns):
             raise InputError(f"{where}: {len(cells)} cells below a header of {len(columns)}: "
                              f"is a quotation mark missing?")
         records.append((where, dict(zip(columns, cells))))
-    return records
+    return records[1:]
 
 
 def table_cells(path):
     """Yields ("file:line", cells) of a csv or tsv file; a record is named by its first line.
     Blank lines are left out."""
-    tabs = Path(path.name.removesuffix(".gz")).suffix == ".tsv"
-    reader = csv.reader(io.StringIO(read_text(path), newline=""), delimiter="\t" if tabs else ",")
-    line = 1
-    while True:
-        try:
-            cells = next(reader)
-        except StopIteration:
-            return
-        except csv.Error as error:
-            raise InputError(f"{path}:{line}: not a table ({error}): is a quotation mark left open?") from None
-        if len(cells) > 1 or "".join(cells).strip():
-            yield f"{path}:{line}", cells
-        line = reader.line_num + 1
+    tabs = path.name.removesuffix(".gz").endswith(".tsv")
+    reader, line = csv.reader(io.StringIO(read_text(path), newline=""), delimiter="\t" if tabs else ","), 1
+    try:
+        for cells in reader:
+            if len(cells) > 1 or "".join(cells).strip():
+                yield f"{path}:{line}", cells
+            line = reader.line_num + 1
+    except csv.Error as error:
+        raise InputError(f"{path}:{line}: not a table ({error}): is a quotation mark left open?") from None
 
 
 # ---- what records say about themselves ----
@@ -155,14 +136,13 @@ def languages_of(row):
 
 
 def refuse_other_language(record, language, counts):
-    """Skip a record that says it is in another language."""
-    label = next((record[key] for key in LANGUAGE_KEYS if isinstance(record.get(key), str)), None)
-    if label is None or normal(label) == normal(language):
+    """Skip a record that says it is in another language ("pt" takes "pt-BR")."""
+    label = next((record[key] for key in LANGUAGE_KEYS if isinstance(record.get(key), str)), language)
+    if normal(label) == normal(language):
         return
-    if script_of(label) is None:
-        counts[f"in the language {label!r:.40}, which is unknown: taken for {language}"] += 1
-        return
-    raise Skip(f"not in {language}")
+    if script_of(label):
+        raise Skip(f"not in {language}")
+    counts[f"in the language {label!r:.40}, which is unknown: taken for {language}"] += 1
 
 
 # ---- conversations ----
@@ -178,8 +158,8 @@ def conversation_rows(record, where, asked, counts):
              if (role, other) == ("user", "assistant")]
     if asked.turns == "first":
         opens = [role for role, _ in messages[:2]] == ["user", "assistant"]
-        counts["later turns left out"] += len(pairs[1:] if opens else pairs)
-        pairs = pairs[:1] if opens else []
+        counts["later turns left out"] += len(pairs) - opens
+        pairs = pairs[:opens]
     if not pairs:
         raise Skip("no user message followed by a reply")
     name = identifier(record, where)
@@ -197,25 +177,23 @@ def is_message(record):
 def hang_messages(records, skipped):
     """[(where, record)] with flat OpenAssistant messages below their parents, as they are in trees; other
     records stay. skipped: {reason: [where]}, which receives messages that have no place."""
-    messages, kept = {}, []
+    messages, kept, roots = {}, [], []
     for where, record in records:
-        if not is_message(record):
-            kept.append((where, record))
-        elif record["message_id"] in messages:
-            skipped.setdefault("a message that was there before", []).append(where)
-        else:
-            copy = record | {"replies": [*(record.get("replies") or [])]}
-            messages[record["message_id"]] = copy
-            kept.append((where, copy))
-    roots = []
+        if is_message(record):
+            name = record["message_id"]
+            if name in messages:
+                skipped["a message that was there before"].append(where)
+                continue
+            record = messages[name] = record | {"replies": [*(record.get("replies") or [])]}
+        kept.append((where, record))
     for where, record in kept:
         parent = record.get("parent_id") if is_message(record) else None
         if parent is None:
             roots.append((where, record))
-        elif isinstance(parent, str) and parent in messages:
-            messages[parent]["replies"].append(record)
+        elif str(parent) in messages:
+            messages[str(parent)]["replies"].append(record)
         else:
-            skipped.setdefault("a message without its parent", []).append(where)
+            skipped["a message without its parent"].append(where)
     return roots
 
 
@@ -225,9 +203,8 @@ def unusable(message):
 
 
 def replies_to(message):
-    """The replies, each of them an object."""
-    replies = as_list(message.get("replies") or [], "replies")
-    if not all(isinstance(reply, dict) for reply in replies):
+    replies = message.get("replies") or []
+    if not all(map(is_message, replies)):
         raise OddRecord('"replies" holds no messages')
     return replies
 
@@ -240,29 +217,26 @@ def best_replies(prompt, turns, counts):
         if not best or unusable(reply):
             continue
         yield prompt, reply
-        later = [message for message in replies_to(reply) if not unusable(message)]
-        counts["later turns left out"] += len(later) if turns == "first" else 0
-        for message in later if turns == "all" else []:
-            yield from best_replies(message, turns, counts)
+        for message in replies_to(reply):
+            if turns == "all" and not unusable(message):
+                yield from best_replies(message, turns, counts)
+            counts["later turns left out"] += turns == "first" and not unusable(message)
 
 
 def tree_rows(record, asked, counts):
-    """Rows of one OpenAssistant tree, or of a message with its replies, in the language asked for ("pt" takes "pt-BR")."""
+    """Rows of one OpenAssistant tree, or of a message with its replies, in the language asked for."""
     root = record if is_message(record) else record["prompt"]
     if record.get("tree_state") not in (None, "ready_for_export") or not root.get("review_result", True):
         raise Skip("tree not reviewed")
     refuse_other_language(root, asked.language, counts)
     if unusable(root):
         raise Skip("tree deleted or synthetic")
-    pairs = list(best_replies(root, asked.turns, counts))
-    if not pairs:
-        raise Skip("tree without a best reply")
     rows = []
-    for pair in pairs:
-        if not all(is_message(message) and "text" in message for message in pair):
-            raise OddRecord('a message without "message_id" or "text"')
-        texts = [as_text(message["text"], "text", counts) for message in pair]
+    for pair in best_replies(root, asked.turns, counts):
+        texts = [as_text(message.get("text"), "text", counts) for message in pair]
         rows.append({"row_id": pair[1]["message_id"], asked.language: dict(zip(PARTS, texts))})
+    if not rows:
+        raise Skip("tree without a best reply")
     return rows
 
 
@@ -270,40 +244,33 @@ def tree_rows(record, asked, counts):
 
 def parallel_row(record, where, asked, counts):
     """A row of our own format, whose languages are spelt as they were asked for: "zh" for "zh-CN". A language
-    that is null is not translated yet; keys that are neither a language nor the identifier stay as they are."""
-    refuse_double_language(record, where)
-    row = {"row_id": identifier(record, where)}
+    that is null is not translated yet; keys that are neither a language nor the identifier stay as they are.
+    InputError when two keys are spellings of one language."""
+    row, spelt = {"row_id": identifier(record, where)}, {}
     for key, value in record.items():
+        has_part = isinstance(value, dict) and not value.keys().isdisjoint(PARTS)
+        before = spelt.setdefault(normal(key), key) if has_part else key
+        if before != key:
+            raise InputError(f"{where}: {before!r:.40} and {key!r:.40} are the same language: leave one")
         if key == "row_id" or key == "id" and not isinstance(value, dict):
             continue
-        if key not in asked.codes and not (isinstance(value, dict) and value.keys() & {*PARTS}):
+        if key not in asked.codes and not has_part:
             row[key] = value
         elif value is not None:
             name = asked.spellings.get(normal(key), key)
             if name != key:
                 counts[f"{key!r:.40} taken for {name}"] += 1
-                key = name
-            row[key] = language_side(value, key, counts)
+            row[name] = language_side(value, name, counts)
     if not languages_of(row):
         raise OddRecord("no language with a prompt and a response")
     return row
 
 
-def refuse_double_language(record, where):
-    """InputError when two keys of a row are spellings of one language."""
-    first = {}
-    for key, value in record.items():
-        if isinstance(value, dict) and value.keys() & {*PARTS}:
-            before = first.setdefault(normal(key), key)
-            if before != key:
-                raise InputError(f"{where}: {before!r:.40} and {key!r:.40} are the same language: leave one")
-
-
 def language_side(value, language, counts):
     """{"prompt": text, "response": text, ...} of one language of a row."""
-    missing = [part for part in PARTS if not isinstance(value, dict) or part not in value]
-    if missing:
-        raise OddRecord(f'language {language!r:.40} (prompt and response, or null): "{missing[0]}" is missing')
+    for part in PARTS:
+        if not isinstance(value, dict) or part not in value:
+            raise OddRecord(f'language {language!r:.40} (prompt and response, or null): "{part}" is missing')
     return value | {part: as_text(value[part], part, counts) for part in PARTS}
 
 
@@ -341,17 +308,6 @@ def row_fault(row):
     return None
 
 
-def usable_rows(record, where, asked, counts):
-    """(rows of a record, why others of its rows cannot be used). Skip or OddRecord where it has none."""
-    try:
-        rows = record_rows(record, where, asked, counts)
-        faults = [row_fault(row) for row in rows]
-    except RecursionError:
-        raise OddRecord("lists or objects nested too deeply") from None
-    kept = [row for row, fault in zip(rows, faults) if fault is None]
-    return kept, [fault for fault in faults if fault]
-
-
 def read_rows(path, language="en", turns="first", counts=None, targets=(), unique=False):
     """Rows of a file in any of FORMATS, or of a data set that hub.py knows by name.
 
@@ -361,23 +317,25 @@ def read_rows(path, language="en", turns="first", counts=None, targets=(), uniqu
     an evaluation needs; else the second one gets "#2".
     Raises InputError with file and line.
     """
-    assert turns in ("first", "all"), f"turns {turns!r} is neither first nor all"
     counts = Counter() if counts is None else counts
-    records = clean_records(path)
+    records = read_data(path)
     codes = {*targets}.union(*(languages_of(record) for _, record in records if isinstance(record, dict)))
     asked = Asked(language, turns, codes, {normal(code): code for code in (language, *targets)})
     counts.update({"read": len(records), "kept": 0})
-    found, skipped, odd = [], {}, {}              # the last two: {reason: [where]}
+    found, skipped, odd = [], defaultdict(list), defaultdict(list)    # the last two: {reason: [where]}
     for where, record in hang_messages(records, skipped):
         try:
-            rows, faults = usable_rows(record, where, asked, counts)
-        except Skip as skip:
-            reasons = odd if isinstance(skip, OddRecord) else skipped
-            reasons.setdefault(str(skip), []).append(where)
-            continue
-        found += [(where, row) for row in rows]
-        for fault in faults:
-            skipped.setdefault(fault, []).append(where)
+            for row in record_rows(record, where, asked, counts):
+                if fault := row_fault(row):
+                    skipped[fault].append(where)
+                else:
+                    found.append((where, row))
+        except RecursionError:
+            odd["lists or objects nested too deeply"].append(where)
+        except OddRecord as reason:
+            odd[str(reason)].append(where)
+        except Skip as reason:
+            skipped[str(reason)].append(where)
     refuse_mostly_odd(odd, len(records))
     counts["kept"] = len(found)
     for reason, places in [*skipped.items(), *odd.items()]:
@@ -393,11 +351,10 @@ def refuse_mostly_odd(odd, read):
     """InputError when more than half of the records of a file cannot be read: the file is not what it is
     taken for. odd: {reason: [where]}."""
     number = sum(map(len, odd.values()))
-    if 2 * number <= read:
-        return
-    shown = "; ".join(f"{places[0]}: {reason}" for reason, places in [*odd.items()][:SHOWN])
-    known = f"; known: {FORMATS}" if any(reason.startswith(UNKNOWN) for reason in odd) else ""
-    raise InputError(f"{shown} ({number:,} of {read:,} records cannot be read){known}")
+    if 2 * number > read:
+        reason, places = next(iter(odd.items()))
+        known = f"; known: {FORMATS}" if reason.startswith(UNKNOWN) else ""
+        raise InputError(f"{places[0]}: {reason} ({number:,} of {read:,} records cannot be read){known}")
 
 
 def refuse_duplicates(identified):
@@ -412,17 +369,15 @@ def refuse_duplicates(identified):
 
 def number_duplicates(rows, counts):
     """The rows; the second one of an identifier gets "#2", and so on: none is lost, each has one answer."""
-    names, times = {row["row_id"] for row in rows}, Counter()
+    taken, seen = {row["row_id"] for row in rows}, set()
+    numbers = defaultdict(lambda: itertools.count(2))
     for row in rows:
         name = row["row_id"]
-        times[name] += 1
-        if times[name] == 1:
-            continue
-        while f"{name}#{times[name]}" in names:
-            times[name] += 1
-        row["row_id"] = f"{name}#{times[name]}"
-        names.add(row["row_id"])
-        counts["repeated identifiers numbered"] += 1
+        if name in seen:
+            names = (f"{name}#{number}" for number in numbers[name])
+            row["row_id"] = next(new for new in names if new not in taken)
+            counts["repeated identifiers numbered"] += 1
+        seen.add(name)
     return rows
 
 
@@ -432,16 +387,15 @@ def write_rows(path, rows):
                                                 for key, value in row.items()} for row in rows))
 
 
-def write_preferences(path, rows, source, target):
+def write_preferences(path, rows, *languages):
     """Write TRL preference rows: each language prefers its own response to every other one's, none with equal
-    responses; returns how many. target: a language, or a list of them.
+    responses; returns how many.
 
     Each has prompt, chosen and rejected as message lists (TRL, "Dataset formats"), and its "language".
     """
     def say(role, text):
         return [{"role": role, "content": text}]
 
-    languages = [source, *([target] if isinstance(target, str) else target)]
     pairs = [{"prompt": say("user", row[own]["prompt"]), "chosen": say("assistant", row[own]["response"]),
               "rejected": say("assistant", row[other]["response"]), "language": own}
              for row in require_languages(rows, *languages)
@@ -453,9 +407,9 @@ def write_preferences(path, rows, source, target):
 
 def require_languages(rows, *wanted):
     """The rows that hold all wanted languages; if none does, a InputError that names those in the data."""
-    have = [row for row in rows if set(wanted) <= set(languages_of(row))]
+    have = [row for row in rows if {*wanted} <= {*languages_of(row)}]
     if not have:
-        there = sorted({language for row in rows for language in languages_of(row)})
+        there = sorted(set().union(*map(languages_of, rows)))
         near = "".join(suggestion(code, there) for code in wanted if code not in there)
         raise InputError(f"no row holds {' and '.join(wanted)}{near}; "
                          f"languages in the data: {', '.join(there) or 'none'}")

@@ -5,6 +5,7 @@ or added_tokens.json alone. They are merged as transformers does, under the ids 
 """
 
 import copy
+import itertools
 import json
 import unicodedata
 
@@ -25,9 +26,7 @@ def read_config(directory):
     """tokenizer_config.json with special_tokens_map.json, which wins in a directory of the older kind."""
     config = read_json(directory / "tokenizer_config.json", missing={})
     older = read_json(directory / "special_tokens_map.json", missing={})
-    if "added_tokens_decoder" in config:
-        return older | config
-    return config | older
+    return older | config if "added_tokens_decoder" in config else config | older
 
 
 def added_token(token, where, special=True):
@@ -40,39 +39,35 @@ def added_token(token, where, special=True):
 
 def special_tokens(config, where):
     """({name: token}, [tokens without a name]) that the configuration calls special."""
-    named = {key: config[key] for key in NAMES if config.get(key)}
-    for key, value in config.items():
-        is_name = isinstance(value, str) and value
-        is_object = isinstance(value, dict) and "content" in value
-        if key.endswith("_token") and (is_name or is_object):
+    named = {}
+    for key in (*NAMES, *config):
+        value = config.get(key)
+        is_token = isinstance(value, str) or isinstance(value, dict) and "content" in value
+        if value and (key in NAMES or is_token and key.endswith("_token")):
             named[key] = value
     more = config.get("extra_special_tokens") or config.get("additional_special_tokens") or []
     if isinstance(more, dict):
-        named, more = named | more, []
+        named = named | more
+        more = []
     named = {key: added_token(token, f"{where}: {key}") for key, token in named.items()}
     return named, [added_token(token, f"{where}: special tokens") for token in as_kind(more, list, where)]
 
 
 def numbered_tokens(source, config, listed, special, where):
-    """[(id, token)] of tokenizer.json, of added_tokens_decoder (whose flags win) and of added_tokens.json."""
-    ids, found = {}, {}
-    for entry in as_kind(source.get("added_tokens") or [], list, where):
-        token = added_token(entry, where, special=False)
-        ids[token.content] = need(entry, "id", where)
-        found[token.content] = token
+    """[(id, token)] of added_tokens.json, tokenizer.json and added_tokens_decoder; the last one wins."""
+    entries = [(number, {"content": name, "special": name in special}) for name, number in listed.items()]
+    entries += [(need(entry, "id", where), entry)
+                for entry in as_kind(source.get("added_tokens") or [], list, where)]
     decoder = as_kind(config.get("added_tokens_decoder") or {}, dict, where)
-    for number, entry in decoder.items():
+    entries += [(int(number) if number.isdecimal() else number, entry) for number, entry in decoder.items()]
+    found = {}
+    for number, entry in entries:
         token = added_token(entry, where, special=False)
-        ids.setdefault(token.content, int(number) if number.isdecimal() else number)
-        found[token.content] = token
-    for name, number in listed.items():
-        ids.setdefault(name, number)
-        found.setdefault(name, added_token(name, where, special=name in special))
-    for name, number in ids.items():
         if type(number) is not int:
-            raise InputError(f"{where}: the added token {name!r} has the id {number!r}, "
+            raise InputError(f"{where}: the added token {token.content!r} has the id {number!r}, "
                              "a whole number was expected")
-    return [(ids[name], found[name]) for name in sorted(ids, key=ids.get)]
+        found[token.content] = number, token
+    return sorted(found.values(), key=lambda pair: pair[0])
 
 
 def add_numbered(tokenizer, numbered, where):
@@ -80,23 +75,17 @@ def add_numbered(tokenizer, numbered, where):
 
     The library numbers new tokens one after another: gaps are filled with tokens that no text holds.
     """
-    batch, free = [], tokenizer.get_vocab_size()
+    batch = []
+    free = tokenizer.get_vocab_size()
     for number, token in numbered:
         if tokenizer.token_to_id(token.content) is None:
-            if number - free > MOST_UNUSED:
-                raise InputError(f"{where}: the added token {token.content!r} has the id {number}, "
-                                 f"the vocabulary ends at {free}: files of different models?")
-            for gap in range(free, number):
-                batch.append(tokenizers.AddedToken(f"\uf8ffunused {gap}\uf8ff", normalized=False))
+            gap = range(free, min(number, free + MOST_UNUSED))
+            batch += [tokenizers.AddedToken(f"\uf8ffunused {unused}\uf8ff", normalized=False)
+                      for unused in gap]
             free = max(free, number) + 1
         batch.append(token)
     tokenizer.add_tokens(batch)
-    by_id = {}
     for number, token in numbered:
-        other = by_id.setdefault(number, token.content)
-        if other != token.content:
-            raise InputError(f"{where}: the added tokens {token.content!r} and {other!r} have the same id, "
-                             f"{number}: give each its own")
         known = tokenizer.token_to_id(token.content)
         if known != number:
             raise InputError(f"{where}: the added token {token.content!r} has the id {number}, "
@@ -108,12 +97,12 @@ def read_tokenizer(directory, config):
     where = directory / "tokenizer.json"
     if not where.exists():
         raise InputError(f"{directory}: no tokenizer.json there; tokenizer.save_pretrained writes one")
-    source = read_json(where, missing={})
-    listed = read_json(directory / "added_tokens.json", missing={})
+    source = read_json(where)
     named, more = special_tokens(config, directory / "tokenizer_config.json")
-    special = {token.content for token in [*named.values(), *more]}
+    more = [*named.values(), *more]
+    special = {token.content for token in more}
+    listed = read_json(directory / "added_tokens.json", missing={})
     numbered = numbered_tokens(source, config, listed, special, where)
-    placed = {token.content for _, token in numbered}
     try:
         tokenizer = tokenizers.Tokenizer.from_str(json.dumps(source | {"added_tokens": []}))
     except Exception as error:  # the library raises nothing narrower
@@ -121,11 +110,11 @@ def read_tokenizer(directory, config):
     tokenizer.no_truncation()
     tokenizer.no_padding()
     add_numbered(tokenizer, numbered, where)
-    tokenizer.add_tokens([token for token in [*named.values(), *more] if token.content not in placed])
+    placed = {token.content for _, token in numbered}
+    tokenizer.add_tokens([token for token in more if token.content not in placed])
     added = tokenizer.get_added_tokens_decoder().items()
     ids = {number for number, token in added if token.special or token.content in special}
-    names = {key: token.content for key, token in named.items()}
-    return tokenizer, names, ids
+    return tokenizer, {key: token.content for key, token in named.items()}, ids
 
 
 # ---- text -> ids ----
@@ -135,26 +124,23 @@ def is_words(text):
     return all(char.isspace() or unicodedata.category(char)[0] in "LMN" for char in text)
 
 
-def control_token(token, normalized):
-    """The same added token, flagged special: what Encoder can switch off."""
-    flags = {"single_word": token.single_word, "lstrip": token.lstrip, "rstrip": token.rstrip}
-    return tokenizers.AddedToken(token.content, special=True, normalized=normalized, **flags)
-
-
 def encoder_for(tokenizer, special, unk_id, written):
     """An Encoder for a template that writes such text.
 
-    Added tokens in it that are more than words are control tokens beside the special ones. Special ones split
-    the text before a normaliser sees it, so that a word after <s> begins with Llama 2's space.
+    Added tokens in it that are more than words are control tokens beside the special ones, flagged special so
+    that Encoder can switch them off. Special ones split the text before a normaliser sees it, so that a word
+    after <s> begins with Llama 2's space.
     """
-    added = tokenizer.get_added_tokens_decoder()
-    marks = {number for number, token in added.items()
-             if token.content in written and not is_words(token.content)}
-    control = special | marks
     inner = copy.deepcopy(tokenizer)
-    inner.add_tokens([control_token(added[number], added[number].normalized and number not in special)
-                      for number in sorted(control)])
-    inner.add_tokens([tokenizers.AddedToken(AFTER_TOKEN, normalized=False)])
+    control = set()
+    marks = []
+    for number, token in tokenizer.get_added_tokens_decoder().items():
+        if number in special or token.content in written and not is_words(token.content):
+            control.add(number)
+            marks.append(tokenizers.AddedToken(
+                token.content, special=True, normalized=token.normalized and number not in special,
+                single_word=token.single_word, lstrip=token.lstrip, rstrip=token.rstrip))
+    inner.add_tokens([*marks, tokenizers.AddedToken(AFTER_TOKEN, normalized=False)])
     return Encoder(inner, control | {inner.token_to_id(AFTER_TOKEN)}, unk_id)
 
 
@@ -166,7 +152,9 @@ class Encoder:
     """
 
     def __init__(self, tokenizer, control, unk_id):
-        self.tokenizer, self.control, self.unk_id = tokenizer, control, unk_id
+        self.tokenizer = tokenizer
+        self.control = control
+        self.unk_id = unk_id
         self.names = {number: token.content for number, token in tokenizer.get_added_tokens_decoder().items()}
 
     def encode(self, text, control=True):
@@ -187,28 +175,26 @@ class Encoder:
 
     def hide(self, *texts):
         """(texts, hidden): control tokens in texts, each behind a private character; what those hide."""
-        used, marks = set("".join(texts)), {}
+        found = set()
+        for text in texts:
+            for _, start, end in self.control_tokens(self.encode(text), text):
+                name = text[start:end]
+                found.add(name.strip() or name)  # a token may take the spaces beside it
+        used = set("".join(texts))
         free = (mark for mark in map(chr, PRIVATE_USE) if mark not in used)
-        texts = [self._hide(text, marks, free) for text in texts]
-        return texts, {mark: name for name, mark in marks.items()}
+        hidden = dict(zip(free, sorted(found, key=len, reverse=True)))
+        for mark, name in hidden.items():
+            texts = [text.replace(name, mark) for text in texts]
+        return texts, hidden
 
-    def _hide(self, text, marks, free):
-        parts, cursor = [], 0
-        for _, start, end in self.control_tokens(self.encode(text), text):
-            name = text[start:end].strip()  # a token may take the spaces beside it
-            if name not in marks:
-                marks[name] = next(free)
-            start = text.index(name, start)
-            parts += [text[cursor:start], marks[name]]
-            cursor = start + len(name)
-        return "".join(parts) + text[cursor:]
-
-    def ids(self, text, hidden=None):
+    def ids(self, text, hidden):
         """Ids of rendered text: control tokens as themselves, what is hidden in it as plain text."""
-        encoding, shown = self.encode(text), str.maketrans(hidden or {})
+        encoding = self.encode(text)
+        shown = str.maketrans(hidden)
         if text.translate(shown) == text:
             return encoding.ids
-        ids, cursor = [], 0
+        ids = []
+        cursor = 0
         for token, start, end in self.control_tokens(encoding, text):
             ids += self.plain(text[cursor:start].translate(shown), after_token=cursor > 0)
             ids.append(token)
@@ -224,7 +210,7 @@ class Encoder:
         if not cuts:
             return encoding.ids[after_token:]
         ids = self.plain(text[:cuts[0]], after_token)
-        for start, end in zip(cuts, [*cuts[1:], len(text)]):
+        for start, end in itertools.pairwise([*cuts, len(text)]):
             ids += self.following("", text[start:end], self.plain)
         return ids
 
@@ -235,7 +221,8 @@ class Encoder:
         context takes its place: a letter, or the start of a line.
         """
         for anchor in filter(None, (context, "\n", "x")):
-            before, both = encode(anchor), encode(anchor + text)
+            before = encode(anchor)
+            both = encode(anchor + text)
             if both[:len(before)] == before:
                 return both[len(before):]
         return encode(text)

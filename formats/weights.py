@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from engine.progress import progress
-from engine.files import InputError, read_json, say_once, write_json
+from engine.files import InputError, as_kind, read_json, say_once, write_json
 from formats.configs import positive
 
 # what flags call the dtypes of tensors and sums, and what checkpoints call them
@@ -27,47 +27,37 @@ MAX_SHARD_BYTES = 5_000_000_000
 # ------------------------------------------------------------------------------------------------ checkpoints
 
 class Weights(Mapping):
-    """The tensors of a checkpoint by name, read lazily through memory maps.
+    """The tensors of a checkpoint by name, read lazily through memory maps, and their `shapes`.
 
     Takes model.safetensors or, without it, the files that model.safetensors.index.json names and no others.
-    One file is open at a time: read in the order of `where`'s files, a sharded checkpoint never holds more
-    than a shard in memory. InputError when a file is missing, damaged, outside the directory, or does not
-    hold what the index promises.
+    No file stays open: a checkpoint takes no more memory than the tensors that somebody keeps. InputError
+    when a file is missing, damaged, outside the directory, or does not hold what the index promises.
     """
 
     def __init__(self, directory):
         self.directory = Path(directory)
         index = self.directory / INDEX
-        self.where = None if self.is_whole() else read_index(index)
-        self.opened, self.shapes = (None, None), {}
-        for name in [WHOLE] if self.where is None else sorted(set(self.where.values())):
+        is_whole, is_sharded = (self.directory / WHOLE).is_file(), index.is_file()
+        if not is_whole and not is_sharded:
+            raise InputError(f"{directory} holds neither {WHOLE} nor {INDEX}: "
+                             f"download the weights, or convert .bin files to safetensors")
+        if is_whole and is_sharded:                 # saving a model again whole leaves its old index behind
+            say_once(f"{directory} holds {WHOLE} and an index of shards: "
+                     f"{WHOLE} is read, as transformers does, and no shard")
+        promised = {} if is_whole else read_index(index)
+        self.where, self.shapes = {}, {}
+        for name in sorted({*promised.values()}) or [WHOLE]:
             file = open_safetensors(self.directory / name)
             for key in file.keys():
-                self.shapes[key, name] = tuple(file.get_slice(key).get_shape())
-        self.where = self.where or {key: name for key, name in self.shapes}
-        for key, name in self.where.items():
-            if (key, name) not in self.shapes:
-                raise InputError(f"{index} promises {key} in {name}, which does not hold it: "
-                                 f"download it again")
-
-    def is_whole(self) -> bool:
-        """Whether one file holds all. It comes first, as in transformers: saving a model again whole leaves
-        the index of its old shards behind."""
-        whole, index = ((self.directory / name).is_file() for name in (WHOLE, INDEX))
-        if whole and index:
-            say_once(f"{self.directory} holds {WHOLE} and an index of shards: "
-                     f"{WHOLE} is read, as transformers does, and no shard")
-        if not whole and not index:
-            raise InputError(f"{self.directory} holds neither {WHOLE} nor {INDEX}: "
-                             f"download the weights, or convert .bin files to safetensors")
-        return whole
+                if promised.get(key, WHOLE) == name:
+                    self.where[key] = name
+                    self.shapes[key] = tuple(file.get_slice(key).get_shape())
+        for key in promised.keys() - self.where.keys():
+            raise InputError(f"{index} promises {key} in {promised[key]}, which does not hold it: "
+                             f"download it again")
 
     def __getitem__(self, key: str) -> Tensor:
-        name = self.where[key]
-        if self.opened[0] != name:
-            self.opened = (None, None)                          # unmap the last file before the next one
-            self.opened = (name, open_safetensors(self.directory / name))
-        tensor = self.opened[1].get_tensor(key)
+        tensor = open_safetensors(self.directory / self.where[key]).get_tensor(key)
         if tensor.dtype not in DTYPE_NAMES:
             raise InputError(f"{self.directory}: tensor {key} has dtype {tensor.dtype}: "
                              f"quantised checkpoints are not supported")
@@ -75,9 +65,6 @@ class Weights(Mapping):
 
     def __contains__(self, key) -> bool:             # Mapping's own reads the tensor
         return key in self.where
-
-    def shape(self, key: str) -> tuple[int, ...]:
-        return self.shapes[key, self.where[key]]
 
     def __iter__(self):
         return iter(self.where)
@@ -89,11 +76,9 @@ class Weights(Mapping):
 def read_index(path: Path) -> dict[str, str]:
     """{tensor name: file name} of model.safetensors.index.json. InputError when it names other than
     safetensors files of its directory."""
-    where = read_json(path).get("weight_map")
-    if not isinstance(where, dict) or not where:
-        raise InputError(f"{path} has no weight_map: download it again")
+    where = as_kind(read_json(path).get("weight_map"), dict, f"{path}: weight_map")
     for name in where.values():
-        if not isinstance(name, str) or Path(name).name != name or not name.endswith(".safetensors"):
+        if Path(str(name)).name != name or not name.endswith(".safetensors"):
             raise InputError(f"{path} names {name!r}, which is not a safetensors file of its directory")
     return where
 
@@ -101,93 +86,70 @@ def read_index(path: Path) -> dict[str, str]:
 def open_safetensors(path: Path):
     try:
         return safe_open(path, framework="pt", device="cpu")
-    except FileNotFoundError:
-        raise InputError(f"{path} is missing: download it again, "
-                         f"or convert .bin files to safetensors") from None
     except (SafetensorError, OSError) as error:
-        raise InputError(f"{path} is damaged or not a safetensors file ({error}): "
-                         f"download it again") from None
+        raise InputError(f"{path} is missing, damaged or not a safetensors file ({error}): "
+                         f"download it again, or convert .bin files to safetensors") from None
 
 
 def check_depth(weights: Weights, layers: int) -> None:
     """InputError unless the last of so many layers is there."""
     last = f"model.layers.{layers - 1}.input_layernorm.weight"
-    if last not in weights:
-        raise InputError(f"{weights.directory}: tensor {last} is missing, though num_hidden_layers is "
-                         f"{layers}: the weights do not belong to this config.json")
+    check_none(weights, "is missing", [last] * (last not in weights))
 
 
 def match_names(weights: Weights, shapes: dict[str, tuple]) -> dict[str, str]:
     """Parameter name -> tensor name in the order of the files, for a model's parameters by name and shape.
+    They are equal but for a tied head, which files hold under one or both names.
 
-    Takes tensors that no model has (old files' angles, a second copy of a tied head) out of `weights`.
-    InputError when what is left is not exactly the parameters.
+    InputError when the tensors are not exactly the parameters; old files' angles do not count.
     """
-    names = tensor_names(weights, shapes)
-    ignored = {key for key in weights if key.endswith("rotary_emb.inv_freq")}
-    if HEAD not in shapes:
-        ignored |= {EMBEDDING, HEAD} - set(names.values())
-    weights.where = {key: file for key, file in weights.where.items() if key not in ignored}
-    check_tensors(weights, {names[name]: shape for name, shape in shapes.items()})
+    names, tied = {name: name for name in shapes}, HEAD not in shapes
+    if tied and HEAD in weights:
+        if EMBEDDING not in weights:
+            names[EMBEDDING] = HEAD
+        elif not torch.equal(weights[EMBEDDING], weights[HEAD]):
+            raise InputError(f"{weights.directory}: tie_word_embeddings is true, yet {EMBEDDING} and {HEAD} "
+                             f"differ: if both were trained, write tie_word_embeddings false in config.json; "
+                             f"if the head is a leftover, take {HEAD} out of the file")
+    if not tied and HEAD not in weights:
+        raise InputError(f"{weights.directory}: tie_word_embeddings is false, yet there is no {HEAD}: if the "
+                         f"embedding is the head too, write tie_word_embeddings true in config.json")
+    known = {*names.values(), HEAD if tied else None}
+    check_none(weights, "is missing", [key for key in names.values() if key not in weights])
+    check_none(weights, "is unknown to this architecture",
+               [key for key in weights if key not in known and not key.endswith("rotary_emb.inv_freq")])
+    for name, key in names.items():
+        if weights.shapes[key] != shapes[name]:
+            raise InputError(f"{weights.directory}: tensor {key} has shape {list(weights.shapes[key])}, "
+                             f"config.json asks for {list(shapes[name])}")
     return dict(sorted(names.items(), key=lambda pair: weights.where[pair[1]]))
 
 
-def tensor_names(weights: Weights, shapes: dict[str, tuple]) -> dict[str, str]:
-    """Parameter name -> tensor name. They are equal but for a tied head,
-    which files hold under one or both names."""
-    names = {name: name for name in shapes}
-    if HEAD in shapes and HEAD not in weights:
-        raise InputError(f"{weights.directory}: tie_word_embeddings is false, yet there is no {HEAD}: if the "
-                         f"embedding is the head too, write tie_word_embeddings true in config.json")
-    if HEAD in shapes or HEAD not in weights:
-        return names
-    if EMBEDDING not in weights:
-        return names | {EMBEDDING: HEAD}
-    if weights.shape(EMBEDDING) != weights.shape(HEAD) or not torch.equal(weights[EMBEDDING], weights[HEAD]):
-        raise InputError(f"{weights.directory}: tie_word_embeddings is true, yet {EMBEDDING} and {HEAD} "
-                         f"differ: if both were trained, write tie_word_embeddings false in config.json; "
-                         f"if the head is a leftover, take {HEAD} out of the file")
-    return names
-
-
-def check_tensors(weights: Weights, shapes: dict[str, tuple]) -> None:
-    """InputError unless `weights` holds exactly these names with these shapes."""
-    missing = [key for key in shapes if key not in weights]
-    if missing:
-        raise InputError(f"{weights.directory}: tensor {missing[0]} is missing ({len(missing)} in all): "
+def check_none(weights: Weights, what: str, keys: list[str]) -> None:
+    if keys:
+        raise InputError(f"{weights.directory}: tensor {keys[0]} {what} ({len(keys)} in all): "
                          f"the weights do not belong to this config.json")
-    surplus = [key for key in weights if key not in shapes]
-    if surplus:
-        raise InputError(f"{weights.directory}: tensor {surplus[0]} is unknown to this architecture "
-                         f"({len(surplus)} in all): the weights do not belong to this config.json")
-    for key, shape in shapes.items():
-        if weights.shape(key) != shape:
-            raise InputError(f"{weights.directory}: tensor {key} has shape {list(weights.shape(key))}, "
-                             f"config.json asks for {list(shape)}")
 
 
-def save_sharded(directory: Path, sizes: dict[str, int], tensor: Callable[[str], Tensor],
-                 max_shard_bytes: int = MAX_SHARD_BYTES) -> None:
-    """Write tensor(name) for every name of `sizes` (bytes), in files of at most max_shard_bytes unless one
+def save_sharded(directory: Path, sizes: dict[str, int], tensor: Callable[[str], Tensor]) -> None:
+    """Write tensor(name) for every name of `sizes` (bytes), in files of at most MAX_SHARD_BYTES unless one
     tensor is larger, with an index if there are several. A file's tensors are made when it is written, so no
     more than those are in memory."""
     shards, size = [[]], 0
     for name, nbytes in sizes.items():
-        if shards[-1] and size + nbytes > max_shard_bytes:
+        if shards[-1] and size + nbytes > MAX_SHARD_BYTES:
             shards.append([])
             size = 0
         shards[-1].append(name)
         size += nbytes
-    if len(shards) == 1:
-        save_tensors(directory / WHOLE, {name: tensor(name) for name in sizes})
-        return
     where = {}
     for number, names in enumerate(shards, 1):
-        file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+        file = f"model-{number:05d}-of-{len(shards):05d}.safetensors" if len(shards) > 1 else WHOLE
         made = progress(names, desc=f"write {file}", unit="tensor", leave=False, delay=1)
         save_tensors(directory / file, {name: tensor(name) for name in made})
         where |= dict.fromkeys(names, file)
-    write_json(directory / INDEX, {"metadata": {"total_size": sum(sizes.values())}, "weight_map": where})
+    if len(shards) > 1:
+        write_json(directory / INDEX, {"metadata": {"total_size": sum(sizes.values())}, "weight_map": where})
 
 
 def save_tensors(path: Path, tensors: dict[str, Tensor], **metadata: str) -> None:
@@ -222,22 +184,22 @@ def read_adapter(directory, weights: Weights, names: dict[str, str]) -> dict[str
     adapter does not fit the base, or holds more than factors and copies of the base's tensors."""
     config = read_lora_config(Path(directory) / ADAPTER_CONFIG)
     file = open_safetensors(Path(directory) / ADAPTER_WEIGHTS)
-    keys, updates = set(file.keys()), {}
+    keys, updates = {*file.keys()}, {}
     for key in sorted(keys):
         module = key.removesuffix(LORA_A).removesuffix(LORA_B)
+        name = module.removeprefix(PREFIX) + ".weight"
         if module == key:
             check_carried(file, key, weights, names, directory)
-        elif not keys.issuperset((module + LORA_A, module + LORA_B)):
+        elif not {module + LORA_A, module + LORA_B} <= keys:
             raise InputError(f"{directory}: {key} is no factor of a pair lora_A, lora_B")
-        elif key == module + LORA_A:
-            layer = module.removeprefix(PREFIX)
-            if layer + ".weight" == HEAD and HEAD not in names:
-                raise InputError(f"{directory} changes lm_head, which is the embedding "
-                                 f"(tie_word_embeddings): train it without lm_head in target_modules")
-            if layer + ".weight" not in names:
-                raise InputError(f"{directory}: {layer}.weight is no parameter of the model: "
-                                 f"another base model's adapter?")
-            updates[layer + ".weight"] = read_product(file, module, config, directory)
+        elif name == HEAD and HEAD not in names:
+            raise InputError(f"{directory} changes lm_head, which is the embedding "
+                             f"(tie_word_embeddings): train it without lm_head in target_modules")
+        elif name not in names:
+            raise InputError(f"{directory}: {name} is no parameter of the model: "
+                             f"another base model's adapter?")
+        elif key.endswith(LORA_A):
+            updates[name] = read_product(file, module, config, directory)
     if not updates:
         raise InputError(f"{directory}: {ADAPTER_WEIGHTS} holds no LoRA factors")
     return updates
@@ -245,15 +207,12 @@ def read_adapter(directory, weights: Weights, names: dict[str, str]) -> dict[str
 
 def read_product(file, module: str, config: dict, where) -> Callable[[], Tensor]:
     """Function giving scale B A of a module. The scale is alpha / R, with rslora alpha / sqrt(R)."""
-    A, B = (read_finite(file, module + factor, where) for factor in (LORA_A, LORA_B))
-    if A.ndim != 2 or B.ndim != 2 or not A.shape[0] == B.shape[1] > 0:
-        raise InputError(f"{where}: {module}: factors {list(B.shape)} x {list(A.shape)} "
-                         f"do not fit each other: write the adapter again")
-    R, layer = A.shape[0], module.removeprefix(PREFIX)
-    rank = by_pattern(config["rank_pattern"], layer, config["r"])
-    if R != rank:
-        raise InputError(f"{where}: {module}: factors of rank {R}, {ADAPTER_CONFIG} says {rank}: "
-                         f"files of different adapters?")
+    A, B = read_finite(file, module + LORA_A, where), read_finite(file, module + LORA_B, where)
+    layer = module.removeprefix(PREFIX)
+    R = by_pattern(config["rank_pattern"], layer, config["r"])
+    if A.ndim != 2 or B.ndim != 2 or not A.shape[0] == B.shape[1] == R:
+        raise InputError(f"{where}: {module}: factors {list(B.shape)} x {list(A.shape)}, {ADAPTER_CONFIG} "
+                         f"says rank {R}: files of different adapters?")
     alpha = by_pattern(config["alpha_pattern"], layer, config["lora_alpha"])
     return partial(lora_product, A, B, alpha / (math.sqrt(R) if config.get("use_rslora") else R))
 
@@ -272,24 +231,18 @@ def check_carried(file, key: str, weights: Weights, names: dict[str, str], where
     name = key.removeprefix(PREFIX).replace(".base_layer.", ".")
     if name == HEAD and HEAD not in names:                     # a tied head
         name = EMBEDDING
-    if name not in names:
-        raise InputError(f"{where} holds {key}, and not only pairs of lora_A, lora_B "
-                         f"for the layers of the model: {MERGE}")
-    carried, base = read_finite(file, key, where), weights[names[name]]
-    if carried.shape != base.shape or not torch.equal(carried, base.to(carried.dtype)):
-        raise InputError(f"{where} carries {key}, trained or resized; only LoRA factors are added to a base: "
-                         f"{MERGE}")
+    carried = read_finite(file, key, where)
+    if name not in names or not torch.equal(carried, weights[names[name]].to(carried.dtype)):
+        raise InputError(f"{where} carries {key}, trained or resized or of another kind; "
+                         f"only LoRA factors are added to a base: {MERGE}")
 
 
 def read_finite(file, key: str, where) -> Tensor:
     """A tensor of an adapter's file. InputError for one that no training gives."""
     tensor = file.get_tensor(key)
-    if tensor.dtype not in DTYPE_NAMES:
-        raise InputError(f"{where}: {key} has dtype {tensor.dtype}, only "
-                         f"{', '.join(DTYPE_NAMES.values())} are supported: write the adapter again")
-    if not tensor.isfinite().all():
-        raise InputError(f"{where}: {key} holds NaN or infinite numbers: its training failed, "
-                         f"or the file is damaged")
+    if tensor.dtype not in DTYPE_NAMES or not tensor.isfinite().all():
+        raise InputError(f"{where}: {key} ({tensor.dtype}) holds other than finite numbers: its training "
+                         f"failed, or the file is damaged")
     return tensor
 
 
@@ -305,20 +258,14 @@ def read_lora_config(path: Path) -> dict:
     positive(path, config, "r")
     positive(path, config, "lora_alpha", float)
     for key in ("rank_pattern", "alpha_pattern"):
-        config[key] = config.get(key) or {}
-        check_patterns(path, key, config[key])
+        config[key] = as_kind(config.get(key) or {}, dict, f"{path}: {key}")
+        for pattern in config[key]:
+            positive(f"{path}: {key}", config[key], pattern, float)
+            try:
+                re.compile(pattern)
+            except re.error as error:
+                raise InputError(f"{path}: {key}: {pattern!r} is no regular expression ({error})") from None
     return config
-
-
-def check_patterns(path: Path, key: str, patterns) -> None:
-    if not isinstance(patterns, dict):
-        raise InputError(f"{path}: {key} is {patterns!r}, an object was expected")
-    for pattern in patterns:
-        positive(f"{path}: {key}", patterns, pattern, float)
-        try:
-            re.compile(pattern)
-        except re.error as error:
-            raise InputError(f"{path}: {key}: {pattern!r} is no regular expression ({error})") from None
 
 
 def adapter_base(directory) -> str:

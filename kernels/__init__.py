@@ -9,7 +9,7 @@ Read in this order:
     chunks.py      the math that keeps its digits, and the walk that keeps memory small; runs anywhere
     rows.py        one step of that walk as a Triton kernel, with an example by hand
     ops.py         gradients, costs, and how torch.compile sees it all
-    aot.py, bench.py, measure.py   what the compiler made of the kernel; how fast, how large, how exact it is
+    aot.py, bench.py   what the compiler made of the kernel; how fast, how large, how exact it is
 
 Imports nothing of the rest of the program. Exercises: docs/exercises.md. Numbers: docs/benchmarks.md.
 """

@@ -47,8 +47,10 @@ def token_logp(hidden, weight, targets, *, chunk_bytes=0, keep_bytes=KEEP_BYTES,
     """
     check(hidden, weight, targets)
     sign_bytes = hidden.shape[0] * weight.shape[0] * weight.dtype.itemsize
+    hidden_grad = wants_gradient(hidden)
     keep = wants_gradient(weight) and sign_bytes <= keep_bytes
-    return logp_op(hidden, weight, targets, wants_gradient(hidden), keep, chunk_bytes, backend)[0]
+    logp, _, _ = logp_op(hidden, weight, targets, hidden_grad, keep, chunk_bytes, backend)
+    return logp
 
 
 def linear_cross_entropy(hidden, weight, targets, ignore_index=-100, *, chunk_bytes=0, backend=""):
@@ -57,8 +59,12 @@ def linear_cross_entropy(hidden, weight, targets, ignore_index=-100, *, chunk_by
     Ignored rows cost as much time as the others: leave them out beforehand where you can.
     """
     check(hidden, weight, targets)
-    return mean_nll_op(hidden, weight, targets, ignore_index, wants_gradient(hidden), wants_gradient(weight),
-                       chunk_bytes, backend)[0]
+    hidden_grad = wants_gradient(hidden)
+    weight_grad = wants_gradient(weight)
+    loss, _, _ = mean_nll_op(hidden, weight, targets, ignore_index,
+                             hidden_grad, weight_grad,
+                             chunk_bytes, backend)
+    return loss
 
 
 def check(hidden, weight, targets):
@@ -76,7 +82,8 @@ def wants_gradient(tensor):
 
 def walk(hidden, weight, targets, hidden_grad, weight_grad, chunk_bytes, backend):
     """`chunks`, after a check of the targets without a host sync: on a GPU it fails in the stream."""
-    N, V = hidden.shape[0], weight.shape[0]
+    N = hidden.shape[0]
+    V = weight.shape[0]
     inside = (targets >= 0) & (targets < V)
     torch._assert_async(inside.all(), f"a target is outside 0..{V - 1}")
     rows = chunk_rows(N, V, hidden.dtype, hidden.device, chunk_bytes)
@@ -94,22 +101,25 @@ def operator(name):
     """`torch.library.custom_op` without the wrapper that imports the compiler at the first call:
     2 s, 150 MB."""
     def register(function):
-        torch.library.define(f"clo::{name}", torch.library.infer_schema(function, mutates_args=()))
+        schema = torch.library.infer_schema(function, mutates_args=())
+        torch.library.define(f"clo::{name}", schema)
         torch.library.impl(f"clo::{name}", "default", function)
         return getattr(torch.ops.clo, name).default
     return register
 
 
 @operator("token_logp")
-def logp_op(hidden: Tensor, weight: Tensor, targets: Tensor, hidden_grad: bool, keep: bool, chunk_bytes: int,
-            backend: str) -> tuple[Tensor, Tensor, Tensor]:
+def logp_op(hidden: Tensor, weight: Tensor, targets: Tensor,
+            hidden_grad: bool, keep: bool,
+            chunk_bytes: int, backend: str) -> tuple[Tensor, Tensor, Tensor]:
     """logp (N,); directions (N, H) if hidden_grad, else empty; signs (N, V) if keep, else empty."""
     logp, direction, kept = logp_fake(hidden, weight, targets, hidden_grad, keep, chunk_bytes, backend)
     walked = walk(hidden, weight, targets, hidden_grad, keep, chunk_bytes, backend)
     for part, chunk_logp, product, tiles in walked:
         logp[part] = chunk_logp
         if hidden_grad:
-            direction_into(direction[part], -chunk_logp.expm1(), weight, targets[part], product)  # eq. 3
+            scale = -chunk_logp.expm1()  # eq. 3
+            direction_into(direction[part], scale, weight, targets[part], product)
         for words, signs in tiles:
             kept[part, words] = signs
     return logp, direction, kept
@@ -121,12 +131,14 @@ def logp_fake(hidden, weight, targets, hidden_grad, keep, chunk_bytes, backend):
     V = weight.shape[0]
     logp = hidden.new_empty(N, dtype=accumulation_dtype(hidden.dtype))
     direction = hidden.new_empty(N if hidden_grad else 0, H)
-    return logp, direction, hidden.new_empty(N if keep else 0, V)
+    signs = hidden.new_empty(N if keep else 0, V)
+    return logp, direction, signs
 
 
 @operator("token_logp_backward")
-def logp_backward_op(hidden: Tensor, weight: Tensor, targets: Tensor, logp: Tensor, kept: Tensor,
-                     grad: Tensor, chunk_bytes: int, backend: str) -> Tensor:
+def logp_backward_op(hidden: Tensor, weight: Tensor, targets: Tensor,
+                     logp: Tensor, kept: Tensor, grad: Tensor,
+                     chunk_bytes: int, backend: str) -> Tensor:
     """Gradient of the head (V, H): signs (kept, or computed again) times hidden times grad, over tokens."""
     scale = grad * logp.expm1()
     scaled = (hidden * scale[:, None]).to(hidden.dtype)  # (N, H)
@@ -135,7 +147,8 @@ def logp_backward_op(hidden: Tensor, weight: Tensor, targets: Tensor, logp: Tens
         for words in tile_words(weight.shape[0], weight.device):
             matmul_into(total[words], kept[:, words].T, scaled)
         return total.to(weight.dtype)
-    for part, _, _, tiles in walk(hidden, weight, targets, False, True, chunk_bytes, backend):
+    walked = walk(hidden, weight, targets, False, True, chunk_bytes, backend)
+    for part, _, _, tiles in walked:
         for words, signs in tiles:
             matmul_add_(total[words], signs.T, scaled[part])
     return total.to(weight.dtype)
@@ -153,32 +166,34 @@ def logp_save(ctx, inputs, output):
     ctx.mark_non_differentiable(direction, kept)
     ctx.set_materialize_grads(False)
     ctx.weight_grad = ctx.needs_input_grad[1]
-    rest = (hidden, weight, targets, logp, kept) if ctx.weight_grad else ()
-    ctx.save_for_backward(direction, *rest)
+    saved = (hidden, weight, targets, logp, kept) if ctx.weight_grad else ()
+    ctx.save_for_backward(direction, *saved)
 
 
 def logp_gradient(ctx, grad, _direction, _kept):
-    direction, *rest = ctx.saved_tensors
+    direction, *saved = ctx.saved_tensors
     grad_hidden = grad_weight = None
     if ctx.hidden_grad:
         # Not in place: a second backward may come.
         grad_hidden = torch.mul(direction, grad[:, None], out=torch.empty_like(direction))
     if ctx.weight_grad:
-        grad_weight = logp_backward_op(*rest, grad, ctx.chunk_bytes, ctx.backend)
-    return grad_hidden, grad_weight, None, None, None, None, None
+        grad_weight = logp_backward_op(*saved, grad, ctx.chunk_bytes, ctx.backend)
+    return grad_hidden, grad_weight, *[None] * 5
 
 
 torch.library.register_autograd("clo::token_logp", logp_gradient, setup_context=logp_save)
 
 
 @operator("linear_cross_entropy")
-def mean_nll_op(hidden: Tensor, weight: Tensor, targets: Tensor, ignore_index: int, hidden_grad: bool,
-                weight_grad: bool, chunk_bytes: int, backend: str) -> tuple[Tensor, Tensor, Tensor]:
+def mean_nll_op(hidden: Tensor, weight: Tensor, targets: Tensor, ignore_index: int,
+                hidden_grad: bool, weight_grad: bool,
+                chunk_bytes: int, backend: str) -> tuple[Tensor, Tensor, Tensor]:
     """Loss (); its gradient by hidden (N, H) and by weight (V, H), each empty where it is not wanted."""
     loss, grad_hidden, grad_weight = mean_nll_fake(hidden, weight, targets, ignore_index, hidden_grad,
                                                    weight_grad, chunk_bytes, backend)
     counted = targets != ignore_index
-    share = counted.to(loss.dtype) / counted.sum().clamp(min=1)  # (N,): of each token in the mean
+    number = counted.sum().clamp(min=1)
+    share = counted.to(loss.dtype) / number  # (N,): of each token in the mean
     total = torch.zeros_like(grad_weight, dtype=loss.dtype)
     loss = torch.where(counted.any(), loss.zero_(), torch.nan)
     targets = targets.where(counted, 0)
@@ -201,11 +216,12 @@ def mean_nll_fake(hidden, weight, targets, ignore_index, hidden_grad, weight_gra
     V = weight.shape[0]
     loss = hidden.new_empty((), dtype=accumulation_dtype(hidden.dtype))
     grad_hidden = hidden.new_empty(N if hidden_grad else 0, H)
-    return loss, grad_hidden, weight.new_empty(V if weight_grad else 0, H)
+    grad_weight = weight.new_empty(V if weight_grad else 0, H)
+    return loss, grad_hidden, grad_weight
 
 
 def mean_nll_save(ctx, inputs, output):
-    _, _, _, _, ctx.hidden_grad, ctx.weight_grad, _, _ = inputs
+    *_, ctx.hidden_grad, ctx.weight_grad, _, _ = inputs
     _, *gradients = output
     ctx.mark_non_differentiable(*gradients)
     ctx.set_materialize_grads(False)
@@ -216,7 +232,7 @@ def mean_nll_gradient(ctx, grad, _grad_hidden, _grad_weight):
     grad_hidden, grad_weight = ctx.saved_tensors
     by_hidden = grad_hidden * grad if ctx.hidden_grad else None
     by_weight = grad_weight * grad if ctx.weight_grad else None
-    return by_hidden, by_weight, None, None, None, None, None, None
+    return by_hidden, by_weight, *[None] * 6
 
 
 torch.library.register_autograd("clo::linear_cross_entropy", mean_nll_gradient, setup_context=mean_nll_save)

@@ -12,21 +12,23 @@ device: a step asks it one thing, which sentences go on.
 """
 
 import math
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from m2m100.network import M2M100
 
 HEAD_ROWS = 512        # rows of the head in one product on a CPU: their logits stay in the cores' caches
-CAST_ROWS = 1 << 14    # the same of a head in less than fp32, which is cast part by part
+CAST_ROWS = 1 << 14    # elsewhere: a head in less than fp32 is cast part by part
 BLOCK = 32             # tokens whose largest logit stands for them when the best are looked for
 SPARE_SLOTS = 48       # a cache begins with this many slots, and has as many free again when it is tidied
 
 
 class Cache:
-    """Keys and values of one decoder layer. Every token a beam tries has a slot: (B, heads, slots, D).
+    """Keys and values of one decoder layer. Every token a beam tries has a slot: (2, B, heads, slots, D).
 
     Hypotheses form a tree. A beam that changes its parent copies nothing: a mask says which slots are its
     ancestors, and all beams of a sentence read the sentence's slots in one attention call.
@@ -35,31 +37,31 @@ class Cache:
     def __init__(self, key: Tensor):
         """Room for tokens with keys like `key` (B, heads, any, D)."""
         B, heads, _, D = key.shape
-        self.key, self.value = key.new_empty(2, B, heads, SPARE_SLOTS, D)
+        self.kept = key.new_empty(2, B, heads, SPARE_SLOTS, D)
         self.used = 0
 
-    def append_(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        """Take in key, value (B, heads, n, D) of n new tokens; give all so far, (B, heads, used, D)."""
-        first = self.used
-        self.used += key.shape[2]
-        self.key[:, :, first:self.used] = key
-        self.value[:, :, first:self.used] = value
-        return self.key[:, :, :self.used], self.value[:, :, :self.used]
+    def append_(self, key: Tensor, value: Tensor) -> Tensor:
+        """Take in key, value (B, heads, n, D) of n new tokens; give all so far, (2, B, heads, used, D)."""
+        new = slice(self.used, self.used + key.shape[2])
+        self.kept[0, :, :, new] = key
+        self.kept[1, :, :, new] = value
+        self.used = new.stop
+        return self.kept[..., :self.used, :]
 
     def has_room(self, n: int) -> bool:
-        return self.used + n <= self.key.shape[2]
+        return self.used + n <= self.kept.shape[3]
 
     def keep_(self, rows: Tensor, slots: Tensor) -> None:
         """Go on with these rows (B',) and, of each, these slots (B', n)."""
-        _, heads, _, D = self.key.shape
-        old_key, old_value = self.key, self.value
+        _, _, heads, _, D = self.kept.shape
         B, self.used = slots.shape
+        old = self.kept
         room = self.used + max(self.used, SPARE_SLOTS)
-        self.key, self.value = old_key.new_empty(2, B, heads, room, D)
+        self.kept = old.new_empty(2, B, heads, room, D)
         head = torch.arange(heads, device=rows.device)
-        kept = rows[:, None, None], head[:, None], slots[:, None]  # (B', heads, n)
-        self.key[:, :, :self.used] = old_key[kept]
-        self.value[:, :, :self.used] = old_value[kept]
+        chosen = rows[:, None, None], head[:, None], slots[:, None]  # (B', heads, n)
+        for side, kept in zip(old, self.kept):
+            kept[:, :, :self.used] = side[chosen]
 
 
 @dataclass
@@ -74,29 +76,33 @@ class Beams:
     best: Tensor       # (B,) eq. 4 of the best of those
 
     @classmethod
-    def start(cls, rows: list[int], language: int, limits: list[int], score: Tensor) -> "Beams":
+    def start(cls, row: Tensor, language: int, limit: Tensor, score: Tensor) -> "Beams":
         """score: zeros (B,), of the type that sums are kept in."""
-        B, device = len(rows), score.device
-        return cls(row=torch.tensor(rows, device=device),
-                   limit=torch.tensor(limits, device=device),
-                   history=torch.full((B, 1, 1), language, device=device),
-                   visible=torch.ones(B, 1, 1, dtype=torch.bool, device=device),
+        history = torch.full_like(row, language)
+        visible = torch.ones_like(row, dtype=torch.bool)
+        return cls(row=row,
+                   limit=limit,
+                   history=history[:, None, None],
+                   visible=visible[:, None, None],
                    score=score[:, None],
-                   finished=torch.zeros(B, dtype=torch.long, device=device),
+                   finished=torch.zeros_like(row),
                    best=score - math.inf)
 
     def keep(self, rows: Tensor, slots: Tensor) -> "Beams":
         """The hypotheses of some rows (B',), which see the cache through these of its slots (B', n)."""
-        kept = Beams(*(getattr(self, field.name)[rows] for field in fields(self)))
+        chosen = {field.name: getattr(self, field.name)[rows] for field in fields(self)}
+        kept = Beams(**chosen)
         K = kept.visible.shape[1]
-        kept.visible = kept.visible.gather(2, slots[:, None].expand(-1, K, -1))
+        seen = slots[:, None].expand(-1, K, -1)
+        kept.visible = kept.visible.gather(2, seen)
         return kept
 
     def see_themselves_(self) -> None:
         """The next K slots of the cache are those of the K newest tokens."""
         B, K, _ = self.visible.shape
         own = torch.eye(K, dtype=torch.bool, device=self.visible.device)
-        self.visible = torch.cat([self.visible, own.expand(B, -1, -1)], dim=2)
+        own = own.expand(B, -1, -1)
+        self.visible = torch.cat([self.visible, own], dim=2)
 
 
 @dataclass
@@ -106,30 +112,23 @@ class Answers:
     length: Tensor   # (sentences,)
 
     @classmethod
-    def start(cls, sentences: int, longest: int, device) -> "Answers":
-        return cls(ids=torch.zeros(sentences, longest, dtype=torch.long, device=device),
-                   length=torch.zeros(sentences, dtype=torch.long, device=device))
+    def start(cls, row: Tensor, longest: int) -> "Answers":
+        """Of as many sentences as row has."""
+        return cls(ids=row.new_zeros(len(row), longest), length=torch.zeros_like(row))
 
     def replace_(self, row: Tensor, better: Tensor, ids: Tensor) -> None:
         """ids (B, T) become the answers of sentences row (B,) where better (B,)."""
         T = ids.shape[1]
-        self.ids[row, :T] = torch.where(better[:, None], ids, self.ids[row, :T])
+        before = self.ids[row, :T]
+        self.ids[row, :T] = torch.where(better[:, None], ids, before)
         self.length[row] = self.length[row].masked_fill(better, T)
 
     def as_lists(self) -> list[list[int]]:
-        return [ids[:length] for ids, length in zip(self.ids.tolist(), self.length.tolist())]
+        pairs = zip(self.ids.tolist(), self.length.tolist())
+        return [ids[:length] for ids, length in pairs]
 
 
 # ---- a step ----
-
-def head_parts(head: Tensor) -> list[slice]:
-    """Which rows of the head are multiplied at a time."""
-    V = len(head)
-    rows = HEAD_ROWS if head.device.type == "cpu" else V
-    if head.dtype.itemsize < 4:
-        rows = min(rows, CAST_ROWS)
-    return [slice(first, min(first + rows, V)) for first in range(0, V, rows)]
-
 
 def fill_logits_(logits: Tensor, hidden: Tensor, head: Tensor) -> Tensor:
     """Logits (V, R), of at least fp32, of hidden (R, H); their log-sum-exp (R,).
@@ -138,13 +137,15 @@ def fill_logits_(logits: Tensor, hidden: Tensor, head: Tensor) -> Tensor:
     maximum m' makes it s exp(m - m') + sum of exp(logit - m').
     """
     columns = hidden.T.contiguous().to(logits.dtype)
-    peak = logits.new_full((len(hidden),), -math.inf)
-    mass = torch.zeros_like(peak)
-    for rows in head_parts(head):
-        part = torch.mm(head[rows].to(logits.dtype), columns, out=logits[rows])
+    mass = logits.new_zeros(len(hidden))
+    peak = mass - math.inf
+    rows = HEAD_ROWS if head.device.type == "cpu" else CAST_ROWS
+    for weights, part in zip(head.split(rows), logits.split(rows)):
+        torch.mm(weights.to(logits.dtype), columns, out=part)
         higher = torch.maximum(peak, part.amax(0))
         mass *= (peak - higher).exp_()
-        mass += (part - higher).exp_().sum(0)
+        shares = (part - higher).exp_()
+        mass += shares.sum(0)
         peak = higher
     return peak + mass.log()
 
@@ -157,7 +158,8 @@ def best_tokens(hidden: Tensor, head: Tensor, count: int, room: Tensor,
     banned: tokens (R, n) and which of them (R, n) may not be chosen; their share of the probability is not
     given to others.
     """
-    R, V = len(hidden), len(head)
+    R = len(hidden)
+    V = len(head)
     blocks = -(-V // BLOCK)
     logits = room[:blocks * BLOCK * R].view(blocks * BLOCK, R)
     logits[V:] = -math.inf
@@ -166,56 +168,65 @@ def best_tokens(hidden: Tensor, head: Tensor, count: int, room: Tensor,
     if banned is not None:
         tokens, bans = banned
         penalty = logits.new_zeros(bans.shape).masked_fill_(bans, -math.inf)
-        logits.index_put_((tokens, row.expand_as(tokens)), penalty, accumulate=True)
+        places = tokens, row.expand_as(tokens)
+        logits.index_put_(places, penalty, accumulate=True)
     # The best `count` tokens lie in the `count` blocks with the largest maxima.
     peaks = logits.view(blocks, BLOCK, R).amax(1)
     block = peaks.T.topk(min(count, blocks)).indices  # (R, count)
     inside = torch.arange(BLOCK, device=hidden.device)
-    tokens = (block[..., None] * BLOCK + inside).flatten(1)
+    tokens = block[..., None] * BLOCK + inside
+    tokens = tokens.flatten(1)
     top, which = logits[tokens, row].topk(count)
     return top - total[:, None], tokens.gather(1, which)
 
 
 def extend(state: Beams, logp: Tensor, token: Tensor, alpha: float, end: int, answers: Answers) -> Beams:
-    """Hypotheses one token longer, given the 2K best of each, logp and token (B, K, 2K); as transformers does
+    """Hypotheses one token longer, given the 2K best of each, logp and token (B K, 2K); as transformers does
     with early_stopping=True.
 
     A sentence's 2K best extensions are looked at: those that end among the first K are finished hypotheses,
     the best of which goes to `answers`; of the others K go on, and there are K, since a parent ends but once.
     """
-    T = state.history.shape[2] + 1
-    K = logp.shape[2] // 2
-    sums = logp + state.score[..., None]
-    total, place = sums.flatten(1).topk(2 * K)
-    parent = place // (2 * K)  # (B, 2K)
-    token = token.flatten(1).gather(1, place)
+    B, parents, T = state.history.shape
+    most = logp.shape[1]
+    K = most // 2
+    sums = logp.view(B, parents, most) + state.score[..., None]
+    total, place = sums.flatten(1).topk(most)
+    parent = place // most  # (B, 2K)
+    token = token.view(B, -1).gather(1, place)
 
-    last = state.limit <= T
+    last = state.limit <= T + 1
+    open_ = state.finished < K
     ends = (token == end) | last[:, None]
-    ends = ends[:, :K] & (state.finished < K)[:, None]
-    mean = total[:, :K] / T**alpha  # eq. 4
-    best, which = mean.masked_fill(~ends, -math.inf).max(1)
-    which = which[:, None]
-    ended = follow(state.history, parent.gather(1, which))[:, 0]  # (B, T - 1)
-    ended = torch.cat([ended, token.gather(1, which)], dim=1)
+    ends = ends[:, :K] & open_[:, None]
+    mean = total[:, :K] / (T + 1)**alpha  # eq. 4
+    mean = mean.masked_fill(~ends, -math.inf)
+    best, which = mean.max(1, keepdim=True)
+    best = best[:, 0]
+    ended = longer(state, parent, token, which)[:, 0]
     answers.replace_(state.row, best > state.best, ended)
 
-    score, alive = total.masked_fill(token == end, -math.inf).topk(K)
-    parent = parent.gather(1, alive)  # (B, K)
-    token = token.gather(1, alive)
-    history = follow(state.history, parent)
-    return Beams(row=state.row,
-                 limit=state.limit,
-                 history=torch.cat([history, token[..., None]], dim=2),
-                 visible=follow(state.visible, parent),
-                 score=score,
-                 finished=state.finished + ends.sum(1) + K * last,
-                 best=torch.maximum(state.best, best))
+    unended = total.masked_fill(token == end, -math.inf)
+    score, alive = unended.topk(K)
+    return replace(state,
+                   history=longer(state, parent, token, alive),
+                   visible=follow(state.visible, parent.gather(1, alive)),
+                   score=score,
+                   finished=state.finished + ends.sum(1) + K * last,
+                   best=torch.maximum(state.best, best))
+
+
+def longer(state: Beams, parent: Tensor, token: Tensor, which: Tensor) -> Tensor:
+    """The tokens (B, any, T + 1) of some extensions: `which` (B, any) of parent and token (B, 2K)."""
+    history = follow(state.history, parent.gather(1, which))
+    newest = token.gather(1, which)
+    return torch.cat([history, newest[..., None]], dim=2)
 
 
 def follow(x: Tensor, parent: Tensor) -> Tensor:
     """x (B, K, n) in the order of parent (B, any)."""
-    return x.gather(1, parent[..., None].expand(-1, -1, x.shape[2]))
+    n = x.shape[2]
+    return x.gather(1, parent[..., None].expand(-1, -1, n))
 
 
 def repeats(history: Tensor, n: int) -> tuple[Tensor, Tensor] | None:
@@ -231,31 +242,59 @@ def repeats(history: Tensor, n: int) -> tuple[Tensor, Tensor] | None:
 
 # ---- the search ----
 
-def remember(model: M2M100, sources: list[list[int]]) -> tuple[list[tuple[Tensor, Tensor]], Tensor]:
-    """The decoder's memory of the sources, longest first, and its mask (B, S). Encoded in groups of like
-    length, so that little of the work is padding."""
-    c = model.config
-    device = model.head.device
-    B, S = len(sources), len(sources[0])
-    heads = c.decoder_attention_heads
-    D = c.d_model // heads
-    memory = [model.head.new_zeros(2, B, heads, S, D) for _ in model.model.decoder.layers]
-    mask = torch.zeros(B, S, dtype=torch.bool, device=device)
-    first = 0
-    while first < B:
-        length = len(sources[first])
-        group = [ids for ids in sources[first:] if 4 * len(ids) >= 3 * length]
-        padded = [ids + [c.pad_token_id] * (length - len(ids)) for ids in group]
-        lengths = torch.tensor([len(ids) for ids in group], device=device)
-        group_mask = torch.arange(length, device=device) < lengths[:, None]
-        rows = slice(first, first + len(group))
-        mask[rows, :length] = group_mask
-        encoded = model.encode(torch.tensor(padded, device=device), group_mask)
-        for layer_memory, (key, value) in zip(memory, model.memory(encoded)):
-            layer_memory[0, rows, :, :length] = key
-            layer_memory[1, rows, :, :length] = value
-        first += len(group)
-    return [(key, value) for key, value in memory], mask
+def encode(model: M2M100, sources: list[list[int]]) -> tuple[Tensor, Tensor]:
+    """The sources, longest first, encoded (B, S, H), and their mask (B, S). In groups of like length, so that
+    little of the work is padding."""
+    S = len(sources[0])
+    pad = model.config.pad_token_id
+    hidden = []
+    masks = []
+    while sources:
+        longest = len(sources[0])
+        group = [torch.tensor(ids) for ids in sources if 4 * len(ids) >= 3 * longest]
+        sources = sources[len(group):]
+        tokens = pad_sequence(group, True, pad).to(model.head.device)
+        mask = tokens != pad
+        encoded = model.encode(tokens, mask)
+        hidden.append(F.pad(encoded, (0, 0, 0, S - longest)))
+        masks.append(F.pad(mask, (0, S - longest)))
+    return torch.cat(hidden), torch.cat(masks)
+
+
+class Search:
+    """The sentences of a batch that still go on."""
+
+    def __init__(self, model: M2M100, sources: list[list[int]], language: int, limits: list[int],
+                 exact: torch.dtype):
+        order = sorted(range(len(sources)), key=lambda i: -len(sources[i]))
+        encoded, self.mask = encode(model, [sources[i] for i in order])
+        self.model = model
+        self.memory = model.memory(encoded)
+        self.caches = [Cache(key) for key, _ in self.memory]
+        row = torch.tensor(order, device=encoded.device)
+        limit = torch.tensor(limits, device=encoded.device)
+        score = encoded.new_zeros(len(sources), dtype=exact)
+        self.state = Beams.start(row, language, limit[row], score)
+        start = torch.full_like(row, model.config.decoder_start_token_id)
+        model.decode(start[:, None], 0, self.memory, self.mask, self.caches)
+
+    def hidden(self) -> Tensor:
+        """What the decoder makes of the newest token of every hypothesis, (B, K, H)."""
+        state = self.state
+        state.see_themselves_()
+        place = state.history.shape[2]
+        newest = state.history[:, :, -1]
+        return self.model.decode(newest, place, self.memory, self.mask, self.caches, state.visible)
+
+    def keep_(self, going: Tensor) -> None:
+        """Drop all sentences but these rows (B',), and the slots that nobody sees."""
+        if len(going) < len(self.mask):
+            self.mask = self.mask[going]
+            self.memory = [(key[going], value[going]) for key, value in self.memory]
+        slots = used_slots(self.state.visible[going])
+        self.state = self.state.keep(going, slots)
+        for cache in self.caches:
+            cache.keep_(going, slots)
 
 
 @torch.inference_mode()
@@ -267,41 +306,26 @@ def beam_search(model: M2M100, sources: list[list[int]], language: int, limits: 
     beams=1 is greedy; no_repeat=n allows no n-gram twice. Log-probs and their sums are of at least fp32,
     whatever the model's type.
     """
-    c = model.config
+    end = model.config.eos_token_id
     head = model.head
-    B = len(sources)
     exact = torch.promote_types(head.dtype, torch.float32)
-    order = sorted(range(B), key=lambda i: -len(sources[i]))
-    memory, mask = remember(model, [sources[i] for i in order])
-    caches = [Cache(key) for key, _ in memory]
-    room = head.new_empty(B * beams * (len(head) + BLOCK), dtype=exact)
-    answers = Answers.start(B, max(limits), head.device)
-    zeros = head.new_zeros(B, dtype=exact)
-    state = Beams.start(order, language, [limits[i] for i in order], zeros)
-    start = torch.full((B, 1), c.decoder_start_token_id, device=head.device)
-    model.decode(start, 0, memory, mask, caches)
+    search = Search(model, sources, language, limits, exact)
+    answers = Answers.start(search.state.row, max(limits))
+    columns = len(sources) * beams
+    room = head.new_empty(columns * (len(head) + BLOCK), dtype=exact)
     while True:
-        B, K, place = state.history.shape
-        state.see_themselves_()
-        newest = state.history[:, :, -1]
-        hidden = model.decode(newest, place, memory, mask, caches, state.visible)
-        banned = repeats(state.history.flatten(0, 1), no_repeat) if no_repeat else None
+        hidden = search.hidden()
+        history = search.state.history.flatten(0, 1)
+        banned = repeats(history, no_repeat) if no_repeat else None
         logp, token = best_tokens(hidden.flatten(0, 1), head, 2 * beams, room, banned)
-        shape = B, K, 2 * beams
-        state = extend(state, logp.view(shape), token.view(shape), alpha, c.eos_token_id, answers)
+        search.state = extend(search.state, logp, token, alpha, end, answers)
 
-        going = (state.finished < beams).nonzero()[:, 0]  # waits for the device, once a step
+        going = (search.state.finished < beams).nonzero()[:, 0]  # waits for the device, once a step
         if len(going) == 0:
             return answers.as_lists()
-        if 8 * len(going) > 7 * B and caches[0].has_room(beams):
-            continue  # tidying copies the caches: only when it pays
-        if len(going) < B:
-            mask = mask[going]
-            memory = [(key[going], value[going]) for key, value in memory]
-        slots = used_slots(state.visible[going])
-        state = state.keep(going, slots)
-        for cache in caches:
-            cache.keep_(going, slots)
+        few = 8 * len(going) <= 7 * len(search.mask)
+        if few or not search.caches[0].has_room(beams):  # else it does not pay: caches are copied
+            search.keep_(going)
 
 
 def used_slots(visible: Tensor) -> Tensor:

@@ -11,6 +11,7 @@ LENGTH_RATIO = {"CJK": 0.35, "KANA": 0.45, "HANGUL": 0.55, "yo": 1.5, "en": 1.0}
 LETTER_WEIGHT = {"CJK": 3, "KANA": 2, "HANGUL": 2}      # Latin letters that say as much as one of these
 LONGEST_ACRONYM = 5
 WORDS = re.compile(r"[^\W\d_]+")
+LONG_WORDS = re.compile(r"[^\W\d_]{3,}")
 LENGTH_BOUNDS = 0.4, 2.5  # of a translation over what is expected; people's go from 0.55 to 2.05 (NTREX)
 LENGTH_SLACK = 15         # characters added to both, so that short segments are not judged by their length
 
@@ -34,31 +35,42 @@ def is_name(word: str) -> bool:
 def wrong_script(text: str, language: str) -> bool:
     """Whether less than three tenths of the text are in the language's script; False where that is not known.
     Code does not count, nor do names in another script."""
-    script, words = script_of(language), WORDS.findall(prose(text))
+    script = script_of(language)
+    if script is None:
+        return False
+    words = WORDS.findall(prose(text))
     own = ("KANA", "CJK") if script == "KANA" else (script,)
     right = wrong = 0
     for word in words:
         inside = sum(letter_script(char) in own for char in word)
         right += LETTER_WEIGHT.get(script, 1) * inside
         wrong += 0 if is_name(word) else len(word) - inside
-    enough = wrong > 8 or wrong > 3 and not right and sum(map(len, words)) > 8
-    return script is not None and enough and right < 0.3 * (right + wrong)
+    letters = sum(map(len, words))
+    enough = wrong > 8 or wrong > 3 and not right and letters > 8
+    return enough and right < 0.3 * (right + wrong)
 
 
 def copied(source: str, text: str) -> bool:
     """Whether four in five of the source's words, names left out, came back as they were."""
-    words = [word for word in re.findall(r"[^\W\d_]{3,}", source) if word.islower()]
-    there = set(re.findall(r"[^\W\d_]{3,}", text))
-    return len(words) > 3 and sum(word in there for word in words) >= 0.8 * len(words)
+    words = [word for word in LONG_WORDS.findall(source) if word.islower()]
+    back = set(LONG_WORDS.findall(text))
+    again = [word for word in words if word in back]
+    return len(words) > 3 and len(again) >= 0.8 * len(words)
+
+
+def expansion(language: str) -> float | None:
+    """Characters of a text in a language, where the English one has 1; None if its script is unknown."""
+    script = script_of(language)
+    usual = LENGTH_RATIO.get(script, 1.15)
+    return None if script is None else LENGTH_RATIO.get(normal(language), usual)
 
 
 def odd_length(source: str, text: str, languages: tuple[str, str]) -> bool:
     """Whether a translation is far shorter or longer than its language would have it; False for a
     language of unknown script."""
-    scripts = [script_of(code) for code in languages]
-    if None in scripts:
+    own, other = map(expansion, languages)
+    if own is None or other is None:
         return False
-    own, other = (LENGTH_RATIO.get(normal(code), LENGTH_RATIO.get(script, 1.15))
-                  for code, script in zip(languages, scripts))
-    ratio = (len(text) + LENGTH_SLACK) / (len(source) * other / own + LENGTH_SLACK)
+    expected = len(source) * other / own
+    ratio = (len(text) + LENGTH_SLACK) / (expected + LENGTH_SLACK)
     return not LENGTH_BOUNDS[0] <= ratio <= LENGTH_BOUNDS[1]

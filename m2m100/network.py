@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from engine.files import InputError, read_json
+from engine.files import InputError, as_kind, need, read_json
 from formats.weights import Weights
 from model import Embedding
 
@@ -61,7 +61,8 @@ class Attention(nn.Module):
 
     def split(self, x: Tensor) -> Tensor:
         B, T, H = x.shape
-        return x.view(B, T, self.heads, H // self.heads).transpose(1, 2)  # (B, heads, T, D)
+        split = x.view(B, T, self.heads, H // self.heads)
+        return split.transpose(1, 2)  # (B, heads, T, D)
 
     def keys(self, x: Tensor) -> tuple[Tensor, Tensor]:
         return self.split(self.k_proj(x)), self.split(self.v_proj(x))
@@ -70,7 +71,8 @@ class Attention(nn.Module):
         """x (B, T, H) looks at key, value (B, heads, S, D); mask (B, 1, T or 1, S) is added to the scores."""
         query = self.split(self.q_proj(x))
         mixed = F.scaled_dot_product_attention(query, key, value, mask, is_causal=causal)
-        return self.out_proj(mixed.transpose(1, 2).flatten(2))
+        mixed = mixed.transpose(1, 2).flatten(2)
+        return self.out_proj(mixed)
 
 
 class EncoderLayer(nn.Module):
@@ -84,11 +86,13 @@ class EncoderLayer(nn.Module):
 
     def feed_forward(self, x: Tensor) -> Tensor:
         y = self.fc1(self.final_layer_norm(x))
-        return x + self.fc2(F.relu(y, inplace=True))
+        y = F.relu(y, inplace=True)
+        return x + self.fc2(y)
 
     def forward(self, x: Tensor, mask: Tensor) -> Tensor:
         y = self.self_attn_layer_norm(x)
-        return self.feed_forward(x + self.self_attn(y, *self.self_attn.keys(y), mask))
+        keys = self.self_attn.keys(y)
+        return self.feed_forward(x + self.self_attn(y, *keys, mask))
 
 
 class DecoderLayer(EncoderLayer):
@@ -123,10 +127,12 @@ class M2M100(nn.Module):
         c = self.config = config
         encoder = (c.d_model, c.encoder_attention_heads, c.encoder_ffn_dim)
         decoder = (c.d_model, c.decoder_attention_heads, c.decoder_ffn_dim)
+        encoders = [EncoderLayer(*encoder) for _ in range(c.encoder_layers)]
+        decoders = [DecoderLayer(*decoder) for _ in range(c.decoder_layers)]
         self.model = nn.ModuleDict({
             "shared": Embedding(c.vocab_size, c.d_model),
-            "encoder": Stack([EncoderLayer(*encoder) for _ in range(c.encoder_layers)], c.d_model),
-            "decoder": Stack([DecoderLayer(*decoder) for _ in range(c.decoder_layers)], c.d_model)})
+            "encoder": Stack(encoders, c.d_model),
+            "decoder": Stack(decoders, c.d_model)})
         if not self.head.is_meta:  # random numbers on the meta device import half of torch's compiler
             nn.init.normal_(self.head, std=c.d_model**-0.5)  # as an embedding, eq. 1 scales it to 1
 
@@ -137,23 +143,27 @@ class M2M100(nn.Module):
 
     def embed(self, tokens: Tensor, positions: Tensor) -> Tensor:
         """Eq. 1 and 2 of tokens (B, T) at positions (B or 1, T); a padding token has no position."""
-        half = self.config.d_model // 2
+        c = self.config
+        half = c.d_model // 2
         channel = torch.arange(half, device=tokens.device)
-        frequency = torch.exp(channel * (-math.log(10000) / (half - 1)))
-        angle = positions.unsqueeze(-1).float() * frequency
+        step = -math.log(10000) / (half - 1)
+        frequency = torch.exp(channel * step)
+        angle = positions[..., None].float() * frequency
         waves = torch.cat([angle.sin(), angle.cos()], dim=-1)
-        padding = positions == self.config.pad_token_id
-        waves = waves.masked_fill(padding.unsqueeze(-1), 0.0)
-        scale = math.sqrt(self.config.d_model) if self.config.scale_embedding else 1.0
-        return self.model.shared(tokens) * scale + waves.to(self.head.dtype)
+        padding = positions[..., None] == c.pad_token_id
+        waves = waves.masked_fill(padding, 0.0).to(self.head.dtype)
+        scale = math.sqrt(c.d_model) if c.scale_embedding else 1.0
+        return self.model.shared(tokens) * scale + waves
 
     def bias(self, mask: Tensor) -> Tensor:
         """What attention adds to its scores: 0 where mask is True, -inf elsewhere."""
-        return self.head.new_zeros(mask.shape).masked_fill_(~mask, -math.inf)
+        added = self.head.new_zeros(mask.shape)
+        return added.masked_fill_(~mask, -math.inf)
 
     def encode(self, tokens: Tensor, mask: Tensor) -> Tensor:
         """The source (B, S) as (B, S, H); mask (B, S) is False on padding."""
-        x = self.embed(tokens, self.config.pad_token_id + mask.cumsum(1) * mask)
+        positions = mask.cumsum(1) * mask
+        x = self.embed(tokens, self.config.pad_token_id + positions)
         added = self.bias(mask[:, None, None, :])
         for layer in self.model.encoder.layers:
             x = layer(x, added)
@@ -170,7 +180,8 @@ class M2M100(nn.Module):
         at place `start`, and visible (B, T, slots) says what each sees of the cache, itself included.
         """
         T = tokens.shape[1] if caches is None else 1
-        places = torch.arange(T, device=tokens.device) + self.config.pad_token_id + 1 + start
+        first = self.config.pad_token_id + 1 + start
+        places = torch.arange(first, first + T, device=tokens.device)
         x = self.embed(tokens, places[None])
         source = self.bias(source_mask[:, None, None, :])
         seen = None if visible is None else self.bias(visible[:, None])
@@ -192,12 +203,11 @@ def read_config(path: Path) -> Config:
     raw = read_json(file)
     if raw.get("model_type") != "m2m_100":
         raise InputError(f"{file}: model_type {raw.get('model_type')!r} is neither M2M100 nor NLLB")
-    for field in fields(Config):
-        value = raw.get(field.name)
-        if field.default is MISSING and not isinstance(value, int):
-            raise InputError(f"{file}: {field.name} is {value!r}, a number was expected")
     if raw.get("activation_function", "relu") != "relu":
         raise InputError(f"{file}: activation_function is {raw['activation_function']!r}, not relu")
+    for field in fields(Config):
+        if field.default is MISSING:
+            as_kind(need(raw, field.name, file), int, f"{file}: {field.name}")
     given = {field.name: raw[field.name] for field in fields(Config) if field.name in raw}
     return Config(**given)
 
@@ -221,19 +231,14 @@ def load_model(path, device="cpu", dtype: torch.dtype = torch.float32) -> M2M100
     weights = read_weights(path)
     with torch.device("meta"):
         model = M2M100(config)
-    table = next((name for name in TIED if name in weights), TIED[0])
+    stored = {name: name for name in weights if name not in TIED and "embed_positions" not in name}
+    stored |= {TIED[0]: name for name in reversed(TIED) if name in weights}
     state = {}
-    for name, parameter in model.named_parameters():
-        stored = table if name == TIED[0] else name
-        if stored not in weights:
-            raise InputError(f"{path}: tensor {stored} is missing: weights and config.json do not match")
-        tensor = weights[stored]
-        if tensor.shape != parameter.shape:
-            raise InputError(f"{path}: tensor {stored} has shape {list(tensor.shape)}, config.json asks "
-                                  f"for {list(parameter.shape)}")
-        state[name] = tensor.to(device=device, dtype=dtype, copy=True)  # a copy: the file stays as it is
-    surplus = [name for name in weights if name not in (*state, *TIED) and "embed_positions" not in name]
-    if surplus:
-        raise InputError(f"{path}: tensor {surplus[0]} is unknown: weights and config.json do not match")
-    model.load_state_dict(state, assign=True)
+    for name, key in stored.items():
+        state[name] = weights[key].to(device=device, dtype=dtype, copy=True)  # a copy: the file stays
+    try:
+        model.load_state_dict(state, assign=True)
+    except RuntimeError as error:  # its second line names what is missing, unknown or of another shape
+        reason = str(error).splitlines()[1].strip()
+        raise InputError(f"{path}: weights and config.json do not match: {reason:.200}") from None
     return model.requires_grad_(False).eval()

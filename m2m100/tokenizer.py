@@ -9,6 +9,7 @@ languages start where vocab.json ends. NLLB comes as a tokenizer.json whose adde
 Unigram: Kudo 2018 (arXiv:1804.10959).
 """
 
+import io
 import re
 import struct
 from dataclasses import dataclass
@@ -26,27 +27,25 @@ FIXED_BYTES = {1: 8, 5: 4}  # of protobuf's wire types with a fixed size
 
 def wire_fields(message: bytes):
     """(field number, value) of a protobuf message, whatever its schema: varints as int, the rest as bytes."""
-    def varint(at):
+    stream = io.BytesIO(message)
+
+    def varint() -> int:
         value = shift = 0
         while True:
-            byte = message[at]
+            byte = stream.read(1)[0]
             value |= (byte & 127) << shift
-            at += 1
             shift += 7
             if byte < 128:
-                return value, at
+                return value
 
-    at = 0
-    while at < len(message):
-        key, at = varint(at)
+    while stream.tell() < len(message):
+        key = varint()
         kind = key & 7
         if kind == 0:
-            value, at = varint(at)
+            yield key >> 3, varint()
         else:
-            size, at = varint(at) if kind == 2 else (FIXED_BYTES[kind], at)
-            value = message[at:at + size]
-            at += size
-        yield key >> 3, value
+            size = varint() if kind == 2 else FIXED_BYTES[kind]
+            yield key >> 3, stream.read(size)
 
 
 @dataclass

@@ -15,7 +15,7 @@ from m2m100.tokenizer import Tokenizer, load_tokenizer
 
 @dataclass
 class Translator:
-    """A model and its tokenizer. languages: those it can write, by their normal codes. fingerprint: hash of its files."""
+    """A model, its tokenizer, the languages it can write by their normal codes, a hash of its files."""
     model: M2M100
     tokenizer: Tokenizer
     languages: list[str]
@@ -26,7 +26,8 @@ class Translator:
         for code in (source, *targets):
             known = self.tokenizer.languages if code == source else self.languages
             if code not in known:
-                raise InputError(f"the translator does not know the language {code!r}{suggestion(code, known)}; "
+                near = suggestion(code, known)
+                raise InputError(f"the translator does not know the language {code!r}{near}; "
                                  f"it knows {', '.join(sorted(known))}")
         if source in targets:
             raise InputError(f"{source!r} is to be translated into itself: give another language")

@@ -108,7 +108,7 @@ def visible(batch, b, q):
 @pytest.mark.parametrize("trim", [True, False])
 def test_packed_predictions_are_those_of_separate_sequences(trim):
     forks = random_forks(23)
-    batch = data.pack(forks, 40, trim)
+    batch, = data.micro_batches(forks, 40, 23, trim)
     expected = [(number, fork.prompt + ids[:at], ids[at])
                 for number, (fork, ids) in enumerate((fork, ids) for fork in batch.forks
                                                      for ids in fork.continuations)
@@ -119,13 +119,12 @@ def test_packed_predictions_are_those_of_separate_sequences(trim):
     assert found == expected
 
 
-@pytest.mark.parametrize("ends", [True, False])
-def test_spans_say_where_every_fork_lies(ends):
-    """Without ends the last token of a continuation is not laid."""
-    for batch in data.micro_batches(random_forks(23), 40, 3, ends=ends):
+def test_spans_say_where_every_fork_lies():
+    """The last token of a continuation is not laid."""
+    for batch in data.micro_batches(random_forks(23), 40, 3):
         flat, covered = batch.tokens.flatten(), []
         for fork, (start, prompt, lengths) in zip(batch.forks, batch.spans, strict=True):
-            laid = [ids if ends else ids[:-1] for ids in fork.continuations]
+            laid = [ids[:-1] for ids in fork.continuations]
             assert prompt == len(fork.prompt) and list(lengths) == [len(ids) for ids in laid]
             end = start + prompt + sum(lengths)
             assert flat[start:end].tolist() == sum(laid, fork.prompt)
@@ -138,9 +137,8 @@ def test_packing_loses_no_fork_and_is_the_same_every_time():
     batch, again = data.pack(forks, 50), data.pack(forks, 50)
     assert sorted(batch.order) == list(range(40)) and batch.forks == [forks[i] for i in batch.order]
     assert batch.order == again.order and batch.tokens.equal(again.tokens)
-    used = sum(fork.length for fork in forks)
-    assert (batch.fork >= 0).sum() == used
-    assert batch.padding == pytest.approx(1 - used / batch.tokens.numel())
+    used = sum(fork.length - len(fork.continuations) for fork in forks)
+    assert (batch.fork >= 0).sum() == batch.used == used
     assert len(batch.tokens) == -(-used // 50)  # no packing needs fewer rows than this
 
 
@@ -156,12 +154,12 @@ def test_untrimmed_batches_have_one_shape_whatever_they_hold():
 
 def test_trimmed_rows_are_as_long_as_the_longest_used():
     fork = data.Fork([5, 6], [[7], [8, 9]], "en", "a")
-    assert data.pack([fork], 16).tokens.tolist() == [[5, 6, 7, 8, 9]]
-    assert data.pack([fork], 16).positions.tolist() == [[0, 1, 2, 2, 3]]
-    full = data.pack([fork], 8, trim=False)
-    assert full.fork.tolist() == [[0, 0, 0, 0, 0, -1, -1, -1]]
-    assert full.branch.tolist() == [[0, 0, 1, 2, 2, 0, 0, 0]]
-    assert full.row_index.tolist() == [1, 1, 3] and full.targets.tolist() == [7, 8, 9]
+    assert data.pack([fork], 16).tokens.tolist() == [[5, 6, 8]]
+    assert data.pack([fork], 16).positions.tolist() == [[0, 1, 2]]
+    full, = data.micro_batches([fork], 8, 1, trim=False)
+    assert full.fork.tolist() == [[0, 0, 0, -1, -1, -1, -1, -1]]
+    assert full.branch.tolist() == [[0, 0, 2, 0, 0, 0, 0, 0]]
+    assert full.row_index.tolist() == [1, 1, 2] and full.targets.tolist() == [7, 8, 9]
     assert full.sequence.tolist() == [0, 1, 1]
 
 

@@ -42,7 +42,7 @@ def test_a_second_process_is_refused_and_told_who_holds_the_file_by_any_of_its_n
 
 def test_a_place_where_nothing_can_be_written_is_refused_in_one_line(tmp_path):
     (tmp_path / "file").touch()
-    with pytest.raises(InputError, match="file/run cannot be written .*: give another --out"):
+    with pytest.raises(InputError, match="file/run cannot be written .*choose another --out"):
         with locked(tmp_path / "file" / "run"):
             raise AssertionError("there is no such place")
 

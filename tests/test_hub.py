@@ -183,8 +183,8 @@ def test_an_adapter_may_lie_on_the_hub(server, tmp_path):
 
 
 @pytest.mark.parametrize("repository, environment, told", [
-    ("some/gated", {}, "some/gated is gated on the hub: accept its licence"),
-    ("some/tinny", {}, "neither a directory here nor a public model on the hub: check the spelling"),
+    ("some/gated", {}, "for a gated one accept its licence at https://huggingface.co/some/gated, then log in"),
+    ("some/tinny", {}, "neither a directory here nor a model that the hub gives to you: check the spelling"),
     ("some/a..b", {}, "check the spelling"),
     ("some/tiny", {"HF_ENDPOINT": "http://127.0.0.1:9"},
      "the hub cannot be reached (ConnectError): connect, or give a directory"),

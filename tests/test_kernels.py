@@ -8,7 +8,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from kernels import chunks, linear_cross_entropy, measure, ops, reference, token_logp
+from bench.contenders import SMALL_CHUNK_BYTES
+from kernels import chunks, linear_cross_entropy, ops, reference, token_logp
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 BACKENDS = ["torch"] + ["triton"] * bool(find_spec("triton"))
@@ -378,7 +379,7 @@ def test_chunks_are_even_and_within_the_budget(N, V, expected):
 
 
 @pytest.mark.parametrize("N, H, V", [(8192, 4096, 128256), (8192, 2048, 151936)])
-@pytest.mark.parametrize("chunk_bytes, limit", [(0, 1.2e9), (measure.SMALL_CHUNK_BYTES, 320e6)])
+@pytest.mark.parametrize("chunk_bytes, limit", [(0, 1.2e9), (SMALL_CHUNK_BYTES, 320e6)])
 def test_the_budgets_of_a_gpu_hold_on_the_shapes_of_large_models(N, H, V, chunk_bytes, limit):
     """By arithmetic, frozen head in bf16: logits, directions, q @ weight in fp32, the targets' weights."""
     rows = chunks.chunk_rows(N, V, torch.bfloat16, torch.device("cuda"), chunk_bytes)

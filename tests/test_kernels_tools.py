@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from kernels import bench, measure
+from bench import contenders as measure, head as bench
 
 ROOT = Path(__file__).parents[1]
 needs_triton = pytest.mark.skipif(not find_spec("triton"), reason="Triton is not installed")

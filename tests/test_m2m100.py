@@ -340,9 +340,9 @@ def test_a_pickle_that_runs_code_is_refused(checkpoint, tmp_path):
     (lambda d: (d / "sentencepiece.bpe.model").write_bytes(b"\x0a\xffrubbish"), "no SentencePiece model"),
     (lambda d: (d / "sentencepiece.bpe.model").write_bytes(
         spm_bytes(extra=wire(1, wire(1, b"x") + wire(3, 4)))), "user-defined"),
-    (lambda d: edit_json(d / "config.json", encoder_ffn_dim=41), r"has shape \[40, 24\]"),
-    (lambda d: edit_json(d / "config.json", decoder_layers=4), "decoder.layers.3.* is missing"),
-    (lambda d: edit_json(d / "config.json", decoder_layers=2), "decoder.layers.2.* is unknown"),
+    (lambda d: edit_json(d / "config.json", encoder_ffn_dim=41), r"size mismatch for .*\[40, 24\]"),
+    (lambda d: edit_json(d / "config.json", decoder_layers=4), "Missing key.*decoder.layers.3"),
+    (lambda d: edit_json(d / "config.json", decoder_layers=2), "Unexpected key.*decoder.layers.2"),
     (lambda d: edit_json(d / "config.json", clo_languages=["xx"]), "clo_languages has 'xx'"),
 ])
 def test_a_bad_checkpoint_is_one_clear_line(tmp_path, break_, message):

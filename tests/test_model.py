@@ -210,7 +210,7 @@ def test_continuation_logps_are_sums_over_separate_sequences():
     forks = [data.Fork([5, 6, 7], [[8, 9], [10]], "en", "0"),
              data.Fork([11], [[12, 13], [14], [15, 1]], "sw", "1"),
              data.Fork([2, 3], [[4, 5, 6, 7], [8]], "en", "2")]
-    batch = data.micro_batches(forks, 16, 2, ends=False)[0]
+    batch = data.micro_batches(forks, 16, 2)[0]
     for shared in ([], header):
         prefix = llama.keys_and_values(model, shared) if shared else None
         found = llama.continuation_logps(model, batch, prefix)

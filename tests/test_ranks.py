@@ -3,7 +3,6 @@
 The processes that torchrun starts here run this file itself: see its end.
 """
 
-import json
 import os
 import random
 import re
@@ -75,8 +74,7 @@ def world(tmp_path):
 def state(run: Path) -> dict[str, torch.Tensor]:
     """All tensors of a finished run's last checkpoint, whole: weights and AdamW's moments."""
     path = runs.checkpoints(run / "clo" / "checkpoint")[-1]
-    parts = [load_file(path / f"state-{part}.safetensors")
-             for part in range(json.loads((path / "state.json").read_text())["parts"])]
+    parts = [load_file(file) for file in sorted(path.iterdir())]
     return {name: torch.cat([part[name] for part in parts]) if value.ndim else value
             for name, value in parts[0].items()}
 
@@ -332,12 +330,11 @@ def cut(path: Path) -> None:
     path.write_bytes(path.read_bytes()[:-7])
 
 
-DAMAGE = {"cut short": lambda path: cut(path / "state-0.safetensors"),
-          "without its tensors": lambda path: (path / "state-0.safetensors").unlink(),
-          "empty": lambda path: (path / "state-0.safetensors").write_bytes(b""),
-          "without its step": lambda path: (path / "state.json").unlink(),
+DAMAGE = {"cut short": lambda path: cut(path / "state-0-of-1.safetensors"),
+          "without its tensors": lambda path: (path / "state-0-of-1.safetensors").unlink(),
+          "empty": lambda path: (path / "state-0-of-1.safetensors").write_bytes(b""),
           "of another model": lambda path: shutil.copyfile(path.parents[2] / "other",
-                                                           path / "state-0.safetensors")}
+                                                           path / "state-0-of-1.safetensors")}
 
 
 @pytest.mark.parametrize("damage", DAMAGE)

@@ -352,7 +352,7 @@ def test_a_compiled_block_takes_the_mask_of_other_rows_without_compiling_again()
     block = model.model["layers"][0]
     angles = torch.randn(1, 24, 1, 4)
     for number in range(3):
-        batch = data.pack(make_forks()[number][:1], 24, trim=False)
+        batch = data.micro_batches(make_forks()[number][:1], 24, 1, trim=False)[0]
         fork, branch, positions = batch.fork, batch.branch, batch.positions
         x = torch.randn(1, 24, 16)
         mask = create_block_mask(llama.fork_predicate(fork, branch, positions), 1, None, 24, 24, device="cpu")
@@ -407,9 +407,10 @@ def test_predicted_activations_are_within_two_percent_of_the_bytes_kept(shape, t
     model = make_model(shape, train, recompute=recompute)
     batch = make_steps(data.Packing(3, 80, 2))[0][0]
     c, tokens = model.config, batch.tokens.numel()
-    predicted = scale.activation_bytes(c, tokens, train, recompute, 3, 8, "cpu")
+    plan = scale.Plan(train, 3, "fp64", row_tokens=tokens, recompute=recompute, device="cpu")
+    predicted = scale.activation_bytes(c, plan)
     if recompute:                                                # the block that is run again comes later
-        predicted -= tokens * max(scale.block_bytes(c, train, 3, 8, "cpu", first) for first in (True, False))
+        predicted -= tokens * max(scale.block_bytes(c, plan, first) for first in (True, False))
     assert kept_bytes(model, batch) == pytest.approx(predicted, rel=0.02)
 
 

@@ -93,7 +93,9 @@ def imports_of(path: Path) -> set[str]:
         if isinstance(node, ast.Import):
             names = [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
-            names = [node.module] + [f"{node.module}.{alias.name}" for alias in node.names]
+            package = ".".join(path.relative_to(ROOT).parts[:-1]) if node.level else ""
+            module = ".".join(filter(None, (package, node.module)))
+            names = [module] + [f"{module}.{alias.name}" for alias in node.names]
         for name in names:
             file = name.replace(".", "/")
             found |= {f"{file}.py", f"{file}/__init__.py"} & set(NAMES)
@@ -101,7 +103,7 @@ def imports_of(path: Path) -> set[str]:
 
 
 def test_no_module_imports_what_imports_it():
-    below = {name: imports_of(ROOT / name) - {name} for name in NAMES}
+    below = {name: imports_of(ROOT / name) - {name} for name in NAMES if not name.endswith("__init__.py")}
     while below:
         lowest = [name for name, needed in below.items() if not needed & below.keys()]
         assert lowest, f"these import each other: {sorted(below)}"

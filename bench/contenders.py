@@ -1,4 +1,4 @@
-"""Who runs in the benchmark, and how one run is timed, weighed and checked. `bench.py` prints the results.
+"""Who runs in the head's benchmark, and how one run is timed, weighed and checked; head.py prints it.
 
 A contender is a function (hidden, weight, targets) -> log-probs (N,) or, where it has nothing per token, the
 mean of minus these. Peers run when they are installed; none is needed.
@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-from . import linear_cross_entropy, reference, token_logp
+from kernels import linear_cross_entropy, reference, token_logp
 
 MODES = {"forward": 1, "frozen": 2, "trainable": 3}  # and how many products of 2NHV FLOPs each has to do
 SPIN_CYCLES = 3 * 10**6  # of a GPU's clock, 2 ms or so: longer than the host takes to launch one call
@@ -109,25 +109,29 @@ def refusals():
     return RuntimeError, AssertionError, TritonError
 
 
+def rms(x):
+    return x.double().square().mean().sqrt().item()
+
+
+def errors_of(outputs, truth):
+    return [rms(x - true) for x, true in zip(outputs, truth, strict=True)]
+
+
 def error_ratios(functions, data, rows):
     """({name: worst ratio of its error to that of plain PyTorch in the same dtype}, {name: why it has none}).
 
     An error is the root mean square of the difference from float64, of an output of `run`, on the first
     `rows` rows. Below the resolution of fp32 none is counted.
     """
-    def rms(x):
-        return x.double().square().mean().sqrt().item()
-
-    def error_of(outputs, truth):
-        return [rms(x - true) for x, true in zip(outputs, truth, strict=True)]
-
-    truth, plain = {}, {}
+    truth = {}
+    plain = {}
     for ndim, function in ((1, reference.token_logp), (0, reference.linear_cross_entropy)):
         truth[ndim] = run(function, *copies(data, rows, torch.float64))
         resolution = [torch.finfo(torch.float32).eps * rms(true) for true in truth[ndim]]
-        errors = error_of(run(function, *copies(data, rows)), truth[ndim])
+        errors = errors_of(run(function, *copies(data, rows)), truth[ndim])
         plain[ndim] = [max(pair) for pair in zip(errors, resolution)]
-    ratios, refused = {}, {}
+    ratios = {}
+    refused = {}
     for name, function in functions.items():
         try:
             outputs = run(function, *copies(data, rows))
@@ -138,7 +142,7 @@ def error_ratios(functions, data, rows):
             refused[name] = reason.splitlines()[0]
             continue
         ndim = outputs[0].ndim
-        errors = error_of(outputs, truth[ndim])
+        errors = errors_of(outputs, truth[ndim])
         ratios[name] = max(error / usual for error, usual in zip(errors, plain[ndim]))
     return ratios, refused
 
@@ -147,15 +151,14 @@ def floor(shape, dtype, device, mode):
     """A function that runs only the matrix products `mode` needs, whole, into memory taken beforehand."""
     N, H, V = shape
     half = dtype in (torch.bfloat16, torch.float16)
-    hidden, weight, _, _ = (x.detach() for x in example(shape, dtype, device, "forward"))
+    hidden, weight, _, _ = example(shape, dtype, device, "forward")
     # Not zeros: a GPU multiplies zeros with less power, so faster.
     signs = torch.rand(N if mode != "forward" else 0, V, dtype=dtype, device=device)
     wide = torch.float32 if half and device.type == "cuda" else dtype
     into = partial(torch.empty, dtype=wide, device=device)
-    products = [
-        (hidden, weight.T, into(N, V)),
-        (signs, weight, into(N, H)),
-        (signs.T, hidden, into(V, H))]
+    products = [(hidden, weight.T, into(N, V)),
+                (signs, weight, into(N, H)),
+                (signs.T, hidden, into(V, H))]
 
     def multiply():
         for a, b, out in products[:MODES[mode]]:
