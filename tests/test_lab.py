@@ -1,0 +1,386 @@
+"""lab/: plans and what is missing of them, figures of a run, intervals, the page drawn from the lines."""
+
+import json
+import math
+import random
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+
+import data
+import model as llama
+from engine.files import InputError, read_records, write_json
+from evals.figures import chrf, chrf_counts
+from formats.records import write_rows
+from lab import data as lab_data
+from lab import measure, plan, plots, report, runner
+
+SETTINGS = {"model": "m", "data": "d", "eval-data": "e", "dtype": "fp32", "max-new-tokens": 8}
+METHODS = {"sft": {"method": "sft"}, "clo": {"method": "clo", "beta": 0.5},
+           "sft, clo's compute": {"method": "sft", "tokens-of": "clo", "passes-of": "sft"}}
+
+
+def write_plan(path, methods=METHODS, **more):
+    part = {"languages": ["sw"], "sizes": [20, 10], "seeds": [0, 1], "methods": list(methods)}
+    write_json(path, {"settings": SETTINGS, "methods": methods, "runs": [part]} | more)
+    return plan.read_plan(str(path))
+
+
+def line_of(run, tokens=100, bits=8.0, **more):
+    return {"run": run.name, "language": run.language, "method": run.method, "size": run.size,
+            "seed": run.seed, "split": run.split, "epochs": run.flags.get("epochs", 2), "tokens": tokens,
+            "questions": {"sw": {"bits": [bits], "bytes": [4]}}} | more
+
+
+def finish_all(table):
+    """Every run of a plan, in the order they would run in, each finished at once."""
+    done = []
+    while missing := plan.ready(table, [line_of(run) for run in done]):
+        done.append(missing[0])
+    return done
+
+
+# ------------------------------------------------------------------------------------------------------ plans
+
+def test_the_base_comes_first_then_the_cheapest_run_and_nothing_twice(tmp_path):
+    done = finish_all(write_plan(tmp_path / "p.json"))
+    assert [(run.method, run.size, run.seed) for run in done[:3]] == [
+        ("base", None, 0), ("sft", 10, 0), ("clo", 10, 0)]
+    assert [(run.size, run.seed) for run in done[1:]] == [(size, seed) for size in (10, 20) for seed in (0, 1)
+                                                          for _ in METHODS]
+    assert len({run.name for run in done}) == len(done) == 1 + 3 * 2 * 2
+
+
+def test_equal_compute_waits_for_both_runs_and_takes_the_epochs_their_tokens_say(tmp_path):
+    table = write_plan(tmp_path / "p.json")
+    first = {run.method: run for run in plan.ready(table, []) if (run.size, run.seed) != (10, 1)}
+    assert set(first) == {"base", "sft", "clo"}
+    lines = [line_of(first["sft"], tokens=400), line_of(first["clo"], tokens=900)]
+    run = next(run for run in plan.ready(table, lines) if run.method == "sft, clo's compute")
+    assert run.flags["epochs"] == 4.5                                   # 2 * 900 / 400
+    assert "tokens-of" not in run.flags and run.flags["method"] == "sft"
+
+
+def test_a_grid_runs_on_validation_and_its_best_value_is_used_at_every_size(tmp_path):
+    methods = {"sft": {"method": "sft", "lr": [1e-3, 3e-3]}}
+    table = write_plan(tmp_path / "p.json", methods, grid={"size": 10, "seed": 0})
+    points = [run for run in plan.ready(table, []) if run.method == "sft"]
+    assert [(run.split, run.flags["eval-split"], run.size) for run in points] == [
+        ("validation", "validation", 10)] * 2
+    lines = [line_of(run, bits=bits) for run, bits in zip(points, (9.0, 7.0))]
+    chosen = [run for run in plan.ready(table, lines) if run.method == "sft"]
+    assert {(run.flags["lr"], run.split) for run in chosen} == {(3e-3, "test")} and len(chosen) == 4
+
+
+def test_a_grid_is_decided_without_a_value_that_failed(tmp_path):
+    methods = {"sft": {"method": "sft", "lr": [1e-3, 3e-3]}}
+    table = write_plan(tmp_path / "p.json", methods, grid={"size": 10, "seed": 0})
+    points = [run for run in plan.ready(table, []) if run.method == "sft"]
+    left = plan.ready(table, [line_of(points[0])], {points[1].name})
+    assert {run.flags["lr"] for run in left if run.method == "sft"} == {1e-3}
+
+
+def test_other_settings_make_another_run(tmp_path):
+    before = plan.ready(write_plan(tmp_path / "p.json"), [])
+    lines = [line_of(run) for run in before]
+    changed = METHODS | {"clo": {"method": "clo", "beta": 0.1}}
+    after = plan.ready(write_plan(tmp_path / "p.json", changed), lines)
+    assert {run.method for run in after} == {"clo", "sft, clo's compute"}
+
+
+@pytest.mark.parametrize("change, told", [
+    ({"settings": {"model": "m"}}, '"data" is missing'),
+    ({"runs": [{"languages": ["sw"], "sizes": [1], "seeds": [0], "methods": ["slo"]}]}, '"slo" is missing'),
+    ({"runs": [{"languages": ["sw"], "sizes": [1], "seeds": [0]}]}, '"methods" is missing'),
+    ({"methods": {"sft": {"lr": 1}}}, '"method" is missing'),
+    ({"methods": {"sft": {"method": "sft", "tokens-of": "clo"}}}, '"clo" is missing'),
+    ({"methods": {"sft": {"method": "sft", "lr": [1, 2]}}}, '"grid" is missing')])
+def test_a_plan_that_cannot_be_run_is_refused_in_one_line(tmp_path, change, told):
+    with pytest.raises(InputError, match=told) as error:
+        write_plan(tmp_path / "p.json", change.pop("methods", METHODS), **change)
+    assert "\n" not in str(error.value)
+
+
+def test_the_plans_of_the_project_can_be_read_and_begun():
+    names = [path.stem for path in plan.PLANS.glob("*.json")]
+    assert {"demo", "portuguese", "chinese"} <= set(names)
+    for name in names:
+        assert plan.ready(plan.read_plan(name), [])[0].method == "base"
+
+
+# ------------------------------------------------------------------------------------------------------ queue
+
+def test_the_queue_goes_on_behind_its_lines_and_past_a_failure(tmp_path, monkeypatch):
+    table, asked, broken = write_plan(tmp_path / "p.json"), [], True
+
+    def perform(table, run, runs):
+        asked.append(run.name)
+        if run.method == "clo" and broken:
+            raise runner.RunFailed("out of memory")
+        return line_of(run)
+    monkeypatch.setattr(runner, "perform", perform)
+    results = tmp_path / "results" / "p.jsonl"
+    failed = runner.work(table, tmp_path, results)
+    assert len(failed) == 4 and set(failed.values()) == {"out of memory"}
+    broken = False
+    asked.clear()
+    assert runner.work(table, tmp_path, results) == {}
+    assert len(asked) == 4 + 4                                     # and those that waited for their tokens
+    assert len(read_records(results)) == 1 + 3 * 4
+
+
+def test_a_failed_command_says_which_it_was_and_where_its_log_is(tmp_path):
+    with pytest.raises(runner.RunFailed, match="ended with code 2: .*--lang") as error:
+        runner.call("clo.py", {"method": "sft"}, tmp_path / "run")
+    assert str(tmp_path / "run.log") in str(error.value)
+
+
+def test_tokens_count_the_reference_pass_once_and_only_where_one_was_made(tmp_path):
+    write_json(tmp_path / "config.json", {"flags": {"epochs": 2.0}})
+    write_json(tmp_path / "report.json", {"samples": 8})
+    for place in ("clo", "sft", "sft+dpo/1-sft", "sft+dpo/2-dpo"):
+        steps = [{"step": 0}, *({"step": step, "tokens": 100, "seconds": 0.5} for step in (1, 2))]
+        (tmp_path / place).mkdir(parents=True)
+        (tmp_path / place / "metrics.jsonl").write_text("".join(json.dumps(step) + "\n" for step in steps))
+    tokens = [runner.training_facts(tmp_path, method)["tokens"] for method in ("sft", "clo", "sft+dpo")]
+    assert tokens == [200, 300, 500]
+    assert runner.training_facts(tmp_path, "clo") == {"epochs": 2.0, "rows": 8, "seconds": 1.0, "tokens": 300}
+
+
+# ---------------------------------------------------------------------------------------------------- figures
+
+ROWS = [{"row_id": str(i),
+         "en": {"prompt": f"What is {i}?", "response": "It is a number, and small."[:8 + i]},
+         "sw": {"prompt": f"Nini {i}?", "response": "Ni namba ndogo sana."[:6 + 2 * i]}} for i in range(5)]
+
+
+def test_confusion_and_bits_are_those_of_each_sequence_alone(checkpoint):
+    tokenizer, model = data.load_tokenizer(checkpoint), llama.load(checkpoint, dtype=torch.float64)
+    same = {"row_id": "x", "en": {"prompt": "1+1?", "response": "2"},
+            "sw": {"prompt": "1+1 ni?", "response": "2"}}
+    columns = measure.answer_columns(model, tokenizer, [*ROWS, same], ["en", "sw"])
+    for own, other in (("en", "sw"), ("sw", "en")):
+        for i, row in enumerate(ROWS):
+            per_byte = []
+            for language in (own, other):
+                prompt = tokenizer.prompt_ids(row[own]["prompt"])
+                ids = prompt + tokenizer.response_ids(row[language]["response"])
+                logits = model(torch.tensor([ids])) @ model.head.T
+                logps = logits.log_softmax(-1)[0, len(prompt) - 1:-1]
+                total = logps.gather(1, torch.tensor(ids[len(prompt):])[:, None]).sum().item()
+                per_byte.append(total / len(row[language]["response"].encode()))
+            size = len(row[own]["response"].encode())
+            assert columns[own]["bytes"][i] == size
+            assert columns[own]["bits"][i] == pytest.approx(-per_byte[0] * size / math.log(2), abs=1e-3)
+            assert columns[own]["confused"][i] == (per_byte[1] > per_byte[0])
+        assert columns[own]["confused"][-1] is None
+
+
+@pytest.mark.parametrize("reply, expected", [
+    ("Paris", "Paris"), ("a b", "abc defg hijk"), ("", "abc"), ("abc", ""), ("abcdefgh", "ab"),
+    ("新加坡", "新加坡共和国的首都")])
+def test_the_short_form_of_ngram_counts_gives_the_same_figure(reply, expected):
+    found = measure.long_counts(measure.short_counts(reply, expected))
+    assert chrf(np.array(found, float)) == chrf(np.array(chrf_counts(reply, expected), float))
+
+
+# -------------------------------------------------------------------------------------------------- intervals
+
+def share_figure():
+    return next(figure for figure in report.FIGURES if figure.name == "language")
+
+
+def test_an_interval_has_the_width_that_theory_gives_it():
+    draw = np.random.default_rng(1)
+    figure = next(figure for figure in report.FIGURES if figure.name == "bits")
+    one, other = draw.normal(5, 1, (1, 400)), draw.normal(4, 1, (1, 400))
+    counts = np.stack([np.stack([x, np.ones_like(x)], -1) for x in (one, other)], 1)
+    found = report.bootstrap(figure, counts)
+    half = 1.96 * (one - other).std() / math.sqrt(400)
+    assert found.value == pytest.approx((one - other).mean())
+    assert (found.high - found.low) / 2 == pytest.approx(half, rel=0.1)
+    assert found.verdict == "worse"                                    # more bits
+
+
+def test_seeds_that_disagree_make_the_interval_wider():
+    counts = np.ones((2, 2, 100, 2))
+    counts[:, 1, :, 0] = 0.5
+    alike = report.bootstrap(share_figure(), counts)
+    counts[0, 1, :, 0], counts[1, 1, :, 0] = 1.0, 0.0
+    apart = report.bootstrap(share_figure(), counts)
+    assert alike.value == apart.value == 50
+    assert (alike.verdict, apart.verdict) == ("better", "a tie") and apart.seeds == [0, 100]
+
+
+def test_a_share_that_is_the_same_on_a_few_questions_is_not_certain():
+    counts = np.ones((3, 2, 5, 2))
+    found = report.bootstrap(share_figure(), counts)
+    assert found.low < 0 < found.high and found.verdict == "a tie"
+
+
+def test_a_difference_smaller_than_what_is_shown_is_a_tie():
+    figure = next(figure for figure in report.FIGURES if figure.name == "bits")
+    assert report.Difference(figure, 9, 2e-4, 1e-4, 3e-4, [2e-4]).verdict == "a tie"
+    assert report.Difference(figure, 9, 2e-2, 1e-2, 3e-2, [2e-2]).verdict == "worse"
+
+
+# ------------------------------------------------------------------------------------------------------- page
+
+def made_up(method, rows=100, seed=0, right=0.5, asked="x", n=40):
+    chance = random.Random(f"{method}{rows}{seed}")
+    columns = {"bits": [10 * (1 - right) + chance.random() for _ in range(n)], "bytes": [10] * n,
+               "language": [int(chance.random() < right) for _ in range(n)],
+               "confused": [0] * n, "ends": [1] * n, "chrf": [[20, 20, 10, 9, 8, 7, 6, 5]] * n}
+    return {"run": f"{method}-{rows}-{seed}", "plan": "p", "language": "sw", "method": method, "size": rows,
+            "seed": seed, "split": "test", "epochs": 2, "rows": rows, "seconds": 1.5, "tokens": 5,
+            "flags": {"model": "m", "dtype": "fp32", "max-new-tokens": 9}, "commit": "abc", "cpu": "c",
+            "gpu": None, "threads": 1, "torch": "t", "asked": asked,
+            "questions": {"sw": columns, "en": columns}}
+
+
+def section_of(text, number):
+    return next(part for part in text.split("\n## ") if part.startswith(f"{number}."))
+
+
+def test_a_sentence_says_no_more_than_its_interval_and_a_question_without_runs_is_not_run():
+    lines = [made_up("base", rows=0, right=0.1), *(made_up("sft", seed=seed, right=0.2) for seed in (0, 1)),
+             *(made_up("clo", seed=seed, right=0.9) for seed in (0, 1))]
+    text = report.page(lines)
+    answer = section_of(text, 1)
+    assert ("clo against sft (2 seeds): in sw (40 questions) **better** in language of replies, bits per byte"
+            in answer)
+    assert "a tie in chrF, language confusion, replies that end" in answer
+    for number in (2, 3, 4, 5, 6):
+        assert report.NOT_RUN in section_of(text, number)
+
+
+def test_twice_the_rows_are_compared_where_both_sizes_were_run():
+    lines = [made_up("base", rows=0, right=0.1)]
+    lines += [made_up(method, rows, right=rows / 100) for method in ("sft", "clo") for rows in (20, 40)]
+    answer = section_of(report.page(lines), 2)
+    assert "p, sw, 20 rows: clo against sft with 40" in answer
+    assert "p, sw, 40 rows: sft against sft with 20" in answer
+
+
+def test_content_is_compared_on_questions_that_both_reply_to_in_the_right_language():
+    lines = [made_up("base", rows=0), made_up("sft"), made_up("clo")]
+    sides = [line["questions"]["sw"]["language"] for line in lines[1:]]
+    both = sum(map(min, *sides))
+    assert f"in sw ({both} questions)" in section_of(report.page(lines), 7)
+
+
+def test_answers_to_other_questions_are_not_compared():
+    with pytest.raises(InputError, match="different questions"):
+        report.page([made_up("base", rows=0), made_up("sft"), made_up("clo", asked="y")])
+
+
+def test_of_two_lines_of_a_run_the_later_one_counts(tmp_path):
+    lines = [made_up("base", rows=0), made_up("clo", right=0.1), made_up("clo", right=0.9)]
+    (tmp_path / "p.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert report.read_all(tmp_path)[1]["questions"] == lines[2]["questions"]
+
+
+def test_the_committed_page_is_what_the_committed_lines_say():
+    text = (report.DOCS / report.PAGE).read_text(encoding="utf-8")
+    assert report.page(report.read_all(runner.RESULTS)) == text
+    for name in report.QUESTIONS:
+        plot = f"replication-{name}.png"
+        assert (report.DOCS / plot).is_file() == (plot in text)
+
+
+def test_plots_are_drawn_of_what_there_is(tmp_path):
+    pytest.importorskip("matplotlib")
+    report.write([made_up("base", rows=0), made_up("sft"), made_up("clo")], tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "replication-content.png", "replication-target.png", report.PAGE]
+
+
+def test_without_matplotlib_the_page_comes_alone(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(plots, "can_plot", lambda: False)
+    report.write([made_up("base", rows=0), made_up("sft")], tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == [report.PAGE]
+    assert "matplotlib" in capsys.readouterr().out
+
+
+# ------------------------------------------------------------------------------------------------------- data
+
+def write_pairs(path, n=30, response="neno {}"):
+    rows = [{"row_id": f"r{i}", "en": {"prompt": f"q {i}", "response": f"word {i}"},
+             "sw": {"prompt": f"s {i}", "response": response.format(i)}} for i in range(n)]
+    rows[3]["sw"]["response"] = rows[3]["en"]["response"]
+    rows[5]["en"]["response"] = "long " * 121
+    write_rows(path, rows)
+    return path
+
+
+@pytest.fixture
+def split(tmp_path, monkeypatch):
+    """Splits a file; what is on record then."""
+    monkeypatch.setattr(lab_data, "SPLITS", tmp_path / "splits")
+
+    def run(pairs, *more):
+        lab_data.main([str(pairs), "--lang", "sw", "--name", "s", "--out", str(tmp_path / "data"),
+                       "--validation", "4", "--test", "6", *more])
+        return json.loads((tmp_path / "splits" / "s.json").read_text())
+    return run
+
+
+def test_a_split_leaves_out_equal_and_long_rows_and_counts_them(tmp_path, split):
+    record = split(write_pairs(tmp_path / "pairs.jsonl"))
+    parts = record["ids"]
+    assert [len(parts[part]) for part in ("validation", "test", "train")] == [4, 6, 18]
+    assert {"r3", "r5"}.isdisjoint(sum(parts.values(), []))
+    assert record["counts"]["left out: equal responses"] == 1
+    assert record["counts"]["left out: a response of more than 120 words"] == 1
+    rows = data.read_rows(tmp_path / "data" / "s" / "eval.jsonl", targets=["sw"])
+    assert [row["row_id"] for row in rows if row["split"] == "test"] == parts["test"]
+
+
+def test_a_split_does_not_depend_on_the_order_of_rows_and_refuses_other_content(tmp_path, split):
+    pairs = write_pairs(tmp_path / "pairs.jsonl")
+    record = split(pairs)
+    lines = pairs.read_text().splitlines()
+    pairs.write_text("\n".join(reversed(lines)) + "\n")
+    assert split(pairs) == record
+    with pytest.raises(InputError, match="with other sha256"):
+        split(write_pairs(pairs, response="neno lingine {}"))
+    with pytest.raises(InputError, match="with other counts"):
+        split(write_pairs(pairs, n=20))
+
+
+def test_a_file_without_rows_to_train_on_is_refused(tmp_path, split):
+    with pytest.raises(InputError, match="none is left to train on"):
+        split(write_pairs(tmp_path / "pairs.jsonl", n=10))
+
+
+# --------------------------------------------------------------------------------------------------- for real
+
+@pytest.mark.slow
+def test_a_plan_runs_end_to_end_and_again_does_nothing(tmp_path):
+    settings = SETTINGS | {"model": "demo/llama", "translator": "demo/m2m100", "epochs": 1,
+                           "data": str(tmp_path / "d.jsonl"), "eval-data": str(tmp_path / "e.jsonl")}
+    with open("demo/eval.jsonl", encoding="utf-8") as file:
+        rows = [json.loads(line) for line in file]
+    kept = [row for part in ("validation", "test") for row in rows if row["split"] == part][:3]
+    write_rows(tmp_path / "e.jsonl", kept + [row for row in rows if row["split"] == "test"][:3])
+    english = [{"row_id": str(i), "en": row["en"]} for i, row in enumerate(rows[20:40])]
+    write_rows(tmp_path / "d.jsonl", english)
+    write_json(tmp_path / "p.json", {"settings": settings, "methods": METHODS, "runs": [
+        {"languages": ["sw"], "sizes": [8], "seeds": [0], "methods": list(METHODS)}]})
+    command = [sys.executable, "-m", "lab", str(tmp_path / "p.json"), "--runs", str(tmp_path / "runs"),
+               "--results", str(tmp_path / "results")]
+    first = subprocess.run(command, capture_output=True, text=True)
+    assert first.returncode == 0, first.stderr
+    lines = [line for _, line in read_records(tmp_path / "results" / "p.jsonl")]
+    assert [line["method"] for line in lines] == ["base", "sft", "clo", "sft, clo's compute"]
+    tokens = {line["method"]: line["tokens"] for line in lines}
+    assert tokens["sft, clo's compute"] == pytest.approx(tokens["clo"], rel=0.5)      # of one step in three
+    assert {"commit", "cpu", "threads", "torch", "seconds"} <= lines[0].keys()
+    assert all(len(column) == 3 for column in lines[1]["questions"]["sw"].values())
+    assert str(tmp_path / "runs") not in json.dumps(lines)
+    again = subprocess.run(command, capture_output=True, text=True)
+    assert (again.returncode, again.stdout) == (0, "")
+    assert "1. Does CLO beat SFT" in report.page(lines)
