@@ -232,7 +232,7 @@ class Batch:
     row_index: torch.Tensor  # (N,), the position in the flattened (B * T) hidden states that predicts
     targets: torch.Tensor    # (N,), the token it has to predict
     sequence: torch.Tensor   # (N,), the continuation this belongs to, counted over forks in order
-    spans: list | None       # of layers.Span, where each fork lies; None on a GPU, whose attention takes a mask
+    spans: list | None       # of layers.Span, where each fork lies; None on a GPU, where a mask says it
     length: torch.Tensor     # (S,), tokens of every continuation
     side: torch.Tensor       # (S,), language of its prompt: 0 the source, i the i-th target
     right: torch.Tensor      # (F,), the right continuation of each fork

@@ -268,7 +268,7 @@ def flex_takes(device: str, tokens: int, head_dim: int, header: int | None) -> b
     return device == "cuda" and head_dim >= 16 and tokens >= 128 and header is None
 
 
-def fork_attention(fork, branch, positions, head_dim: int, window=None, header=None, spans=None):
+def fork_attention(fork, branch, positions, head_dim, window=None, header=None, spans=None):
     """The attention function of packed forks; the tests compare all three kinds. After a header of so many
     tokens, if any, positions count from its start. spans: of a data.Batch, to walk instead of masking, unless
     a fork reaches beyond the window."""
@@ -287,7 +287,7 @@ class LayerCache:
     """Keys and values of one layer, (B, capacity, G, D), of which the first `length` columns are filled. In
     memory a head's columns lie side by side, (B, G, capacity, D), which is how attention reads them."""
 
-    def __init__(self, B: int, capacity: int, G: int, D: int, device, dtype):
+    def __init__(self, B, capacity, G, D, device, dtype):
         shape = (B, G, capacity, D)
         self.k = torch.empty(shape, device=device, dtype=dtype).transpose(1, 2)
         self.v = torch.empty(shape, device=device, dtype=dtype).transpose(1, 2)

@@ -1,4 +1,4 @@
-"""Progress bars: on a terminal tqdm's, in a redirected log a line now and then. Only the first rank shows one."""
+"""Progress bars: tqdm's on a terminal, a line now and then in a redirected log; only the first rank's."""
 
 import os
 import sys
@@ -28,7 +28,7 @@ class LogLines:
 
 
 class LogBar(tqdm):
-    """A bar for a log. It shows itself also while one piece of its work takes long, unless a newer one does."""
+    """A bar for a log. It shows itself while one piece of its work takes long, too, unless a newer one does."""
     running: list[int] = []          # ids of the bars, oldest first
 
     def __init__(self, *args, **options):

@@ -5,7 +5,8 @@
 
 Work is dealt to ranks item by item (rank r takes r, r + size, ...) and gathered in order, so a result does
 not depend on how many ranks there are beyond floating-point summation order. What is not dealt, all ranks do
-alike, and the first one writes. Started without torchrun there is one rank, and every function here is the identity.
+alike, and the first one writes. Started without torchrun there is one rank, and every function here is the
+identity.
 
 Sharded, a parameter is a DTensor of which each rank keeps a slice of the rows. `forward` gathers a block's
 weights when it comes to it and drops them after, on all ranks at once: so all of them call the model equally
@@ -190,9 +191,9 @@ def full(tensor: Tensor) -> Tensor:
 
 def load(path, device, dtype: torch.dtype, shard: bool = True, prepare: Callable = lambda model: None,
          recompute: bool = False, compiler=None, adapter=None) -> llama.Llama:
-    """model.load, and with `shard` the parameters spread over all ranks, of which none ever holds more than its
-    share and one tensor: the model is made without memory, sharded, and each rank then reads its own rows from
-    the files. A sharded model is not compiled: FSDP's hooks break the graphs.
+    """model.load, and with `shard` the parameters spread over all ranks, of which none ever holds more than
+    its share and one tensor: the model is made without memory, sharded, and each rank then reads its own rows
+    from the files. A sharded model is not compiled: FSDP's hooks break the graphs.
 
     prepare(model) chooses what learns, before the sharding; what it makes itself, in memory (LoRA's factors,
     which are small), stays whole on every rank.

@@ -49,7 +49,7 @@ def open_run(directory, flags: dict, inputs: dict, chosen: dict, fresh: bool = F
     config.json says the same.
 
     flags: the identity of the run. inputs: a hash of each file it reads, by the flag that names it. chosen:
-    what this machine would choose where a flag says auto; a run that goes on keeps what it chose when it began.
+    what this machine would choose where a flag says auto; a run that goes on keeps what it chose before.
     InputError, naming the first difference, when the directory belongs to another run; nothing in it is
     touched then. fresh: a run that is there is renamed aside.
     """

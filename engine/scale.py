@@ -225,7 +225,7 @@ def step_seconds(c: Config, plan: Plan, tokens: float) -> dict[str, float]:
     return {"step": max(each * step / rate, sent), "reference": each * reference / rate}
 
 
-# ------------------------------------------------------------------------------------------------ this machine
+# ----------------------------------------------------------------------------------------------- this machine
 
 def device_bytes(device: torch.device) -> int:
     """Memory of a GPU, or of the host."""
@@ -299,9 +299,9 @@ def memory_advice(device: str):
         full = isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in text
         if not full:
             raise
-        raise InputError(f"out of memory on {device} ({text}): try {MEMORY_FLAGS}; --dry-run estimates what a "
-                         f"setting needs. But for --recompute they make another run: --fresh or another --out"
-                         ) from None
+        raise InputError(f"out of memory on {device} ({text}): try {MEMORY_FLAGS}; --dry-run estimates what "
+                         f"a setting needs. But for --recompute they make another run: --fresh or another "
+                         f"--out") from None
 
 
 # ------------------------------------------------------------------------------------------------------ print

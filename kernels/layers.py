@@ -125,8 +125,8 @@ class ForkAttention(Function):
 
 
 # --------------------------------------------------------------------------------------------------- the rest
-# Nothing here is done in place: then the compiler of torch 2.11 gives the inputs a gradient of zero, without a
-# word (pytorch issue 180642).
+# Nothing here is done in place: then the compiler of torch 2.11 gives the inputs a gradient of zero, without
+# a word (pytorch issue 180642).
 
 class Rotate(Function):
     """RoPE of x (B, T, heads, D): channel i turns with channel i + D/2. cos, sin (B, T, 1, D), the first half

@@ -19,8 +19,6 @@ from m2m100 import tokenizer as spm
 from m2m100.beam import BLOCK, HEAD_ROWS, Cache, beam_search, best_tokens
 from m2m100.network import Config, M2M100, load_model, read_config
 
-from formats.weights import save_tensors
-
 ROOT = Path(__file__).parents[1]
 SHARED, DEMO = ROOT.parent / "shared" / "data", ROOT / "demo"
 CONFIG = {"model_type": "m2m_100", "d_model": 24, "encoder_layers": 2, "decoder_layers": 3,
