@@ -1,12 +1,12 @@
 """Runs the pages of the course: every ```python block of a page in order, in one process.
 
-    python -m docs.lessons.build                    # does every page show what it prints, and its notebook too?
+    python -m docs.lessons.build                    # does every page show what it prints? and its notebook?
     python -m docs.lessons.build 3 walkthrough      # do these two?
     python -m docs.lessons.build 3 --write          # after a change: output, pictures and notebook anew
 
 A ```text block that follows a ```python block is what that one prints; an image that follows, what it draws.
 They agree if the words are the same and no number differs by more than one in its last decimal: another
-processor adds in another order. Without matplotlib, blocks that draw are left out: no other block may need them.
+processor adds in another order. Without matplotlib, blocks that draw are left out; none may need them.
 """
 
 import argparse
@@ -14,11 +14,14 @@ import contextlib
 import io
 import json
 import linecache
+import os
 import re
 import sys
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
+
+import torch
 
 ROOT = Path(__file__).parents[2]
 BLOCK = re.compile(r"^```python\n(?P<code>.*?)^```\n"
@@ -58,17 +61,16 @@ def parse(text: str) -> list[str | Block]:
 
 
 def run(parts: list[str | Block], folder: Path) -> list[str | Block]:
-    """The page with what it prints, where that is not what it shows; its pictures are written. folder: the page's."""
+    """The page with what it prints, where that is not what it shows. folder: its own, for pictures."""
     done, names = [], {"__name__": "__main__"}
     for number, part in enumerate(parts):
-        if isinstance(part, Block):
-            if part.file and not find_spec("matplotlib"):
-                print(f"{part.file}: not drawn, for want of matplotlib", file=sys.stderr)
-            else:
-                printed = run_block(part.code, f"<block {number}>", names)
-                part = part if agree(part.printed, printed) else replace(part, printed=printed)
-                if part.file:
-                    draw(folder / part.file)
+        if isinstance(part, Block) and part.file and not find_spec("matplotlib"):
+            print(f"{part.file}: not drawn, for want of matplotlib", file=sys.stderr)
+        elif isinstance(part, Block):
+            printed = run_block(part.code, f"<block {number}>", names)
+            part = part if agree(part.printed, printed) else replace(part, printed=printed)
+            if part.file:
+                draw(folder / part.file)
         done.append(part)
     return done
 
@@ -122,22 +124,19 @@ def notebook(parts: list[str | Block]) -> str:
     return json.dumps(content, indent=1, ensure_ascii=False) + "\n"
 
 
-def write(page: Path, parts: list[str | Block]) -> None:
-    text = "".join(part.markdown() if isinstance(part, Block) else part for part in parts)
-    page.write_text(text, encoding="utf-8")
-    page.with_suffix(".ipynb").write_text(notebook(parts), encoding="utf-8")
-
-
 def main(argv=None) -> int:
     parser = argparse.ArgumentParser(prog="python -m docs.lessons.build", description=__doc__.splitlines()[0])
     parser.add_argument("names", nargs="*", metavar="PAGE", help="how its file begins; without, all pages")
     parser.add_argument("--write", action="store_true", help="bring pages, pictures and notebooks up to date")
     args, wrong = parser.parse_args(argv), 0
+    os.environ["TRITON_INTERPRET"] = str(int(not torch.cuda.is_available()))   # before a page imports Triton
     for page in [page for page in pages() if not args.names or page.name.startswith(tuple(args.names))]:
         shown = parse(page.read_text(encoding="utf-8"))
         printed, found = run(shown, page.parent), []
         if args.write:
-            write(page, printed)
+            text = "".join(part.markdown() if isinstance(part, Block) else part for part in printed)
+            page.write_text(text, encoding="utf-8")
+            page.with_suffix(".ipynb").write_text(notebook(printed), encoding="utf-8")
         else:
             found = differences(shown, printed)
             if page.with_suffix(".ipynb").read_text(encoding="utf-8") != notebook(shown):

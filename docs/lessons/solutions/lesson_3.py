@@ -23,7 +23,7 @@ def mask(fork, branch, positions, window=None):
 def predictions(prompt, continuations):
     """The prompt's last token predicts the first token of every continuation; then each token the next."""
     row_index, targets, sequence = [], [], []
-    start = len(prompt)                                                # where the continuation lies in the row
+    start = len(prompt)                              # where the continuation lies in the row
     for number, ids in enumerate(continuations):
         row_index.append(len(prompt) - 1)
         row_index.extend(range(start, start + len(ids) - 1))
@@ -34,7 +34,7 @@ def predictions(prompt, continuations):
 
 
 def shared(prompt, continuations):
-    """All but one copy of the prompt, and of the triangle of pairs inside it. The pairs between a continuation
-    and the prompt, and inside a continuation, are needed either way."""
+    """All but one copy of the prompt, and of the triangle of pairs inside it. The pairs between a
+    continuation and the prompt, and inside a continuation, are needed either way."""
     copies = len(continuations) - 1
     return copies * prompt, copies * prompt * (prompt + 1) // 2
