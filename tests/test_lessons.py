@@ -1,5 +1,6 @@
 """The course: pages show what they print, notebooks are their pages, exercises are open and can be solved."""
 
+import ast
 import json
 import re
 import shutil
@@ -10,16 +11,28 @@ from pathlib import Path
 from xml.etree import ElementTree
 
 import pytest
+import torch
 
 from docs.lessons import build
 
 ROOT = build.ROOT
 PAGES = build.pages()
 LESSONS = [page for page in PAGES if page.parent.name == "lessons"]
+QUICK = ROOT / "docs/lessons/3-forks.md"
+SLOW = [pytest.param(page, marks=pytest.mark.slow, id=page.stem) for page in PAGES if page != QUICK]
 EXERCISES = ROOT / "docs/lessons/exercises"
 SOLUTIONS = ROOT / "docs/lessons/solutions"
 every_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
 every_lesson = pytest.mark.parametrize("page", LESSONS, ids=lambda page: page.stem)
+
+
+@pytest.fixture
+def one_thread():
+    """Matrices this small only wait for one another, the more on a busy machine."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 def check_page(page: Path, folder: Path) -> None:
@@ -39,13 +52,8 @@ def check_page(page: Path, folder: Path) -> None:
                 assert (page.parent / part.file).is_file(), f"{part.file} is not committed"
 
 
-def test_the_walkthrough_prints_what_it_shows(tmp_path):
-    check_page(ROOT / "docs/walkthrough.md", tmp_path)
-
-
-@pytest.mark.slow
-@every_lesson
-def test_a_lesson_prints_what_it_shows(page, tmp_path):
+@pytest.mark.parametrize("page", [QUICK, *SLOW], ids=lambda page: getattr(page, "stem", ""))
+def test_a_page_prints_what_it_shows(page, tmp_path, one_thread):
     check_page(page, tmp_path)
 
 
@@ -64,7 +72,7 @@ def test_a_notebook_is_valid(page):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["walkthrough.ipynb", "lessons/4-logsoftmax.ipynb"])
 def test_a_notebook_runs_from_its_own_folder(name):
-    """One in each folder; Triton has to find the kernel of the second. The others are equal to their pages."""
+    """One in each folder; Triton has to find the kernel of the second. The others equal their pages."""
     nbformat, nbclient = pytest.importorskip("nbformat"), pytest.importorskip("nbclient")
     pytest.importorskip("ipykernel")
     path = ROOT / "docs" / name
@@ -92,6 +100,23 @@ def test_links_lead_somewhere(page):
 def test_the_contents_name_every_page():
     contents = (ROOT / "docs/README.md").read_text(encoding="utf-8")
     assert all(f"({page.relative_to(ROOT / 'docs')})" in contents for page in PAGES)
+
+
+def names_of(blocks: list[build.Block]) -> tuple[set[str], set[str]]:
+    """The names that blocks set, and those that they read."""
+    nodes = [node for block in blocks for node in ast.walk(ast.parse(block.code))]
+    names = [node for node in nodes if isinstance(node, ast.Name)]
+    arguments = {node.arg for node in nodes if isinstance(node, ast.arg)}
+    stored = {node.id for node in names if isinstance(node.ctx, ast.Store)}
+    return stored | arguments, {node.id for node in names if isinstance(node.ctx, ast.Load)}
+
+
+@every_page
+def test_no_block_needs_one_that_draws(page):
+    blocks = [part for part in build.parse(page.read_text(encoding="utf-8")) if isinstance(part, build.Block)]
+    drawn, _ = names_of([block for block in blocks if block.file])
+    stored, read = names_of([block for block in blocks if not block.file])
+    assert drawn & read - stored == set()
 
 
 # ---- the script that holds them together ----

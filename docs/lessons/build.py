@@ -28,7 +28,6 @@ BLOCK = re.compile(r"^```python\n(?P<code>.*?)^```\n"
                    r"(?:\n```text\n(?P<printed>.*?)^```\n)?"
                    r"(?:\n(?P<picture>!\[[^]]*\]\((?P<file>[^)]*)\))\n)?", re.M | re.S)
 NUMBER = re.compile(r"-?\d+(?:\.(\d+))?")
-DOTS_PER_INCH = 110
 TO_THE_TOP = 'import os\n\nwhile not os.path.exists("clo.py"):\n    os.chdir("..")\n'
 
 
@@ -87,7 +86,7 @@ def run_block(code: str, name: str, names: dict) -> str:
 def draw(path: Path) -> None:
     """Write the figure that a block drew."""
     from matplotlib import pyplot
-    pyplot.savefig(path, dpi=DOTS_PER_INCH, metadata={"Software": None})
+    pyplot.savefig(path, dpi=110, metadata={"Software": None})
     pyplot.close("all")
 
 
@@ -129,6 +128,7 @@ def main(argv=None) -> int:
     parser.add_argument("names", nargs="*", metavar="PAGE", help="how its file begins; without, all pages")
     parser.add_argument("--write", action="store_true", help="bring pages, pictures and notebooks up to date")
     args, wrong = parser.parse_args(argv), 0
+    torch.set_num_threads(1)                           # matrices this small only wait for one another
     os.environ["TRITON_INTERPRET"] = str(int(not torch.cuda.is_available()))   # before a page imports Triton
     for page in [page for page in pages() if not args.names or page.name.startswith(tuple(args.names))]:
         shown = parse(page.read_text(encoding="utf-8"))
