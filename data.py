@@ -39,10 +39,14 @@ class Split:
     heldout: list
     answered: list
 
-    def parts(self):
-        """(rows to train on, rows to hold out, rows to answer)."""
-        heldout = self.heldout or self.rows[:self.apart]
-        return self.rows[self.apart:], heldout, self.answered or heldout
+    def parts(self, path):
+        """(rows to train on, rows to hold out, rows to answer); InputError when one has none."""
+        rows, heldout = self.rows[self.apart:], self.heldout or self.rows[:self.apart]
+        if not rows or not heldout:
+            raise InputError(f"{path}: {len(rows)} rows are left to train on and {len(heldout)} to hold out, "
+                             f"one of each is needed: give more rows, or --keep-failed if the translation "
+                             f"checks dropped them")
+        return rows, heldout, self.answered or heldout
 
 
 @contextlib.contextmanager
@@ -88,6 +92,19 @@ def evaluation_rows(path, source, targets, trained):
         print(f"{shared} of its {len(rows)} questions are among the training rows, too: "
               f"what they score is no test of anything new")
     return rows
+
+
+def holds_languages(path, source, targets):
+    """Whether any row of a file that nobody named, an eval.jsonl beside the data, has all the languages: what
+    follows from that is said."""
+    languages = {source, *targets}
+    for row in read_rows(path, source, targets=targets):
+        if languages <= set(languages_of(row)):
+            print(f"{path} lies beside the data: it is used for validation and answers (see --eval-data)")
+            return True
+    print(f"{path} lies beside the data, but no row of it holds {' and '.join(sorted(languages))}: "
+          f"it is not used, rows are held out of --data")
+    return False
 
 
 def missing_targets(rows, targets):
@@ -182,6 +199,21 @@ def row_forks(row, tokenizer, languages, system=None):
 
 
 # ---- forks -> batches ----
+
+def mean_tokens(packed, samples):
+    """Row tokens that are no padding, per sample, of packed steps (lists of batches)."""
+    return sum(batch.used for step in packed for batch in step) / samples
+
+
+@dataclass(frozen=True)
+class Packing:
+    """How samples become micro-batches. trim: drop padding that all rows of one share; on CUDA rows keep one
+    length, since its attention is compiled for a shape."""
+    batch_size: int = 8
+    row_tokens: int = 1024
+    micro_rows: int = 1
+    trim: bool = True
+
 
 class Lines(NamedTuple):
     """Packed rows as plain causal sequences, one for each continuation: attention on a CPU walks these.
@@ -353,6 +385,37 @@ def micro_batches(forks, row_tokens, rows, trim=True, ends=True):
             longest, part = row_tokens, part + [[]] * (rows - len(part))
         batches.append(lay_out(forks, part, longest, ends))
     return batches
+
+
+def stage_forks(group, prefers, nll):
+    """What a stage of training reads of one row's forks: the right continuation and, if it prefers, the wrong
+    ones that differ from it. nll: the prompts ("en", "tgt") whose right continuations are under the NLL. A fork
+    that serves neither term is left out."""
+    forks = []
+    for fork in group:
+        right, others = fork.continuations[0], fork.continuations[1:] if prefers else []
+        wrong = [ids for ids in others if ids != right]
+        under_nll = ("tgt" if fork.side else "en") in nll
+        if wrong or under_nll:
+            forks.append(replace(fork, continuations=[right, *wrong], nll=under_nll))
+    return forks
+
+
+def make_steps(groups, objective, packing, seed):
+    """Optimiser steps of packing.batch_size samples (groups of forks), each a list of micro-batches: what an
+    objective (clo.Objective) reads. Packed once: reference and training see the same rows (a GEMM row's bits
+    depend on the row count). seed None keeps the order."""
+    order = list(range(len(groups)))
+    if seed is not None:
+        order = torch.randperm(len(groups), generator=torch.Generator().manual_seed(seed)).tolist()
+    steps = []
+    for first in range(0, len(order), packing.batch_size):
+        forks = []
+        for i in order[first:first + packing.batch_size]:
+            forks += stage_forks(groups[i], objective.prefers, objective.nll)
+        if forks:
+            steps.append(micro_batches(forks, packing.row_tokens, packing.micro_rows, packing.trim, ends=False))
+    return steps
 
 
 def pack(forks, row_tokens, trim=True):

@@ -45,6 +45,7 @@ import model as llama
 from bench import tables
 from engine import ranks, scale
 from engine.files import write_json
+from evals import heldout
 from formats.checkpoints import save
 from formats.configs import Config
 from formats.weights import DTYPES
@@ -121,8 +122,8 @@ DPO = clo.Objective(lam=0.0, nll=(), beta=0.1)
 
 
 def make_steps(samples: list[list[data.Fork]], args) -> list[list[data.Batch]]:
-    packing = clo.Packing(args.batch_size, args.row_tokens, args.micro_rows, trim=args.device == "cpu")
-    return clo.make_steps(samples, DPO, packing, seed=None)
+    packing = data.Packing(args.batch_size, args.row_tokens, args.micro_rows, trim=args.device == "cpu")
+    return data.make_steps(samples, DPO, packing, seed=None)
 
 
 def run_ours(directory: Path, args) -> dict:
@@ -138,10 +139,10 @@ def run_ours(directory: Path, args) -> dict:
     batches = [batch for step in steps for batch in step]
     warm = make_steps(samples[:1], args)[0]
     still = torch.optim.SGD(parameters.values(), lr=0.0)
-    clo.summed_logps(model, warm, "warm")              # both modes: what one of them compiles is not timed
+    heldout.summed_logps(model, warm, "warm")              # both modes: what one of them compiles is not timed
     clo.train_step(model, warm, DPO, still, 1.0)
     started = clock()
-    for batch, logp in zip(batches, clo.summed_logps(model, batches, "reference")):
+    for batch, logp in zip(batches, heldout.summed_logps(model, batches, "reference")):
         batch.ref_logp = logp
     reference_seconds = elapsed(started)["seconds"]
     for step in steps:

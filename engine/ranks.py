@@ -106,6 +106,13 @@ def gather(own: list) -> list:
     return [shares[i % size()][i // size()] for i in range(sum(map(len, shares)))]
 
 
+def gather_tensors(own: list[tuple]) -> list[tuple]:
+    """gather of tuples of tensors, which several ranks exchange on the CPU."""
+    if size() == 1:
+        return own
+    return gather([tuple(tensor.cpu() for tensor in part) for part in own])
+
+
 def barrier() -> None:
     gather([None])
 
@@ -171,15 +178,19 @@ def full(tensor: Tensor) -> Tensor:
     return tensor.full_tensor() if is_sharded(tensor) else tensor
 
 
-def load(path, device, dtype: torch.dtype, adapter=None, prepare: Callable = lambda model: None,
-         recompute: bool = False) -> llama.Llama:
-    """model.load of a directory with the parameters spread over all ranks, of which none ever holds more than
-    its share and one tensor: the model is made without memory, sharded, and each rank then reads its own rows
-    from the files.
+def load(path, device, dtype: torch.dtype, shard: bool = True, prepare: Callable = lambda model: None,
+         recompute: bool = False, compiler=None, adapter=None) -> llama.Llama:
+    """model.load, and with `shard` the parameters spread over all ranks, of which none ever holds more than its
+    share and one tensor: the model is made without memory, sharded, and each rank then reads its own rows from
+    the files. A sharded model is not compiled: FSDP's hooks break the graphs.
 
-    prepare(model), before the sharding, chooses what learns; what it makes itself, in memory (LoRA's factors,
+    prepare(model) chooses what learns, before the sharding; what it makes itself, in memory (LoRA's factors,
     which are small), stays whole on every rank.
     """
+    if not shard:
+        model = llama.load(path, device, dtype, adapter, recompute, compiler)
+        prepare(model)
+        return model
     assert dist.is_initialized(), "there are no ranks to share the model: torchrun starts them"
     model, weights, names = llama.open_checkpoint(path, dtype, recompute)
     updates = {} if adapter is None else read_adapter(adapter, weights, names)

@@ -160,6 +160,11 @@ class StopSignal:
             os.write(2, f"signal {number}: stopping after the running step{again}\n".encode())
         self.number = number
 
+    def goodbye(self, number: int, step: int) -> int:
+        """Says what was kept; the exit code of a process that a signal ended."""
+        print(f"stopped by signal {number} after step {step}, saved; the same command goes on from there")
+        return 128 + number
+
     def __exit__(self, *_):
         for number, handler in self.before.items():
             signal.signal(number, handler)

@@ -31,6 +31,8 @@ DEVICE_BYTES = 141 * GB                  # of an H200
 HOST_BYTES = 0.3 * GB                    # Python and PyTorch on a CPU
 MARGIN = 0.15                            # of a device left free: what is predicted is an estimate
 MOST_MICRO_ROWS = 64                     # where choosing stops
+TIMED_LAYERS = (1, 4)                    # of the models that a dry run times
+MEMORY_FLAGS = "--micro-rows 1, --recompute, half of --row-tokens, --dtype bf16, --train lora, --shard"
 CONTEXT_BYTES = 1.5 * GB                 # a CUDA context, cuBLAS's workspace, what the allocator rounds up
 
 
@@ -116,9 +118,9 @@ class Plan:
     """How a model is trained, and on what. tflops: TFLOP/s a device achieves; link_gb: GB/s it sends."""
     train: str = "lora"
     rank: int = 16
-    dtype: str = "bf16"
+    dtype: str = "bf16"                  # "auto", until `choose`
     row_tokens: int = 1024
-    micro_rows: int = 1
+    micro_rows: int | None = 1           # None, until `choose`
     recompute: bool = False
     gpus: int = 1
     shard: bool = False
@@ -162,6 +164,16 @@ def fitting_micro_rows(c: Config, plan: Plan, device_bytes: float) -> int:
             break
         rows *= 2
     return rows
+
+
+def choose(c: Config, plan: Plan, device: torch.device) -> Plan:
+    """The plan with what "auto" stands for. device: this machine's, which the plan's may not be."""
+    cuda = plan.device == "cuda"
+    plan = replace(plan, dtype=("bf16" if cuda else "fp32") if plan.dtype == "auto" else plan.dtype)
+    if plan.micro_rows is not None:
+        return plan
+    rows = fitting_micro_rows(c, plan, device_bytes(device)) if device.type == "cuda" else 1
+    return replace(plan, micro_rows=rows)
 
 
 # ------------------------------------------------------------------------------------------------------- time
@@ -245,8 +257,29 @@ def seconds_of(work: Callable, device: torch.device, rounds: int = 2) -> float:
     return min(times[1:])
 
 
+def measured_seconds(c: Config, plan: Plan, packed: list[list], tokens: float, device: torch.device,
+                     begin: Callable) -> dict[str, float]:
+    """Seconds of an optimiser step of so many row tokens and of its reference pass, here: the run's own step
+    on its fullest batch (of data.Batch), timed with models of few layers; a layer more costs what the last
+    ones did. begin(model) makes the function that trains the model by one step on batches."""
+    batch = max((batch for step in packed for batch in step), key=lambda batch: batch.used)
+    timed = {}
+    for layers in TIMED_LAYERS:
+        model = stand_in(c, layers, device, DTYPES[plan.dtype])
+        with torch.no_grad():
+            reference = seconds_of(lambda: llama.continuation_logps(model, batch.to(device)), device)
+        step = begin(model)
+        timed[layers] = {"reference": reference, "step": seconds_of(lambda: step([batch]), device)}
+    few, more = TIMED_LAYERS
+    seconds = {}
+    for key in ("step", "reference"):
+        layer = (timed[more][key] - timed[few][key]) / (more - few)
+        seconds[key] = tokens / batch.used * (timed[few][key] + (c.num_hidden_layers - few) * layer)
+    return seconds
+
+
 @contextlib.contextmanager
-def memory_advice(device: str, flags: list[str]):
+def memory_advice(device: str):
     """Out of memory, on a device or the host, becomes one line with the flags that help."""
     try:
         yield
@@ -255,7 +288,7 @@ def memory_advice(device: str, flags: list[str]):
         full = isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in text
         if not full:
             raise
-        raise InputError(f"out of memory on {device} ({text}): try {', '.join(flags)}; --dry-run estimates what a "
+        raise InputError(f"out of memory on {device} ({text}): try {MEMORY_FLAGS}; --dry-run estimates what a "
                          f"setting needs. But for --recompute they make another run: --fresh or another --out"
                          ) from None
 

@@ -13,10 +13,12 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+import data
 import model as llama
 from engine.files import InputError, need, read_records, write_jsonl
 from engine.progress import progress
 from evals.figures import ANSWER_KEYS, languages_told, measure
+from evals.heldout import summed_logps
 from evals.language import LanguageModel, reply_language
 
 HASH_DIGITS = 16
@@ -132,6 +134,27 @@ def answer_and_score(model, tokenizer, rows: list[dict], languages: tuple[str, .
     decoding = {"temperature": 0, "max_tokens": max_tokens, "system_prompt": system,
                 "template": tokenizer.fingerprint[:HASH_DIGITS]}
     return scores | {"questions": len(rows), "decoding": decoding}
+
+
+def reference_nll(model, tokenizer, rows: list[dict], languages: tuple[str, ...], packing: data.Packing,
+                  system: str | None) -> dict[str, list[float]]:
+    """Nats of the expected answer, stop token included, to each question, by language."""
+    nats = {}
+    for language in languages:
+        forks = [data.Fork(tokenizer.prompt_ids(row[language]["prompt"], system),
+                           [tokenizer.response_ids(row[language]["response"])], language, row["row_id"])
+                 for row in rows]
+        longest = max(fork.length for fork in forks)
+        if longest > model.config.max_position_embeddings:
+            print(f"a question with its answer in {language} has {longest} tokens, the model was made for "
+                  f"{model.config.max_position_embeddings}: its bits per byte say little")
+        batches = data.micro_batches(forks, max(packing.row_tokens, longest), packing.micro_rows, packing.trim,
+                                     ends=False)
+        nats[language] = [0.0] * len(forks)
+        for batch, sums in zip(batches, summed_logps(model, batches, f"expected answers {language}")):
+            for i, logp in zip(batch.order, sums.tolist()):
+                nats[language][i] = -logp
+    return nats
 
 
 def answer_line(row: dict, language: str, languages: tuple[str, ...], reply: str, ends: bool,

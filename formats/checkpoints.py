@@ -6,7 +6,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from engine.files import InputError, read_json, write_json, write_text
+from engine import ranks
+from engine.files import InputError, fill_directory, read_json, write_json, write_text
 from formats.configs import config_dict
 from formats.weights import (ADAPTER_CONFIG, ADAPTER_WEIGHTS, DTYPE_NAMES, MAX_SHARD_BYTES, PREFIX, Weights,
                              add_update, read_adapter, save_sharded, save_tensors)
@@ -153,3 +154,31 @@ def check_outputs(model, outputs: dict[Path, dict], ids: list[int], load=load) -
                              f"by {difference:.1e} of their size: do not use it, and report this")
         print(f"{path}: written, loaded again; "
               f"its logits differ from the trained model's by {difference:.1e} of their size")
+
+
+def export(model, parameters: dict[str, Tensor], directory: Path, path: str, base: str, tokenizer,
+           ids: list[int], lora: tuple | None, merge: bool, shard: bool) -> None:
+    """The trained part in the layout other tools read: a PEFT adapter, and with `merge` or without LoRA a whole
+    Hugging Face directory. Each is loaded again and compared with the model, which ends without memory.
+
+    path: where the base model lies; base: its name. ids: a text to compare by. lora: (target modules, rank, alpha); None: weights learned.
+    """
+    adapter, merged, outputs = directory / "adapter", directory / "model", {}
+    print(f"writing the results to {directory}")
+    if lora is not None:
+        ranks.on_first(lambda: fill_directory(
+            adapter, lambda at: save_adapter(model, at, base, *lora, tokenizer.template)))
+        outputs[adapter] = {"path": path, "adapter": adapter}
+        if merge:
+            ranks.on_first(lambda: fill_directory(merged, lambda at: save_merged(at, path, adapter, tokenizer)))
+            outputs[merged] = {"path": merged}
+    else:
+        def change(name: str, old: Tensor) -> Tensor:     # all ranks gather a sharded parameter
+            return ranks.full(parameters[name].detach()) if name in parameters else old
+        fill_directory(merged, lambda at: save_model(at, path, tokenizer, change), writes=ranks.rank() == 0)
+        ranks.barrier()
+        outputs[merged] = {"path": merged}
+    if shard:
+        check_outputs(model, outputs, ids, ranks.load)
+    else:
+        ranks.on_first(lambda: check_outputs(model, outputs, ids))

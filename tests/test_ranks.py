@@ -20,6 +20,7 @@ from safetensors.torch import load_file
 from test_clo import CLO, changed, fails, groups_of, parallel_rows, without_times
 
 import clo
+import data
 import model as llama
 from conftest import Recorder, write_checkpoint
 from engine import ranks, runs
@@ -383,7 +384,7 @@ def test_the_order_of_samples_within_a_step_changes_nothing(checkpoint):
     for order in (groups, groups[::-1], groups[3:] + groups[:3]):
         model = llama.load(checkpoint, dtype=torch.float64)
         recorder = Recorder(clo.make_trainable(model, "attention", 4, 8, seed=0))
-        [step] = clo.make_steps(order, CLO, clo.Packing(10, 96), None)
+        [step] = data.make_steps(order, CLO, data.Packing(10, 96), None)
         for batch in step:
             batch.ref_logp = llama.continuation_logps(model, batch).detach()
         result = clo.train_step(model, step, CLO, recorder, 1e9)

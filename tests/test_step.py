@@ -17,9 +17,10 @@ import data
 import model as llama
 from bench import tables
 from conftest import Recorder
-from engine import ranks, scale
+from engine import job, ranks, scale
 from engine.adamw import AdamW
 from engine.files import InputError
+from evals import heldout
 from formats.configs import Config
 
 CPU = torch.device("cpu")
@@ -53,11 +54,11 @@ def make_forks(number: int = 6) -> list[list[data.Fork]]:
 
 
 CLO = clo.Objective(0.5, ("tgt",))
-SMALL = clo.Packing(batch_size=3, row_tokens=40, micro_rows=2)
+SMALL = data.Packing(batch_size=3, row_tokens=40, micro_rows=2)
 
 
 def make_steps(packing=SMALL):
-    return clo.make_steps(make_forks(), CLO, packing, seed=0)
+    return data.make_steps(make_forks(), CLO, packing, seed=0)
 
 
 def train_step(model, step, objective=CLO) -> tuple[dict, dict[str, torch.Tensor]]:
@@ -143,7 +144,7 @@ def test_recomputing_keeps_one_vector_per_token_and_block():
 
 def test_rows_of_one_shape_for_a_gpu_change_no_gradient():
     model = make_model()
-    plain, fixed = make_steps(), make_steps(clo.Packing(3, 40, 4, trim=False))
+    plain, fixed = make_steps(), make_steps(data.Packing(3, 40, 4, trim=False))
     assert {tuple(batch.tokens.shape) for step in fixed for batch in step} == {(4, 40)}
     for trimmed, padded in zip(plain, fixed):
         expected, found = gradients(model, trimmed), gradients(model, padded)
@@ -158,7 +159,7 @@ def equal_forks(number: int = 3) -> list[list[data.Fork]]:
 
 def test_a_step_without_a_pair_learns_from_its_responses_alone():
     model = make_model()
-    step, = clo.make_steps(equal_forks(), CLO, SMALL, seed=0)
+    step, = data.make_steps(equal_forks(), CLO, SMALL, seed=0)
     result, _ = train_step(model, step)
     clo.check_first_rewards(result["rewards"])
     assert result["rewards"].shape == (2, 0) and result["loss"] == 0.5 * result["nll"] > 0
@@ -166,9 +167,15 @@ def test_a_step_without_a_pair_learns_from_its_responses_alone():
 
 def test_methods_that_prefer_refuse_data_without_any_pair():
     with pytest.raises(InputError, match="the same response in all languages, so clo finds"):
-        clo.check_pairs(equal_forks(), "rows", {"sft": [clo.Objective(1.0, ("en", "tgt"))], "clo": [CLO]})
-    clo.check_pairs(equal_forks(), "rows", {"sft": [clo.Objective(1.0, ("en", "tgt"))]})
-    clo.check_pairs(equal_forks() + make_forks(1), "rows", {"clo": [CLO]})
+        job.check_pairs(equal_forks(), "rows", methods("sft", "clo"))
+    job.check_pairs(equal_forks(), "rows", methods("sft", "sft-en"))
+    job.check_pairs(equal_forks() + make_forks(1), "rows", methods("sft", "clo"))
+    with pytest.raises(InputError, match="so sft.dpo finds"):
+        job.check_pairs(equal_forks(), "rows", methods("sft+dpo", "clo"))
+
+
+def methods(baseline: str, method: str) -> dict[str, list[clo.Stage]]:
+    return clo.wanted_methods(clo.parse_args(["--lang", "sw", "--baseline", baseline, "--method", method]), 8)
 
 
 def test_our_adamw_is_torchs_bit_for_bit():
@@ -221,8 +228,8 @@ def test_the_watch_sees_what_waits():
 
 @pytest.mark.parametrize("changes", [{}, {"anchor": 0.5}, {"kind": "simpo"}, {"kind": "ipo"}])
 def test_nothing_in_a_step_waits_for_the_device(changes):
-    model, [step, *_] = make_model(), make_steps(clo.Packing(6, 40, 1))
-    for batch, logp in zip(step, clo.summed_logps(model, step, "reference")):
+    model, [step, *_] = make_model(), make_steps(data.Packing(6, 40, 1))
+    for batch, logp in zip(step, heldout.summed_logps(model, step, "reference")):
         batch.ref_logp = logp
     assert len(step) > 2
     counts = clo.Counts.of(step)            # of what lies on the host
@@ -394,7 +401,7 @@ def test_predicted_parameter_counts_are_those_of_the_model(shape):
 @pytest.mark.parametrize("recompute", [False, True])
 def test_predicted_activations_are_within_two_percent_of_the_bytes_kept(shape, train, recompute):
     model = make_model(shape, train, recompute=recompute)
-    batch = make_steps(clo.Packing(3, 80, 2))[0][0]
+    batch = make_steps(data.Packing(3, 80, 2))[0][0]
     c, tokens = model.config, batch.tokens.numel()
     copies = sum(rows.numel() for rows in batch.lines.gathers) / tokens
     predicted = scale.activation_bytes(c, tokens, train, recompute, 3, 8, copies)

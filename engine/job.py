@@ -1,0 +1,196 @@
+"""What all methods of a run share: rows read, translated and made into forks, and the directory they go to.
+
+A run is what its flags (IDENTITY) and the content of the files it reads make it. `make_job` takes them from
+the command line; what stands below gets what it needs by name.
+"""
+
+import importlib.util
+import os
+import shlex
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+
+import data
+import kernels
+import model as llama
+import translate
+from engine import ranks, runs, scale
+from engine.files import InputError, fingerprint
+from evals import heldout
+from evals.language import LanguageModel, fit_languages, texts_by_language
+from formats import hub
+from formats.chat import Tokenizer
+from formats.configs import Config, read_config
+from formats.records import describe_counts
+
+# Flags that decide what a run gives: with other ones it is another run.
+IDENTITY = """
+    lang model data eval_data translator method baseline lam nll preference beta anchor train
+    lora_rank lora_alpha source samples holdout turns system_prompt template_args beams keep_failed
+    row_tokens lr epochs baseline_epochs batch_size micro_rows warmup weight_decay clip seed
+    eval_split answers max_new_tokens eval_every merge save_every device dtype shard
+""".split()
+CLASSIFIER_ROWS = 400           # rows that the classifier of reply language learns from
+LOOK = 4                        # rows that a dry run translates
+
+
+@dataclass
+class Job:
+    run: Path | None                    # the run directory; a dry run has none
+    identity: str                       # hash of the flags in IDENTITY and of the files the run reads
+    device: torch.device
+    plan: scale.Plan                    # what "auto" stood for when the run began
+    packing: data.Packing
+    tokenizer: Tokenizer
+    rows: int                           # how many train; a dry run has forks of fewer
+    groups: list[list[data.Fork]]       # a group of forks for every training row
+    heldout: list[list[data.Fork]]      # and for every held-out one
+    answered: list[dict]                # rows that are answered at the end
+    classifier: LanguageModel | None
+
+
+def make_job(args, device: torch.device, methods: dict[str, list]) -> Job:
+    """Read, translate and tokenise all that a run of these methods (lists of clo.Stage) needs. Its directory
+    is claimed once the input is usable; a dry run claims nothing and translates the first rows alone."""
+    if args.tensorboard and importlib.util.find_spec("tensorboard") is None:
+        raise InputError("--tensorboard needs the tensorboard package: pip install tensorboard")
+    print(f"reading the tokenizer of {args.base}")
+    tokenizer = data.load_tokenizer(args.model, args.template_args)
+    config = read_config(args.model)
+    plan = plan_of(args, config, device)
+    args.row_tokens = plan.row_tokens
+    print(f"device {device}; model {args.base}: {config.model_type}, {config.num_hidden_layers} layers, "
+          f"width {config.hidden_size}; run directory {args.out}")
+    for note in tokenizer.chat.notes:
+        print(note)
+
+    print(f"\n1. Rows: {args.source} and {', '.join(args.targets)}")
+    args.eval_data = ranks.on_first(lambda: evaluation_file(args))
+    split = ranks.on_first(lambda: read_split(args))
+    count = len(split.rows) - split.apart
+    missing = data.missing_targets(split.rows, args.targets)
+    if missing:
+        translator = translate.translator_for(split.rows, missing, args.translator, device)
+        run, identity, plan = open_run(args, plan, tokenizer)
+        split = replace(split, rows=translated(args, split, translator, missing, run))
+    rows, heldout_rows, answered = split.parts(args.data)
+
+    print("\n2. Forks")
+    options = tokenizer, args.source, args.targets, args.row_tokens, args.system_prompt
+    with data.naming(args.data):
+        groups, counts = data.make_forks(rows, *options)
+    print(describe_counts(counts))
+    with data.naming(args.eval_data if split.heldout else args.data):
+        heldout_groups, _ = data.make_forks(heldout_rows, *options)
+    if len(rows) == count:                             # else the rows not looked at may have pairs
+        check_pairs(groups, args.data, methods)
+    if not missing:
+        run, identity, plan = open_run(args, plan, tokenizer)
+    print(f"compute type {plan.dtype}, {plan.micro_rows} packed rows per forward pass")
+    packing = data.Packing(args.batch_size, args.row_tokens, plan.micro_rows, trim=plan.device != "cuda")
+    classifier = None
+    if not args.dry_run:
+        print(f"reply language: learned from {min(len(rows), CLASSIFIER_ROWS):,} of {len(rows):,} rows")
+        texts = texts_by_language(rows[:CLASSIFIER_ROWS], (args.source, *args.targets))
+        classifier = fit_languages(texts)
+    return Job(run, identity, device, plan, packing, tokenizer, count, groups, heldout_groups, answered,
+               classifier)
+
+
+def plan_of(args, config: Config, device: torch.device) -> scale.Plan:
+    """How the model is trained, on this machine or with --gpus on others."""
+    row_tokens = min(args.row_tokens, config.max_position_embeddings)
+    where = device.type if args.gpus is None else "cuda"
+    plan = scale.Plan(args.train, args.lora_rank, args.dtype, row_tokens, args.micro_rows, args.recompute,
+                      args.gpus or 1, args.shard, device=where)
+    return scale.choose(config, plan, device)
+
+
+def evaluation_file(args) -> str | None:
+    """--eval-data, or else the eval.jsonl beside --data, if there is one with the languages."""
+    beside = Path(args.data).parent / "eval.jsonl"
+    named = args.eval_data is not None or beside == Path(args.data)
+    if named or not hub.find(args.data).is_file() or not hub.find(beside).is_file():
+        return args.eval_data
+    return str(beside) if data.holds_languages(str(beside), args.source, args.targets) else None
+
+
+def read_split(args) -> data.Split:
+    """The rows of --data and --eval-data, read, counted and dealt out; some perhaps without the targets."""
+    rows = data.training_rows(args.data, args.source, args.targets, args.turns)
+    evaluated = []
+    if args.eval_data:
+        if fingerprint(hub.data_file(args.data)) == fingerprint(hub.data_file(args.eval_data)):
+            raise InputError(f"--eval-data {args.eval_data} is the same as --data: the run would train on "
+                             f"its test; leave it out, and rows are held out of --data")
+        evaluated = data.evaluation_rows(args.eval_data, args.source, args.targets, rows)
+    with data.naming(args.eval_data):
+        split = data.split_rows(rows, evaluated, args.samples, args.holdout, args.eval_split, args.seed)
+    split.parts(args.data)                             # which refuses too few
+    return split
+
+
+def translated(args, split: data.Split, translator, missing: list[str],
+               run: Path | None) -> list[dict]:
+    """The rows of a split with the languages they lack; without a run directory the first few."""
+    if run is None:
+        return translate.translate_ahead(split.rows[:split.apart + LOOK], translator, args.source, missing,
+                                         args.beams)
+    path = run / f"translated-{','.join(missing)}.jsonl"
+    return translate.translate_rows(split.rows, translator, args.source, missing, path, args.beams,
+                                    keep_failed=args.keep_failed)
+
+
+def check_pairs(groups: list[list[data.Fork]], path: str, methods: dict[str, list]) -> None:
+    """InputError when a method has a stage that prefers and no sample of the file gives it a pair."""
+    prefers = [name for name, stages in methods.items() if stages and stages[-1].objective.prefers]
+    if prefers and all(fork.equal for group in groups for fork in group):
+        raise InputError(f"{path}: every row has the same response in all languages, so {prefers[0]} finds "
+                         f"nothing to prefer: give other rows, or --method sft")
+
+
+def open_run(args, plan: scale.Plan,
+             tokenizer: Tokenizer) -> tuple[Path | None, str, scale.Plan]:
+    """The run directory, a hash of what the run is, and its plan as it was when it began."""
+    if args.dry_run:
+        return None, "", plan
+    # The model as it was named: where it lies differs when the command is given in another directory.
+    identity = {name: getattr(args, name) for name in IDENTITY} | {"model": args.base}
+    inputs = {"model": runs.model_fingerprint(args.model), "tokenizer": tokenizer.fingerprint,
+              "data": fingerprint(hub.data_file(args.data)),
+              "eval_data": args.eval_data and fingerprint(hub.data_file(args.eval_data))}
+    chosen = {"dtype": plan.dtype, "micro_rows": plan.micro_rows}
+    run, chosen = ranks.on_first(lambda: runs.open_run(args.out, identity, inputs, chosen, args.fresh))
+    return run, fingerprint(identity, inputs), replace(plan, **chosen)
+
+
+def reference_logps(model: llama.Llama, batches: list[data.Batch], job: Job, history: str,
+                    label: str) -> list[torch.Tensor]:
+    """Summed log-probs (S,) of every batch under the model as it is now, from the run's cache if they are
+    there: a key covers all they depend on. `history` names the model's training so far."""
+    # The code too: another order of sums gives other last bits, and rewards would not begin at 0.
+    code = [Path(llama.__file__), *sorted(Path(kernels.__file__).parent.glob("*.py"))]
+    shapes = [list(batch.tokens.shape) for batch in batches]
+    forks = [(fork.prompt, fork.continuations) for batch in batches for fork in batch.forks]
+    key = fingerprint(job.identity, job.plan.dtype, history, forks, shapes, torch.__version__,
+                      torch.get_num_threads(), *code)
+    sizes = [len(batch.length) for batch in batches]
+    return runs.cached_reference(job.run, key, sizes, lambda: heldout.summed_logps(model, batches, label))
+
+
+def ending_lines(args, job: Job, seconds: float) -> list[str]:
+    """Where everything is, what it takes on the disk, and how to talk to the result."""
+    run, trained = job.run, job.run / args.method
+    checkpoints = shlex.join(map(str, sorted(run.glob("**/checkpoint"))))
+    option = ["--adapter", f"{trained}/adapter"] if args.train == "lora" else ["--model", f"{trained}/model"]
+    for flag, value in (("--system-prompt", args.system_prompt), ("--template-args", args.template_args)):
+        option += [flag, value] if value else []
+    question = job.answered[0][args.targets[0]]["prompt"].strip().splitlines()[0]
+    words = ["python", os.path.relpath(hub.ROOT / "eval.py"), "ask", *option]
+    words += ["--"] * question.startswith("-")                         # else it would be read as a flag
+    return [f"Took {seconds:.0f} s, peak memory {scale.peak_memory_gb():.2f} GB. "
+            f"Report: {run}/report.md, report.json; curves: {trained}/metrics.jsonl",
+            f"{run} takes {runs.disk_bytes(run) / 1e6:.1f} MB; what only resuming needs: rm -r {checkpoints}",
+            "Talk to it:\n  " + shlex.join([*words, question])]
