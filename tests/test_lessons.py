@@ -102,6 +102,15 @@ def test_the_contents_name_every_page():
     assert all(f"({page.relative_to(ROOT / 'docs')})" in contents for page in PAGES)
 
 
+@every_page
+def test_what_a_page_names_in_a_file_is_there(page):
+    named = re.findall(r"`(\w+)`\s+in\s+`([\w/]+\.py)`", page.read_text(encoding="utf-8"))
+    assert named
+    for name, file in named:
+        source = (ROOT / file).read_text(encoding="utf-8")
+        assert re.search(rf"^((def|class) {name}\b|{name} = )", source, re.M), f"{name} in {file}"
+
+
 def names_of(blocks: list[build.Block]) -> tuple[set[str], set[str]]:
     """The names that blocks set, and those that they read."""
     nodes = [node for block in blocks for node in ast.walk(ast.parse(block.code))]
