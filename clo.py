@@ -298,10 +298,11 @@ class LoraLinear(llama.Linear):
         self.lora_B = nn.Parameter(torch.zeros(out_features, rank, device=device, dtype=wide))
 
     def forward(self, x: Tensor) -> Tensor:
-        base = super().forward(x)                    # one product adds to it: no pass to scale, none to add
-        low = F.linear(x, self.lora_A.to(x.dtype)).flatten(0, -2)
-        return torch.addmm(base.flatten(0, -2), low, self.lora_B.to(x.dtype).T,
-                           alpha=self.scale).view_as(base)
+        rows = x.flatten(0, -2)
+        low = F.linear(rows, self.lora_A.to(x.dtype))
+        y = super().forward(rows)
+        y.addmm_(low, self.lora_B.to(x.dtype).T, alpha=self.scale)   # no pass to scale, none to add
+        return y.unflatten(0, x.shape[:-1])
 
 
 def add_lora(model: llama.Llama, rank: int = 16, alpha: float = 32, seed: int = 0,

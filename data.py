@@ -15,7 +15,6 @@ import sys
 from bisect import bisect_left, insort
 from collections import Counter
 from dataclasses import dataclass, replace
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -27,6 +26,7 @@ from formats.chat import load_tokenizer
 from formats.languages import language_list, normal
 from formats.records import (FORMATS, describe_counts, languages_of, read_rows, require_languages,
                              write_preferences)
+from kernels.layers import Span
 
 # ---- which rows train, validate and answer ----
 
@@ -215,19 +215,6 @@ class Packing:
     trim: bool = True
 
 
-class Lines(NamedTuple):
-    """Packed rows as plain causal sequences, one for each continuation: attention on a CPU walks these.
-
-    A line is a prompt and one continuation. Lines of like length share a gather, so that padding stays small.
-    """
-    gathers: list            # of (lines, longest): where their tokens stand in the flattened rows, 0 padding
-    restore: torch.Tensor    # (B * T,), where each token stands in the flattened gathers, end to end: a prompt
-                             # in its first continuation's line, 0 padding
-
-    def to(self, device):
-        return Lines([rows.to(device) for rows in self.gathers], self.restore.to(device))
-
-
 @dataclass
 class Batch:
     """B packed rows of T tokens, their N predictions, and what is known of their S continuations and P pairs.
@@ -241,7 +228,7 @@ class Batch:
     row_index: torch.Tensor  # (N,), the position in the flattened (B * T) hidden states that predicts
     targets: torch.Tensor    # (N,), the token it has to predict
     sequence: torch.Tensor   # (N,), the continuation this belongs to, counted over forks in order
-    lines: Lines | None      # None on a GPU, where masks hide what these leave out
+    spans: list | None       # of layers.Span, where each fork lies; None on a GPU, whose attention takes a mask
     length: torch.Tensor     # (S,), tokens of every continuation
     side: torch.Tensor       # (S,), language of its prompt: 0 the source, i the i-th target
     right: torch.Tensor      # (F,), the right continuation of each fork
@@ -259,10 +246,11 @@ class Batch:
         def send(x):
             x = x.pin_memory() if on_gpu else x
             return x.to(device, non_blocking=True)
-        on_gpu = torch.device(device).type == "cuda"
-        lines = None if on_gpu or self.lines is None else self.lines.to(device)
+        kind = torch.device(device).type
+        on_gpu = kind == "cuda"
+        spans = self.spans if kind == "cpu" else None
         tensors = {name: x for name, x in vars(self).items() if isinstance(x, torch.Tensor)}
-        return replace(self, lines=lines, **{name: send(x) for name, x in tensors.items()})
+        return replace(self, spans=spans, **{name: send(x) for name, x in tensors.items()})
 
     @property
     def used(self):
@@ -290,23 +278,28 @@ def best_fit(lengths, row_tokens):
     return rows
 
 
+def laid_lengths(fork, ends):
+    """Tokens that each continuation takes up in a row; see micro_batches."""
+    return [len(ids) if ends else len(ids) - 1 for ids in fork.continuations]
+
+
 def laid_length(fork, ends):
-    """Tokens a fork takes up in a row; see micro_batches."""
-    return fork.length - (0 if ends else len(fork.continuations))
+    """Tokens a fork takes up in a row."""
+    return len(fork.prompt) + sum(laid_lengths(fork, ends))
 
 
 def lay_out(forks, rows, width, ends=True):
     """The Batch of `rows` (lists of indices into forks), each `width` tokens long."""
     grids = np.zeros((4, len(rows) * width), np.int64)      # tokens, positions, fork, branch
     grids[2] = -1
-    row_index, targets, sequence, order, lines = [], [], [], [], []
+    row_index, targets, sequence, order, spans = [], [], [], [], []
     continuations = 0
     for b, row in enumerate(rows):
         cursor = b * width
         for i in row:
             prompt = forks[i].prompt
             prompt_at = range(cursor, cursor + len(prompt))
-            own_lines = []
+            spans.append(Span(cursor, len(prompt), tuple(laid_lengths(forks[i], ends))))
             for branch, ids in enumerate([prompt, *forks[i].continuations]):
                 assert ids, f"row {forks[i].row}: empty prompt or continuation"
                 first = len(prompt) if branch else 0
@@ -321,35 +314,11 @@ def lay_out(forks, rows, width, ends=True):
                     targets += ids
                     sequence += [continuations] * len(ids)
                     continuations += 1
-                    own_lines.append([*prompt_at, *range(here, cursor)])
-            lines += [line for line in own_lines if len(line) > len(prompt)] or own_lines[:1]
             order.append(i)
     laid_out = [forks[i] for i in order]
     predictions = [torch.tensor(x, dtype=torch.int64) for x in (row_index, targets, sequence)]
     return Batch(*torch.from_numpy(grids).view(4, len(rows), width), *predictions,
-                 unfold(lines, len(rows) * width), **pair_up(laid_out), forks=laid_out, order=order)
-
-
-def unfold(lines, tokens):
-    """The Lines of rows of so many tokens in all, from lists of indices into the flattened rows."""
-    groups = []
-    for line in sorted(lines, key=len):
-        shortest = len(groups[-1][0]) if groups else 0
-        if shortest and len(line) <= max(1.1 * shortest, shortest + 8):
-            groups[-1].append(line)
-        else:
-            groups.append([line])
-    gathers, offset = [], 0
-    restore = np.full(tokens, -1)
-    for group in groups:
-        rows = np.zeros((len(group), len(group[-1])), np.int64)
-        for row, line in zip(rows, group):
-            row[:len(line)] = line
-            places = np.arange(offset, offset + len(line))
-            restore[line] = np.where(restore[line] < 0, places, restore[line])
-            offset += len(row)
-        gathers.append(torch.from_numpy(rows))
-    return Lines(gathers, torch.from_numpy(restore.clip(0)))
+                 spans, **pair_up(laid_out), forks=laid_out, order=order)
 
 
 def pair_up(forks):

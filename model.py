@@ -21,8 +21,8 @@ prompt and do not see each other. With `fork` and `branch` (both (B, T)), token 
 and, for a sliding window of w (Mistral), positions[q] - positions[k] < w. A header that all forks begin with
 (few-shot examples) is left out of them and given as `prefix`, its keys and values: every token sees them too.
 Three ways to compute that attention, and one place that chooses (`fork_attention`): on CUDA FlexAttention,
-which skips what the predicate hides, or the dense mask, for what FlexAttention does not take; elsewhere one
-plain causal sequence for each continuation, if the batch says which (`lines`).
+which skips what the predicate hides; on a CPU the forks one by one, where the batch says where they lie
+(`spans`); and the dense mask for what neither takes.
 
 References: LLaMA (arXiv 2302.13971), RoPE (arXiv 2104.09864), GQA (arXiv 2305.13245),
 RMSNorm (arXiv 1910.07467), FlexAttention (arXiv 2412.05496), LoRA (arXiv 2106.09685).
@@ -42,6 +42,7 @@ from engine.progress import progress
 from formats import hub
 from formats.configs import Config, read_config
 from formats.weights import Weights, add_update, check_depth, match_names, read_adapter
+from kernels.layers import ForkAttention, RMSNormFunction, Rotate, SwiGLU, pieces_of
 
 # ----------------------------------------------------------------------------------------------------- layers
 
@@ -66,7 +67,7 @@ class Embedding(nn.Embedding):
 
 
 class RMSNorm(nn.Module):
-    """x / rms(x) * weight over the last axis; the mean square in at least fp32 (arXiv 1910.07467)."""
+    """x / rms(x) * weight over the last axis."""
 
     def __init__(self, width: int, eps: float):
         super().__init__()
@@ -74,11 +75,7 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x):
-        weight = self.weight.to(x.dtype)
-        if x.dtype.itemsize >= 4:
-            return F.rms_norm(x, weight.shape, weight, self.eps)
-        normed = F.rms_norm(x.float(), weight.shape, None, self.eps)
-        return weight * normed.to(x.dtype)                           # rounded as transformers rounds
+        return RMSNormFunction.apply(x, self.weight.to(x.dtype), self.eps)
 
 
 class Attention(nn.Module):
@@ -102,28 +99,11 @@ class Attention(nn.Module):
         if self.q_norm is not None:
             q = self.q_norm(q)
             k = self.k_norm(k)
-        q = rotate(q, cos, sin)
-        k = rotate(k, cos, sin)
+        q = Rotate.apply(q, cos, sin)
+        k = Rotate.apply(k, cos, sin)
         if cache is not None:
             k, v = cache.append_(k, v)                                           # (B, S, G, D), S = past + T
         return self.o_proj(attend(q, k, v).reshape(B, T, -1))
-
-
-class SwiGLU(torch.autograd.Function):
-    """silu(gate) * up, any equal shapes. Keeps its two inputs for the backward and nothing else:
-    plain autograd keeps silu(gate) as well, a fifth of all that a block keeps."""
-
-    @staticmethod
-    def forward(ctx, gate, up):
-        ctx.save_for_backward(gate, up)
-        # Not in place: then torch 2.11's compiler gives `gate` and `up` a gradient of zero (issue 180642).
-        return F.silu(gate) * up
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, grad):
-        gate, up = ctx.saved_tensors
-        return torch.ops.aten.silu_backward(grad * up, gate), grad * F.silu(gate)
 
 
 class MLP(nn.Module):
@@ -173,19 +153,12 @@ def rope_frequencies(config: Config, device=None):
 
 
 def rotation(c: Config, positions, dtype: torch.dtype):
-    """cos and sin of `rotate` at positions (B, T): each (B, T, 1, D), the first half of sin negated."""
+    """cos and sin of Rotate at positions (B, T): each (B, T, 1, D), the first half of sin negated."""
     angles = positions[..., None] * rope_frequencies(c, positions.device)                # (B, T, D/2)
-    cos = angles.cos().to(dtype)[:, :, None]
-    sin = angles.sin().to(dtype)[:, :, None]
+    angles = angles[:, :, None]                                            # (B, T, 1, D/2), for all heads
+    cos = angles.cos().to(dtype)
+    sin = angles.sin().to(dtype)
     return torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1)
-
-
-def rotate(x, cos, sin):
-    """RoPE in the half-split layout of Hugging Face checkpoints: channel i turns with channel i + D/2.
-
-    x (B, T, heads, D); cos, sin (B, T, 1, D) of `rotation`.
-    """
-    return x * cos + x.roll(x.shape[-1] // 2, dims=-1) * sin
 
 
 # -------------------------------------------------------------------------------------------------- attention
@@ -208,7 +181,8 @@ def sdpa(q, k, v, mask=None, causal: bool = False):
         k = k.repeat_interleave(Q // G, dim=1)
         v = v.repeat_interleave(Q // G, dim=1)
     grouped = k.shape[1] != Q
-    return F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal, enable_gqa=grouped).transpose(1, 2)
+    seen = F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal, enable_gqa=grouped)
+    return seen.transpose(1, 2)
 
 
 def attend_causal(q, k, v, window=None):
@@ -226,9 +200,11 @@ def fork_predicate(fork, branch, positions, window=None):
     """Eq. 1 in the form FlexAttention asks: (row, head, query, key) -> may see. On grids of indices it is the
     dense mask. Padding sees itself, so that no softmax is empty."""
     def sees(b, _, q, k):
-        seen = (fork[b, q] == fork[b, k]) & (k <= q)
-        seen = seen & ((branch[b, k] == 0) | (branch[b, k] == branch[b, q]))
-        seen = seen & ((fork[b, q] >= 0) | (q == k))
+        same_fork = fork[b, q] == fork[b, k]
+        in_prompt = branch[b, k] == 0
+        same_branch = branch[b, k] == branch[b, q]
+        padding = fork[b, q] < 0
+        seen = same_fork & (k <= q) & (in_prompt | same_branch) & (~padding | (q == k))
         if window is not None:
             seen = seen & (positions[b, q] - positions[b, k] < window)
         return seen
@@ -245,27 +221,12 @@ def dense_mask(fork, branch, positions, window=None, header: int = 0):
     return torch.cat((distance < (window or math.inf), seen), dim=-1)[:, None]
 
 
-def attend_unfolded(q, k, v, lines, window=None):
-    """Packed forks on the CPU: gather each continuation behind its prompt (and the header, of which k and v
-    have S - T tokens more than q), attend causally, put the rows back. lines: a data.Lines. Only attention
-    sees the prompt once per continuation; projections and MLP, nearly all the work, see it once."""
-    B, T, Q, D = q.shape
-    header = k.shape[1] - T
-    q, k, v = (x.flatten(0, 1).flatten(1) for x in (q, k, v))                  # (B T, Q D), (B S, G D) twice
-    outputs = []
-    for rows in lines.gathers:
-        keys = rows
-        if header:
-            shared = torch.arange(header, device=rows.device).expand(len(rows), -1)
-            keys = torch.cat((shared, rows + header * (rows // T + 1)), dim=1)
-        seen = attend_causal(take(q, rows, D), take(k, keys, D), take(v, keys, D), window)
-        outputs.append(seen.reshape(-1, Q * D))
-    return torch.cat(outputs).index_select(0, lines.restore).view(B, T, Q, D)
-
-
-def take(x, rows, head_dim: int):
-    """The rows (L, W) of x (tokens, heads * D) as (L, W, heads, D)."""
-    return x.index_select(0, rows.view(-1)).view(*rows.shape, -1, head_dim)
+def attend_spans(q, k, v, pieces):
+    """Packed forks on a CPU, by pieces of the flattened rows (kernels.layers.pieces_of): no mask, no copy."""
+    q_flat = q.flatten(0, 1)                                                   # (B T, Q, D)
+    k_flat = k.flatten(0, 1)
+    v_flat = v.flatten(0, 1)
+    return ForkAttention.apply(q_flat, k_flat, v_flat, pieces).view(q.shape)
 
 
 @lru_cache(maxsize=None)
@@ -284,8 +245,11 @@ def flex_mask(fork, branch, positions, window=None):
 
 def attend_flex(q, k, v, mask, flex):
     """flex: compiled_flex()[0], given from outside because a compiled block traces this function."""
-    q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
-    return flex(q, k, v, block_mask=mask, enable_gqa=q.shape[1] != k.shape[1]).transpose(1, 2)
+    q = q.transpose(1, 2)                                                        # (B, Q, T, D)
+    k = k.transpose(1, 2)
+    v = v.transpose(1, 2)
+    grouped = q.shape[1] != k.shape[1]
+    return flex(q, k, v, block_mask=mask, enable_gqa=grouped).transpose(1, 2)
 
 
 def flex_takes(device: str, tokens: int, head_dim: int, header: int | None) -> bool:
@@ -294,11 +258,13 @@ def flex_takes(device: str, tokens: int, head_dim: int, header: int | None) -> b
     return device == "cuda" and head_dim >= 16 and tokens >= 128 and header is None
 
 
-def fork_attention(fork, branch, positions, head_dim: int, window=None, header=None, lines=None):
+def fork_attention(fork, branch, positions, head_dim: int, window=None, header=None, spans=None):
     """The attention function of packed forks; the tests compare all three kinds. After a header of so many
-    tokens, if any, positions count from its start. lines: a data.Lines, to walk instead of masking."""
-    if lines is not None:
-        return partial(attend_unfolded, lines=lines, window=window)
+    tokens, if any, positions count from its start. spans: of a data.Batch, to walk instead of masking, unless
+    a fork reaches beyond the window."""
+    reach = max((span.longest for span in spans or ()), default=0) + (header or 0)
+    if spans is not None and reach <= (window or math.inf):
+        return partial(attend_spans, pieces=pieces_of(spans, fork.shape[1], header or 0))
     if flex_takes(fork.device.type, fork.shape[1], head_dim, header):
         mask = flex_mask(fork, branch, positions, window)
         return partial(attend_flex, mask=mask, flex=compiled_flex()[0])
@@ -374,9 +340,9 @@ class Header:
     def append_(self, k, v):
         """k and v (B, T, G, D) behind the header's, (B, P + T, G, D)."""
         B = len(k)
-        k = torch.cat((self.k.expand(B, -1, -1, -1), k), dim=1)
-        v = torch.cat((self.v.expand(B, -1, -1, -1), v), dim=1)
-        return k, v
+        shared_k = self.k.expand(B, -1, -1, -1)
+        shared_v = self.v.expand(B, -1, -1, -1)
+        return torch.cat((shared_k, k), dim=1), torch.cat((shared_v, v), dim=1)
 
 
 # ------------------------------------------------------------------------------------------------------ model
@@ -416,9 +382,9 @@ class Llama(nn.Module):
     def compute_dtype(self) -> torch.dtype:
         return self.given_dtype or self.model["embed_tokens"].weight.dtype
 
-    def forward(self, tokens, positions=None, fork=None, branch=None, lines=None, cache=None, prefix=None):
+    def forward(self, tokens, positions=None, fork=None, branch=None, spans=None, cache=None, prefix=None):
         """Hidden states (B, T, H) of tokens (B, T) int64. Alone: causal. With fork and branch: eq. 1, by way
-        of `lines` (a data.Lines) if given, else by a mask. With cache: T new tokens after what it holds.
+        of `spans` (a data.Batch's) if given, else by a mask. With cache: T new tokens after what it holds.
         positions (B, T) default to 0, 1, ..., T-1 in every row. prefix, only with fork and branch:
         `keys_and_values` of the header every fork continues; positions count from its end."""
         B, T = tokens.shape
@@ -437,7 +403,7 @@ class Llama(nn.Module):
             layers = prefix or layers
             header = prefix[0].k.shape[1] if prefix else None
             positions = positions + (header or 0)
-            attend = fork_attention(fork, branch, positions, c.head_dim, c.sliding_window, header, lines)
+            attend = fork_attention(fork, branch, positions, c.head_dim, c.sliding_window, header, spans)
         x = self.model["embed_tokens"](tokens).to(self.compute_dtype)
         cos, sin = rotation(c, positions, x.dtype)
         return self.model["norm"](self.run_blocks(run, x, cos, sin, attend, layers))
@@ -471,10 +437,12 @@ def keys_and_values(model: Llama, tokens: list[int]) -> list[Header]:
 def continuation_logps(model: Llama, batch, prefix=None) -> Tensor:
     """Log-prob of each of the S continuations of a data.Batch, summed over its tokens, (S,): the walk that
     training, reference pass, validation and scoring all take. prefix as in `forward`."""
-    hidden = model(batch.tokens, batch.positions, batch.fork, batch.branch, batch.lines, prefix=prefix)
+    hidden = model(batch.tokens, batch.positions, batch.fork, batch.branch, batch.spans, prefix=prefix)
     predicted = hidden.flatten(0, 1).index_select(0, batch.row_index)                            # (N, H)
-    logp = kernels.token_logp(predicted, model.head.to(predicted.dtype), batch.targets)          # (N,)
-    return logp.new_zeros(len(batch.length)).index_add(0, batch.sequence, logp)
+    head = model.head.to(predicted.dtype)
+    logp = kernels.token_logp(predicted, head, batch.targets)                                    # (N,)
+    sums = logp.new_zeros(len(batch.length))
+    return sums.index_add(0, batch.sequence, logp)                                               # (S,)
 
 
 # ---------------------------------------------------------------------------------------------------- loading
@@ -504,7 +472,8 @@ def load(path, device="cpu", dtype=torch.float32, adapter=None, recompute=False,
     model, weights, names = open_checkpoint(path, dtype, recompute, compiler)
     updates = {} if adapter is None else read_adapter(adapter, weights, names)
     state = {}
-    for name, key in progress(names.items(), desc="load", unit="tensor", leave=False, delay=1):
+    bar = progress(names.items(), desc="load", unit="tensor", leave=False, delay=1)
+    for name, key in bar:
         tensor = weights[key]
         if name in updates:
             tensor = add_update(tensor, updates[name](), f"{adapter}: {name}")
@@ -542,8 +511,8 @@ def generate(model: Llama, prompts: list[list[int]], max_tokens: int, stop_ids, 
     replies: list[list[int]] = [[] for _ in prompts]
     for first in range(0, len(order), batch_size):
         batch = order[first:first + batch_size]
-        found = generate_batch(model, [prompts[i] for i in batch], max_tokens, stop_ids, pick)
-        for i, reply in zip(batch, found):
+        asked = [prompts[i] for i in batch]
+        for i, reply in zip(batch, generate_batch(model, asked, max_tokens, stop_ids, pick)):
             replies[i] = reply
         if progress:
             progress(len(batch))
@@ -562,7 +531,7 @@ def generate_batch(model, prompts, max_tokens, stop_ids, pick):
     stops = torch.tensor(sorted(stop_ids), device=device)
     head = None
     replies: list[list[int]] = [[] for _ in prompts]
-    rows = list(range(len(prompts)))                              # which prompt each line is
+    rows = list(range(len(prompts)))                              # which prompt each row is
     for step in range(max_tokens):
         hidden = model(tokens, positions, cache=cache)[:, -1]
         if head is None:                                          # a sharded one is whole only after forward

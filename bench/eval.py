@@ -21,11 +21,11 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from report import table
 
 import model as llama
 from engine.progress import progress
 from evals import choice as benchmarks
+from evals.report import table
 from formats.chat import load_tokenizer
 from formats.checkpoints import save
 from formats.configs import Config

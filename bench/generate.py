@@ -1,6 +1,7 @@
 """Tokens per second of greedy generation: ours, transformers' `generate`, and the bare matrix products.
 
     python -m bench.generate            # the shape of its defaults, paired and interleaved in one process
+    python -m bench.generate --device cuda --dtype bf16 --shape Llama-3.2-1B --batch 1
 
 Every round runs all contenders in turn, and ratios are taken within a round; the median over rounds is
 printed with the middle half. The bare products are one F.linear for every weight matrix and pass, of the same
@@ -18,28 +19,30 @@ import torch.nn.functional as F
 import transformers
 
 import model as llama
+from bench import tables
 from formats.checkpoints import save
 from formats.configs import Config
+from formats.weights import DTYPES
 
 
-def make_model(args) -> llama.Llama:
-    config = Config(vocab_size=args.vocab, hidden_size=args.width, intermediate_size=args.mlp,
-                          head_dim=args.head_dim, num_hidden_layers=args.layers,
-                          num_attention_heads=args.width // args.head_dim,
-                          num_key_value_heads=args.kv_heads or args.width // args.head_dim)
-    return llama.initialise_(llama.Llama(config)).requires_grad_(False).eval()
+def shape_of(args) -> Config:
+    if args.shape:
+        return tables.MODELS[args.shape]
+    heads = args.width // args.head_dim
+    return Config(args.vocab, args.width, args.mlp, args.layers, heads, args.kv_heads or heads, args.head_dim)
 
 
-def make_prompts(args) -> list[list[int]]:
+def make_prompts(args, vocabulary: int) -> list[list[int]]:
     generator = torch.Generator().manual_seed(1)
     lengths = torch.linspace(args.prompt // 2, args.prompt, args.batch).round().int().tolist()
-    return [torch.randint(args.vocab, (length,), generator=generator).tolist() for length in lengths]
+    return [torch.randint(vocabulary, (length,), generator=generator).tolist() for length in lengths]
 
 
 def their_generate(theirs, prompts: list[list[int]], max_tokens: int) -> list[list[int]]:
     width = max(map(len, prompts))
-    tokens = torch.tensor([[0] * (width - len(prompt)) + prompt for prompt in prompts])
-    mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts])
+    tokens = [[0] * (width - len(prompt)) + prompt for prompt in prompts]
+    mask = [[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts]
+    tokens, mask = torch.tensor(tokens, device=theirs.device), torch.tensor(mask, device=theirs.device)
     with torch.no_grad():
         out = theirs.generate(tokens, attention_mask=mask, max_new_tokens=max_tokens,
                               min_new_tokens=max_tokens, do_sample=False, pad_token_id=0)
@@ -51,9 +54,10 @@ def bare_products(model: llama.Llama, rows: int, width: int, max_tokens: int) ->
     """The products of one pass over the prompts (the head for the last position alone),
     then of one token a step."""
     inner = [parameter for name, parameter in model.named_parameters() if name.endswith("_proj.weight")]
-    inputs = {(N, H): torch.randn(N, H)
-              for N in (rows * width, rows) for H in {weight.shape[1] for weight in inner}}
-    last = torch.randn(rows, model.head.shape[1])
+    like = {"device": model.head.device, "dtype": model.head.dtype}
+    widths = {weight.shape[1] for weight in inner}
+    inputs = {(N, H): torch.randn(N, H, **like) for N in (rows * width, rows) for H in widths}
+    last = torch.randn(rows, model.head.shape[1], **like)
     for N in [rows * width] + [rows] * (max_tokens - 1):
         for weight in inner:
             F.linear(inputs[N, weight.shape[1]], weight)
@@ -63,6 +67,8 @@ def bare_products(model: llama.Llama, rows: int, width: int, max_tokens: int) ->
 def timed(function, clock=time.perf_counter) -> float:
     started = clock()
     function()
+    if torch.cuda.is_initialized():
+        torch.cuda.synchronize()
     return clock() - started
 
 
@@ -74,6 +80,9 @@ def quartiles(values: list[float]) -> str:
 def parse_args(argv=None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0],
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser.add_argument("--device", default="cpu", help="cpu, cuda")
+    parser.add_argument("--dtype", choices=list(DTYPES), default="fp32")
+    parser.add_argument("--shape", choices=list(tables.MODELS), help="of a known model, not of the next six")
     parser.add_argument("--width", type=int, default=512, help="hidden width")
     parser.add_argument("--mlp", type=int, default=1376, help="mlp width")
     parser.add_argument("--layers", type=int, default=8)
@@ -94,17 +103,20 @@ def parse_args(argv=None) -> argparse.Namespace:
 def main(argv=None) -> None:
     args = parse_args(argv)
     torch.set_num_threads(args.threads)
-    model, prompts = make_model(args), make_prompts(args)
+    config, dtype = shape_of(args), DTYPES[args.dtype]
+    prompts = make_prompts(args, config.vocab_size)
+    with torch.device(args.device):
+        model = llama.initialise_(llama.Llama(config))
     with tempfile.TemporaryDirectory() as directory:
-        save(model, directory)
-        model = llama.load(directory)
-        theirs = transformers.AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
+        save(model, directory, dtype)
+        model = llama.load(directory, args.device, dtype)
+        theirs = transformers.AutoModelForCausalLM.from_pretrained(directory, dtype=dtype).to(args.device)
     contenders = {"ours": lambda: llama.generate(model, prompts, args.tokens, set()),
                   "transformers": lambda: their_generate(theirs, prompts, args.tokens),
                   "bare products": lambda: bare_products(model, args.batch, args.prompt, args.tokens)}
     same = [one == other for pair in zip(contenders["ours"](), contenders["transformers"]())
             for one, other in zip(*pair)]
-    # Near-ties fall either way in fp32.
+    # Near-ties fall either way.
     print(f"{sum(same) / len(same):.1%} of the tokens are those of transformers")
     seconds = {name: [] for name in contenders}
     for round in range(args.rounds + 1):

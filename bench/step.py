@@ -95,7 +95,9 @@ def write_checkpoint(directory: Path, args) -> None:
     """A random Llama, and a tokenizer to which every word is one token, for those who want text."""
     if args.init_on_device:
         return
-    save(llama.initialise_(llama.Llama(shape_of(args))), directory, DTYPES[args.dtype])
+    with torch.device(args.device):
+        model = llama.initialise_(llama.Llama(shape_of(args)))
+    save(model, directory, DTYPES[args.dtype])
     words = {"<s>": BOS, "</s>": EOS} | {f"w{i}": i for i in range(SPECIAL, args.vocab)}
     tokenizer = Tokenizer(models.WordLevel(words, "</s>"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
@@ -149,21 +151,46 @@ def run_ours(directory: Path, args) -> dict:
         clo.train_step(model, step, DPO, optimizer, 1.0)
     spent = elapsed(started)
     if args.profile:
-        profile_step(lambda: clo.train_step(model, steps[0], DPO, still, 1.0), args.profile)
+        spent |= profile_step(lambda: clo.train_step(model, steps[0], DPO, still, 1.0), args.profile)
     chosen = torch.cat([batch.ref_logp[batch.chosen] for batch in steps[0]])
     tflops = product_flops(model.config, batches) / spent["seconds"] / 1e12
     return spent | {"reference_seconds": reference_seconds, "tflops": tflops,
                     "chosen_logp": chosen.mean().item()}
 
 
-def profile_step(step, path: str) -> None:
-    """One more step, after the timed ones: its kernels as a table, and a trace (chrome://tracing) in path."""
+# What a GPU's kernel does, by what its name holds; the first that fits.
+KERNELS = {"attention": ("flex_attention", "fmha", "flash"), "head_rows": ("row_kernel",),
+           "products": ("gemm", "nvjet", "cutlass", "xmma", "splitk"), "fused": ("triton_",),
+           "copies": ("memcpy", "memset")}
+
+
+def kernel_kind(name: str) -> str:
+    for kind, marks in KERNELS.items():
+        if any(mark in name.lower() for mark in marks):
+            return kind
+    return "other"
+
+
+def profile_step(step, path: str) -> dict[str, float]:
+    """Two more steps, after the timed ones. The second is profiled: its kernels as a table, and a trace
+    (chrome://tracing) in path. Returned are seconds of a GPU by kind of kernel, and `busy`, their sum as a
+    share of the first step's time: what is left, the GPU waited for the program."""
+    started = clock()
+    step()
+    undisturbed = elapsed(started)["seconds"]
     with torch.profiler.profile() as profile:
         step()
         clock()
     order = "self_cuda_time_total" if torch.cuda.is_initialized() else "self_cpu_time_total"
     print(profile.key_averages().table(sort_by=order, row_limit=25), file=sys.stderr)
     profile.export_chrome_trace(path)
+    if not torch.cuda.is_initialized():
+        return {}
+    spent = dict.fromkeys((*KERNELS, "other"), 0.0)
+    for event in profile.events():
+        if event.device_type == torch.autograd.DeviceType.CUDA and not event.is_user_annotation:
+            spent[kernel_kind(event.name)] += event.time_range.elapsed_us() / 1e6
+    return spent | {"busy": sum(spent.values()) / undisturbed}
 
 
 def product_flops(c: Config, batches: list[data.Batch]) -> float:
@@ -315,7 +342,7 @@ def parse_args(argv=None) -> argparse.Namespace:
     add("--init-on-device", action="store_true",
         help="random weights made on the device, for large shapes: nothing is written, so no side trl")
     add("--profile", metavar="FILE", default=None,
-        help="ours: profile one more step; a table to stderr, a trace to FILE")
+        help="ours: profile one more step; a table to stderr, a trace to FILE, on a GPU seconds by kind")
     add("--dtype", default="fp32", choices=list(DTYPES))
     add("--threads", type=int, default=2)
     add("--rounds", type=int, default=1)

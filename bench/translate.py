@@ -9,7 +9,7 @@ All contenders translate the same inputs into the same number of tokens: the end
 row of the table is zero. Every round runs all of them in turn, ratios are taken within a round, and the
 median over rounds is printed with the range. transformers runs in one batch and at its best batch size (found
 first, in batches of like length). Memory is that of a process of its own, which loads one contender and runs
-it once: how far its peak lies above what was resident before. Needs transformers, for --chrf sacrebleu;
+it once (--no-memory leaves it out): how far its peak lies above what was resident before. Needs transformers, for --chrf sacrebleu;
 CTranslate2 takes part where it is installed.
 """
 
@@ -203,7 +203,9 @@ def compare(directory: Path, args, argv: list[str]) -> None:
         for name, run in contenders.items():
             seconds[name].append(timed(run, clock))
         print("s:", ", ".join(f"{name} {times[-1]:.1f}" for name, times in seconds.items()), flush=True)
-    memory = {name: measure_memory(directory, name.split(",")[0], argv) for name in answers}
+    memory = {}
+    if not args.no_memory:
+        memory = {name: measure_memory(directory, name.split(",")[0], argv) for name in answers}
     print("\n| | tokens/s | ours has x its tokens/s | memory of the run, MB |\n|---|---:|---:|---:|")
     for name, times in seconds.items():
         speeds = [args.sentences * args.tokens / s for s in times]
@@ -246,6 +248,7 @@ def parse_args(argv=None) -> argparse.Namespace:
     add("--rounds", type=int, default=3)
     add("--threads", type=int, default=2)
     add("--cpu-time", action="store_true", help="count computing, not waiting: one thread beside other work")
+    add("--no-memory", action="store_true", help="speed alone: no further process for each contender")
     add = parser.add_argument_group("other modes").add_argument
     add("--chrf", action="store_true", help="measure --translator's quality instead")
     add("--translator", default="demo/m2m100", help="for --chrf")

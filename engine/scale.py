@@ -67,39 +67,35 @@ def trainable_parameters(c: Config, train: str = "lora", rank: int = 16) -> int:
 
 # ------------------------------------------------------------------------------------------------ activations
 
-def block_bytes(c: Config, train: str = "lora", rank: int = 16, itemsize: int = 4, copies: float = 1.0,
+def block_bytes(c: Config, train: str = "lora", rank: int = 16, itemsize: int = 4, device: str = "cuda",
                 first: bool = False) -> float:
-    """Bytes a block keeps per token of a row, for its backward.
-
-    copies: tokens attention sees per token of the row: 1 on CUDA; on the CPU a prompt is read once for every
-    continuation. first: the input of the first block needs no gradient unless the embedding is trained.
-    """
+    """Bytes a block keeps per token of a row, for its backward. first: the input of the first block needs no
+    gradient unless the embedding is trained."""
     H, F = c.hidden_size, c.intermediate_size
     QD, GD = c.num_attention_heads * c.head_dim, c.num_key_value_heads * c.head_dim
     full, wide = train == "full", max(4, itemsize)
     heads, kv_heads = c.num_attention_heads, c.num_key_value_heads
-    norm = H * wide + wide + full * H * itemsize       # input, 1 / rms in fp32; normed x if the norm learns
+    norm = H * itemsize + wide                         # input, 1 / rms in fp32
     kept = 0 if first and not full else norm
     kept += H * itemsize                               # input of q, k, v: for the gradients of their weights
-    kept += QD * itemsize                              # input of o
+    kept += (device != "cpu") * QD * itemsize          # input of o, where it isn't attention's result itself
     if train == "lora":
         kept += 4 * rank * itemsize                    # A x, for the gradient of B
     if c.qk_norm:
-        kept += (QD + GD) * (wide + full * itemsize) + (heads + kv_heads) * wide
-    kept += copies * (2 * (QD + GD) * itemsize + heads * wide)      # q, k, v, the result, its log-sum-exp
+        kept += (QD + GD) * itemsize + (heads + kv_heads) * wide
+    kept += 2 * (QD + GD) * itemsize + heads * wide    # q, k, v, the result, its log-sum-exp
     kept += norm + full * H * itemsize                 # second norm; input of gate and up if they learn
     return kept + (2 + full) * F * itemsize            # gate and up (SwiGLU); their product if down learns
 
 
 def activation_bytes(c: Config, tokens: int, train: str = "lora", recompute: bool = False,
-                     rank: int = 16, itemsize: int = 4, copies: float = 1.0) -> float:
+                     rank: int = 16, itemsize: int = 4, device: str = "cuda") -> float:
     """Bytes all blocks keep for the backward of one micro-batch of so many row tokens.
 
     With recompute a block keeps its input, H per token; in the backward one block at a time is run again.
     """
-    blocks = [block_bytes(c, train, rank, itemsize, copies, first=i == 0) for i in range(c.num_hidden_layers)]
-    wide = max(4, itemsize)
-    final = c.hidden_size * wide + wide + (train == "full") * c.hidden_size * itemsize     # of the last norm
+    blocks = [block_bytes(c, train, rank, itemsize, device, first=i == 0) for i in range(c.num_hidden_layers)]
+    final = c.hidden_size * itemsize + max(4, itemsize)                                    # of the last norm
     if recompute:
         return tokens * (c.num_hidden_layers * c.hidden_size * itemsize + max(blocks) + final)
     return tokens * (sum(blocks) + final)
@@ -145,7 +141,7 @@ def memory(c: Config, plan: Plan) -> dict[str, float]:
             "trainables, cast": 0 if plan.shard or plan.dtype in ("fp32", "fp64") else b * learned,
             # The root (embedding, head) stays whole during a step; of blocks the running one and the next.
             "gathered weights": b * (root + 2 * block) if plan.shard else 0,
-            "activations": activation_bytes(c, tokens, plan.train, plan.recompute, plan.rank, b),
+            "activations": activation_bytes(c, tokens, plan.train, plan.recompute, plan.rank, b, plan.device),
             "head": logits + tokens * c.hidden_size * b,         # and the directions (N, H)
             # Gradients are whole until they are split: the root's, and a block's while the next is computed.
             "gradients before the split": plan.shard * 4 * (
@@ -298,7 +294,7 @@ def memory_advice(device: str):
 def recompute_saves(c: Config, plan: Plan) -> float:
     """Bytes that --recompute saves."""
     tokens, b = plan.row_tokens * plan.micro_rows, DTYPES[plan.dtype].itemsize
-    kept = [activation_bytes(c, tokens, plan.train, flag, plan.rank, b) for flag in (False, True)]
+    kept = [activation_bytes(c, tokens, plan.train, flag, plan.rank, b, plan.device) for flag in (False, True)]
     return kept[0] - kept[1]
 
 

@@ -50,7 +50,7 @@ def interleave(functions, rounds, device, clock, show):
     return times
 
 
-def bench(contenders, shape, mode, dtype, device, rounds, clock, show):
+def bench(contenders, shape, mode, dtype, device, rounds, clock, show, budgets=()):
     """[{name, ms, ...}] for one shape and mode, the floor first, of {name: function}."""
     N, H, V = shape
     data = measure.example(shape, dtype, device, mode)
@@ -70,7 +70,7 @@ def bench(contenders, shape, mode, dtype, device, rounds, clock, show):
                "x eager": statistics.median(a / b for a, b in zip(values, times["eager"]))}
         if name in ratios:
             show(f"memory, {name}")
-            peak = measure.peak_bytes(name, shape, dtype, device, mode)
+            peak = measure.peak_bytes(name, shape, dtype, device, mode, budgets)
             row |= {"peak MB": peak / 1e6, "error": ratios[name]}
         rows.append(row)
     return rows
@@ -115,9 +115,9 @@ def shape_of(text):
     return numbers
 
 
-def choose(names, device):
+def choose(names, device, budgets=()):
     """The contenders of these names; eager is always among them."""
-    found = measure.contenders(device)
+    found = measure.contenders(device, budgets)
     if not names:
         names = CPU_CONTENDERS if device.type == "cpu" else found
     missing = set(names) - set(found)
@@ -137,6 +137,8 @@ def parse_args(argv=None):
     parser.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda if there is one")
     parser.add_argument("--only", nargs="+", metavar="NAME",
                         help="contenders to run beside eager (default: all; on a CPU ours)")
+    parser.add_argument("--chunk-bytes", nargs="+", type=int, default=[], metavar="BYTES",
+                        help="run ours with these bounds of its logits too, as contenders \"ours, N MB\"")
     parser.add_argument("--rounds", type=int, default=7, help="timed calls of each (default: %(default)s)")
     parser.add_argument("--cpu-time", action="store_true",
                         help="on a CPU count the time it worked for us, not the time that passed: for a "
@@ -158,11 +160,12 @@ def main(argv=None):
     versions = measure.versions()
     print(f"{where}, {dtype}, medians of {args.rounds} rounds; "
           + ", ".join(f"{package} {version}" for package, version in versions.items()))
-    contenders, rows = choose(args.only, device), []
+    contenders, rows = choose(args.only, device, args.chunk_bytes), []
     clock = time.process_time if args.cpu_time else time.perf_counter
     for shape in args.shapes or (SHAPES.values() if gpu else [CPU_SHAPE]):
         for mode in args.modes:
-            new = bench(contenders, shape, mode, DTYPES[dtype], device, args.rounds, clock, show_progress)
+            new = bench(contenders, shape, mode, DTYPES[dtype], device, args.rounds, clock, show_progress,
+                        args.chunk_bytes)
             print_rows(new)
             rows += new
     if args.json:

@@ -27,15 +27,26 @@ SMALL_CHUNK_BYTES = 240 * 10**6  # with the directions, below 320 MB at 8,192 ro
 def versions():
     """{package: version} of PyTorch and of what is installed of Triton and the peers."""
     modules = {"torch": "torch", "triton": "triton", "liger-kernel": "liger_kernel",
-               "cut-cross-entropy": "cut_cross_entropy"}
+               "cut-cross-entropy": "cut_cross_entropy", "trl": "trl"}
     return {package: version(package) for package, module in modules.items() if find_spec(module)}
 
 
-def contenders(device):
-    """{name: function} of what can run on `device`: ours, plain PyTorch, the peers installed."""
+def trl_logp(hidden, weight, targets):
+    """TRL's own op: log-probs, of which the backward multiplies the logits out again."""
+    from trl.kernels import ChunkedLogProbFunction
+    temperature, words, softcap, scale, more = 1.0, 8192, None, 1.0, ()
+    return ChunkedLogProbFunction.apply(hidden, weight, None, targets, temperature, words, softcap, scale,
+                                        more)[0]
+
+
+def contenders(device, budgets=()):
+    """{name: function} of what can run on `device`: ours, plain PyTorch, the peers installed.
+    budgets: bytes of logits; ours runs with each of them, too."""
     found = {"ours": token_logp, "ours, mean": linear_cross_entropy, "eager": reference.token_logp}
+    for size in budgets:
+        found[f"ours, {size / 1e6:.0f} MB"] = partial(token_logp, chunk_bytes=size)
     if device.type == "cuda":
-        found["ours, small"] = lambda h, w, y: token_logp(h, w, y, chunk_bytes=SMALL_CHUNK_BYTES)
+        found["ours, small"] = partial(token_logp, chunk_bytes=SMALL_CHUNK_BYTES)
         found["torch.compile"] = torch.compile(reference.token_logp, dynamic=True)  # once for all sizes
     if hasattr(torch.nn, "LinearCrossEntropyOptions"):
         options = torch.nn.LinearCrossEntropyOptions()
@@ -45,10 +56,14 @@ def contenders(device):
     if device.type == "cuda" and find_spec("liger_kernel"):
         from liger_kernel.transformers.functional import liger_fused_linear_cross_entropy as liger
         found["liger, mean"] = liger
+        found["liger"] = lambda h, w, y: -liger(h, w, y, reduction="none")
     if device.type == "cuda" and find_spec("cut_cross_entropy"):
         from cut_cross_entropy import linear_cross_entropy as cce
         found["cce exact"] = lambda h, w, y: -cce(h, w, y, reduction="none", filter_eps=None)
         found["cce filtered"] = lambda h, w, y: -cce(h, w, y, reduction="none")
+    trl = find_spec("trl")
+    if trl and Path(trl.origin).with_name("kernels").is_dir():  # older versions have none
+        found["trl"] = trl_logp
     return found
 
 
@@ -180,9 +195,9 @@ def resident_bytes(field):
     return most if sys.platform == "darwin" else most * 1024
 
 
-def peak_here(name, shape, dtype, device, mode):
+def peak_here(name, shape, dtype, device, mode, budgets=()):
     """Bytes that one call takes at its highest beyond its inputs, its results included, in this process."""
-    function = contenders(device)[name]
+    function = contenders(device, budgets)[name]
     data = example(shape, dtype, device, mode)
     run(function, *example((8, shape[1], 64), dtype, device, mode))  # thread pools and libraries come first
     if device.type == "cuda":

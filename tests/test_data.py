@@ -120,20 +120,17 @@ def test_packed_predictions_are_those_of_separate_sequences(trim):
 
 
 @pytest.mark.parametrize("ends", [True, False])
-def test_lines_walk_every_continuation_behind_its_prompt_once(ends):
-    """Without ends a continuation of one token leaves no line, and a prompt left alone is one."""
+def test_spans_say_where_every_fork_lies(ends):
+    """Without ends the last token of a continuation is not laid."""
     for batch in data.micro_batches(random_forks(23), 40, 3, ends=ends):
-        flat, expected = batch.tokens.flatten(), []
-        for fork in batch.forks:
+        flat, covered = batch.tokens.flatten(), []
+        for fork, (start, prompt, lengths) in zip(batch.forks, batch.spans, strict=True):
             laid = [ids if ends else ids[:-1] for ids in fork.continuations]
-            expected += [fork.prompt + ids for ids in laid if ids] or [fork.prompt]
-        found = [row for rows in batch.lines.gathers for row in flat[rows].tolist()]
-        expected.sort(key=len)
-        assert [row[:len(line)] for row, line in zip(found, expected)] == expected
-        assert len(found) == len(expected)
-        walked = torch.cat([rows.flatten() for rows in batch.lines.gathers])
-        used = (batch.fork >= 0).flatten()
-        assert walked[batch.lines.restore][used].equal(torch.arange(len(flat))[used])
+            assert prompt == len(fork.prompt) and list(lengths) == [len(ids) for ids in laid]
+            end = start + prompt + sum(lengths)
+            assert flat[start:end].tolist() == sum(laid, fork.prompt)
+            covered += range(start, end)
+        assert covered == (batch.fork.flatten() >= 0).nonzero()[:, 0].tolist()
 
 
 def test_packing_loses_no_fork_and_is_the_same_every_time():

@@ -147,6 +147,21 @@ def test_a_peer_that_refuses_a_shape_is_named_and_left_out():
         measure.error_ratios({"ours": refuse}, data, rows=8)
 
 
+def test_other_bounds_of_the_logits_are_contenders_of_their_own():
+    found = measure.contenders(torch.device("cpu"), budgets=(2_000_000, 10**9))
+    assert {"ours", "ours, 2 MB", "ours, 1000 MB"} <= set(found)
+    assert found["ours, 2 MB"].keywords == {"chunk_bytes": 2_000_000}
+
+
+@pytest.mark.slow
+def test_trls_op_computes_what_ours_does():
+    pytest.importorskip("trl.kernels")
+    data = measure.example((24, 8, 50), torch.float32, torch.device("cpu"), "frozen")
+    found, expected = (measure.run(function, *data) for function in (measure.trl_logp, measure.token_logp))
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, other)
+
+
 @pytest.mark.slow
 def test_peak_memory_counts_what_a_call_touches():
     """Eager holds logits and log-probs, 8 MB each; ours one chunk of 256 rows, 4 MB."""

@@ -10,6 +10,7 @@ import data
 import model as llama
 from conftest import write_checkpoint
 from formats.configs import Config
+from kernels.layers import RMSNormFunction, Rotate, Span, pieces_of
 
 FAMILIES = {
     "llama": {"num_key_value_heads": 2},
@@ -36,16 +37,17 @@ def random_model(window=None, dtype=torch.float64, **shape) -> llama.Llama:
 
 
 def packed_row():
-    """Two rows: a fork of 3 + (2, 4) tokens, one of 2 + (3, 1, 2), padding; one of 4 + (1). And their lines."""
+    """Two rows: a fork of 3 + (2, 4) tokens, one of 2 + (3, 1, 2), padding; one of 4 + (1). And their spans."""
     layout = [[(0, 3, (2, 4)), (1, 2, (3, 1, 2))], [(2, 4, (1,))]]
     T = 18
     grids = torch.zeros(3, 2, T, dtype=torch.int64)
     grids[0] = -1
-    parts, lines = {}, []
+    parts, spans = {}, []
     for b, row in enumerate(layout):
         cursor = 0
         for fork, prompt, lengths in row:
             start = cursor
+            spans.append(Span(b * T + start, prompt, lengths))
             for branch, length in enumerate((prompt, *lengths)):
                 here = slice(cursor, cursor + length)
                 first = prompt if branch else 0
@@ -53,35 +55,60 @@ def packed_row():
                 grids[2, b, here] = torch.arange(first, first + length)
                 if branch:
                     parts[fork, branch] = (b, slice(start, start + prompt), here)
-                    lines.append([b * T + t for t in (*range(start, start + prompt), *range(T)[here])])
                 cursor += length
     tokens = torch.randint(41, (2, T), generator=torch.Generator().manual_seed(2))
-    return tokens, *grids, parts, data.unfold(lines, 2 * T)
+    return tokens, *grids, parts, spans
 
 
 @pytest.mark.parametrize("window", [None, 3])
 def test_packed_forks_equal_separate_sequences(window):
     model = random_model(window)
-    tokens, fork, branch, positions, parts, lines = packed_row()
-    packed = model(tokens, positions, fork, branch, lines)
+    tokens, fork, branch, positions, parts, spans = packed_row()
+    packed = model(tokens, positions, fork, branch, spans)
     for b, prompt, own in parts.values():
         alone = model(torch.cat((tokens[b, prompt], tokens[b, own]))[None])[0]
         together = torch.cat((packed[b, prompt], packed[b, own]))
         torch.testing.assert_close(together, alone, rtol=0, atol=1e-10)
 
 
-@pytest.mark.parametrize("window", [None, 3])
-def test_unfolded_attention_equals_the_dense_mask_with_its_gradients(window):
-    _, fork, branch, positions, _, lines = packed_row()
-    q, k, v = (torch.randn(2, 18, heads, 6, dtype=torch.float64, requires_grad=True) for heads in (4, 2, 2))
+@pytest.mark.parametrize("header", [0, 5])
+def test_attention_fork_by_fork_equals_the_dense_mask_with_its_gradients(header):
+    _, fork, branch, positions, _, spans = packed_row()
+    q, k, v = (torch.randn(2, tokens, heads, 6, dtype=torch.float64, requires_grad=True)
+               for tokens, heads in ((18, 4), (18 + header, 2), (18 + header, 2)))
     real = fork >= 0
-    dense = llama.sdpa(q, k, v, llama.dense_mask(fork, branch, positions, window))[real]
-    unfolded = llama.attend_unfolded(q, k, v, lines, window)[real]
-    torch.testing.assert_close(unfolded, dense, rtol=0, atol=1e-12)
+    dense = llama.sdpa(q, k, v, llama.dense_mask(fork, branch, positions + header, None, header))[real]
+    walked = llama.attend_spans(q, k, v, pieces_of(spans, 18, header))
+    assert not walked[~real].any()
+    torch.testing.assert_close(walked[real], dense, rtol=0, atol=1e-12)
     weights = torch.randn_like(dense)
     for one, other in zip(torch.autograd.grad((dense * weights).sum(), (q, k, v)),
-                          torch.autograd.grad((unfolded * weights).sum(), (q, k, v))):
+                          torch.autograd.grad((walked[real] * weights).sum(), (q, k, v))):
         torch.testing.assert_close(one, other, rtol=0, atol=1e-12)
+
+
+def test_rope_and_rms_norm_have_the_values_and_gradients_of_plain_operations():
+    x = torch.randn(2, 5, 3, 8, dtype=torch.float64, requires_grad=True)
+    cos, sin = llama.rotation(Config(41, 24, 16, 1, 3, 3, 8), torch.arange(5).expand(2, 5), torch.float64)
+    turned = torch.cat((-x[..., 4:], x[..., :4]), -1)
+    plain = x * cos + turned * sin.abs() * sin[..., 4:].sign().repeat(1, 1, 1, 2)
+    torch.testing.assert_close(Rotate.apply(x, cos, sin), plain, rtol=0, atol=1e-12)
+    assert torch.autograd.gradcheck(lambda x: Rotate.apply(x, cos, sin), (x,))
+    weight = torch.randn(8, dtype=torch.float64, requires_grad=True)
+    expected = torch.nn.functional.rms_norm(x, (8,), weight, 1e-5)
+    torch.testing.assert_close(RMSNormFunction.apply(x, weight, 1e-5), expected, rtol=0, atol=1e-12)
+    assert torch.autograd.gradcheck(lambda x, w: RMSNormFunction.apply(x, w, 1e-5), (x, weight))
+
+
+def test_rms_norm_in_bf16_rounds_as_transformers_does():
+    llama_class = pytest.importorskip("transformers.models.llama.modeling_llama")
+    theirs = llama_class.LlamaRMSNorm(64, 1e-5).to(torch.bfloat16)
+    theirs.weight.data.normal_()
+    x = torch.randn(7, 64).to(torch.bfloat16).requires_grad_()
+    ours = RMSNormFunction.apply(x, theirs.weight.detach(), 1e-5)
+    assert (ours != theirs(x)).float().mean() < 0.02
+    grads = [torch.autograd.grad(y.sum(), x)[0] for y in (ours, theirs(x))]
+    torch.testing.assert_close(*grads, rtol=0.02, atol=0.02)
 
 
 def test_visibility_is_the_predicate_of_the_design():
@@ -222,9 +249,13 @@ def test_flex_attention_gets_what_its_kernels_take(device, tokens, head_dim, hea
     assert llama.flex_takes(device, tokens, head_dim, header) == expected
 
 
-def test_lines_are_walked_where_a_batch_has_them_and_a_mask_hides_the_rest_where_not():
-    _, fork, branch, positions, _, lines = packed_row()
-    assert llama.fork_attention(fork, branch, positions, 6, lines=lines).func is llama.attend_unfolded
+def test_forks_are_walked_where_a_batch_says_where_they_lie_and_a_mask_hides_the_rest_where_not():
+    _, fork, branch, positions, _, spans = packed_row()
+    longest = 7
+    for window, header, walked in ((None, None, True), (longest, None, True), (longest - 1, None, False),
+                                   (None, 3, True), (longest + 3, 3, True), (longest + 2, 3, False)):
+        attend = llama.fork_attention(fork, branch, positions, 6, window, header, spans)
+        assert (attend.func is llama.attend_spans) == walked
     attend = llama.fork_attention(fork, branch, positions, 6)
     assert attend.func is llama.sdpa
     q, k, v = (torch.randn(2, 18, heads, 6, dtype=torch.float64) for heads in (4, 2, 2))
@@ -261,24 +292,15 @@ def test_window_only_matters_beyond_its_length():
 @pytest.mark.parametrize("window", [None, 5])
 def test_forks_behind_a_header_equal_whole_sequences(window):
     model = random_model(window)
-    tokens, fork, branch, positions, parts, lines = packed_row()
+    tokens, fork, branch, positions, parts, spans = packed_row()
     header = torch.randint(41, (4,), generator=torch.Generator().manual_seed(5))
     prefix = llama.keys_and_values(model, header.tolist())
-    packed = model(tokens, positions, fork, branch, lines, prefix=prefix)
+    packed = model(tokens, positions, fork, branch, spans, prefix=prefix)
     for b, prompt, own in parts.values():
         alone = model(torch.cat((header, tokens[b, prompt], tokens[b, own]))[None])[0, len(header):]
         torch.testing.assert_close(torch.cat((packed[b, prompt], packed[b, own])), alone, rtol=0, atol=1e-10)
-    empty = model(tokens, positions, fork, branch, lines, prefix=llama.keys_and_values(model, []))
+    empty = model(tokens, positions, fork, branch, spans, prefix=llama.keys_and_values(model, []))
     torch.testing.assert_close(empty[fork >= 0], model(tokens, positions, fork, branch)[fork >= 0],
                                rtol=0, atol=1e-12)
 
 
-@pytest.mark.parametrize("window", [None, 5])
-def test_the_mask_with_a_header_equals_the_unfolded_attention(window):
-    _, fork, branch, positions, _, lines = packed_row()
-    q, k, v = (torch.randn(2, 18, heads, 6, dtype=torch.float64) for heads in (4, 2, 2))
-    header = llama.Header(*(torch.randn(1, 3, 2, 6, dtype=torch.float64) for _ in range(2)))
-    k, v = header.append_(k, v)
-    dense = llama.sdpa(q, k, v, llama.dense_mask(fork, branch, positions + 3, window, 3))
-    unfolded = llama.attend_unfolded(q, k, v, lines, window)
-    torch.testing.assert_close(unfolded[fork >= 0], dense[fork >= 0], rtol=0, atol=1e-12)

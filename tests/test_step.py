@@ -22,6 +22,7 @@ from engine.adamw import AdamW
 from engine.files import InputError
 from evals import heldout
 from formats.configs import Config
+from kernels import layers
 
 CPU = torch.device("cpu")
 SHAPES = {
@@ -80,13 +81,13 @@ def kept_bytes(model, batch: data.Batch) -> int:
     kept = {}
 
     def pack(tensor):
-        memory, angles = (tensor.untyped_storage(),
-                          tensor.numel() == batch.tokens.numel() * model.config.head_dim)
+        memory = tensor.untyped_storage()
+        angles = tensor.dim() == 4 and tensor.shape[2:] == (1, model.config.head_dim)
         if memory.data_ptr() not in own and tensor.is_floating_point() and not angles:
             kept[memory.data_ptr()] = memory.nbytes()
         return tensor
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        hidden = model(batch.tokens, batch.positions, batch.fork, batch.branch, batch.lines)
+        hidden = model(batch.tokens, batch.positions, batch.fork, batch.branch, batch.spans)
     assert hidden.requires_grad
     return sum(kept.values())
 
@@ -95,8 +96,8 @@ def kept_bytes(model, batch: data.Batch) -> int:
 
 def test_swiglu_has_the_gradient_of_what_it_computes():
     gate, up = (torch.randn(3, 5, dtype=torch.float64, requires_grad=True) for _ in range(2))
-    assert torch.equal(llama.SwiGLU.apply(gate, up), F.silu(gate) * up)
-    assert torch.autograd.gradcheck(llama.SwiGLU.apply, (gate, up))
+    assert torch.equal(layers.SwiGLU.apply(gate, up), F.silu(gate) * up)
+    assert torch.autograd.gradcheck(layers.SwiGLU.apply, (gate, up))
 
 
 class Mutations(TorchDispatchMode):
@@ -111,16 +112,19 @@ class Mutations(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
-def test_no_autograd_function_works_in_place():
+def test_no_autograd_function_that_is_compiled_works_in_place():
     """The compiler of torch 2.11 gives the inputs of one that does a gradient of zero, without a word."""
-    functions = [value for value in vars(llama).values()
-                 if isinstance(value, type) and issubclass(value, torch.autograd.Function)]
-    assert functions == [llama.SwiGLU]
-    gate, up = (torch.randn(3, 5, dtype=torch.float64, requires_grad=True) for _ in range(2))
-    before = gate.detach().clone(), up.detach().clone()
+    functions = {value for value in vars(llama).values()
+                 if isinstance(value, type) and issubclass(value, torch.autograd.Function)}
+    assert functions == {layers.ForkAttention, layers.SwiGLU, layers.Rotate, layers.RMSNormFunction}
+    x, y = (torch.randn(3, 5, 2, 4, dtype=torch.float64, requires_grad=True) for _ in range(2))
+    angle, weight = torch.randn(3, 5, 1, 4, dtype=torch.float64), torch.randn(4, dtype=torch.float64)
+    before = x.detach().clone(), y.detach().clone()
     with Mutations() as mutations:
-        llama.SwiGLU.apply(gate, up).sum().backward()
-    assert mutations.seen == [] and torch.equal(gate, before[0]) and torch.equal(up, before[1])
+        for result in (layers.SwiGLU.apply(x, y), layers.Rotate.apply(x, angle, angle),
+                       layers.RMSNormFunction.apply(x, weight.requires_grad_(), 1e-5)):
+            torch.autograd.grad(result.sum(), x)
+    assert mutations.seen == [] and torch.equal(x, before[0]) and torch.equal(y, before[1])
 
 
 @pytest.mark.parametrize("train", TRAIN)
@@ -282,7 +286,7 @@ def test_deterministic_algorithms_are_asked_for_without_filling_memory():
 def test_one_compiled_graph_serves_all_blocks_and_the_pass_without_gradient():
     from torch._dynamo.testing import CompileCounterWithBackend
     model, batch = make_model(), make_steps()[0][0]
-    rows = (batch.tokens, batch.positions, batch.fork, batch.branch, batch.lines)
+    rows = (batch.tokens, batch.positions, batch.fork, batch.branch)        # no spans: a mask, as on a GPU
     counter = CompileCounterWithBackend("aot_eager")
     expected, model = model(*rows), make_model(compiler=counter)
     for _ in range(2):
@@ -324,7 +328,7 @@ def peak_bytes(function) -> int:
 def test_compiled_blocks_keep_nothing_that_is_not_needed_again(gradient, recompute):
     """Six more blocks may take their inputs alone where each is run again, and without a gradient nothing."""
     batch, peaks = make_steps()[0][0], {}
-    rows = (batch.tokens, batch.positions, batch.fork, batch.branch, batch.lines)
+    rows = (batch.tokens, batch.positions, batch.fork, batch.branch)        # no spans: a mask, as on a GPU
     for layers in (2, 8):
         torch.compiler.reset()
         model = llama.Llama(replace(SHAPES["llama"], num_hidden_layers=layers), None, recompute, "aot_eager")
@@ -403,10 +407,9 @@ def test_predicted_activations_are_within_two_percent_of_the_bytes_kept(shape, t
     model = make_model(shape, train, recompute=recompute)
     batch = make_steps(data.Packing(3, 80, 2))[0][0]
     c, tokens = model.config, batch.tokens.numel()
-    copies = sum(rows.numel() for rows in batch.lines.gathers) / tokens
-    predicted = scale.activation_bytes(c, tokens, train, recompute, 3, 8, copies)
+    predicted = scale.activation_bytes(c, tokens, train, recompute, 3, 8, "cpu")
     if recompute:                                                # the block that is run again comes later
-        predicted -= tokens * max(scale.block_bytes(c, train, 3, 8, copies, first) for first in (True, False))
+        predicted -= tokens * max(scale.block_bytes(c, train, 3, 8, "cpu", first) for first in (True, False))
     assert kept_bytes(model, batch) == pytest.approx(predicted, rel=0.02)
 
 

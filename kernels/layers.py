@@ -1,0 +1,186 @@
+"""What a block computes between its products, with gradients by hand: attention over packed forks on a CPU,
+RoPE, RMSNorm and SwiGLU.
+
+The products of a small model take half of a step on a CPU, and passes over its activations the rest. Autograd
+makes many of them: it scatters what was gathered, keeps what can be computed again, and turns every operation
+back alone. Written out, a gradient is a few passes more:
+
+    RoPE       y = R x                         dx = R^T dy, the rotation back
+    RMSNorm    y = w x r,  r = 1 / rms(x)      dx = r (w dy - x r^2 mean(w dy x)),  dw = sum of dy x r
+    SwiGLU     y = silu(g) u                   dg = dy u silu'(g),  du = dy silu(g)
+
+Attention of a fork, whose prompt and continuations lie side by side in a row, needs no copy and no mask. Each
+of them sees itself causally, and the continuations see all of the prompt: two pieces, o_1 and o_2 with
+log-sum-exps l_1 and l_2, are one attention by
+
+    l = log(e^l_1 + e^l_2)    o = e^(l_1 - l) o_1 + e^(l_2 - l) o_2                                   (eq. 1)
+
+and the gradient of a piece is what FlashAttention's backward gives for it with the merged o and l, since that
+computes e^(score - l) again (arXiv 2307.08691, section 3.1.2).
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd import Function
+from torch.autograd.function import once_differentiable
+
+flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+
+
+# -------------------------------------------------------------------------------------------------- attention
+
+class Span(NamedTuple):
+    """A fork in the flattened rows of a batch: where it starts, and the tokens laid of its prompt and of each
+    continuation, which follow one another."""
+    start: int
+    prompt: int
+    continuations: tuple[int, ...]
+
+    @property
+    def longest(self) -> int:
+        """Tokens that the last one of the longest continuation sees, itself included."""
+        return self.prompt + max(self.continuations, default=0)
+
+
+class Piece(NamedTuple):
+    """Queries that see keys: causally, if they are the same tokens, else all of them."""
+    queries: slice
+    keys: slice
+    causal: bool
+    merge: bool          # the queries saw other keys before: eq. 1
+
+
+def pieces_of(spans: Sequence[Span], tokens: int, header: int = 0) -> list[Piece]:
+    """The pieces of attention over rows of so many tokens, whose keys begin with a header of so many."""
+    pieces = []
+    for start, prompt, continuations in spans:
+        row = start // tokens
+        behind = header * (row + 1)                     # keys of a row stand behind its own header
+        asked = slice(start, start + prompt)
+        replies = slice(asked.stop, asked.stop + sum(continuations))
+        first = start
+        for length in filter(None, (prompt, *continuations)):
+            own = slice(first, first + length)
+            pieces.append(Piece(own, shifted(own, behind), True, False))
+            first += length
+        if replies.start < replies.stop:
+            pieces.append(Piece(replies, shifted(asked, behind), False, True))
+        if header:
+            first = row * (header + tokens)
+            pieces.append(Piece(slice(start, replies.stop), slice(first, first + header), False, True))
+    return pieces
+
+
+def shifted(places: slice, by: int) -> slice:
+    return slice(places.start + by, places.stop + by)
+
+
+def heads_first(x: Tensor) -> Tensor:
+    """(tokens, heads, D) as the kernel takes it: (1, heads, tokens, D); sums (tokens, heads) likewise."""
+    return x.transpose(0, 1)[None]
+
+
+class ForkAttention(Function):
+    """q (N, Q, D) over k and v (M, G, D) in pieces; G kv heads serve Q / G query heads each. Returns
+    (N, Q, D), zeros where no piece has the query (padding)."""
+
+    @staticmethod
+    def forward(ctx, q, k, v, pieces):
+        wide = torch.promote_types(q.dtype, torch.float32)
+        result = torch.zeros_like(q)
+        lse = torch.zeros(q.shape[:2], dtype=wide)
+        for queries, keys, causal, merge in pieces:
+            given = [q[queries], k[keys], v[keys]]
+            found, sums = flash(*map(heads_first, given), 0.0, causal)
+            found = found[0].transpose(0, 1)                                     # (queries, Q, D)
+            sums = sums[0].T                                                     # (queries, Q)
+            if merge:                                                            # eq. 1
+                before = lse[queries]
+                total = torch.logaddexp(before, sums)
+                found = found * (sums - total).exp()[..., None].to(q.dtype)
+                found += result[queries] * (before - total).exp()[..., None].to(q.dtype)
+                sums = total
+            result[queries] = found
+            lse[queries] = sums
+        ctx.save_for_backward(q, k, v, result, lse)
+        ctx.pieces = pieces
+        return result
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        q, k, v, result, lse = ctx.saved_tensors
+        dq, dk, dv = torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
+        for queries, keys, causal, _ in ctx.pieces:
+            given = [grad[queries], q[queries], k[keys], v[keys], result[queries], lse[queries]]
+            found = flash_backward(*map(heads_first, given), 0.0, causal)
+            for total, at, part in zip((dq, dk, dv), (queries, keys, keys), found):
+                total[at] += part[0].transpose(0, 1)
+        return dq, dk, dv, None
+
+
+# --------------------------------------------------------------------------------------------------- the rest
+# Nothing here is done in place: then the compiler of torch 2.11 gives the inputs a gradient of zero, without a
+# word (pytorch issue 180642).
+
+class Rotate(Function):
+    """RoPE of x (B, T, heads, D): channel i turns with channel i + D/2. cos, sin (B, T, 1, D), the first half
+    of sin negated. D is even: a roll by half of it swaps the halves."""
+
+    @staticmethod
+    def forward(ctx, x, cos, sin):
+        ctx.save_for_backward(cos, sin)
+        return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, dims=-1), sin)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        cos, sin = ctx.saved_tensors
+        return torch.addcmul(grad * cos, grad.roll(grad.shape[-1] // 2, dims=-1), -sin), None, None
+
+
+class RMSNormFunction(Function):
+    """x / rms(x) * weight over the last axis, the mean square in at least fp32 (arXiv 1910.07467), rounded as
+    transformers rounds: before the weight. Keeps x and 1 / rms(x)."""
+
+    @staticmethod
+    def forward(ctx, x, weight, eps):
+        wide = torch.promote_types(x.dtype, torch.float32)
+        norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=wide)
+        inverse = torch.rsqrt(norm * norm / x.shape[-1] + eps)
+        ctx.save_for_backward(x, weight, inverse)
+        return (x * inverse).to(x.dtype) * weight
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        x, weight, inverse = ctx.saved_tensors
+        grad_x = grad_weight = None
+        if ctx.needs_input_grad[0]:
+            weighted = grad * weight.to(inverse.dtype)
+            slope = (weighted * x).mean(-1, keepdim=True) * inverse ** 3
+            grad_x = torch.addcmul(weighted * inverse, x, -slope).to(x.dtype)
+        if ctx.needs_input_grad[1]:
+            grad_weight = (grad * (x * inverse)).flatten(0, -2).sum(0).to(weight.dtype)
+        return grad_x, grad_weight, None
+
+
+class SwiGLU(Function):
+    """silu(gate) * up, any equal shapes. Keeps its two inputs and nothing else: plain autograd keeps
+    silu(gate) as well, a fifth of all that a block keeps."""
+
+    @staticmethod
+    def forward(ctx, gate, up):
+        ctx.save_for_backward(gate, up)
+        return F.silu(gate) * up
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        gate, up = ctx.saved_tensors
+        return torch.ops.aten.silu_backward(grad * up, gate), grad * F.silu(gate)
