@@ -53,10 +53,10 @@ def harness(checkpoint: Path, batch_size: int):
         judge = HFLM(pretrained=str(checkpoint), device="cpu", dtype="float32", batch_size=batch_size)
 
     def score(questions):
-        requests = [Instance("loglikelihood", {}, (question.header + question.text, " " + choice), i)
-                    for question in questions for i, choice in enumerate(question.choices)]
+        requests = [Instance("loglikelihood", {}, (question.header + question.text, " " + letter), i)
+                    for question in questions for i, letter in enumerate(benchmarks.LETTERS)]
         found = iter(judge.loglikelihood(requests, disable_tqdm=True))
-        return [[next(found)[0] for _ in question.choices] for question in questions]
+        return [[next(found)[0] for _ in benchmarks.LETTERS] for question in questions]
     return score
 
 

@@ -23,7 +23,7 @@ from evals.language import LanguageModel, reply_language
 
 HASH_DIGITS = 16
 
-# Unicode's punctuation that is part of an answer: "C#", "50%", "A*", "[0, 1)" are not "C", "50", "A", "[0, 1".
+# Unicode's punctuation that is part of an answer: "C#", "50%", "A*", "[0, 1)" are not "C", "50", "A", "[0, 1"
 # Dashes (Pd, as in "A-"), connectors (Pc) and opening brackets (Ps) are kept by their category.
 PART_OF_ANSWER = set("#%&*@/\\)]}†‡‰‱′″‴٪؉؊׳״")
 FINAL_CATEGORIES = ("Po", "Pe", "Pi", "Pf")
@@ -36,8 +36,8 @@ DOTTED = {"tr", "tur", "az", "aze", "azj"}      # languages whose small I is ı,
 
 def normalise(text: str, language: str = "") -> str:
     """What of a text has to be equal: small letters, one space between words, no final punctuation; Unicode's
-    composed form and one width, without invisible marks (zero-width spaces, soft hyphens, direction). Accents,
-    other punctuation, superscripts and the script of digits are part of an answer."""
+    composed form and one width, without invisible marks (spaces without width, soft hyphens). Accents, other
+    punctuation, superscripts and the script of digits are part of an answer."""
     text = re.sub(f"[{INVISIBLE}]", "", text)
     text = unicodedata.normalize("NFC", text)
     text = "".join(map(one_width, text))
@@ -80,59 +80,53 @@ class Decoding:
     """How replies are written."""
     system_prompt: str | None
     max_tokens: int
-    temperature: float           # 0: greedy
-    top_p: float
-    seed: int
+    temperature: float = 0.0     # greedy
+    top_p: float = 1.0
+    seed: int = 0
 
-    def replies(self, model, tokenizer, questions: list[str], first: int = 0) -> list[tuple[str, int]]:
-        """(text, number of tokens) for each question, one batch. first: its place, which the seed depends on;
-        max_tokens of them are a reply that was cut."""
+    def replies(self, model, tokenizer, questions: list[str], first: int = 0, batch_size: int = 64,
+                progress=None) -> list[tuple[str, int]]:
+        """(text, number of tokens) for each question; max_tokens of them are a reply that was cut.
+        first: place of the first question, which the seed depends on."""
         prompts = [tokenizer.prompt_ids(question, self.system_prompt) for question in questions]
-        long = sum(len(prompt) + self.max_tokens > model.config.max_position_embeddings for prompt in prompts)
+        room = model.config.max_position_embeddings - self.max_tokens
+        long = sum(len(prompt) > room for prompt in prompts)
         if long:
-            tqdm.write(f"{long} prompts with --max-tokens {self.max_tokens} are longer than the "
+            tqdm.write(f"{long} prompts with {self.max_tokens} tokens of reply are longer than the "
                        f"{model.config.max_position_embeddings} tokens that the model was made for",
                        file=sys.stderr)
         replies = llama.generate(model, prompts, self.max_tokens, tokenizer.stop_ids, self.temperature,
-                                 self.top_p, self.seed + first, len(prompts))
+                                 self.top_p, self.seed + first, batch_size, progress)
         return [(tokenizer.decode(reply).strip(), len(reply)) for reply in replies]
-
-
-def answer(model, tokenizer, questions: list[str], max_tokens: int, system=None,
-           label="answers") -> list[tuple[str, bool]]:
-    """Greedy replies to questions, in their order; and whether each ended by itself, by a stop token
-    within max_tokens."""
-    prompts = [tokenizer.prompt_ids(question, system) for question in questions]
-    with progress(total=len(prompts), desc=label, unit="reply") as bar:
-        replies = llama.generate(model, prompts, max_tokens, tokenizer.stop_ids, progress=bar.update)
-    texts = [tokenizer.decode(reply).strip() for reply in replies]
-    ends = [len(reply) < max_tokens for reply in replies]
-    return list(zip(texts, ends))
 
 
 def answer_and_score(model, tokenizer, rows: list[dict], languages: tuple[str, ...],
                      classifier: LanguageModel, max_tokens: int, system: str | None, path: Path | None,
                      limit: int | None = None, reference_nll: dict[str, list[float]] | None = None) -> dict:
-    """Answer the rows, or the first `limit` of them, in every language; {language: score(...), ...}.
+    """Answer the rows, or the first `limit` of them, greedily in every language; {language: score(...), ...}.
     Every reply is written to `path`, one JSON line each.
 
     reference_nll: {language: nats of each answered row's response and its stop token}, for bits per byte.
     """
-    asked, lines, scores = rows[:limit], [], {}
+    how, asked = Decoding(system, max_tokens), rows[:limit]
+    lines, scores = [], {}
     for language in languages:
         questions = [row[language]["prompt"] for row in asked]
-        replies = answer(model, tokenizer, questions, max_tokens, system, f"answer {language}")
-        own = [answer_line(row, language, languages, reply, ends, classifier)
-               for row, (reply, ends) in zip(asked, replies)]
-        if reference_nll is not None:
-            for line, nats in zip(own, reference_nll[language], strict=True):
-                line["reference_nll"] = round(nats, 6)      # ranks add in other orders
+        with progress(total=len(asked), desc=f"answer {language}", unit="reply") as bar:
+            replies = how.replies(model, tokenizer, questions, progress=bar.update)
+        own = [answer_line(row, language, languages, text, tokens < max_tokens, classifier)
+               for row, (text, tokens) in zip(asked, replies)]
+        for line, nats in zip(own, reference_nll[language] if reference_nll else []):
+            line["reference_nll"] = round(nats, 6)      # ranks add in other orders
         scores[language] = score(own)
         lines += own
     if path is not None:                     # of several processes the first writes
         write_jsonl(path, lines)
-    decoding = {"temperature": 0, "max_tokens": max_tokens, "system_prompt": system,
-                "template": tokenizer.fingerprint[:HASH_DIGITS]}
+    decoding = {
+        "temperature": 0,
+        "max_tokens": max_tokens,
+        "system_prompt": system,
+        "template": tokenizer.fingerprint[:HASH_DIGITS]}
     return scores | {"questions": len(rows), "decoding": decoding}
 
 
@@ -141,19 +135,21 @@ def reference_nll(model, tokenizer, rows: list[dict], languages: tuple[str, ...]
     """Nats of the expected answer, stop token included, to each question, by language."""
     nats = {}
     for language in languages:
-        forks = [data.Fork(tokenizer.prompt_ids(row[language]["prompt"], system),
-                           [tokenizer.response_ids(row[language]["response"])], language, row["row_id"])
-                 for row in rows]
+        forks = []
+        for row in rows:
+            prompt = tokenizer.prompt_ids(row[language]["prompt"], system)
+            expected = tokenizer.response_ids(row[language]["response"])
+            forks.append(data.Fork(prompt, [expected], language, row["row_id"]))
         longest = max(fork.length for fork in forks)
         if longest > model.config.max_position_embeddings:
             print(f"a question with its answer in {language} has {longest} tokens, the model was made for "
                   f"{model.config.max_position_embeddings}: its bits per byte say little")
-        batches = data.micro_batches(forks, max(packing.row_tokens, longest), packing.micro_rows, packing.trim,
-                                     ends=False)
-        nats[language] = [0.0] * len(forks)
+        room = max(packing.row_tokens, longest)
+        batches = data.micro_batches(forks, room, packing.micro_rows, packing.trim, ends=False)
+        found = {}
         for batch, sums in zip(batches, summed_logps(model, batches, f"expected answers {language}")):
-            for i, logp in zip(batch.order, sums.tolist()):
-                nats[language][i] = -logp
+            found |= zip(batch.order, sums.tolist())
+        nats[language] = [-found[i] for i in range(len(forks))]
     return nats
 
 
@@ -179,16 +175,22 @@ def answer_line(row: dict, language: str, languages: tuple[str, ...], reply: str
 
 def read_answers(path: Path, scores: dict) -> list[dict]:
     """The lines that answer_and_score wrote when it returned `scores`. InputError unless all are there."""
-    lines = read_records(path) if path.is_file() else []
-    for where, line in lines:
-        for key in ANSWER_KEYS:
-            need(line, key, where)
-    parts = [part for part in scores.values() if isinstance(part, dict)]
-    written = sum(part["n"] for part in parts if "n_language" in part)
+    lines = read_lines(path, ANSWER_KEYS) if path.is_file() else []
+    written = sum(part["n"] for part in scores.values() if isinstance(part, dict) and "n_language" in part)
     if len(lines) != written:
         raise InputError(f"{path} holds {len(lines)} answers, {written} were written: delete the "
                          f"result.json beside it, and the same command answers again")
-    return [line for _, line in lines]
+    return lines
+
+
+def read_lines(path: Path, keys: tuple[str, ...] = ()) -> list[dict]:
+    """The objects of a JSONL file, or an InputError that names the line without one of the keys."""
+    lines = []
+    for where, line in read_records(path):
+        for key in keys:
+            need(line, key, where)
+        lines.append(line)
+    return lines
 
 
 # ----------------------------------------------------------------------------------------------------- scores
@@ -198,7 +200,7 @@ def score(lines: list[dict]) -> dict:
     `correct` is always there, also where `answers_short` says that it means little."""
     samples = measure(lines)
     right = sum(line["correct"] for line in lines)
-    figures = {"correct": percent(right, len(lines)), "right_language": 0.0}
+    figures = {"correct": round(100 * right / len(lines), 2) if lines else 0.0, "right_language": 0.0}
     errors = {}
     for name, sample in samples.items():
         digits = sample.figure.digits + 1
@@ -209,7 +211,3 @@ def score(lines: list[dict]) -> dict:
         "answers_short": "correct" in samples,
         "n": len(lines),
         **languages_told(lines)}
-
-
-def percent(part: int, total: int) -> float:
-    return round(100 * part / total, 2) if total else 0.0

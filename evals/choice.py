@@ -8,14 +8,13 @@ that numbers can be compared with published ones. A question is a *fork*: its te
 are the continuations. What all questions of a subject begin with (description, examples) is computed once, as
 a prefix of keys and values.
 
-Why a file of its own: the wording of four benchmarks and the oddities of their files have nothing to do with
-the rest of eval.py, and would hide it.
-
 Task wordings and sampling rules: lm-evaluation-harness (Gao et al., doi 10.5281/zenodo.10256836),
 lm_eval/tasks.
 """
 
 import math
+import os
+import re
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -26,7 +25,7 @@ import model as llama
 from engine.files import InputError, as_kind, fingerprint, need, read_records
 from formats import hub
 from formats.languages import nllb_code, normal, suggestion
-from formats.records import PARQUET, refuse_duplicates, table_cells
+from formats.records import PARQUET, read_table, refuse_duplicates, table_cells
 
 LETTERS = ("A", "B", "C", "D")
 MMLU_DESCRIPTION = "The following are multiple choice questions (with answers) about {subject}.\n\n"
@@ -51,9 +50,8 @@ MMLU_CATEGORIES = {
     "humanities": "formal_logic high_school_european_history high_school_us_history "
                   "high_school_world_history international_law jurisprudence logical_fallacies "
                   "moral_disputes moral_scenarios philosophy prehistory professional_law world_religions"}
-# the names the harness uses, in the categories of CMMLU's src/categories.py;
-# CHINA_SPECIFIC ones count in a fifth one too
-CMMLU_SUBJECTS = {part: dict(pair.split(":") for pair in text.split()) for part, text in {
+# with the names the harness uses, in the categories of CMMLU's src/categories.py; some count in a fifth, too
+CMMLU_SUBJECTS = {
     "stem":
         "anatomy:解剖学 astronomy:天文学 college_actuarial_science:大学精算学 "
         "college_engineering_hydrology:大学工程水文学 college_mathematics:大学数学 "
@@ -82,59 +80,58 @@ CMMLU_SUBJECTS = {part: dict(pair.split(":") for pair in text.split()) for part,
         "elementary_information_and_technology:小学信息技术 food_science:食品科学 "
         "human_sexuality:人类性行为 legal_and_moral_basis:法律与道德基础 nutrition:营养学 "
         "professional_medicine:专业医学 sports_science:体育学 traditional_chinese_medicine:中医中药",
-}.items()}
-CHINA_SPECIFIC = set(
-    "ancient_chinese construction_project_management elementary_chinese elementary_commonsense ethnology "
-    "high_school_politics modern_chinese traditional_chinese_medicine chinese_civil_service_exam "
-    "chinese_driving_rule chinese_food_culture chinese_foreign_policy chinese_history chinese_literature "
-    "chinese_teacher_qualification".split())
+    "china_specific":
+        "ancient_chinese construction_project_management elementary_chinese elementary_commonsense ethnology "
+        "high_school_politics modern_chinese traditional_chinese_medicine chinese_civil_service_exam "
+        "chinese_driving_rule chinese_food_culture chinese_foreign_policy chinese_history chinese_literature "
+        "chinese_teacher_qualification"}
 MMMLU_LANGUAGES = dict(pair.split(":") for pair in (
     "AR-XY:Arabic,BN-BD:Bengali,DE-DE:German,ES-LA:Spanish,FR-FR:French,HI-IN:Hindi,ID-ID:Indonesian,"
     "IT-IT:Italian,JA-JP:Japanese,KO-KR:Korean,PT-BR:Brazilian Portuguese,SW-KE:Swahili,YO-NG:Yoruba,"
     "ZH-CN:Simplified Chinese").split(","))
-
-
-@dataclass(frozen=True)
-class Question:
-    """One question, ready to be scored: log-prob of " " + choice after header + text, for each choice."""
-    subject: str
-    where: str                         # file:line
-    header: str                        # description and worked examples
-    text: str
-    choices: tuple[str, ...]
-    gold: int
-
-
-@dataclass(frozen=True)
-class Document:
-    """One question as a file has it; a copy of it elsewhere is equal."""
-    subject: str
-    where: str = field(compare=False)
-    passage: str
-    question: str
-    options: tuple[str, str, str, str]
-    gold: int
+FIELDS = ("question", *LETTERS, "answer")
+CAPITALS = ("Question", *LETTERS, "Answer")
 
 
 @dataclass(frozen=True)
 class Task:
-    """How a benchmark is worded. An empty `examples` split: the examples come from the questions asked."""
+    """How a benchmark is worded, and what its files call FIELDS and the four answers. Without a split of
+    `examples` they come from the questions asked."""
     name: str
     description: str
     text: str
+    keys: tuple[str, ...]
+    categories: dict[str, str]
     examples: str = ""
+    answers: tuple = LETTERS
 
 
-TASKS = {"mmlu": Task("mmlu", MMLU_DESCRIPTION, LETTERED, "dev"),
-         "mmmlu": Task("mmmlu", MMMLU_DESCRIPTION, LETTERED),
-         "cmmlu": Task("cmmlu", CMMLU_DESCRIPTION, CMMLU_TEXT, "dev"),
-         "belebele": Task("belebele", "", BELEBELE_TEXT)}
+TASKS = {
+    "mmlu": Task("mmlu", MMLU_DESCRIPTION, LETTERED, FIELDS, MMLU_CATEGORIES, "dev"),
+    "mmmlu": Task("mmmlu", MMMLU_DESCRIPTION, LETTERED, CAPITALS, MMLU_CATEGORIES),
+    "cmmlu": Task("cmmlu", CMMLU_DESCRIPTION, CMMLU_TEXT, CAPITALS, CMMLU_SUBJECTS, "dev"),
+    "belebele": Task(
+        "belebele", "", BELEBELE_TEXT,
+        ("question", "mc_answer1", "mc_answer2", "mc_answer3", "mc_answer4", "correct_answer_num"),
+        {}, answers=("1", "2", "3", "4"))}
+
+
+@dataclass(frozen=True)
+class Question:
+    """One question: the log-prob of " " + letter after header + text is asked for each of LETTERS.
+    A copy of it elsewhere is equal."""
+    subject: str
+    where: str = field(compare=False)  # file:line
+    texts: dict[str, str]              # passage, question, A, B, C, D
+    gold: int
+    text: str                          # as it is asked
+    name: str = ""                     # subject and number
+    header: str = ""                   # description and worked examples
 
 
 @dataclass(frozen=True)
 class Benchmark:
     """Questions to ask, and what has to stand beside their score."""
-    task: Task
     questions: list[Question]
     settings: dict
     categories: dict[str, set[str]]    # subjects of each; {} where a benchmark has none
@@ -142,98 +139,64 @@ class Benchmark:
 
 # ---------------------------------------------------------------------------------------------- files -> rows
 
-def table_rows(path: Path, wanted: tuple[str, ...], header: bool = True) -> list[tuple[str, dict]]:
-    """[("file:line", {column: text})] of a csv or jsonl file. A table's header has to hold the columns
-    `wanted`; without a header they are its columns, in this order."""
+def rows_of(task: Task, path: Path) -> list[tuple[str, dict]]:
+    """[("file:line", row)] of a csv as distributed, MMLU's without a header, or of a jsonl file."""
     if path.suffix == ".jsonl":
-        return read_records(path)
-    rows, columns = [], None if header else list(wanted)
+        rows = read_records(path)
+        return [(where, with_letters(row, where)) for where, row in rows] if task.name == "mmlu" else rows
+    if task.name != "mmlu":
+        return read_table(path)
+    rows = []
     for where, cells in table_cells(path):
-        if columns is None:
-            columns = cells
-            for name in wanted:
-                need(dict.fromkeys(columns), name, where)
-        elif len(cells) != len(columns):
-            raise InputError(f"{where}: {len(cells)} columns, {len(columns)} are wanted "
-                             f"({', '.join(columns)})")
-        elif header or [cell.strip().lower() for cell in cells] != [name.lower() for name in wanted]:
-            rows.append((where, dict(zip(columns, cells))))
+        if len(cells) != len(FIELDS):
+            raise InputError(f"{where}: {len(cells)} columns, {len(FIELDS)} are wanted ({', '.join(FIELDS)})")
+        if ",".join(cells).lower() != ",".join(FIELDS).lower():        # a header that is there all the same
+            rows.append((where, dict(zip(FIELDS, cells))))
     return rows
 
 
-def make_document(row: dict, where: str, subject: str, keys: tuple[str, ...]) -> Document:
-    """keys: those of the passage ("" without), the question, four options (or one list of them),
-    and the answer."""
-    passage, question, *options, answer = keys
-    found = [need(row, key, where) for key in options]
-    if len(found) == 1:
-        found = found[0]
-    if not isinstance(found, list) or len(found) != len(LETTERS):
-        raise InputError(f"{where}: {options[0]} is no list of {len(LETTERS)} texts")
-    gold = gold_index(need(row, answer, where), where)
-    texts = [need(row, question, where), *found, row[passage] if passage else ""]
-    question, *found, passage = [as_kind(text, str, where) for text in texts]
-    if not question.strip():
+def with_letters(row: dict, where: str) -> dict:
+    """A row of the hub's MMLU, which lists choices and counts the answer from 0, with letters for both."""
+    choices, answer = need(row, "choices", where), need(row, "answer", where)
+    if not isinstance(choices, list) or len(choices) != len(LETTERS):
+        raise InputError(f"{where}: choices is no list of {len(LETTERS)} texts")
+    if answer in range(len(LETTERS)):
+        answer = LETTERS[int(answer)]
+    return row | dict(zip(LETTERS, choices)) | {"answer": answer, "Subject": need(row, "subject", where)}
+
+
+def read_file(task: Task, path: Path, name: str) -> list[Question]:
+    """The questions of a file, on the subject `name` where rows do not name their own. A number that rows
+    carry tells copies of a row."""
+    questions, numbered = [], []
+    for where, row in rows_of(task, path):
+        subject = name
+        if task.name == "mmmlu" or "Subject" in row:        # it may carry the rest of a file's name
+            subject = as_kind(need(row, "Subject", where), str, where)
+            subject = re.split("_test[.-]", subject)[0]
+        question = make_question(task, row, where, subject)
+        number = row.get("", row.get("question_number"))
+        if number is not None:
+            numbered.append((where, (subject, question.texts["passage"], number)))
+        questions.append(question)
+    refuse_duplicates(numbered)
+    if not questions:
+        raise InputError(f"{path}: the file holds no question")
+    return questions
+
+
+def make_question(task: Task, row: dict, where: str, subject: str) -> Question:
+    texts = {name: need(row, key, where) for name, key in zip(FIELDS, task.keys)}
+    answer = str(texts.pop("answer")).strip()
+    if answer not in task.answers:
+        raise InputError(f"{where}: the answer is {answer!r:.80}, one of {', '.join(task.answers)} is wanted")
+    texts["passage"] = need(row, "flores_passage", where) if task.name == "belebele" else ""
+    for text in texts.values():
+        as_kind(text, str, where)
+    texts["question"] = texts["question"].strip()
+    if not texts["question"]:
         raise InputError(f"{where}: the question is empty")
-    return Document(subject, where, passage, question.strip(), tuple(found), gold)
-
-
-def gold_index(answer, where: str) -> int:
-    """0 to 3 from a letter A-D or, as the hub's MMLU has it, from a number 0-3
-    (no text: "1" may be counted from 1)."""
-    if isinstance(answer, int) and not isinstance(answer, bool) and 0 <= answer < len(LETTERS):
-        return answer
-    letter = answer.strip() if isinstance(answer, str) else answer
-    if letter not in LETTERS:
-        raise InputError(f"{where}: the answer is {answer!r:.80}, one of {', '.join(LETTERS)} is wanted")
-    return LETTERS.index(letter)
-
-
-def local_files(name: str, path, language: str) -> Path:
-    """The benchmark's directory; of a data set on the hub, its csv and jsonl files (of one language),
-    downloaded."""
-    if not hub.is_id(path):
-        return Path(path)
-    patterns = ["*.csv", "*.jsonl"]
-    if name == "mmmlu":
-        code = mmmlu_code(language)
-        patterns = [f"*{code}.csv", f"*{code.replace('-', '_')}.csv"]
-    elif name == "belebele":
-        patterns = [f"*{nllb_code(language)}.jsonl"]
-    return hub.fetch(str(path), tuple(patterns), kind="dataset")
-
-
-def listed(root: Path, folders: list[str], names: list[str]) -> list[Path]:
-    """Files that match the first name pattern with any match, in one of the folders of `root`."""
-    for name in names:
-        for folder in folders:
-            found = sorted((root / folder).glob(name))
-            if found:
-                return found
-    if any(root.rglob("*.parquet")):
-        raise InputError(f"{root} holds {PARQUET}")
-    places = ", ".join(sorted({str(root / folder) for folder in folders}))
-    raise InputError(f"{root}: found no {' or '.join(names)} in {places} "
-                    f"(of data sets on the hub some hold only {PARQUET})")
-
-
-def read_subjects(task: Task, root: Path, split: str) -> dict[Path, list[Document]]:
-    """MMLU or CMMLU: one csv a subject in a folder of the split, MMLU's without a header;
-    or files converted to jsonl from the hub's parquet, MMLU's with all subjects in one."""
-    mmlu = task.name == "mmlu"
-    columns = ("question", *LETTERS, "answer") if mmlu else ("Question", *LETTERS, "Answer")
-    names = [f"*_{split}.csv", f"{split}.jsonl", f"{split}-*.jsonl"] if mmlu else ["*.csv", "*.jsonl"]
-    documents = {}
-    for path in listed(root, [split, f"data/{split}", "", "data"], names):
-        rows, name = table_rows(path, columns, header=not mmlu), path.stem.removesuffix(f"_{split}")
-        if rows and "" in rows[0][1]:                                           # CMMLU numbers its rows
-            refuse_duplicates([(where, row[""]) for where, row in rows])
-        joined = mmlu and path.suffix == ".jsonl"
-        keys = ("", "question", "choices", "answer") if joined else ("", *columns)
-        documents[path] = [
-            make_document(row, where, need(row, "subject", where) if joined else name, keys)
-            for where, row in rows]
-    return documents
+    return Question(subject, where, texts, task.answers.index(answer), task.text.format_map(texts))
 
 
 def mmmlu_code(language: str) -> str:
@@ -245,98 +208,77 @@ def mmmlu_code(language: str) -> str:
     raise InputError(f"--lang {language}: MMMLU has {', '.join(MMMLU_LANGUAGES)}{near}")
 
 
-def read_mmmlu(root: Path, language: str) -> dict[Path, list[Document]]:
-    """MMMLU: one csv a language with all subjects, whose Subject cells may carry a file name's rest."""
-    code = mmmlu_code(language)
-    path = root if root.is_file() else \
-        listed(root, ["", "test"], [f"mmlu_{code}.*", f"*{code.replace('-', '_')}.*"])[0]
-    columns, documents, seen = ("Question", *LETTERS, "Answer"), [], []
-    for where, row in table_rows(path, (*columns, "Subject")):
-        subject = (as_kind(need(row, "Subject", where), str, where)
-                   .split("_test.csv")[0].split("_test-")[0])
-        documents.append(make_document(row, where, subject, ("", *columns)))
-        seen += [(where, (subject, row[""]))] if "" in row else []              # the index column
-    refuse_duplicates(seen)
-    return {path: documents}
-
-
-def read_belebele(root: Path, language: str) -> dict[Path, list[Document]]:
-    """BELEBELE: one jsonl a language, named by its FLORES code, which is NLLB's."""
+def file_names(task: Task, language: str, split: str) -> list[str]:
+    """Patterns of the files of a split, as distributed and as converted from the hub's parquet."""
+    if task.name == "mmlu":
+        return [f"*_{split}.csv", f"{split}.jsonl", f"{split}-*.jsonl"]
+    if task.name == "cmmlu":
+        return [f"{split}/*.csv", f"{split}/*.jsonl"]
+    if task.name == "mmmlu":
+        code = mmmlu_code(language)
+        return [f"mmlu_{code}.*", f"*{code.replace('-', '_')}.*"]
     code = nllb_code(language)
-    path = root if root.is_file() else listed(root, ["", "data"], [f"{code}.jsonl", f"{code}_*.jsonl"])[0]
-    rows = table_rows(path, ())
-    refuse_duplicates([(where, (row.get("question_number"), need(row, "question", where),
-                                need(row, "flores_passage", where))) for where, row in rows])
-    keys = ("flores_passage", "question", *(f"mc_answer{i}" for i in (1, 2, 3, 4)), "answer")
-    documents = []
-    for where, row in rows:
-        number = str(need(row, "correct_answer_num", where))
-        if number not in ("1", "2", "3", "4"):
-            raise InputError(f"{where}: correct_answer_num is {number!r}, one of 1, 2, 3, 4 is wanted")
-        documents.append(make_document(row | {"answer": int(number) - 1}, where, code, keys))
-    return {path: documents}
+    return [f"{code}.jsonl", f"{code}_*.jsonl"]
 
 
-def read_split(task: Task, root: Path, language: str, split: str) -> dict[Path, list[Document]]:
-    """Documents of each file of a split; InputError when there is none."""
-    if task.name in ("mmlu", "cmmlu"):
-        documents = read_subjects(task, root, split)
-    elif task.name == "mmmlu":
-        documents = read_mmmlu(root, language)
-    else:
-        documents = read_belebele(root, language)
-    for path, found in documents.items():
-        if not found:
-            raise InputError(f"{path}: the file holds no question")
-    return documents
+def find_files(root: Path, names: list[str]) -> list[Path]:
+    """Files below a directory that match the first name pattern with any match; a file is itself."""
+    if root.is_file():
+        return [root]
+    for name in names:
+        found = sorted(root.rglob(name))
+        if found:
+            return found
+    if any(root.rglob("*.parquet")):
+        raise InputError(f"{root} holds {PARQUET}")
+    raise InputError(f"{root}: found no {' or '.join(names)} there "
+                     f"(of data sets on the hub some hold only {PARQUET})")
 
 
-# ------------------------------------------------------------------------------------------ rows -> questions
+def read_split(task: Task, root: Path, language: str, split: str) -> dict[Path, list[Question]]:
+    """Questions of each file of a split."""
+    questions = {}
+    for path in find_files(root, file_names(task, language, split)):
+        name = nllb_code(language) if task.name == "belebele" else path.stem.removesuffix(f"_{split}")
+        questions[path] = read_file(task, path, name)
+    return questions
 
-def text_of(task: Task, document: Document) -> str:
-    """The question as it is asked, without its answer."""
-    return task.text.format(subject=document.subject, passage=document.passage, question=document.question,
-                            **dict(zip(LETTERS, document.options)))
 
+# ---------------------------------------------------------------------------------------------- the benchmark
 
 def description_of(task: Task, subject: str, language: str) -> str:
     """What stands before the examples, with the subject named in the benchmark's language."""
     spaced = subject.replace("_", " ")
     if task.name == "cmmlu":
-        names = dict(pair for part in CMMLU_SUBJECTS.values() for pair in part.items())
+        words = " ".join(CMMLU_SUBJECTS.values()).split()
+        names = dict(word.split(":") for word in words if ":" in word)
         if subject not in names:
             raise InputError(f"CMMLU has no subject {subject!r}: "
-                            f"the file's name must be one of {', '.join(sorted(names))}")
+                             f"the file's name must be one of {', '.join(sorted(names))}")
         spaced = names[subject]
     if task.name == "mmmlu":
         language = MMMLU_LANGUAGES[mmmlu_code(language)]
     return task.description.format(subject=spaced, language=language)
 
 
-def examples_for(task: Task, document: Document, pool: list[Document], shots: int) -> list[Document]:
-    """The worked examples of a question, the first of the pool: never the question itself, nor its copy."""
-    if shots and not task.examples:
-        pool = [other for other in pool if other != document]
-    if shots > len(pool):
-        raise InputError(f"{document.where}: --shots {shots}, "
-                         f"but {document.subject} has only {len(pool)} examples")
-    return pool[:shots]
+def header_of(task: Task, question: Question, pool: list[Question], shots: int, language: str) -> str:
+    """The description and the first examples of the pool; never the question itself, nor its copy."""
+    header = description_of(task, question.subject, language)
+    examples = [other for other in pool if other != question] if shots and not task.examples else pool
+    if shots > len(examples):
+        raise InputError(f"{question.where}: --shots {shots}, "
+                         f"but {question.subject} has only {len(examples)} examples")
+    for example in examples[:shots]:
+        header += f"{example.text} {LETTERS[example.gold]}\n\n"
+    return header
 
 
-def make_question(task: Task, document: Document, pool: list[Document], shots: int, language: str) -> Question:
-    """A question with its description and examples before it."""
-    header = description_of(task, document.subject, language)
-    for example in examples_for(task, document, pool, shots):
-        header += f"{text_of(task, example)} {LETTERS[example.gold]}\n\n"
-    return Question(document.subject, document.where, header, text_of(task, document), LETTERS, document.gold)
-
-
-def by_subject(files: dict[Path, list[Document]]) -> dict[str, list[Document]]:
-    """{subject: documents}, in the order of the files."""
+def by_subject(files: dict[Path, list[Question]]) -> dict[str, list[Question]]:
+    """{subject: questions}, in the order of the files."""
     groups = {}
-    for documents in files.values():
-        for document in documents:
-            groups.setdefault(document.subject, []).append(document)
+    for questions in files.values():
+        for question in questions:
+            groups.setdefault(question.subject, []).append(question)
     return groups
 
 
@@ -350,7 +292,12 @@ def read_benchmark(name: str, path, shots: int = 0, language: str = "", subjects
     """
     if name in ("mmmlu", "belebele") and not language:
         raise InputError(f"{name} comes in many languages: choose one with --lang")
-    task, root = TASKS[name], local_files(name, path, language)
+    task, root = TASKS[name], Path(path)
+    if hub.is_id(path):
+        names = file_names(task, language, split)
+        if task.examples:
+            names += file_names(task, language, task.examples)
+        root = hub.fetch(str(path), tuple(f"*{pattern}" for pattern in names), kind="dataset")
     if not root.exists():
         raise InputError(f"{root}: no such file or directory")
     files = read_split(task, root, language, split)
@@ -361,40 +308,34 @@ def read_benchmark(name: str, path, shots: int = 0, language: str = "", subjects
                          f"it has {', '.join(sorted(groups))}")
     examples = read_split(task, root, language, task.examples) if shots and task.examples else files
     pools = by_subject(examples)
-    asked = [document for subject, documents in groups.items() if not subjects or subject in subjects
-             for document in documents[:limit]]
-    questions = [make_question(task, document, pools.get(document.subject, []), shots, language)
-                 for document in asked]
-    used = {str(path.relative_to(root) if root.is_dir() else path.name): fingerprint(path)
-            for path in {**files, **examples}}
-    settings = {"benchmark": name, "language": language, "split": split, "shots": shots,
-                "examples from": task.examples or split, "description": task.description,
-                "template": task.text,
-                "scored": "log-prob of ' ' + letter, summed, not normalised; argmax, the first of equals",
-                "subjects": sorted({question.subject for question in questions}),
-                "limit": limit, "files": used}
-    return Benchmark(task, questions, settings, categories_of(task))
-
-
-def categories_of(task: Task) -> dict[str, set[str]]:
-    """{category: its subjects}."""
-    if task.name == "cmmlu":
-        categories = {name: set(part) for name, part in CMMLU_SUBJECTS.items()}
-        return categories | {"china_specific": CHINA_SPECIFIC}
-    if task.name == "belebele":
-        return {}
-    return {name: set(part.split()) for name, part in MMLU_CATEGORIES.items()}
+    asked = []
+    for subject in subjects or groups:
+        for number, question in enumerate(groups[subject][:limit], 1):
+            header = header_of(task, question, pools.get(subject, []), shots, language)
+            asked.append(replace(question, name=f"{subject} {number}", header=header))
+    used = {str(file.relative_to(root) if root.is_dir() else file.name): fingerprint(file)
+            for file in files | examples}
+    settings = {
+        "benchmark": name,
+        "language": language,
+        "split": split,
+        "shots": shots,
+        "examples from": task.examples or split,
+        "description": task.description,
+        "template": task.text,
+        "scored": "log-prob of ' ' + letter, summed, not normalised; argmax, the first of equals",
+        "subjects": sorted({question.subject for question in asked}),
+        "limit": limit,
+        "files": used}
+    categories = {part: set(re.sub(r":\S+", "", text).split()) for part, text in task.categories.items()}
+    return Benchmark(asked, settings, categories)
 
 
 # ----------------------------------------------------------------------------------------- questions -> forks
 
 def encode(tokenizer, texts: list[str]) -> list[list[int]]:
-    """Ids as the tokenizer itself adds special tokens: Llama's one BOS, none of Qwen;
-    none where the text brings it."""
-    bos = tokenizer.names.get("bos_token")
-    if not bos or not any(text.startswith(bos) for text in texts):
-        return [encoding.ids for encoding in tokenizer.full.encode_batch(texts)]
-    return [tokenizer.full.encode(text, add_special_tokens=not text.startswith(bos)).ids for text in texts]
+    """Ids with what the tokenizer itself adds: Llama's one BOS, nothing of Qwen."""
+    return [encoding.ids for encoding in tokenizer.full.encode_batch(texts)]
 
 
 def encode_questions(tokenizer, questions: list[Question]) -> list[tuple[list[int], list[list[int]]]]:
@@ -405,105 +346,73 @@ def encode_questions(tokenizer, questions: list[Question]) -> list[tuple[list[in
     """
     texts = [question.header + question.text for question in questions]
     prompts = encode(tokenizer, [text.rstrip() for text in texts])
-    joint = iter(encode(tokenizer, [f"{text} {choice}" for text, question in zip(texts, questions)
-                                    for choice in question.choices]))
+    joint = [encode(tokenizer, [f"{text} {letter}" for text in texts]) for letter in LETTERS]
     pairs = []
-    for question, prompt in zip(questions, prompts):
-        choices = [next(joint)[len(prompt):] for _ in question.choices]
+    for question, prompt, *whole in zip(questions, prompts, *joint):
+        choices = [ids[len(prompt):] for ids in whole]
         if not all(choices):
-            merged = question.choices[choices.index([])]
-            raise InputError(f"{question.where}: the tokenizer merges choice {merged!r} with the prompt")
+            raise InputError(f"{question.where}: the tokenizer merges choice {LETTERS[choices.index([])]} "
+                             f"with the prompt")
         pairs.append((prompt, choices))
     return pairs
 
 
-@dataclass
-class Part:
-    """A fork and what it scores: choices[j] is the question's choice that its continuation j spells."""
-    fork: data.Fork
-    question: int
-    choices: list[int]
-    cut: bool                          # the prompt lost its start to the model's longest input
-
-
-def make_parts(index: int, where: str, prompt: list[int], choices: list[list[int]],
-               max_tokens: int) -> list[Part]:
-    """Forks of one question. Too long for the model, the prompt loses its start, more of it before a longer
-    choice: where prompts then differ, the choices are forks of their own."""
-    parts = {}
-    for number, choice in enumerate(choices):
-        kept = tuple((prompt + choice)[-(max_tokens + 1):][:-len(choice)])
-        if not kept:
-            raise InputError(f"{where}: {len(choice)} tokens to be scored, the model reads {max_tokens}: "
-                            f"leave it out")
-        if kept not in parts:
-            fork = data.Fork(list(kept), [], "", where)
-            parts[kept] = Part(fork, index, [], cut=len(kept) < len(prompt))
-        parts[kept].fork.continuations.append(choice)
-        parts[kept].choices.append(number)
-    return list(parts.values())
-
-
 def common_prefix(prompts: list[list[int]]) -> list[int]:
     """The tokens all prompts begin with, short of the last one of any."""
-    first, last = min(prompts), max(prompts)          # in lexical order, all others lie between these two
-    size = min(map(len, prompts)) - 1
-    while first[:size] != last[:size]:
-        size -= 1
-    return first[:size]
+    return os.path.commonprefix(prompts)[:min(map(len, prompts)) - 1]
 
 
-def buckets(tokenizer, questions: list[Question], max_tokens: int):
-    """Lists of Parts that share their header: those of each header that several questions have,
-    then all others."""
-    headers, others = {}, []
-    for index, question in enumerate(questions):
-        headers.setdefault(question.header, []).append(index)
-    for indices in headers.values():
-        parts, pairs = [], encode_questions(tokenizer, [questions[i] for i in indices])
-        for index, (prompt, choices) in zip(indices, pairs):
-            parts += make_parts(index, questions[index].where, prompt, choices, max_tokens)
-        shared = [part for part in parts if not part.cut and len(indices) > 1]
-        others += [part for part in parts if part.cut or len(indices) == 1]
-        if shared:
-            yield shared
-    if others:
-        yield others
+def make_forks(where: str, prompt: list[int], choices: list[list[int]], max_tokens: int) -> list[data.Fork]:
+    """One fork of all choices; of a question too long for the model, whose prompt loses its start, more of it
+    before a longer choice, a fork for each choice."""
+    longest = max(map(len, choices))
+    if longest > max_tokens:
+        raise InputError(f"{where}: {longest} tokens to be scored, the model reads {max_tokens}: "
+                         f"leave it out")
+    if len(prompt) + longest <= max_tokens + 1:
+        return [data.Fork(prompt, choices, "", where)]
+    return [data.Fork(prompt[-(max_tokens + 1 - len(choice)):], [choice], "", where) for choice in choices]
 
 
 # ----------------------------------------------------------------------------------------------------- scores
 
 @torch.no_grad()
-def sequence_logps(model, forks: list[data.Fork], batch_tokens: int, shared: list[int] | None = None):
-    """Yields ([index of a fork], [log-probs of each one's continuations, summed over tokens])
-    a batch of packed forks.
-
-    shared: tokens all prompts begin with; they are computed once.
-    batch_tokens: of a forward pass, at most, but for longer forks.
-    """
-    shared = shared or []
+def fork_logps(model, forks: list[data.Fork], batch_tokens: int):
+    """Yields (index of a fork, log-probs of its continuations, summed over tokens) as they are done. What all
+    prompts begin with is computed once. batch_tokens: of a forward pass, at most, but for longer forks."""
+    if not forks:
+        return
+    shared = common_prefix([fork.prompt for fork in forks])
     prefix = llama.keys_and_values(model, shared)
     rest = [replace(fork, prompt=fork.prompt[len(shared):]) for fork in forks]
     longest = max(fork.length for fork in rest)
     for batch in data.micro_batches(rest, max(batch_tokens, longest), 1, ends=False):
         sums = llama.continuation_logps(model, batch.to(model.head.device), prefix).cpu()
-        sizes = [len(fork.continuations) for fork in batch.forks]
-        yield batch.order, [part.tolist() for part in sums.split(sizes)]
+        parts = sums.split([len(fork.continuations) for fork in batch.forks])
+        yield from zip(batch.order, [part.tolist() for part in parts])
 
 
 def score(model, tokenizer, questions: list[Question], batch_tokens: int = 2048):
-    """Yields (index of a question, its verdict) as they are done, not in order; see multiple_choice."""
-    found, cut = [[None] * len(question.choices) for question in questions], set()
-    for parts in buckets(tokenizer, questions, model.config.max_position_embeddings):
-        shared = common_prefix([part.fork.prompt for part in parts])
-        for order, logps in sequence_logps(model, [part.fork for part in parts], batch_tokens, shared):
-            for part, values in zip([parts[i] for i in order], logps):
-                for choice, value in zip(part.choices, values):
-                    found[part.question][choice] = value
-                cut |= {part.question} if part.cut else set()
-                if None not in found[part.question]:
-                    yield part.question, verdict(questions[part.question], found[part.question],
-                                                 part.question in cut)
+    """Yields (index of a question, its verdict) as they are done, not in order; see multiple_choice.
+    What the questions with one header begin with is computed once."""
+    headers = {}
+    for index, question in enumerate(questions):
+        headers.setdefault(question.header, []).append(index)
+    for indices in headers.values():
+        whole = {}
+        encoded = encode_questions(tokenizer, [questions[index] for index in indices])
+        for index, (prompt, choices) in zip(indices, encoded):
+            question = questions[index]
+            forks = make_forks(question.where, prompt, choices, model.config.max_position_embeddings)
+            if len(forks) == 1:
+                whole[index] = forks[0]
+                continue
+            found = dict(fork_logps(model, forks, batch_tokens))
+            logps = [found[i][0] for i in range(len(forks))]
+            yield index, verdict(question, logps, cut=True)
+        names = list(whole)
+        for i, logps in fork_logps(model, list(whole.values()), batch_tokens):
+            yield names[i], verdict(questions[names[i]], logps, cut=False)
 
 
 def multiple_choice(model, tokenizer, questions: list[Question], batch_tokens: int = 2048) -> list[dict]:
@@ -515,36 +424,40 @@ def multiple_choice(model, tokenizer, questions: list[Question], batch_tokens: i
 
 def verdict(question: Question, logps: list[float], cut: bool) -> dict:
     choice = logps.index(max(logps))                          # the first of equals
-    return {"choice": choice, "correct": choice == question.gold, "logp": logps, "cut": cut}
+    return {
+        "question": question.name,
+        "gold": question.gold,
+        "choice": choice,
+        "correct": choice == question.gold,
+        "logp": logps,
+        "cut": cut}
 
 
 # -------------------------------------------------------------------------------------------------- summaries
 
-def accuracy(correct: list[bool]) -> dict:
-    """Accuracy in %, its standard error (of the sample, n - 1; None for a single question) and n."""
-    n, mean = len(correct), sum(correct) / len(correct)
-    error = 100 * math.sqrt(mean * (1 - mean) / (n - 1)) if n > 1 else None
-    return {"accuracy": 100 * mean, "stderr": error, "n": n}
+def accuracy(*subjects: list[bool]) -> dict:
+    """Accuracy in % over the questions of subjects, n, and the harness's pooled standard error: of the sample
+    (n - 1; None for single questions), so that differences between subjects do not count."""
+    n, right, spread = 0, 0, 0.0
+    for correct in subjects:
+        n += len(correct)
+        right += sum(correct)
+        spread += sum(correct) * (1 - sum(correct) / len(correct))
+    free = n - len(subjects)
+    error = 100 * math.sqrt(spread / free / n) if free else None
+    return {"value": 100 * right / n, "stderr": error, "n": n}
 
 
-def pooled(parts: list[dict]) -> dict:
-    """The accuracy over all questions of several subjects, with the pooled standard error of the harness:
-    the questions' variance within subjects, so that differences between subjects do not count."""
-    n = sum(part["n"] for part in parts)
-    mean = sum(part["n"] * part["accuracy"] for part in parts) / n
-    if n == len(parts):
-        return {"accuracy": mean, "stderr": None, "n": n}
-    squares = sum(part["n"] * (part["n"] - 1) * part["stderr"] ** 2 for part in parts if part["n"] > 1)
-    return {"accuracy": mean, "stderr": math.sqrt(squares / (n - len(parts)) / n), "n": n}
-
-
-def summarise(benchmark: Benchmark, verdicts: list[dict]) -> dict:
-    """{"all", "categories": {name}, "subjects": {name}}, each with accuracy, stderr and n."""
-    subjects = {}
-    for question, result in zip(benchmark.questions, verdicts):
-        subjects.setdefault(question.subject, []).append(result["correct"])
-    subjects = {name: accuracy(correct) for name, correct in subjects.items()}
-    categories = {name: [part for subject, part in subjects.items() if subject in members]
-                  for name, members in benchmark.categories.items()}
-    return {"all": pooled(list(subjects.values())), "subjects": subjects,
-            "categories": {name: pooled(parts) for name, parts in categories.items() if parts}}
+def summarise(benchmark: Benchmark, verdicts: dict[str, dict]) -> dict:
+    """{"all", "categories": {name}, "subjects": {name}} of verdicts by question: each value, stderr, n."""
+    subjects, categories = {}, {}
+    for question in benchmark.questions:
+        subjects.setdefault(question.subject, []).append(verdicts[question.name]["correct"])
+    for name, members in benchmark.categories.items():
+        parts = [correct for subject, correct in subjects.items() if subject in members]
+        if parts:
+            categories[name] = accuracy(*parts)
+    return {
+        "all": accuracy(*subjects.values()),
+        "subjects": {name: accuracy(correct) for name, correct in subjects.items()},
+        "categories": categories}

@@ -14,24 +14,18 @@ import statistics
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from engine.files import InputError, need, read_json, read_records
-from evals.figures import ANSWER_KEYS, MEAN, RESAMPLES, SHARE, Difference, Sample, measure, paired_difference
-from evals.report import in_language, shown_difference, side, table, with_error
+from engine.files import InputError, need, read_json
+from evals.answers import read_lines
+from evals.figures import ANSWER_KEYS, MEAN, RESAMPLES, SHARE, Sample, measure, paired_difference
+from evals.report import in_language, shown, shown_difference, side, table
 
 # ------------------------------------------------------------------------------------------ results on disk
 
 IGNORED_FLAGS = {"out", "seed", "lang", "samples", "method", "baseline", "fresh", "device", "save_every",
                  "dry_run", "eval_every", "merge", "shard"}
 PREFERENCE_FLAGS = {"beta", "preference", "anchor", "lam"}      # plain fine-tuning reads none of them
+RESULTS = ("report.json", "result.json", "config.json", "answers.jsonl")
 SOURCE, TARGET = "source", "target"     # figures carry these in place of language codes, to fit one column
-
-
-@dataclass(frozen=True)
-class Value:
-    """A figure of one model as tables show it; its standard error over questions where it is known."""
-    value: float
-    error: float | None = None
-    digits: int = 2
 
 
 @dataclass
@@ -41,7 +35,7 @@ class Result:
     size: str                                                       # training samples
     method: str
     seed: str
-    figures: dict[str, Value] = field(default_factory=dict)
+    figures: dict[str, dict] = field(default_factory=dict)          # each as in result.json
     samples: dict[str, Sample] = field(default_factory=dict)        # question by question
     curves: dict[str, dict[int, float]] = field(default_factory=dict)    # held-out NLL by place and step
 
@@ -50,132 +44,104 @@ class Result:
         """What is averaged over seeds."""
         return self.language, self.size, self.method
 
-    def add(self, name: str, sample: Sample) -> None:
-        self.samples[name] = sample
-        self.figures[name] = Value(sample.value, sample.error, sample.figure.digits)
 
-
-def load_lines(path: Path, keys: tuple[str, ...]) -> list[dict]:
-    """The objects of a JSONL file, or an InputError that names the line without one of the keys."""
-    found = read_records(path)
-    for where, line in found:
-        for key in keys:
-            need(line, key, where)
-    return [line for _, line in found]
+def holds(directory: Path, name: str, key: str) -> bool:
+    path = directory / name
+    return path.is_file() and key in read_json(path)
 
 
 def is_run(directory: Path) -> bool:
     """Of clo.py, and finished."""
-    return (directory / "report.json").is_file()
+    return holds(directory, "report.json", "methods")
 
 
 def is_begun(directory: Path) -> bool:
     """Of clo.py; models have a config.json, too, without "flags"."""
-    path = directory / "config.json"
-    return path.is_file() and "flags" in read_json(path)
+    return holds(directory, "config.json", "flags")
 
 
-def is_evaluation(directory: Path) -> bool:
-    """Of eval.py, and finished; a method's directory inside a run has a result.json without "figures"."""
-    path = directory / "result.json"
-    return path.is_file() and "figures" in read_json(path)
+def is_finished(directory: Path) -> bool:
+    """A run, or an evaluation; methods inside a run have a result.json without "figures"."""
+    return is_run(directory) or holds(directory, "result.json", "figures")
 
 
 def find_results(paths: list) -> tuple[list[Path], list[Path]]:
     """(directories of finished runs and evaluations that the paths stand for, what holds none of them).
     A file, or a method's directory, stands for what it belongs to, a directory for all that is below it."""
-    paths = [Path(path) for path in paths]
-    missing = [str(path) for path in paths if not path.exists()]
+    missing = [str(path) for path in paths if not Path(path).exists()]
     if missing:
         raise InputError(f"{', '.join(missing)}: no such file or directory; run directories of clo.py and "
                          f"directories of mc, perplexity, judge are compared")
     found, left_out = {}, []
-    for path in paths:
-        directories = results_of(path)
-        for directory in directories:
-            found.setdefault(directory.resolve(), directory)
-        if not directories:
-            left_out.append(path)
-        elif path.is_dir():
-            left_out += unfinished(path)
+    for path in map(Path, paths):
+        below = {file.parent for name in RESULTS for file in path.rglob(name)}
+        owners = [path, path.parent, path.parent.parent]
+        finished = sorted(filter(is_finished, below))
+        if not finished:
+            finished = list(filter(is_finished, owners))[:1]
+        found |= {directory.resolve(): directory for directory in finished}
+        left_out += sorted(filter(is_unfinished, below)) if finished else [path]
     if not found:
         raise InputError(f"{', '.join(map(str, paths))}: neither report.json (a finished run) "
                          f"nor result.json (an evaluation) is there")
     return list(found.values()), list(dict.fromkeys(left_out))
 
 
-def has_result(directory: Path) -> bool:
-    return is_run(directory) or is_evaluation(directory)
+def is_unfinished(directory: Path) -> bool:
+    """A run or evaluation that was begun and has no result; a method's directory belongs to its run."""
+    return not is_finished(directory) and not is_begun(directory.parent) and (
+        is_begun(directory) or (directory / "answers.jsonl").exists())
 
 
-def results_of(path: Path) -> list[Path]:
-    if path.is_dir():
-        files = [*path.rglob("report.json"), *path.rglob("result.json")]
-        directories = {file.parent for file in files}
-        below = sorted(filter(has_result, directories))
-        if below:
-            return below
-    nearest = path if path.is_dir() else path.parent
-    owners = filter(has_result, (nearest, nearest.parent))
-    return list(owners)[:1]
-
-
-def unfinished(directory: Path) -> list[Path]:
-    """Runs and evaluations below a directory that were begun and have no result."""
-    runs = [file.parent for file in directory.rglob("config.json")]
-    begun = list(filter(is_begun, runs))
-    answered = [file.parent for file in directory.rglob("answers.jsonl")]
-    begun += [place for place in answered if not is_begun(place.parent)]
-    return sorted(place for place in begun if not has_result(place))
+Results = list[Result]
 
 
 @dataclass
 class Run:
     """A finished run directory of clo.py."""
     directory: Path
+    lang: str                           # its target language, or several joined by commas
     report: dict
     flags: dict
     labels: dict[str, str]              # what tables call its methods
 
     @property
-    def targets(self) -> list[str]:
-        return self.report["lang"].split(",")
+    def methods(self) -> dict:
+        return self.report["methods"]
 
     def result(self, method: str, target: str) -> Result:
         """What is known of a method before anything is read. A target language is called "sw", or
         "sw (sw,yo)" where the run had several."""
-        lang = self.report["lang"]
-        language = target if target == lang else f"{target} ({lang})"
+        language = target if target == self.lang else f"{target} ({self.lang})"
         size, seed = str(self.report["samples"]), str(self.report["seed"])
         return Result(language, size, self.labels.get(method, method), seed)
 
 
 def open_run(directory: Path) -> Run:
-    config, report = directory / "config.json", directory / "report.json"
-    flags = need(read_json(config), "flags", config)
-    found = read_json(report)
+    path = directory / "report.json"
+    report = read_json(path)
     for key in ("methods", "lang", "samples", "seed"):
-        need(found, key, report)
-    return Run(directory, found, flags, {})
+        need(report, key, path)
+    path = directory / "config.json"
+    flags = need(read_json(path), "flags", path)
+    return Run(directory, report["lang"], report, flags, {})
 
 
 def label_methods_(runs: list[Run]) -> None:
     """Name methods by the flags, beyond those the table shows, in which their runs on one language differ."""
-    values = {}
-    for run in runs:
-        for method in run.report["methods"]:
-            for name in run.flags.keys() - unread_flags(method, run.flags):
-                found = values.setdefault((method, run.report["lang"], name), set())
-                found.add(json.dumps(run.flags[name]))
     differing = {}
-    for (method, _, name), found in values.items():
-        if len(found) > 1:
-            differing.setdefault(method, set()).add(name)
     for run in runs:
-        for method in run.report["methods"]:
-            names = sorted(differing.get(method, ()))
-            told = [f"{name.replace('_', '-')}={run.flags.get(name)}" for name in names]
-            run.labels[method] = " ".join([method, *told])
+        for other in runs:
+            common = run.methods.keys() & other.methods.keys() if run.lang == other.lang else ()
+            names = {name for name in run.flags if run.flags[name] != other.flags.get(name)}
+            for method in common:
+                differing.setdefault(method, set()).update(names - unread_flags(method, run.flags))
+    for run in runs:
+        for method in run.methods:
+            label = method
+            for name in sorted(differing[method]):
+                label += f" {name.replace('_', '-')}={run.flags.get(name)}"
+            run.labels[method] = label
 
 
 def unread_flags(method: str, flags: dict) -> set[str]:
@@ -186,30 +152,27 @@ def unread_flags(method: str, flags: dict) -> set[str]:
     return IGNORED_FLAGS | PREFERENCE_FLAGS if plain else IGNORED_FLAGS
 
 
-def read_run(run: Run) -> list[Result]:
+def read_run(run: Run) -> Results:
     """The methods of a run, one Result for each target language."""
     source, results = run.flags.get("source", "en"), []
-    for method, scores in run.report["methods"].items():
-        directory = run.directory / method
-        answers = load_lines(directory / "answers.jsonl", ANSWER_KEYS)
-        metrics = directory / "metrics.jsonl"
-        steps = load_lines(metrics, ()) if metrics.is_file() else []
-        for target in run.targets:
+    for method, scores in run.methods.items():
+        answers = read_lines(run.directory / method / "answers.jsonl", ANSWER_KEYS)
+        metrics = run.directory / method / "metrics.jsonl"
+        steps = read_lines(metrics) if metrics.is_file() else []
+        for target in run.lang.split(","):
             result = run.result(method, target)
             for place, language in ((SOURCE, source), (TARGET, target)):
                 for sample in measure(in_language(answers, language)).values():
-                    result.add(f"{place} {sample.figure.title}", sample)
-                key = f"nll_{side(language, source, run.report['lang'])}"
-                add_nll_(result, place, key, scores.get("heldout", {}), steps)
+                    name = f"{place} {sample.figure.title}"
+                    result.samples[name] = sample
+                    result.figures[name] = sample.told()
+                key = f"nll_{side(language, source, run.lang)}"
+                if key in scores["heldout"]:
+                    result.figures[f"{place} nll"] = {"value": scores["heldout"][key], "digits": 3}
+                validated = [line for line in steps if key in line]
+                result.curves[place] = {line["step"]: line[key] for line in validated}
             results.append(result)
     return results
-
-
-def add_nll_(result: Result, place: str, key: str, heldout: dict, steps: list[dict]) -> None:
-    """Held-out NLL after training, and its curve over the steps."""
-    if key in heldout:
-        result.figures[f"{place} nll"] = Value(heldout[key], digits=3)
-    result.curves[place] = {line["step"]: line[key] for line in steps if key in line}
 
 
 def origins(settings: dict, runs: list[Run]) -> list[tuple[Run, str]]:
@@ -220,179 +183,160 @@ def origins(settings: dict, runs: list[Run]) -> list[tuple[Run, str]]:
     for run in runs:
         if run.directory.resolve() == trained.parent:
             return [(run, trained.name)]
-    if settings.get("adapter") or not named:
+    if settings.get("adapter"):
         return []
-    return [(run, "base") for run in runs
-            if named in (run.flags.get("base"), run.flags.get("model"))]
+    begun = [run for run in runs if named and named in (run.flags.get("base"), run.flags.get("model"))]
+    return [(run, "base") for run in begun]
 
 
-def read_evaluation(directory: Path, runs: list[Run]) -> list[Result]:
+def read_evaluation(directory: Path, runs: list[Run]) -> Results:
     """What `eval.py mc`, `perplexity` or `judge` wrote:
     the figures of one model, in the rows of the run it came from."""
     path = directory / "result.json"
-    found = read_json(path)
-    settings, figures = need(found, "settings", path), need(found, "figures", path)
-    language, results = settings.get("language") or "-", []
+    written = read_json(path)
+    settings, results = need(written, "settings", path), []
+    language = settings.get("language") or "-"
     for run, method in origins(settings, runs):
+        targets = run.lang.split(",")
         # a benchmark's figures name its own language
-        of_one = language in run.targets or (language != "-" and "benchmark" not in settings)
-        for target in [language] if of_one else run.targets:
-            results.append(run.result(method, target))
-    if not results:
-        model = settings.get("adapter") or settings.get("model") or directory.name
-        results = [Result(language, "-", str(model), "-")]
-    lines = [line for line in load_lines(directory / "answers.jsonl", ()) if "scores" in line]
-    for name, figure in figures.items():
-        scores = {line["question"]: line["scores"][name]
-                  for line in lines if name in line["scores"]}
-        value = Value(figure["value"], figure.get("stderr"), figure.get("digits", 2))
-        for result in results:
-            result.figures[name] = value
-            if scores:
-                result.samples[name] = scored_sample(scores)
+        if language in targets or language != "-" and "benchmark" not in settings:
+            targets = [language]
+        results += [run.result(method, target) for target in targets]
+    model = settings.get("adapter") or settings.get("model") or directory.name
+    results = results or [Result(language, "-", str(model), "-")]
+    samples = scored_samples(read_lines(directory / "answers.jsonl"))
+    for result in results:
+        result.figures |= written["figures"]
+        result.samples |= samples
     return results
 
 
-def scored_sample(scores: dict[str, float]) -> Sample:
-    """Of {question: score in %}."""
-    figure = SHARE if set(scores.values()) <= {0, 100} else MEAN
-    counts = {question: figure.of_line(score) for question, score in scores.items()}
-    return Sample(figure, counts)
+def scored_samples(lines: list[dict]) -> dict[str, Sample]:
+    """{figure: its sample} of lines with "scores" in %."""
+    scores = {}
+    for line in lines:
+        for name, score in line.get("scores", {}).items():
+            scores.setdefault(name, {})[line["question"]] = score
+    samples = {}
+    for name, found in scores.items():
+        kind = SHARE if set(found.values()) <= {0, 100} else MEAN
+        counts = {question: kind.of_line(score) for question, score in found.items()}
+        samples[name] = Sample(kind, counts)
+    return samples
 
 
-def read_results(directories: list[Path]) -> list[Result]:
-    """Results of run and evaluation directories, those of one trained model merged."""
+def read_results(directories: list[Path]) -> Results:
+    """Results of run and evaluation directories, those of one trained model merged. InputError when a model
+    has two figures of one name that differ."""
     runs = [open_run(directory) for directory in directories if is_run(directory)]
     label_methods_(runs)
-    found = [(run.directory, result) for run in runs for result in read_run(run)]
-    for directory in directories:
-        if not is_run(directory):
-            found += [(directory, result) for result in read_evaluation(directory, runs)]
+    found = [(run.directory, read_run(run)) for run in runs]
+    found += [(directory, read_evaluation(directory, runs)) for directory in directories
+              if not is_run(directory)]
     merged = {}
-    for directory, result in found:
-        known = merged.setdefault((*result.row, result.seed), result)
-        if known is not result:
-            merge_(known, result, directory)
+    for directory, results in found:
+        for result in results:
+            known = merged.setdefault((*result.row, result.seed), result)
+            for name, figure in result.figures.items():
+                if known.figures.setdefault(name, figure)["value"] != figure["value"]:
+                    raise InputError(f"{directory}: a second, different {name!r} for {' '.join(known.row)}, "
+                                     f"seed {known.seed}: compare one of the two at a time")
+            known.samples |= result.samples
     return list(merged.values())
-
-
-def merge_(known: Result, other: Result, directory: Path) -> None:
-    """Add the figures of `other` to those of the same model; InputError when both have one that differs."""
-    for name, figure in other.figures.items():
-        if known.figures.setdefault(name, figure).value != figure.value:
-            raise InputError(f"{directory}: a second, different {name!r} for {' '.join(known.row)}, "
-                             f"seed {known.seed}: compare one of the two at a time")
-    known.samples |= other.samples
 
 
 # ------------------------------------------------------------------------------------------------- comparison
 
-COLUMNS = 7                             # figures side by side in a table
-Rows = dict[tuple[str, str, str], list[Result]]     # {(language, samples, method): its results over seeds}
+Rows = dict[tuple[str, str, str], Results]      # {(language, samples, method): its results over seeds}
 
 
-def mean_and_error(values: list[float]) -> tuple[float, float | None]:
-    """Mean, and its standard error over the values (None for a single one)."""
-    mean = statistics.fmean(values)
-    if len(values) == 1:
-        return mean, None
-    return mean, statistics.stdev(values) / math.sqrt(len(values))
-
-
-def by_row(results: list[Result]) -> Rows:
+def by_row(results: Results) -> Rows:
     """Results that differ only in the seed,
     in the order of languages, sample sizes and the order they were given."""
     rows = {}
     for result in results:
         rows.setdefault(result.row, []).append(result)
-    return {row: rows[row] for row in sorted(rows, key=language_and_size)}
+    return dict(sorted(rows.items(), key=lambda item: language_and_size(*item[0])))
 
 
-def language_and_size(row: tuple[str, str, str]) -> tuple[str, int]:
-    language, size, _ = row
+def language_and_size(language: str, size: str, method: str) -> tuple[str, int]:
     return language, int(size) if size.isdigit() else -1
 
 
-def shown(name: str, results: list[Result]) -> str:
-    """A cell: mean ± standard error over seeds; with one seed over questions, where that is known."""
+def over_seeds(name: str, results: Results) -> dict | None:
+    """A figure's mean ± standard error over seeds; with one seed over questions, where that is known."""
     found = [result.figures[name] for result in results if name in result.figures]
-    if not found:
-        return "-"
-    mean, error = mean_and_error([figure.value for figure in found])
-    if error is None:
-        error = found[0].error
-    return with_error(mean, error, found[0].digits)
+    if len(found) < 2:
+        return found[0] if found else None
+    values = [figure["value"] for figure in found]
+    error = statistics.stdev(values) / math.sqrt(len(values))
+    return found[0] | {"value": statistics.fmean(values), "stderr": error}
 
 
-def column_groups(names: list[str]) -> list[list[str]]:
-    """Figures that stand side by side: those of the source, of the target language, of evaluations."""
-    groups = {SOURCE: [], TARGET: [], "": []}
-    for name in names:
-        place = name.split(" ")[0]
-        groups[place if place in groups else ""].append(name)
-    parts = []
-    for group in groups.values():
-        parts += [group[first:first + COLUMNS] for first in range(0, len(group), COLUMNS)]
-    return parts
+def names_in(dicts: list[dict]) -> list[str]:
+    """The keys of all of them, in order."""
+    names = {}
+    for each in dicts:
+        names |= dict.fromkeys(each)
+    return list(names)
 
 
 def figure_tables(rows: Rows) -> list[str]:
-    """All figures; a row stands only in tables where it has one."""
-    names = {}
-    for group in rows.values():
-        for result in group:
-            names |= dict.fromkeys(result.figures)
+    """All figures: those of the source, of the target language, of evaluations. A row stands only in tables
+    where it has one."""
+    parts = {SOURCE: [], TARGET: [], "": []}
+    results = sum(rows.values(), [])
+    for name in names_in([result.figures for result in results]):
+        place = name.split(" ")[0]
+        parts[place if place in parts else ""].append(name)
     tables = []
-    for part in column_groups(list(names)):
+    for names in filter(None, parts.values()):
         lines = []
         for row, group in rows.items():
-            cells = [shown(name, group) for name in part]
-            if any(cell != "-" for cell in cells):
+            values = [over_seeds(name, group) for name in names]
+            if any(values):
+                cells = map(shown, values)
                 lines.append([*row, str(len(group)), *cells])
-        tables.append(table(["language", "samples", "method", "seeds", *part], lines))
+        tables.append(table(["language", "samples", "method", "seeds", *names], lines))
     return tables
 
 
-def samples_of(group: list[Result]) -> dict[str, list[Sample]]:
-    """{figure: its samples over seeds}"""
-    samples = {}
-    for result in group:
-        for name, sample in result.samples.items():
-            samples.setdefault(name, []).append(sample)
-    return samples
+def samples_of(group: Results, name: str) -> list[Sample]:
+    """Those of a figure over seeds."""
+    return [result.samples[name] for result in group if name in result.samples]
 
 
 def differences(rows: Rows, baseline: str) -> tuple[list[list[str]], int]:
     """(a line for each figure that can be paired with the baseline's,
     how many more have no difference anywhere)."""
     lines, equal = [], 0
-    for row, group in rows.items():
-        language, size, method = row
-        base = samples_of(rows.get((language, size, baseline), []))
-        own = samples_of(group) if method != baseline else {}
-        for name in own:
-            found = paired_difference(own[name], base[name]) if name in base else None
-            if found and found.nowhere:
+    for (language, size, method), group in rows.items():
+        base = rows.get((language, size, baseline), group)
+        if base is group:
+            continue
+        for name in names_in([result.samples for result in group]):
+            own, others = samples_of(group, name), samples_of(base, name)
+            found = paired_difference(own, others) if others else None
+            if not found:
+                continue
+            if found.nowhere:
                 equal += 1
-            elif found:
-                cells = difference_cells(found, own[name][0].figure.digits)
-                lines.append([*row, name, *cells])
+            else:
+                digits = own[0].figure.digits
+                interval = f"{found.low:+.{digits}f} to {found.high:+.{digits}f}"
+                chance = f"{found.p:.4f}" if found.p else f"<{2 / RESAMPLES:.4f}"
+                difference = shown_difference(found, digits)
+                cells = [difference, interval, chance, str(found.questions)]
+                lines.append([language, size, method, name, *cells])
     return lines, equal
 
 
-def difference_cells(found: Difference, digits: int) -> list[str]:
-    difference = shown_difference(found, digits)
-    interval = f"{found.low:+.{digits}f} to {found.high:+.{digits}f}"
-    chance = f"{found.p:.4f}" if found.p else f"<{2 / RESAMPLES:.4f}"
-    return [difference, interval, chance, str(found.questions)]
-
-
-def comparison_text(results: list[Result], baseline: str) -> str:
+def comparison_text(results: Results, baseline: str) -> str:
     """Markdown: tables of all figures, and one of paired differences from the baseline."""
     rows = by_row(results)
     text = ["Mean over seeds ± its standard error; with one seed ± standard error over questions where it is "
             "known. In %, but for chrF (0 to 100), bits per byte and NLL per token.", *figure_tables(rows)]
-    methods = list(dict.fromkeys(row[2] for row in rows))
+    methods = list(dict.fromkeys(method for _, _, method in rows))
     if baseline not in methods:
         text += [f"No method here is called {baseline}, so there are no paired differences; "
                  f"--baseline takes {', '.join(methods)}."]
@@ -414,30 +358,17 @@ def settings_of(directory: Path) -> dict:
     config = read_json(directory / "config.json")
     methods = read_json(directory / "report.json")["methods"]
     first = next(iter(methods.values()))
-    return {"hashes": config.get("inputs", {}),
-            "decoding": first.get("decoding", {}),
-            "eval_split": config["flags"].get("eval_split")}
+    return {
+        "hashes": config.get("inputs", {}),
+        "decoding": first.get("decoding", {}),
+        "eval_split": config["flags"].get("eval_split")}
 
 
 def settings_text(directories: list[Path]) -> str:
-    """Settings of all directories: for those of one kind what they share once, then what differs."""
-    lines, kinds = ["Settings:"], {}
+    """Settings, once for all directories that share them."""
+    groups = {}
     for directory in directories:
-        settings = settings_of(directory)
-        kinds.setdefault(tuple(settings), {})[directory] = settings
-    for group in kinds.values():
-        names = ", ".join(map(str, group))
-        shared = common_items(list(group.values()))
-        lines.append(f"- {names}: {json.dumps(shared, ensure_ascii=False)}")
-        for directory, settings in group.items():
-            own = {key: value for key, value in settings.items() if key not in shared}
-            if own:
-                lines.append(f"  - {directory}: {json.dumps(own, ensure_ascii=False)}")
-    return "\n".join(lines)
-
-
-def common_items(dicts: list[dict]) -> dict:
-    """What all of these dicts with the same keys say alike."""
-    first, *others = dicts
-    return {key: value for key, value in first.items()
-            if all(other[key] == value for other in others)}
+        told = json.dumps(settings_of(directory), ensure_ascii=False)
+        groups.setdefault(told, []).append(str(directory))
+    lines = [f"- {', '.join(names)}: {told}" for told, names in groups.items()]
+    return "\n".join(["Settings:", *lines])

@@ -98,17 +98,9 @@ class Figure:
     digits: int = 1
 
 
-def count_correct(line: dict) -> Counts:
-    return line["correct"], 1
-
-
 def count_language(line: dict) -> Counts | None:
     right = line["reply_language"] == line["language"]
     return (right, 1) if line["judged"] else None
-
-
-def count_ngrams(line: dict) -> Counts:
-    return chrf_counts(line["reply"], line["expected"])
 
 
 def count_bits(line: dict) -> Counts | None:
@@ -119,20 +111,16 @@ def count_bits(line: dict) -> Counts | None:
     return nats / math.log(2), len(line["expected"].encode())
 
 
-def count_characters(line: dict) -> Counts:
-    return len(line["reply"]), len(line["expected"])
-
-
 def count_ends(line: dict) -> Counts | None:
     return (line["ends"], 1) if "ends" in line else None
 
 
 FIGURES = (
-    Figure("correct", "correct", percentage, count_correct, is_share=True),
+    Figure("correct", "correct", percentage, lambda line: (line["correct"], 1), is_share=True),
     Figure("right_language", "in language", percentage, count_language, is_share=True),
-    Figure("chrf", "chrF", chrf, count_ngrams),
+    Figure("chrf", "chrF", chrf, lambda line: chrf_counts(line["reply"], line["expected"])),
     Figure("bits_per_byte", "bits/byte", ratio, count_bits, digits=3),
-    Figure("length", "length", percentage, count_characters),
+    Figure("length", "length", percentage, lambda line: (len(line["reply"]), len(line["expected"]))),
     Figure("ends", "ends", percentage, count_ends, is_share=True))
 
 # what other evaluations score question by question, in %
@@ -153,26 +141,30 @@ class Sample:
 
     @property
     def value(self) -> float:
-        sums = self.table.sum(0)
-        return float(self.figure.of_sums(sums))
+        return float(self.figure.of_sums(self.table.sum(0)))
 
     @property
     def error(self) -> float | None:
         """Standard error over questions: binomial for a share, else the jackknife's; None for one."""
-        n = len(self.counts)
+        n, table = len(self.counts), self.table
         if self.figure.is_share:
             return binomial_error(self.value, n)
-        table = self.table
         without = self.figure.of_sums(table.sum(0) - table)        # (questions,): the figure without each
         error = math.sqrt(n - 1) * float(without.std())
         return error if n > 1 and math.isfinite(error) else None
+
+    def told(self) -> dict:
+        """As result.json has a figure, and all tables show it."""
+        return {
+            "value": self.value,
+            "stderr": self.error,
+            "n": len(self.counts),
+            "digits": self.figure.digits}
 
 
 def binomial_error(value: float, n: int) -> float:
     """Standard error, in points, of a percentage over n independent trials;
     by Wilson's centre, so that it is not 0 at 0 and 100 % (Wilson 1927)."""
-    if n == 0:
-        return 0.0
     p = (value / 100 * n + 0.5) / (n + 1)
     return 100 * math.sqrt(p * (1 - p) / n)
 
@@ -213,17 +205,19 @@ def languages_told(lines: list[dict]) -> dict[str, int]:
     of unsure language, in two, in none of the run's; and how many are so short that the verdict says little
     (a Chinese character is a letter), with how many of these count as right."""
     judged = [line for line in lines if line["judged"]]
-    right = [line for line in judged if line["reply_language"] == line["language"]]
     found = Counter(line["reply_language"] for line in judged)
+    right = Counter(line["reply_language"] == line["language"] for line in judged)
+    short = Counter(line["reply_language"] == line["language"] for line in judged
+                    if letters(line["reply"]) < SHORT_REPLY)
     unsure, mixed, other = found[None], found[MIXED], found[OTHER]
     return {
         "n_language": len(judged),
-        "elsewhere": len(judged) - len(right) - unsure - mixed - other,
+        "elsewhere": right[False] - unsure - mixed - other,
         "unsure": unsure,
         "mixed": mixed,
         "other": other,
-        "short": sum(letters(line["reply"]) < SHORT_REPLY for line in judged),
-        "short_right": sum(letters(line["reply"]) < SHORT_REPLY for line in right)}
+        "short": short.total(),
+        "short_right": short[True]}
 
 
 # ------------------------------------------------------------------------------------------------- difference
@@ -251,7 +245,8 @@ class Difference:
 def drawn_questions(n: int) -> np.ndarray:
     """(RESAMPLES, n): how often each of n questions is in each draw of n."""
     chance = np.full(n, 1 / n)
-    return np.random.default_rng(0).multinomial(n, chance, RESAMPLES).astype(np.float32)
+    draws = np.random.default_rng(0).multinomial(n, chance, RESAMPLES)
+    return draws.astype(np.float32)
 
 
 def paired_difference(one: list[Sample], other: list[Sample]) -> Difference | None:
@@ -262,28 +257,28 @@ def paired_difference(one: list[Sample], other: list[Sample]) -> Difference | No
     the same on a handful of questions would look certain.
     """
     figure = one[0].figure
-    answered = [sample.counts.keys() for sample in one + other]
-    shared = sorted(set.intersection(*map(set, answered)))
+    answered = [set(sample.counts) for sample in one + other]
+    shared = sorted(set.intersection(*answered))
     if not shared:
         return None
-    one_counts, other_counts = counts_of(one, shared), counts_of(other, shared)
+    own, base = counts_of(one, shared), counts_of(other, shared)
     everything = np.ones(len(shared))
-    value = of_seeds(figure, one_counts, everything) - of_seeds(figure, other_counts, everything)
+    value = of_seeds(figure, own, everything) - of_seeds(figure, base, everything)
     if math.isnan(value):
         return None
-    nowhere = bool(np.array_equal(one_counts.mean(0), other_counts.mean(0)))
+    nowhere = bool(np.array_equal(own.mean(0), base.mean(0)))
     if figure.is_share:
         half = math.sqrt(0.5)               # the variance of Agresti and Min's four half questions
-        one_counts = with_questions(one_counts, (half, 1), (0, 1))
-        other_counts = with_questions(other_counts, (0, 1), (half, 1))
-    draws = drawn_questions(one_counts.shape[1])
-    gaps = of_seeds(figure, one_counts, draws) - of_seeds(figure, other_counts, draws)
+        own = with_questions(own, (half, 1), (0, 1))
+        base = with_questions(base, (0, 1), (half, 1))
+    draws = drawn_questions(own.shape[1])
+    gaps = of_seeds(figure, own, draws) - of_seeds(figure, base, draws)
     outside = (1 - CERTAINTY) / 2
     low, high = np.nanquantile(gaps, (outside, 1 - outside))
     tail = min((gaps <= 0).mean(), (gaps >= 0).mean())
-    p = min(1.0, 2 * float(tail))
-    error = float(np.nanstd(gaps))
-    return Difference(float(value), error, float(low), float(high), p, len(shared), nowhere)
+    p = min(1, 2 * tail)
+    numbers = map(float, (value, np.nanstd(gaps), low, high, p))
+    return Difference(*numbers, len(shared), nowhere)
 
 
 def counts_of(samples: list[Sample], keys: list[Key]) -> np.ndarray:
@@ -292,14 +287,14 @@ def counts_of(samples: list[Sample], keys: list[Key]) -> np.ndarray:
     return np.array(tables, dtype=float)
 
 
-def with_questions(counts: np.ndarray, *more: Counts) -> np.ndarray:
-    """Counts (seeds, questions, K) with more questions, the same in every seed."""
-    rows = np.broadcast_to(more, (len(counts), *np.shape(more)))
-    return np.concatenate((counts, rows), axis=1)
-
-
 def of_seeds(figure: Figure, counts: np.ndarray, weights: np.ndarray) -> np.ndarray:
     """The figure under weights of the questions, (..., n) -> (...), averaged over seeds.
     counts (seeds, n, K)."""
     values = [figure.of_sums(weights @ table) for table in counts]
     return np.mean(values, axis=0)
+
+
+def with_questions(counts: np.ndarray, *more: Counts) -> np.ndarray:
+    """Counts (seeds, questions, K) with more questions, the same in every seed."""
+    rows = np.broadcast_to(more, (len(counts), *np.shape(more)))
+    return np.concatenate((counts, rows), axis=1)

@@ -1,4 +1,4 @@
-"""Held-out pairs during training: rewards, margins and accuracies split by direction, and the NLL of right responses.
+"""Held-out pairs during training: rewards, margins, accuracies by direction, and the NLL of right responses.
 
 TRL's metric names, with a side behind each: `en` the source, `tgt` all targets, and where there are several
 targets each of them as `tgt_sw`. Watch nll_en: a preference loss alone lets it rise.
@@ -18,64 +18,84 @@ from engine.progress import progress
 SHOWN = {"nll": "nll_", "accuracy": "rewards/accuracies_", "margin": "rewards/margins_"}
 SAMPLE_ROWS = 2                 # held-out rows whose questions every validation asks
 
+Metrics = dict[str, float]
+Sums = list[Tensor]             # of each batch the log-probs of its continuations, (S,)
+
 
 def sides(side: Tensor, targets: list[str]) -> dict[str, Tensor]:
     """Masks of the directions that metrics are split by, those without a member left out. side (P,) as in
     data.Batch."""
     masks = {"en": side == 0, "tgt": side > 0}
     if len(targets) > 1:
-        masks |= {f"tgt_{target}": side == number for number, target in enumerate(targets, 1)}
+        for number, target in enumerate(targets, 1):
+            masks[f"tgt_{target}"] = side == number
     return {name: mask for name, mask in masks.items() if mask.any()}
 
 
-def pair_metrics(rewards: Tensor, logps: Tensor, side: Tensor, targets: list[str]) -> dict[str, float]:
+def pair_metrics(rewards: Tensor, logps: Tensor, side: Tensor, targets: list[str]) -> Metrics:
     """Means over the pairs of each direction. rewards, logps (2, P): chosen, rejected; side (P,)."""
+    values = {
+        "rewards/chosen": rewards[0],
+        "rewards/rejected": rewards[1],
+        "rewards/margins": rewards[0] - rewards[1],
+        "rewards/accuracies": (rewards[0] > rewards[1]).double(),
+        "logps/chosen": logps[0],
+        "logps/rejected": logps[1]}
     metrics = {}
     for name, mask in sides(side, targets).items():
-        chosen, rejected = rewards[:, mask]
-        values = {
-            "rewards/chosen": chosen,
-            "rewards/rejected": rejected,
-            "rewards/margins": chosen - rejected,
-            "rewards/accuracies": (chosen > rejected).double(),
-            "logps/chosen": logps[0, mask],
-            "logps/rejected": logps[1, mask]}
-        metrics |= {f"{key}_{name}": value.mean().item() for key, value in values.items()}
+        for key, value in values.items():
+            mean = value[mask].mean()
+            metrics[f"{key}_{name}"] = mean.item()
     return metrics
 
 
 def step_metrics(result: dict[str, Tensor], batches: list, targets: list[str], started: float) -> dict:
     """What metrics.jsonl says of an optimiser step (clo.train_step's result) that began at `started`. Here a
     step waits for the device, and nowhere before."""
-    metrics = {name: result[name].item() for name in ("loss", "nll", "grad_norm")}
+    metrics = {
+        "loss": result["loss"].item(),
+        "nll": result["nll"].item(),
+        "grad_norm": result["grad_norm"].item()}
     seconds = time.perf_counter() - started
     side = torch.cat([batch.side[batch.chosen] for batch in batches])
-    metrics |= pair_metrics(result["rewards"].cpu(), result["logps"].cpu(), side, targets)
+    rewards, logps = result["rewards"].cpu(), result["logps"].cpu()
+    metrics |= pair_metrics(rewards, logps, side, targets)
     tokens = sum(batch.used for batch in batches)
-    return metrics | {"tokens": tokens, "tokens_per_second": tokens / seconds, "seconds": seconds,
-                      "peak_memory_gb": scale.peak_memory_gb()}
+    return metrics | {
+        "tokens": tokens,
+        "tokens_per_second": tokens / seconds,
+        "seconds": seconds,
+        "peak_memory_gb": scale.peak_memory_gb()}
 
 
 @torch.no_grad()
-def summed_logps(model: llama.Llama, batches: list, label: str) -> list[Tensor]:
+def summed_logps(model, batches: list, label: str) -> Sums:
     """continuation_logps of every batch in order, on the CPU: the code path of training without gradient."""
     shares = ranks.deal(len(batches))
     sums = []
     for i, counted in progress(shares, desc=label, unit="batch", disable=not label):
-        logp = llama.continuation_logps(model, batches[i].to(model.head.device)).cpu()
+        batch = batches[i].to(model.head.device)
+        logp = llama.continuation_logps(model, batch)
         if counted:
-            sums.append(logp)
+            sums.append(logp.cpu())
     return ranks.gather(sums)
 
 
-def sample_answers(model: llama.Llama, forks: list, tokenizer, max_tokens: int) -> list[dict]:
+def sample_answers(model, forks: list, tokenizer, max_tokens: int) -> list[dict]:
     """Greedy answers to the prompts of forks: numbers can look well while the text does not."""
-    decode = tokenizer.decode
+    prompts = [fork.prompt for fork in forks]
     with progress(total=len(forks), desc="sample answers", unit="reply", leave=False) as bar:
-        replies = llama.generate(model, [fork.prompt for fork in forks], max_tokens, tokenizer.stop_ids,
+        replies = llama.generate(model, prompts, max_tokens, tokenizer.stop_ids,
                                  progress=bar.update)
-    return [{"row_id": fork.row, "language": fork.language, "reply": decode(reply).strip(),
-             "expected": decode(fork.continuations[0]).strip()} for fork, reply in zip(forks, replies)]
+    answers = []
+    for fork, reply in zip(forks, replies):
+        expected = fork.continuations[0]
+        answers.append({
+            "row_id": fork.row,
+            "language": fork.language,
+            "reply": tokenizer.decode(reply).strip(),
+            "expected": tokenizer.decode(expected).strip()})
+    return answers
 
 
 @dataclass
@@ -93,16 +113,16 @@ class Validation:
     def batches(self) -> list:
         return [batch for step in self.steps for batch in step]
 
-    def logps(self, model: llama.Llama, label: str) -> list[Tensor]:
+    def logps(self, model, label: str) -> Sums:
         return summed_logps(model, self.batches, label)
 
-    def score(self, policy: list[Tensor], reference: list[Tensor]) -> dict[str, float]:
+    def score(self, policy: Sums, reference: Sums) -> Metrics:
         return score(self.batches, policy, reference, self.beta, self.targets)
 
-    def report(self, model: llama.Llama, step: int, policy: list[Tensor], reference: list[Tensor],
+    def report(self, model, step: int, policy: Sums, reference: Sums,
                untrained: bool) -> dict:
-        """Figures and sample answers for metrics.jsonl, printed too. All methods begin with one untrained model:
-        it is asked once."""
+        """Figures and sample answers for metrics.jsonl, printed too. All methods begin with one untrained
+        model: it is asked once."""
         answers = self.untrained if untrained else None
         if answers is None:
             forks = [fork for group in self.groups[:SAMPLE_ROWS] for fork in group]
@@ -114,17 +134,20 @@ class Validation:
         return figures | {"answers": answers}
 
 
-def score(batches: list, policy: list[Tensor], reference: list[Tensor], beta: float,
-          targets: list[str]) -> dict[str, float]:
-    """Metrics of held-out batches from the summed log-probs (S,) of each under the policy and the reference."""
+def score(batches: list, policy: Sums, reference: Sums, beta: float,
+          targets: list[str]) -> Metrics:
+    """Metrics of held-out batches from their sums under the policy and the reference."""
     rewards, logps, nll = [], [], []
     for batch, now, before in zip(batches, policy, reference):
         pair = torch.stack((batch.chosen, batch.rejected))
+        gained = now - before
         logps.append(now[pair])
-        rewards.append(beta * (now - before)[pair])
+        rewards.append(beta * gained[pair])
         nll.append(-now[batch.right])
+    rewards = torch.cat(rewards, 1)
+    logps = torch.cat(logps, 1)
     side = torch.cat([batch.side[batch.chosen] for batch in batches])
-    metrics = pair_metrics(torch.cat(rewards, 1), torch.cat(logps, 1), side, targets)
+    metrics = pair_metrics(rewards, logps, side, targets)
     nll = torch.cat(nll)
     tokens = torch.cat([batch.length[batch.right] for batch in batches])
     side = torch.cat([batch.side[batch.right] for batch in batches])
@@ -138,11 +161,14 @@ def describe(step: int, metrics: dict, answers: list[dict]) -> str:
     """What the loop prints of a validation: a line of figures by side, a line for each sample answer."""
     parts = []
     for name, start in SHOWN.items():
-        figures = [f"{key.removeprefix(start)} {value:.3f}"
-                   for key, value in metrics.items() if key.startswith(start)]
+        figures = []
+        for key, value in metrics.items():
+            if key.startswith(start):
+                figures.append(f"{key.removeprefix(start)} {value:.3f}")
         parts.append(f"{name} {', '.join(figures)}")
-    lines = [f"held-out, step {step}: {'; '.join(parts)}"]
+    text = f"held-out, step {step}: {'; '.join(parts)}"
     for answer in answers:
-        wanted = "" if answer["reply"] == answer["expected"] else f"  (expected: {answer['expected']})"
-        lines.append(f"    {answer['language']}: {answer['reply']}{wanted}")
-    return "\n".join(lines)
+        text += f"\n    {answer['language']}: {answer['reply']}"
+        if answer["reply"] != answer["expected"]:
+            text += f"  (expected: {answer['expected']})"
+    return text

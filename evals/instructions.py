@@ -5,8 +5,8 @@ from pathlib import Path
 
 import translate
 from engine.files import InputError, Journal, as_kind, check_unicode, fingerprint, need, read_records
-from engine.progress import progress
-from evals.answers import HASH_DIGITS, Decoding
+from evals.answers import Decoding
+from evals.systems import keep
 from formats.languages import normal
 from formats.records import refuse_duplicates
 
@@ -14,17 +14,16 @@ TRANSLATED_AT_ONCE = 16     # instructions between two writes
 
 
 def read_instructions(path, language: str) -> list[dict]:
-    """[{"instruction", "dataset"}] of a file in alpaca_eval's format,
+    """[{"dataset", "instruction"}] of a file in alpaca_eval's format,
     or of parallel rows that hold the language."""
     found = []
     for where, record in read_records(path):
-        sides = {normal(key): side for key, side in as_kind(record, dict, where).items()}
-        own = sides.get(language)
-        if isinstance(own, dict) and "prompt" in own:
-            text = own["prompt"]
-        else:
-            text = need(record, "instruction", where)
-        item = {"instruction": as_kind(text, str, where), "dataset": record.get("dataset")}
+        own = None
+        for key, side in as_kind(record, dict, where).items():
+            if normal(key) == language and isinstance(side, dict):
+                own = side.get("prompt")
+        text = need(record, "instruction", where) if own is None else own
+        item = {"dataset": record.get("dataset"), "instruction": as_kind(text, str, where)}
         found.append((where, check_unicode(item, where)))
     refuse_duplicates([(where, item["instruction"]) for where, item in found])
     if not found:
@@ -34,33 +33,25 @@ def read_instructions(path, language: str) -> list[dict]:
 
 def translate_instructions(items: list[dict], model: str, device: str, source: str, language: str,
                            beams: int) -> list[dict]:
-    """The items in a language. The translation is kept under a hash of what made it, so that every system
-    gets the same strings, byte for byte: alpaca_eval joins answers on them."""
+    """The items in a language, but for those whose translation failed a check, is empty or equals an earlier
+    one, which are counted. The translation is kept under a hash of what made it, so that every system gets
+    the same strings, byte for byte: alpaca_eval joins answers on them."""
     translator = translate.load(model, device)
     translator.check(source, [language])
-    settings = {"translator": translator.fingerprint, "source": source, "lang": language, "beams": beams}
+    settings = {
+        "translator": translator.fingerprint,
+        "source": source,
+        "lang": language,
+        "beams": beams}
     texts = [item["instruction"] for item in items]
-    key = fingerprint(texts, settings)[:HASH_DIGITS]
-    path = Path("runs/eval") / f"instructions-{language}-{key}.jsonl"
-    title = f"translate to {language}"
-    with Journal(path, settings, ("source", "instruction", "faults")) as journal, \
-            progress(total=len(items), initial=len(journal.done), desc=title, unit="instruction") as bar:
-        for first in range(len(journal.done), len(items), TRANSLATED_AT_ONCE):
-            asked = texts[first:first + TRANSLATED_AT_ONCE]
-            translations = translate.translate(asked, source, language, translator, beams)
-            for text, found in zip(asked, translations):
-                journal.add({"source": text, "instruction": found, "faults": found.faults})
-            bar.update(len(asked))
+    path = Path("runs/eval") / f"instructions-{language}-{fingerprint(texts, settings)}.jsonl"
+    with Journal(path, settings, ("source", "instruction", "faults")) as journal:
+        left = texts[len(journal.done):]
+        lines = translated_lines(left, translator, source, language, beams)
+        keep(journal, lines, len(items), f"translate to {language}", "instruction")
     print(f"translated instructions, the same for every system: {path}")
-    return keep_translated(items, journal.done)
-
-
-def keep_translated(items: list[dict], lines: list[dict]) -> list[dict]:
-    """The items with their translations; those that failed a check, are empty or equal an earlier one are
-    left out and counted."""
-    kept = {}
-    left_out = Counter()
-    for item, line in zip(items, lines):
+    kept, left_out = {}, Counter()
+    for item, line in zip(items, journal.done):
         text = line["instruction"]
         if line["faults"]:
             left_out.update(line["faults"].keys())
@@ -70,7 +61,7 @@ def keep_translated(items: list[dict], lines: list[dict]) -> list[dict]:
             left_out["equal to an earlier one"] += 1
         else:
             kept[text] = item | {"instruction": text}
-    if len(kept) < len(items):
+    if left_out:
         reasons = ", ".join(f"{number} {reason}" for reason, number in left_out.most_common())
         print(f"{len(items) - len(kept)} of {len(items)} translated instructions are left out: {reasons}")
     if not kept:
@@ -79,19 +70,29 @@ def keep_translated(items: list[dict], lines: list[dict]) -> list[dict]:
     return list(kept.values())
 
 
-def answer_instructions(model, tokenizer, items: list[dict], how: Decoding, batch_size: int,
-                        journal: Journal) -> None:
-    """Add answers to the journal, a batch at a time. Sampling starts anew with each batch,
-    so that a resumed run equals an undisturbed one."""
-    done = len(journal.done)
-    with progress(total=len(items), initial=done, desc="answers", unit="answer") as bar:
-        for first in range(done // batch_size * batch_size, len(items), batch_size):
-            questions = [item["instruction"] for item in items[first:first + batch_size]]
-            replies = how.replies(model, tokenizer, questions, first)
-            known = len(journal.done) - first
-            for question, (text, tokens) in zip(questions[known:], replies[known:]):
-                journal.add({"instruction": question, "output": text, "tokens": tokens})
-                bar.update()
+def translated_lines(texts: list[str], translator, source: str, language: str, beams: int):
+    for first in range(0, len(texts), TRANSLATED_AT_ONCE):
+        asked = texts[first:first + TRANSLATED_AT_ONCE]
+        translations = translate.translate(asked, source, language, translator, beams)
+        for text, found in zip(asked, translations):
+            yield {
+                "source": text,
+                "instruction": found,
+                "faults": found.faults}
+
+
+def answer_lines(model, tokenizer, items: list[dict], how: Decoding, batch_size: int, done: int):
+    """Yields answers behind those that are done. Sampling starts anew with each batch, so that a resumed run
+    equals an undisturbed one."""
+    for first in range(done // batch_size * batch_size, len(items), batch_size):
+        questions = [item["instruction"] for item in items[first:first + batch_size]]
+        replies = how.replies(model, tokenizer, questions, first, batch_size)
+        known = max(done - first, 0)
+        for question, (text, tokens) in zip(questions[known:], replies[known:]):
+            yield {
+                "instruction": question,
+                "output": text,
+                "tokens": tokens}
 
 
 def model_outputs(items: list[dict], lines: list[dict], generator: str) -> list[dict]:
@@ -99,8 +100,7 @@ def model_outputs(items: list[dict], lines: list[dict], generator: str) -> list[
     records = []
     for item, line in zip(items, lines):
         records.append({
-            "dataset": item["dataset"],
-            "instruction": item["instruction"],
+            **item,
             "output": line["output"],
             "generator": generator,
             "datasplit": "eval"})

@@ -46,16 +46,14 @@ FOLDS = 4                   # parts of the texts that are held out in turn
 SURE = 0.8                  # below this posterior probability the classifier abstains
 
 
-@dataclass
-class Letters:
-    """How often each letter was seen after a context, and how often any was. " " ends a word."""
-    counts: dict[str, Counter]
-    totals: dict[str, float]
+Gains = dict[str, float]                        # of a text under each language, in nats
+Letters = dict[str, tuple[Counter, float]]      # {context: (how often each letter was seen after it, any)}
 
 
 @dataclass(eq=False)
 class LanguageModel:
-    """letters: of each language, after the letters before. background: of all texts, after their script."""
+    """letters: of each language, after the letters before; " " ends a word. background: of all texts, after
+    their script."""
     letters: dict[str, Letters]
     background: Letters
     floors: dict[str, float]
@@ -65,7 +63,8 @@ class LanguageModel:
 
 def split_words(text: str) -> list[str]:
     """Runs of letters of one script, of what is prose in the text. Marks and modifiers have no script."""
-    text = ASCII.sub(lambda run: " " if CODE.search(run[0]) else run[0], prose(text))
+    text = prose(text)
+    text = ASCII.sub(lambda run: " " if CODE.search(run[0]) else run[0], text)
     pieces, before = [""], None
     for char in unicodedata.normalize("NFC", text):
         kind = unicodedata.category(char)
@@ -83,7 +82,8 @@ def split_words(text: str) -> list[str]:
 
 def letters(text: str) -> int:
     """How many letters of a text the classifier reads."""
-    return sum(unicodedata.category(char)[0] == "L" for word in split_words(text) for char in word)
+    read = "".join(split_words(text))
+    return sum(unicodedata.category(char)[0] == "L" for char in read)
 
 
 def without_names(words: list[str]) -> list[str]:
@@ -97,7 +97,8 @@ def steps(word: str):
     """(letter, its contexts, the shortest first) of a word and its end."""
     padded = f" {word} "
     for i in range(1, len(padded)):
-        yield padded[i], [padded[i - size:i] for size in range(min(CONTEXT, i) + 1)]
+        longest = min(CONTEXT, i)
+        yield padded[i], [padded[i - size:i] for size in range(longest + 1)]
 
 
 def steps_and_scripts(word: str):
@@ -118,33 +119,43 @@ def count_letters(words: Counter, walk) -> Letters:
         for letter, contexts in walk(word):
             for context in contexts:
                 counts[context][letter] += math.sqrt(often)
-    return Letters(dict(counts), {context: seen.total() for context, seen in counts.items()})
+    return {context: (seen, seen.total()) for context, seen in counts.items()}
 
 
 def fit_words(lines: dict[str, list[list[str]]]) -> LanguageModel:
     """lines: the words of each line of each language."""
-    words = {language: Counter(word.lower() for line in part for word in line)
-             for language, part in lines.items()}
+    words = {}
+    for language, part in lines.items():
+        words[language] = Counter(word.lower() for line in part for word in line)
     models = {language: count_letters(part, steps_and_scripts) for language, part in words.items()}
-    background = count_letters(sum(words.values(), Counter()), steps_in_script)
+    everything = sum(words.values(), Counter())
+    background = count_letters(everything, steps_in_script)
     return LanguageModel(models, background, dict.fromkeys(words, FLOOR))
 
 
 def fit_languages(texts: dict[str, list[str]]) -> LanguageModel:
     """Fit the classifier on texts of each language (a few hundred lines are enough)."""
-    lines = {language: list(filter(None, map(split_words, enough(part)))) for language, part in texts.items()}
+    lines, folds = {}, {}
+    for language, part in texts.items():
+        own = [words for words in map(split_words, enough(part)) if words]
+        lines[language] = own
+        # neighbours stay together: a prompt and its response are much alike
+        cuts = [fold * len(own) // FOLDS for fold in range(FOLDS + 1)]
+        folds[language] = [own[start:end] for start, end in zip(cuts, cuts[1:])]
     languages, brought = fit_words(lines), defaultdict(list)
     for fold in range(FOLDS):
-        out = {language: held_out(part, fold) for language, part in lines.items()}
-        rest = fit_words({language: part[:out[language].start] + part[out[language].stop:]
-                          for language, part in lines.items()})
-        for language, part in lines.items():
-            for line in part[out[language]]:
+        rest = {}
+        for language, parts in folds.items():
+            rest[language] = sum(parts[:fold] + parts[fold + 1:], [])
+        rest = fit_words(rest)
+        for language, parts in folds.items():
+            for line in parts[fold]:
                 found, size = total_gains(without_names(line), rest)
                 brought[language].append((found[language] + TOLERANCE) / size)
     for language, own in brought.items():
-        worst = sorted(own)[int(REFUSED * len(own)) + 1:]      # one line at least may be in any language
-        languages.floors[language] = min([FLOOR, *(value - MARGIN for value in worst[:1])])
+        own = sorted(own)[int(REFUSED * len(own)) + 1:]        # one line at least may be in any language
+        if own:
+            languages.floors[language] = min(FLOOR, own[0] - MARGIN)
     return languages
 
 
@@ -154,45 +165,45 @@ def enough(texts: list[str]) -> list[str]:
     return texts[::2 * (size // (2 * ENOUGH)) + 1]
 
 
-def held_out(lines: list, fold: int) -> slice:
-    """Neighbours stay together: a prompt and its response are much alike."""
-    return slice(fold * len(lines) // FOLDS, (fold + 1) * len(lines) // FOLDS)
-
-
 # ---- evidence ----
 
 def probability(model: Letters, letter: str, contexts: list[str], new: float) -> float:
     """Each context corrects what the shorter one says, the more the oftener it was seen."""
     found = new
     for context in contexts:
-        if context in model.counts:
-            seen = model.counts[context]
-            found = (seen.get(letter, 0) + len(seen) * found) / (model.totals[context] + len(seen))
+        if context in model:
+            seen, total = model[context]
+            kinds = len(seen)
+            found = (seen.get(letter, 0) + kinds * found) / (total + kinds)
     return found
 
 
 @lru_cache(maxsize=1 << 16)
-def gains(word: str, languages: LanguageModel) -> dict[str, float]:
+def gains(word: str, languages: LanguageModel) -> Gains:
     """Eq. 1 under each language."""
     script, path = letter_script(word[0]), list(steps(word))
-    new = 1 / len(languages.background.counts.get(script, " "))
-    expected = [probability(languages.background, letter, [script], new) for letter, _ in path]
+    background = languages.background
+    new = 1 / len(background[script][0]) if script in background else 1
+    usual = [probability(background, letter, [script], new) for letter, _ in path]
     found = {}
     for language, model in languages.letters.items():
-        found[language] = len(word) * math.log(probability(model, script, ["script"], NEW))
-        for (letter, contexts), usual in zip(path, expected):
-            ratio = probability(model, letter, contexts, NEW) / usual
-            found[language] += math.log((1 - BLEND) * ratio + BLEND)
+        of_script = probability(model, script, ["script"], NEW)
+        gain = len(word) * math.log(of_script)
+        for (letter, contexts), q in zip(path, usual):
+            p = probability(model, letter, contexts, NEW)
+            gain += math.log((1 - BLEND) * (p / q) + BLEND)
+        found[language] = gain
     return found
 
 
-def total_gains(words: list[str], languages: LanguageModel) -> tuple[dict[str, float], float]:
+def total_gains(words: list[str], languages: LanguageModel) -> tuple[Gains, float]:
     """(gain of a text under each language, its letters and word ends)."""
     found, size = dict.fromkeys(languages.letters, 0.0), 0.0
     for word, often in Counter(map(str.lower, words)).items():
-        size += math.sqrt(often) * (len(word) + 1)
+        weight = math.sqrt(often)
+        size += weight * (len(word) + 1)
         for language, gain in gains(word, languages).items():
-            found[language] += math.sqrt(often) * gain
+            found[language] += weight * gain
     return found, size
 
 
@@ -221,18 +232,22 @@ def reply_language(text: str, languages: LanguageModel) -> tuple[str | None, flo
     missing = lacking(words, best, languages)
     if missing > 0:
         return OTHER, 1 / (1 + math.exp(-missing))
-    confidence = 1 / sum(math.exp(gain - found[best]) for gain in found.values())
+    odds = [math.exp(gain - found[best]) for gain in found.values()]
+    confidence = 1 / sum(odds)
     return (best if confidence >= SURE else None), confidence
 
 
-def likeliest_path(evidence: list[dict[str, float]]) -> list[str]:
+def likeliest_path(evidence: list[Gains]) -> list[str]:
     """The language of each word: a change costs SWITCH nats. evidence: gain of each word by language."""
-    best, origins = evidence[0], []
+    best, origins = dict(evidence[0]), []
     for row in evidence[1:]:
         top = max(best, key=best.get)
         entry = best[top] - SWITCH                      # worth of coming from the best other language
-        origins.append({language: language if best[language] >= entry else top for language in row})
-        best = {language: max(best[language], entry) + gain for language, gain in row.items()}
+        origins.append({
+            language: language if best[language] >= entry else top
+            for language in row})
+        for language, gain in row.items():
+            best[language] = max(best[language], entry) + gain
     path = [max(best, key=best.get)]
     for origin in reversed(origins):
         path.append(origin[path[-1]])
@@ -250,5 +265,8 @@ def foreign_share(words: list[str], path: list[str]) -> tuple[float, str]:
 
 
 def texts_by_language(rows: list[dict], languages: tuple[str, ...]) -> dict[str, list[str]]:
-    return {language: [row[language][part] for row in rows for part in ("prompt", "response")]
-            for language in languages}
+    texts = {language: [] for language in languages}
+    for row in rows:
+        for language in languages:
+            texts[language] += [row[language]["prompt"], row[language]["response"]]
+    return texts

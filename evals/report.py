@@ -9,8 +9,8 @@ import json
 from evals.figures import (FIGURES, SHORT_ANSWER, SHORT_REPLY, Difference, Sample, languages_told, measure,
                            paired_difference)
 
-
 Answers = dict[str, list[dict]]     # {method: lines of its answers.jsonl}
+Rows = list[tuple[str, str, list[dict]]]        # of every table: (language, method, its answers)
 
 
 def table(header: list[str], lines: list[list[str]]) -> str:
@@ -27,9 +27,13 @@ def table(header: list[str], lines: list[list[str]]) -> str:
     return "\n".join(text)
 
 
-def with_error(value: float, error: float | None, digits: int) -> str:
-    shown = f"{value:.{digits}f}"
-    return shown if error is None else f"{shown} ± {error:.{digits}f}"
+def shown(figure: dict | None) -> str:
+    """A figure's {"value", "stderr", "digits"} in a cell, as far as they are known."""
+    if figure is None:
+        return "-"
+    digits, error = figure.get("digits", 2), figure.get("stderr")
+    text = f"{figure['value']:.{digits}f}"
+    return text if error is None else f"{text} ± {error:.{digits}f}"
 
 
 # ----------------------------------------------------------------------------------------- report of one run
@@ -63,17 +67,20 @@ def report_text(report: dict, answers: Answers, source: str, examples: int = 2) 
     lang, methods = report["lang"], report["methods"]
     languages = [source, *lang.split(",")]
     any_method = next(iter(methods.values()))
+    rows = []
+    for language in languages:
+        rows += [(language, name, in_language(lines, language)) for name, lines in answers.items()]
     training = [f"{name} {scores['train_seconds']:.0f} s"
                 for name, scores in methods.items() if name != "base"]
     sections = [
         f"# {lang}: {report['samples']} samples, seed {report['seed']}",
         *closing_lines(answers),
-        *answer_section(answers, languages, any_method.get("questions")),
-        *language_section(answers, languages),
+        *answer_section(rows, any_method.get("questions")),
+        *language_section(rows),
         *heldout_section(methods, languages, lang),
         f"Training took {', '.join(training) or 'no time'}. Decoding: "
         f"{json.dumps(any_method.get('decoding'))}; hashes of model and data: config.json.",
-        *example_sections(answers, languages, examples)]
+        *example_sections(rows, examples)]
     return "\n\n".join(sections) + "\n"
 
 
@@ -81,25 +88,17 @@ def in_language(lines: list[dict], language: str) -> list[dict]:
     return [line for line in lines if line["language"] == language]
 
 
-def by_language_and_method(answers: Answers, languages: list[str]) -> list[tuple[str, str, list[dict]]]:
-    """The rows of every table: (language, method, its answers)."""
-    return [(language, name, in_language(lines, language))
-            for language in languages for name, lines in answers.items()]
-
-
-def answer_section(answers: Answers, languages: list[str], questions: int | None) -> list[str]:
+def answer_section(rows: Rows, questions: int | None) -> list[str]:
     """A row for each language and method, a column for each figure that one of them has. questions: how many
     there were to answer, if that is known."""
-    rows, known = [], set()
-    for language, name, lines in by_language_and_method(answers, languages):
-        samples = measure(lines)
-        known.update(samples)
-        rows.append((language, name, samples))
+    samples = [measure(lines) for _, _, lines in rows]
+    known = set().union(*samples)
     figures = [figure for figure in FIGURES if figure.name in known]
     cells = []
-    for language, name, samples in rows:
-        shown = [shown_sample(samples.get(figure.name)) for figure in figures]
-        cells.append([language, name, *shown])
+    for (language, name, lines), found in zip(rows, samples):
+        told = {key: sample.told() for key, sample in found.items()}
+        values = [shown(told.get(figure.name)) for figure in figures]
+        cells.append([language, name, *values])
     asked = len(lines)
     which = f"the first {asked} of {questions}" if questions and asked < questions else str(asked)
     legend = [f"Answers to {which} questions in each language, ± standard error over questions:"]
@@ -108,32 +107,23 @@ def answer_section(answers: Answers, languages: list[str], questions: int | None
     return ["\n".join(legend), table(["language", "method", *titles], cells)]
 
 
-def shown_sample(sample: Sample | None) -> str:
-    if sample is None:
-        return "-"
-    return with_error(sample.value, sample.error, sample.figure.digits)
-
-
-def language_section(answers: Answers, languages: list[str]) -> list[str]:
+def language_section(rows: Rows) -> list[str]:
     """In which languages the replies are that are not in the right one, counted; and the very short ones
     apart, whose language is hard to tell."""
-    rows, left_out = [], {}
-    for language, name, lines in by_language_and_method(answers, languages):
-        counts = languages_told(lines)
-        judged = counts.pop("n_language")
+    cells, left_out, parts = [], {}, []
+    for language, name, lines in rows:
+        judged, *counts = languages_told(lines).values()
         left_out[language] = len(lines) - judged
-        if any(counts.values()):
-            cells = map(str, (judged, *counts.values()))
-            rows.append([language, name, *cells])
+        if any(counts):
+            cells.append([language, name, *map(str, (judged, *counts))])
     same = [f"{count} of {language}" for language, count in left_out.items() if count]
-    parts = []
     if same:
         parts += [f"Answers that are the same in another language are left out of the language figures: "
                   f"{', '.join(same)}."]
-    if rows:
+    if cells:
         parts += ["Replies not in the language of the question (none of these counts as right), and those so "
                   "short that their language is hard to tell:",
-                  table(["language", "method", "replies", *LANGUAGES_TOLD], rows)]
+                  table(["language", "method", "replies", *LANGUAGES_TOLD], cells)]
     return parts
 
 
@@ -141,9 +131,8 @@ def heldout_section(methods: dict, languages: list[str], lang: str) -> list[str]
     lines = []
     for language in languages:
         place = side(language, languages[0], lang)
-        keys = [f"{figure}_{place}" for figure in HELD_OUT.values()]
         for name, scores in methods.items():
-            values = [scores["heldout"].get(key) for key in keys]
+            values = [scores["heldout"].get(f"{figure}_{place}") for figure in HELD_OUT.values()]
             cells = ["-" if value is None else f"{value:.3f}" for value in values]
             lines.append([language, name, *cells])
     return ["Held-out pairs: NLL per token of the right response (lower is better), "
@@ -152,25 +141,20 @@ def heldout_section(methods: dict, languages: list[str], lang: str) -> list[str]
             table(["language", "method", *HELD_OUT], lines)]
 
 
-def example_sections(answers: Answers, languages: list[str], examples: int) -> list[str]:
+def example_sections(rows: Rows, examples: int) -> list[str]:
     """The first few questions in each language, with the expected answer and every method's reply below."""
-    sections = []
-    for language in languages:
-        replies = [in_language(lines, language)[:examples] for lines in answers.values()]
-        for lines in zip(*replies):
-            text = [on_one_line(lines[0]["prompt"])]
-            text += ["- expected: " + on_one_line(lines[0]["expected"])]
-            for name, line in zip(answers, lines):
-                text += [f"- {name}: " + on_one_line(line["reply"])]
-            sections.append("\n".join(text))
-    return sections
+    sections = {}
+    for language, name, lines in rows:
+        for number, line in enumerate(lines[:examples]):
+            start = on_one_line(line["prompt"]) + "\n- expected: " + on_one_line(line["expected"])
+            text = sections.get((language, number), start)
+            sections[language, number] = text + f"\n- {name}: " + on_one_line(line["reply"])
+    return list(sections.values())
 
 
 def on_one_line(text: str) -> str:
     text = " ".join(text.split())
-    if len(text) <= EXAMPLE_WIDTH:
-        return text
-    return text[:EXAMPLE_WIDTH] + "…"
+    return text if len(text) <= EXAMPLE_WIDTH else text[:EXAMPLE_WIDTH] + "…"
 
 
 # ------------------------------------------------------------------------------------------- what has changed
@@ -187,7 +171,9 @@ def closing_lines(answers: Answers) -> list[str]:
         return []
     sentences = []
     for language in dict.fromkeys(line["language"] for line in answers[method]):
-        samples = {name: measure(in_language(lines, language)) for name, lines in answers.items()}
+        samples = {}
+        for name, lines in answers.items():
+            samples[name] = measure(in_language(lines, language))
         parts = [f"against {other}: {changes(samples[method], samples[other], language)}"
                  for other in others]
         sentences.append(f"{language}: {method} {'; '.join(parts)}.")
@@ -200,9 +186,9 @@ def changes(one: dict[str, Sample], other: dict[str, Sample], language: str) -> 
     for name, title in CHANGES.items():
         if name not in one or name not in other:
             continue
-        figure = one[name].figure
         found = paired_difference([one[name]], [other[name]])
         if found:
+            figure = one[name].figure
             unit = " points" if figure.is_share else ""
             verdict = f" ({found.verdict})" if found.verdict else ""
             change = shown_difference(found, figure.digits)

@@ -1,12 +1,14 @@
-"""Which model an evaluation looks at, and where its results lie."""
+"""Which model an evaluation looks at, where its results lie, and how they get there."""
 
 import re
+import sys
 from pathlib import Path
 
 import torch
 
 import model as llama
-from engine.files import fingerprint
+from engine.files import Journal, directory_fingerprint, fingerprint, write_json
+from engine.progress import progress
 from evals.answers import HASH_DIGITS
 from formats import hub
 from formats.chat import Tokenizer, load_tokenizer
@@ -16,16 +18,18 @@ DEFAULT_MODEL = "demo/llama"
 LONGEST_NAME = 120          # characters of a directory's name; file systems hold 255 bytes
 
 
-def find_base(model: str | None, adapter: str | None) -> str:
-    """The checkpoint that --model or else the adapter names."""
-    if model or not adapter:
-        return model or DEFAULT_MODEL
-    return adapter_base(adapter)
+def locate(model: str | None, adapter: str | None) -> tuple[str, str | None]:
+    """The checkpoint that --model or else the adapter names, and the adapter's directory."""
+    if not adapter:
+        return model or DEFAULT_MODEL, None
+    adapter = str(hub.local_adapter(adapter))
+    return model or adapter_base(adapter), adapter
 
 
-def check_system(base: str, adapter: str | None) -> None:
+def check_system(model: str | None, adapter: str | None) -> None:
     """Fetch what is not on this machine, and refuse a checkpoint or an adapter that will not load, before
     hours of other work."""
+    base, adapter = locate(model, adapter)
     directory = hub.local(base)
     load_tokenizer(directory)
     _, weights, names = llama.open_checkpoint(directory)
@@ -43,32 +47,33 @@ def open_model(model: str | None, adapter: str | None, device: str, dtype: str,
                template_args: str | None = None) -> tuple[llama.Llama, Tokenizer, dict]:
     """The model that --model and --adapter name, its tokenizer,
     and the settings that stand beside its numbers."""
-    base, dtype = find_base(model, adapter), compute_dtype(dtype, device)
+    base, adapter = locate(model, adapter)
+    dtype = compute_dtype(dtype, device)
     tokenizer = load_tokenizer(hub.local(base), template_args)
     print(f"loading {base}{f' with {adapter}' if adapter else ''}: {dtype} on {device}", flush=True)
     loaded = llama.load(base, device, DTYPES[dtype], adapter)
-    settings = {
-        "model": str(base),
-        "model hash": weights_hash(hub.local(base)),
+    return loaded, tokenizer, {
+        "model": base,
+        "model hash": directory_fingerprint(hub.local(base)),
         "adapter": adapter,
-        "adapter hash": adapter and weights_hash(Path(adapter)),
+        "adapter hash": adapter and directory_fingerprint(Path(adapter)),
         "tokenizer and template": tokenizer.fingerprint[:HASH_DIGITS],
         "template_args": template_args,
         "dtype": dtype,
         "device": device,
         "torch": torch.__version__}
-    return loaded, tokenizer, settings
 
 
-def weights_hash(path: Path) -> str:
-    """Of the contents of a checkpoint's or adapter's weight files."""
-    return fingerprint(*sorted(path.glob("*.safetensors")))[:HASH_DIGITS]
+def tell_notes(tokenizer: Tokenizer) -> None:
+    """Where prompts and replies differ from the text the chat template itself would write."""
+    for note in tokenizer.chat.notes:
+        print(note, file=sys.stderr)
 
 
-def out_directory(system: str | None, *names: str) -> Path:
+def out_directory(settings: dict, *names: str) -> Path:
     """runs/eval/NAMES-SYSTEM: one directory for each evaluation of each model or adapter."""
-    name = Path(system or DEFAULT_MODEL).as_posix().strip("./")
-    return Path("runs/eval") / directory_name(*names, name)
+    system = Path(settings["adapter"] or settings["model"]).as_posix().strip("./")
+    return Path("runs/eval") / directory_name(*names, system)
 
 
 def directory_name(*names: str) -> str:
@@ -77,3 +82,30 @@ def directory_name(*names: str) -> str:
     if len(name) > LONGEST_NAME:
         name = f"{name[:LONGEST_NAME]}-{fingerprint(name)[:6]}"
     return name
+
+
+def unusual(value, usual, text: str = "{}") -> str:
+    """What a value adds to a name: nothing if it is the usual one."""
+    return "" if value == usual else text.format(value)
+
+
+def keep(journal: Journal, lines, total: int, label: str, unit: str) -> None:
+    """Add lines to the journal as they come."""
+    with progress(total=total, initial=len(journal.done), desc=label, unit=unit) as bar:
+        for line in lines:
+            journal.add(line)
+            bar.update()
+
+
+def tell_cut(journal: Journal) -> int:
+    """How many prompts were cut; said, since it lowers scores."""
+    cut = sum(line["cut"] for line in journal.done)
+    if cut:
+        print(f"{cut} of {len(journal.done)} prompts were longer than the model reads and lost their start")
+    return cut
+
+
+def finish(out: Path, settings: dict, figures: dict, **details) -> None:
+    """result.json: the figures and everything they depend on. `compare` reads it."""
+    write_json(out / "result.json", {"figures": figures, **details, "settings": settings})
+    print(f"settings and details: {out}/result.json; answers: {out}/answers.jsonl")

@@ -65,7 +65,8 @@ def letter_mass(logprobs) -> dict[str, float] | None:
     if not (logprobs and logprobs.content):
         return None
     first = logprobs.content[0]
-    likely = {token.token: token.logprob for token in [first, *(first.top_logprobs or [])]}
+    tokens = [first, *(first.top_logprobs or [])]
+    likely = {token.token: token.logprob for token in tokens}
     mass = {"m": 0.0, "M": 0.0}
     for token, logp in likely.items():
         if token.strip() in mass and logp is not None:

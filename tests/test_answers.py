@@ -9,7 +9,7 @@ import pytest
 
 from engine.files import InputError, read_records, write_jsonl
 from evals import answers
-from evals.answers import answer, answer_and_score, is_correct, normalise, read_answers, score
+from evals.answers import Decoding, answer_and_score, is_correct, normalise, read_answers, score
 from evals.language import fit_languages, texts_by_language
 from formats.chat import load_tokenizer
 
@@ -78,9 +78,9 @@ def rows_of(*texts):
             for i, (p, r, q, s) in enumerate(texts)]
 
 
-def reply_with(monkeypatch, replies, ends=True):
-    monkeypatch.setattr(answers, "answer", lambda model, tokenizer, questions, *_: [
-        (replies(question), ends) for question in questions])
+def reply_with(monkeypatch, replies, tokens=7):
+    monkeypatch.setattr(Decoding, "replies", lambda self, model, tokenizer, questions, progress: [
+        (replies(question), tokens) for question in questions])
 
 
 ROWS = rows_of(("a", "The lion eats meat.", "b", "Simba anakula nyama."), ("c", "Paris", "d", "paris."),
@@ -101,7 +101,7 @@ def test_scores_leave_equal_responses_out_of_the_language_figure(tmp_path, monke
 
 
 def test_the_first_rows_alone_are_answered_when_a_limit_is_given(tmp_path, monkeypatch):
-    reply_with(monkeypatch, REPLIES.get, ends=False)
+    reply_with(monkeypatch, REPLIES.get, tokens=8)
     path = tmp_path / "answers.jsonl"
     scores = answer_and_score(None, TOKENIZER, ROWS, ("en", "sw"), fit_languages(TEXTS), 8, None, path,
                               limit=2, reference_nll={"en": [3.0, 4.0], "sw": [1.0, 2.0]})
@@ -165,11 +165,18 @@ def test_answers_equal_generate_one_at_a_time(checkpoint):
     import model as llama
     model, tokenizer = llama.load(checkpoint), load_tokenizer(checkpoint)
     questions = ["What is it?", "Mji mkuu wa Ufaransa ni upi?", "x"]
-    together = answer(model, tokenizer, questions, 9)
-    assert together == [answer(model, tokenizer, [question], 9)[0] for question in questions]
+    how = Decoding(None, 9)
+    together = how.replies(model, tokenizer, questions)
+    assert together == [how.replies(model, tokenizer, [question])[0] for question in questions]
 
 
-def test_a_reply_ends_by_itself_when_a_stop_token_came_in_time(monkeypatch):
-    tokenizer = SimpleNamespace(prompt_ids=lambda question, system: [1], stop_ids={0}, decode=str)
-    monkeypatch.setattr(answers.llama, "generate", lambda model, prompts, *_, **__: [[5] * 3, [5] * 4, []])
-    assert [ends for _, ends in answer(None, tokenizer, ["a", "b", "c"], 4)] == [True, False, True]
+def test_a_reply_ends_by_itself_when_a_stop_token_came_in_time(tmp_path, monkeypatch):
+    replies = iter([[5] * 8, [5] * 7, []])
+    tokenizer = SimpleNamespace(prompt_ids=lambda question, system: [1], stop_ids={0}, decode=str,
+                                fingerprint="")
+    model = SimpleNamespace(config=SimpleNamespace(max_position_embeddings=99))
+    monkeypatch.setattr(answers.llama, "generate",
+                        lambda model, prompts, *_: [next(replies) for _ in prompts])
+    path = tmp_path / "answers.jsonl"
+    answer_and_score(model, tokenizer, ROWS, ("en",), fit_languages(TEXTS), 8, None, path)
+    assert [line["ends"] for _, line in read_records(path)] == [False, True, True]

@@ -79,15 +79,16 @@ LANGUAGE = {"mmmlu": "sw", "belebele": "de"}
 
 def hub_row(name, document):
     """A document in the columns of the hub's data set."""
-    letters = dict(zip("ABCD", document.options))
+    texts = document.texts
+    letters = {letter: texts[letter] for letter in "ABCD"}
     if name == "mmlu":
-        return {"question": document.question, "subject": document.subject, "choices": list(document.options),
+        return {"question": texts["question"], "subject": document.subject, "choices": list(letters.values()),
                 "answer": document.gold}
     if name == "belebele":
-        return {"flores_passage": document.passage, "question": document.question,
-                **{f"mc_answer{i + 1}": option for i, option in enumerate(document.options)},
+        return {"flores_passage": texts["passage"], "question": texts["question"],
+                **{f"mc_answer{i + 1}": option for i, option in enumerate(letters.values())},
                 "correct_answer_num": str(document.gold + 1)}
-    return {"Question": document.question, **letters, "Answer": "ABCD"[document.gold],
+    return {"Question": texts["question"], **letters, "Answer": "ABCD"[document.gold],
             "Subject": document.subject}
 
 
@@ -208,8 +209,8 @@ def logps_one_by_one(model, tokenizer, question):
     """Each choice scored alone: the whole text, cut on the left, one forward pass."""
     whole, found = question.header + question.text, []
     prompt = tokenizer.full.encode(whole.rstrip()).ids
-    for choice in question.choices:
-        ids = prompt + tokenizer.full.encode(f"{whole} {choice}").ids[len(prompt):]
+    for letter in choice.LETTERS:
+        ids = prompt + tokenizer.full.encode(f"{whole} {letter}").ids[len(prompt):]
         n = len(ids) - len(prompt)
         ids = ids[-(model.config.max_position_embeddings + 1):]
         logits = model(torch.tensor([ids[:-1]]))[0] @ model.head.T
@@ -261,11 +262,13 @@ def test_the_header_of_a_subject_is_computed_once(tmp_path, monkeypatch):
 
 
 def test_choices_cut_at_different_places_are_forks_of_their_own():
-    parts = choice.make_parts(7, "x:1", [1, 2, 3, 4], [[5], [6, 7], [8]], max_tokens=4)
-    assert [(part.fork.prompt, part.fork.continuations, part.choices, part.cut) for part in parts] == [
-        ([1, 2, 3, 4], [[5], [8]], [0, 2], False), ([2, 3, 4], [[6, 7]], [1], True)]
+    def forks(max_tokens):
+        return [(fork.prompt, fork.continuations) for fork in
+                choice.make_forks("x:1", [1, 2, 3, 4], [[5], [6, 7], [8]], max_tokens)]
+    assert forks(5) == [([1, 2, 3, 4], [[5], [6, 7], [8]])]
+    assert forks(4) == [([1, 2, 3, 4], [[5]]), ([2, 3, 4], [[6, 7]]), ([1, 2, 3, 4], [[8]])]
     with pytest.raises(InputError, match="x:1: 5 tokens to be scored, the model reads 4"):
-        choice.make_parts(7, "x:1", [1], [[5, 6, 7, 8, 9]], max_tokens=4)
+        choice.make_forks("x:1", [1], [[5, 6, 7, 8, 9]], max_tokens=4)
 
 
 @pytest.mark.parametrize("prompts, shared", [
@@ -294,9 +297,10 @@ def test_lines_are_counted_through_quoted_newlines(tmp_path):
 
 def test_maps_hold_every_subject_once():
     mmlu = [subject for part in choice.MMLU_CATEGORIES.values() for subject in part.split()]
-    cmmlu = [subject for part in choice.CMMLU_SUBJECTS.values() for subject in part]
+    *parts, china = [part.split() for part in choice.CMMLU_SUBJECTS.values()]
+    cmmlu = [pair.split(":")[0] for part in parts for pair in part]
     assert len(mmlu) == len(set(mmlu)) == 57 and len(cmmlu) == len(set(cmmlu)) == 67
-    assert len(choice.CHINA_SPECIFIC) == 15 and choice.CHINA_SPECIFIC <= set(cmmlu)
+    assert len(china) == 15 and set(china) <= set(cmmlu)
 
 
 def test_settings_tell_template_shots_and_file_hashes(tmp_path):
@@ -317,15 +321,13 @@ def test_errors_are_those_of_the_harness():
     for part, group in zip(parts[:2], groups):
         assert part["stderr"] / 100 == pytest.approx(metrics.mean_stderr([float(x) for x in group]))
     theirs = metrics.pooled_sample_stderr([part["stderr"] / 100 for part in parts[:2]], [3, 5])
-    assert choice.pooled(parts[:2])["stderr"] / 100 == pytest.approx(theirs)
+    assert choice.accuracy(*groups[:2])["stderr"] / 100 == pytest.approx(theirs)
 
 
 def test_pooling_weights_by_questions_and_ignores_differences_between_subjects():
-    whole = choice.pooled([choice.accuracy([True] * 4), choice.accuracy([False] * 2),
-                               choice.accuracy([True])])
-    assert whole == {"accuracy": pytest.approx(500 / 7), "stderr": 0.0, "n": 7}
-    assert (choice.accuracy([True])["stderr"] is None
-            and choice.pooled([choice.accuracy([True])])["stderr"] is None)
+    whole = choice.accuracy([True] * 4, [False] * 2, [True])
+    assert whole == {"value": pytest.approx(500 / 7), "stderr": 0.0, "n": 7}
+    assert choice.accuracy([True])["stderr"] is None and choice.accuracy([True], [False])["stderr"] is None
 
 
 # -------------------------------------------------------------------------------------------------- odd files
@@ -370,25 +372,27 @@ BELEBELE_ROW = ('{"flores_passage": "p", "question": "q", "question_number": 1, 
      "anatomy_test.csv:2: not a table .*: is a quotation mark left open"),
     ("mmlu", "other/x.csv", "", r"found no \*_test.csv"),
     ("mmlu", "test.jsonl", '{"question": "q", "subject": "x", "choices": ["a", "b", "c", "d"], "answer": 4}',
-     "test.jsonl:1: the answer is 4"),
+     "test.jsonl:1: the answer is '4'"),
     ("mmlu", "test.jsonl", '{"question": "q", "choices": ["a", "b", "c", "d"], "answer": 3}',
      'test.jsonl:1: "subject" is missing'),
     ("mmlu", "test.jsonl", '{"question": "q", "subject": "anatomy", "choices": ["a"], "answer": 1}',
      "test.jsonl:1: choices is no list of 4"),
     ("cmmlu", "test/anatomy.csv", ",Question,A,B,C,D,Answer\n0,q,1,2,3,4,A\n0,r,1,2,3,4,A\n",
      "anatomy.csv:3: the same identifier as in .*:2"),
-    ("cmmlu", "test/anatomy.csv", ",Question,A,B,C,D\n0,q,1,2,3,4\n", 'anatomy.csv:1: "Answer" is missing'),
-    ("cmmlu", "test/anatomy.csv", "0,q,1,2,3,4,A\n", 'anatomy.csv:1: "Question" is missing'),
+    ("cmmlu", "test/anatomy.csv", ",Question,A,B,C,D\n0,q,1,2,3,4\n", 'anatomy.csv:2: "Answer" is missing'),
+    ("cmmlu", "test/anatomy.csv", "0,q,1,2,3,4,A\n1,r,1,2,3,4,A\n",
+     'anatomy.csv:2: "Question" is missing'),
     ("cmmlu", "test/anatomy.csv", ",Question,A,B,C,D,Answer\n", "anatomy.csv: the file holds no question"),
     ("mmmlu", "mmlu_SW-KE.csv", ",Question,A,B,C,D,Answer,Subject\n0,q,1,2,3,4,A,x\n0,r,1,2,3,4,A,x\n",
      "SW-KE.csv:3: the same identifier"),
-    ("mmmlu", "mmlu_SW-KE.csv", "Question,A,B,C,D,Answer\n", 'SW-KE.csv:1: "Subject" is missing'),
+    ("mmmlu", "mmlu_SW-KE.csv", "Question,A,B,C,D,Answer\nq,1,2,3,4,A\n",
+     'SW-KE.csv:2: "Subject" is missing'),
     ("belebele", "deu_Latn.jsonl", BELEBELE_ROW % 1 + "\n\n" + BELEBELE_ROW % 1,
      "deu_Latn.jsonl:3: the same identifier as in .*:1"),
     ("belebele", "deu_Latn.jsonl", BELEBELE_ROW % 1 + "\n{", "deu_Latn.jsonl:2: not valid JSON"),
     ("belebele", "deva.jsonl", BELEBELE_ROW % 1, "found no deu_Latn.jsonl or deu_Latn_"),
     ("cmmlu", "test/alchemy.csv", ",Question,A,B,C,D,Answer\n0,q,1,2,3,4,A\n", "no subject 'alchemy'"),
-    ("belebele", "deu_Latn.jsonl", BELEBELE_ROW % 5, "deu_Latn.jsonl:1: correct_answer_num is '5'"),
+    ("belebele", "deu_Latn.jsonl", BELEBELE_ROW % 5, "deu_Latn.jsonl:1: the answer is '5', one of 1, 2, 3"),
     ("belebele", "test.parquet", "PAR1", "pandas.read_parquet"),
     ("mmmlu", "mmlu_DE-DE.csv", "", "found no mmlu_SW-KE")])
 def test_a_bad_file_is_one_clear_line(name, file, text, wanted, tmp_path):
@@ -419,4 +423,4 @@ def test_the_hub_is_asked_for_one_language_only(tmp_path, monkeypatch):
     monkeypatch.setattr(choice.hub, "fetch",
                         lambda *arguments, **kind: asked.append((arguments, kind)) or root)
     assert len(choice.read_benchmark("belebele", "facebook/belebele", language="de").questions) == 7
-    assert asked == [(("facebook/belebele", ("*deu_Latn.jsonl",)), {"kind": "dataset"})]
+    assert asked == [(("facebook/belebele", ("*deu_Latn.jsonl", "*deu_Latn_*.jsonl")), {"kind": "dataset"})]

@@ -118,7 +118,7 @@ def test_evaluations_of_an_adapter_join_the_row_of_its_run(tmp_path):
             "figures": {"mmlu 5-shot": {"value": 50.0 if method == "clo" else 25.0, "stderr": 7.0}},
             "settings": {"adapter": str(run / method / "adapter"), "shots": 5}})
     results = comparison.read_results([run, tmp_path / "mmlu-clo", tmp_path / "mmlu-sft"])
-    assert {result.method: result.figures["mmlu 5-shot"].value for result in results
+    assert {result.method: result.figures["mmlu 5-shot"]["value"] for result in results
             if result.method != "base"} == {"sft": 25.0, "clo": 50.0}
     text = comparison.comparison_text(results, "sft")
     assert "50.00 ± 7.00" in text and any("mmlu 5-shot" in line and "+25.00" in line
@@ -133,9 +133,9 @@ def test_a_run_on_several_targets_has_rows_for_each(tmp_path):
     results = comparison.read_results([run, write_run(tmp_path, "one", "sw")])
     assert [row[0] for row in comparison.by_row(results)][::3] == ["sw", "sw (sw,yo)", "yo (sw,yo)"]
     clo = {result.language: result for result in results if result.method == "clo"}
-    assert clo["yo (sw,yo)"].figures["target nll"].value == 5.0
+    assert clo["yo (sw,yo)"].figures["target nll"]["value"] == 5.0
     assert clo["yo (sw,yo)"].curves == {"source": {0: 0.5, 2: 0.6}, "target": {0: 5.0}}
-    assert clo["yo (sw,yo)"].figures["target correct"].value == pytest.approx(
+    assert clo["yo (sw,yo)"].figures["target correct"]["value"] == pytest.approx(
         written["methods"]["clo"]["yo"]["correct"], abs=0.01)
     text = comparison.comparison_text(results, "sft")
     assert sum(line.startswith("| yo (sw,yo) ") for line in text.splitlines()) == 2 * 3 + 8

@@ -22,7 +22,6 @@ from formats.records import read_rows
 from translate import Translation
 
 
-
 @pytest.mark.parametrize("lines, told", [
     (["{}"], ":1: damaged"), (["[]"], ":1: damaged"), (['{"settings": 5}'], ":1: dict expected"),
     (['{"settings": {"a": 1}}', "{}"], ":2: damaged"), (['{"settings": {"a": 1}}', "5"], ":2: damaged"),
@@ -93,6 +92,15 @@ def test_ask_shows_the_base_and_adapters_side_by_side_each_as_it_answers_alone(t
 def test_every_number_of_every_command_is_checked_in_one_line(arguments):
     result = run(*arguments)
     assert result.returncode == 2 and result.stderr.count("\n") == 1 and "was expected" in result.stderr
+
+
+def test_a_notebook_finds_what_it_may_rely_on_in_eval():
+    languages = evaluation.fit_languages({"en": ["where is the lion"] * 4, "sw": ["simba yuko wapi"] * 4})
+    assert evaluation.reply_language("simba yuko wapi", languages)[0] == "sw"
+    assert evaluation.multiple_choice is evaluation.choice.multiple_choice
+    tokenizer = SimpleNamespace(fingerprint="")
+    scores = evaluation.answer_and_score(None, tokenizer, [], (), languages, 8, None, None)
+    assert scores["questions"] == 0 and scores["decoding"]["max_tokens"] == 8
 
 
 @pytest.mark.parametrize("command", evaluation.COMMANDS)
@@ -167,8 +175,9 @@ def test_another_limit_split_subject_or_dtype_is_another_result_in_its_own_direc
 
 def test_names_of_directories_stay_short_and_tell_long_ones_apart():
     model = "/".join(["directory"] * 40)
-    subjects = [evaluation.short([f"{name}{i}" for i in range(57)]) for name in ("anatomy", "law")]
-    first, second = (evaluation.out_directory(model, "mmlu", name) for name in subjects)
+    subjects = [",".join(f"{name}{i}" for i in range(57)) for name in ("anatomy", "law")]
+    settings = {"model": "base", "adapter": model}
+    first, second = (evaluation.out_directory(settings, "mmlu", name) for name in subjects)
     assert first != second and max(len(first.name), len(second.name)) < 140 and " " not in first.name
 
 
@@ -199,17 +208,6 @@ def test_perplexity_per_byte_is_that_of_single_sequences_long_prompts_cut_and_sa
         assert bits["value"] == pytest.approx(math.log2(math.e) * nll / size, rel=1e-5)
         assert bits["stderr"] / bits["value"] == pytest.approx(nats["stderr"] / nats["value"])
         assert figures[f"perplexity/byte {place}"]["value"] == pytest.approx(math.exp(nll / size), rel=1e-5)
-
-
-def test_the_error_of_a_ratio_agrees_with_the_bootstrap():
-    import numpy as np
-    rng = np.random.default_rng(0)
-    sizes = rng.integers(5, 60, 200)
-    nll = sizes * rng.normal(1.0, 0.3, 200)
-    draws = rng.integers(200, size=(4000, 200))
-    figure = evaluation.ratio(nll.tolist(), sizes.tolist())
-    assert figure["value"] == pytest.approx(nll.sum() / sizes.sum())
-    assert figure["stderr"] == pytest.approx((nll[draws].sum(1) / sizes[draws].sum(1)).std(), rel=0.1)
 
 
 def test_answers_for_alpaca_eval_have_its_format_and_resume(tmp_path):

@@ -12,13 +12,14 @@ import sys
 import threading
 import time
 from collections import Counter
+from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
 
 import eval as evaluation
-from engine.files import InputError, run
+from engine.files import InputError, run, write_jsonl
 from evals import judge, winrate
 from evals.verdict import named_letter, read_verdict
 
@@ -147,11 +148,15 @@ def test_win_rate_is_the_mean_of_preferences_with_draws_old_draws_and_gaps():
 
 
 @pytest.mark.parametrize("value", [3, 0.5, "2", True, [], float("inf")])
-def test_a_preference_that_is_none_is_refused(value):
-    for fine in (1, 2, 1.5, 0, None, float("nan")):
-        winrate.check_preference(fine, "x:1")
-    with pytest.raises(InputError, match="^x:1: the preference is"):
-        winrate.check_preference(value, "x:1")
+def test_a_preference_that_is_none_is_refused(value, tmp_path):
+    path = tmp_path / "x.jsonl"
+    fine = (1, 2, 1.5, 0, None, float("nan"))
+    lines = [{"preference": preference, "output_1": "", "output_2": ""} for preference in fine]
+    write_jsonl(path, lines)
+    assert len(winrate.read_annotations(path)) == len(lines)
+    write_jsonl(path, [*lines, lines[0] | {"preference": value}])
+    with pytest.raises(InputError, match="x.jsonl:7: the preference is"):
+        winrate.read_annotations(path)
 
 
 def test_the_coin_is_alpaca_evals():
@@ -407,9 +412,10 @@ def make_pairs(n):
 
 
 def annotate(pairs, asked, order="random", parallel=3, known=False):
+    asked = replace(asked, order=order, language="sw", parallel=parallel)
+
     async def collect():
-        return {pair["instruction"]: found async for pair, found in judge.annotate_all(
-            pairs, asked, order, 0, "sw", parallel, known)}
+        return {pair["instruction"]: found async for pair, found in judge.annotate_all(pairs, asked, known)}
     return asyncio.run(collect())
 
 
@@ -494,7 +500,7 @@ def test_answers_are_joined_on_the_exact_instruction(tmp_path, capsys):
     ('[{"instruction": "x"}]', r'a.json\[0\]: "output" is missing'),
     ("[]", "holds no answers"), ("{", "a.json:1: not valid JSON"),
     ('[{"instruction": "x", "output": "1"}, {"instruction": "x", "output": "2"}]',
-     r"a.json\[1\]: the same instruction as in .*a.json\[0\]"),
+     r"a.json\[1\]: the same identifier as in .*a.json\[0\]"),
     ('[{"instruction": "x", "output": null}]', r"a.json\[0\]: output: str expected")])
 def test_a_bad_file_of_answers_is_one_clear_line(tmp_path, text, wanted):
     (tmp_path / "a.json").write_text(text)
@@ -572,8 +578,15 @@ def test_refused_pairs_are_counted_again_in_every_rerun_and_the_win_rate_stands(
     (["results/a.json", "results/b.json"], "results/a-against-b"),
     (["results/a.json", "results/c.json", "--limit", "5", "--seed", "2"], "results/a-against-c-seed-2-first-5"),
     (["a.json", "b.json", "--order", "both", "--judge-model", "x/y"], "a-against-b-x-y-both")])
-def test_every_pair_of_files_and_every_setting_has_a_directory_of_its_own(arguments, wanted):
-    assert evaluation.judge_directory(evaluation.parse_args(["judge", *arguments])) == Path(wanted)
+def test_every_pair_of_files_and_every_setting_has_a_directory_of_its_own(
+        arguments, wanted, serve, tmp_path, monkeypatch):
+    pytest.importorskip("openai")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("OPENAI_BASE_URL", serve(completion()).url)
+    for path in arguments[:2]:
+        write_outputs(tmp_path / path, {"instruction": path}, "x")
+    evaluation.main(["judge", *arguments])
+    assert (tmp_path / wanted / "result.json").is_file()
 
 
 def test_draws_of_equal_answers_do_not_prove_that_the_judge_answers(serve, tmp_path, monkeypatch):

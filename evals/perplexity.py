@@ -1,0 +1,69 @@
+"""NLL of held-out responses per UTF-8 byte, which models with other tokenizers can be compared with."""
+
+import math
+from collections import Counter
+from dataclasses import replace
+from pathlib import Path
+
+from engine.files import InputError
+from evals import choice
+from evals.figures import MEAN, Sample
+from formats.records import describe_counts, read_rows, require_languages
+
+PER_BYTE = replace(MEAN, digits=4)
+
+
+def scored_rows(path: Path, source: str, target: str, split: str) -> list[dict]:
+    """The rows of a file in both languages and of a split."""
+    counts = Counter()
+    rows = read_rows(path, source, counts=counts, targets=[target], unique=True)
+    rows = require_languages(rows, source, target)
+    print(f"{path}: {describe_counts(counts)}")
+    if split:
+        rows = [row for row in rows if row.get("split", split) == split]
+    if not rows:
+        raise InputError(f"{path} has no row of split {split!r}: see --split")
+    return rows
+
+
+def response_lines(model, tokenizer, rows: list[dict], places: dict[str, str], done: set,
+                   system_prompt: str | None, batch_tokens: int):
+    """Yields a line with the NLL of each row's response in the languages of `places`, but for those that are
+    done: (place, row_id)."""
+    longest = model.config.max_position_embeddings
+    for place, language in places.items():
+        left = [row for row in rows if (place, row["row_id"]) not in done]
+        forks, lines = [], []
+        for row in left:
+            name, texts = row["row_id"], row[language]
+            prompt = tokenizer.prompt_ids(texts["prompt"], system_prompt)
+            reply = tokenizer.response_ids(texts["response"])
+            where = f"row {name} in {language}"
+            fork, = choice.make_forks(where, prompt, [reply], longest)
+            forks.append(fork)
+            lines.append({
+                "question": name,
+                "place": place,
+                "cut": len(fork.prompt) < len(prompt),
+                "bytes": len(texts["response"].encode()),
+                "tokens": len(reply)})
+        for i, (logp,) in choice.fork_logps(model, forks, batch_tokens):
+            yield lines[i] | {"nll": -logp}
+
+
+def byte_figures(place: str, lines: list[dict]) -> dict[str, dict]:
+    """Bits, nats and their exponential per byte of one language's responses."""
+    nats, bits = {}, {}
+    for line in lines:
+        name, size = line["question"], line["bytes"]
+        nats[name] = line["nll"], size
+        bits[name] = line["nll"] / math.log(2), size
+    nats = Sample(PER_BYTE, nats).told()
+    bits = Sample(PER_BYTE, bits).told()
+    perplexity = nats | {
+        "value": math.exp(nats["value"]),
+        "stderr": None}
+    return {
+        f"bits/byte {place}": bits,
+        f"nll/byte {place}": nats,
+        f"perplexity/byte {place}": perplexity}
