@@ -11,7 +11,7 @@ Read in this order:
     ops.py         gradients, costs, and how torch.compile sees it all
     aot.py, bench.py   what the compiler made of the kernel; how fast, how large, how exact it is
 
-Imports nothing of the rest of the program. Exercises: docs/exercises.md. Numbers: docs/benchmarks.md.
+Imports nothing else of the program. Exercises: docs/lessons/4-logsoftmax.md. Numbers: docs/benchmarks.md.
 """
 
 from . import reference
