@@ -199,8 +199,9 @@ def attend_causal(q, k, v, window=None):
     if T == S and (window is None or T <= window):
         return sdpa(q, k, v, causal=True)
     query = torch.arange(S - T, S, device=q.device)[:, None]
-    key = torch.arange(S, device=q.device)[None, :]
-    seen = (key <= query) & (query - key < (window or math.inf))
+    key = torch.arange(S, device=q.device)
+    distance = query - key
+    seen = (distance >= 0) & (distance < (window or math.inf))
     return sdpa(q, k, v, mask=seen[None, None])
 
 

@@ -28,7 +28,7 @@ class LogLines:
 
 
 class LogBar(tqdm):
-    """A bar for a log. It shows itself while one piece of its work takes long, too, unless a newer one does."""
+    """A bar for a log. It shows itself also while a piece of its work takes long, unless a newer one does."""
     running: list[int] = []          # ids of the bars, oldest first
 
     def __init__(self, *args, **options):

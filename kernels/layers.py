@@ -114,9 +114,10 @@ class ForkAttention(Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):
-        dtype, lse = grad.dtype, ctx.saved_tensors[-1]
+        *saved, lse = ctx.saved_tensors
+        dtype = grad.dtype
         # In at least fp32: the kernel takes three times as long over bf16.
-        q, k, v, result, grad = (x.to(lse.dtype) for x in (*ctx.saved_tensors[:-1], grad))
+        q, k, v, result, grad = (x.to(lse.dtype) for x in (*saved, grad))
         dq = torch.zeros_like(q)
         dk = torch.zeros_like(k)
         dv = torch.zeros_like(v)

@@ -44,7 +44,7 @@ def test_1_mask_with_a_window():
 
 def test_2_predictions():
     for fork in FORKS:
-        batch, = data.micro_batches([fork], row_tokens=16, rows=1, ends=False)
+        batch, = data.micro_batches([fork], row_tokens=16, rows=1)
         wanted = batch.row_index.tolist(), batch.targets.tolist(), batch.sequence.tolist()
         assert predictions(fork.prompt, fork.continuations) == wanted
 
