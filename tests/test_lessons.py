@@ -225,6 +225,30 @@ def test_the_exercises_of_a_change_are_open_and_its_solution_passes(page, tmp_pa
     assert [name for name, passed in after.items() if not passed] == []
 
 
+@pytest.mark.slow
+def test_a_granite_in_the_changed_program_has_the_logits_of_transformers(tmp_path):
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    config = transformers.GraniteConfig(
+        vocab_size=96, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, tie_word_embeddings=True, initializer_range=0.2, embedding_multiplier=12.0,
+        attention_multiplier=0.125, residual_multiplier=0.22, logits_scaling=8.0)
+    theirs = transformers.GraniteForCausalLM(config)
+    theirs.save_pretrained(tmp_path / "granite")
+    tokens = torch.arange(40)[None]
+    torch.save((tokens, theirs(tokens).logits), tmp_path / "logits.pt")
+    code = """if True:
+        import sys, torch, model
+        granite = model.load(sys.argv[1])
+        tokens, logits = torch.load(sys.argv[2])
+        assert logits.std() > 0.1
+        torch.testing.assert_close(granite(tokens) @ granite.head.T, logits, rtol=0, atol=1e-4)"""
+    program = build.changed_copy("docs/change/3-model-family.md", tmp_path / "program")
+    command = [sys.executable, "-c", code, tmp_path / "granite", tmp_path / "logits.pt"]
+    done = subprocess.run(command, cwd=program, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+
+
 @every_change
 def test_every_exercise_of_a_change_has_a_test_and_a_solution(page):
     text, number = page.read_text(encoding="utf-8"), page.name[0]
