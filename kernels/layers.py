@@ -151,8 +151,8 @@ class ForkAttention(Function):
 
 
 # --------------------------------------------------------------------------------------------------- the rest
-# No Function below writes in place: if one did, torch.compile would give its inputs a gradient of zero without
-# a word (torch 2.11; its issue 180642).
+# No Function below writes in place: torch.compile would give the inputs of one that does a gradient of zero,
+# without a word (torch 2.11; its issue 180642).
 
 class Rotate(Function):
     """RoPE of x (B, T, heads, D): channel i turns with channel i + D/2. cos, sin (B, T, 1, D), the first half
