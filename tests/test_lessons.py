@@ -196,6 +196,7 @@ def patches(page: Path) -> list[Path]:
 
 @every_change
 def test_the_patches_of_a_page_fit_the_program(page, tmp_path):
+    """When one does not, the program has moved on: change a copy by hand, and paste its `git diff -U2`."""
     if not shutil.which("git"):
         pytest.skip("git is not installed")
     for number, patch in enumerate(patches(page)):
