@@ -20,7 +20,7 @@ PAGES = build.pages()
 CHANGES = build.changes()
 LESSONS = [page for page in PAGES if page.parent.name == "lessons"]
 QUICK = ROOT / "docs/lessons/3-forks.md"
-SLOW = [pytest.param(page, marks=pytest.mark.slow, id=page.stem) for page in [*PAGES, *CHANGES] if page != QUICK]
+SLOW = [pytest.param(page, marks=pytest.mark.slow, id=page.stem) for page in PAGES + CHANGES if page != QUICK]
 EXERCISES = ROOT / "docs/lessons/exercises"
 SOLUTIONS = ROOT / "docs/lessons/solutions"
 every_page = pytest.mark.parametrize("page", PAGES + CHANGES, ids=lambda page: page.stem)
@@ -204,7 +204,7 @@ def test_the_patches_of_a_page_fit_the_program(page, tmp_path):
         text = patch.read_text(encoding="utf-8")
         files = re.findall(r"^\+\+\+ b/(.*)$", text, re.M)
         assert files and all((changed / file).read_text() != (ROOT / file).read_text() for file in files)
-        assert re.findall(r"^\+.{111,}$", text, re.M) == []                   # as tests/test_structure.py wants it
+        assert re.findall(r"^\+.{111,}$", text, re.M) == []       # as tests/test_structure.py wants it
 
 
 def test_a_patch_that_does_not_fit_is_told(tmp_path):

@@ -58,8 +58,8 @@ def changes() -> list[Path]:
 
 
 def changed_copy(patch: str | Path, folder: str | Path) -> Path:
-    """A new folder, which becomes a copy of the program with a patch. patch: below the top folder, a .diff, or
-    a page with diffs: git skips its prose. Needs git; ValueError where the patch does not fit the program."""
+    """A new folder, which becomes a copy of the program with a patch. patch, below the top folder: a .diff, or
+    a page with diffs, whose prose git skips. Needs git. ValueError where it does not fit the program."""
     folder = Path(folder).resolve()
     folder.mkdir()
     for path in ROOT.iterdir():
@@ -69,7 +69,8 @@ def changed_copy(patch: str | Path, folder: str | Path) -> Path:
             shutil.copytree(path, folder / path.name, ignore=shutil.ignore_patterns("__pycache__"))
     (folder / "demo").symlink_to(ROOT / "demo")
     alone = os.environ | {"GIT_CEILING_DIRECTORIES": str(folder.parent)}       # of no repository around it
-    done = subprocess.run(["git", "apply", ROOT / patch], cwd=folder, env=alone, capture_output=True, text=True)
+    command = ["git", "apply", ROOT / patch]
+    done = subprocess.run(command, cwd=folder, env=alone, capture_output=True, text=True)
     if done.returncode:
         raise ValueError(f"{patch} does not fit the program: {done.stderr}")
     return folder

@@ -13,7 +13,7 @@ import clo
 
 
 def test_1_smooth():
-    """The loss, from the two outcomes of a coin; and that it is least where the coin says, not at infinity."""
+    """The loss, from the two outcomes of a coin. It is least where the coin says, not at infinity."""
     assert clo.parse_args(["--lang", "sw", "--preference", "smooth"]).preference == "smooth"
     margin = torch.linspace(-20, 20, 4001, dtype=torch.float64)
     for beta in (0.5, 2.0):

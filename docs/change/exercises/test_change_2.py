@@ -25,8 +25,8 @@ def test_1_firefly(tmp_path):
 
 
 def battle(winner, question="Which river?"):
-    first, second = ([{"role": "user", "content": question}, {"role": "assistant", "content": f"river {name}"}]
-                     for name in "ab")
+    asked = {"role": "user", "content": question}
+    first, second = ([asked, {"role": "assistant", "content": f"river {name}"}] for name in "ab")
     return {"question_id": "1", "winner": winner, "conversation_a": first, "conversation_b": second}
 
 
@@ -37,6 +37,7 @@ def test_2_arena(tmp_path):
     assert counts["skipped: both answers were called bad (first: file.jsonl:4)"] == 1
     assert sum(count for reason, count in counts.items() if "file.jsonl:5" in reason) == 1
     longer = battle("model_b")
-    longer["conversation_b"] += [{"role": "user", "content": "And?"}, {"role": "assistant", "content": "The sea."}]
+    longer["conversation_b"] += [{"role": "user", "content": "And?"},
+                                 {"role": "assistant", "content": "The sea."}]
     texts, _ = read(tmp_path / "longer.jsonl", longer)
     assert texts == [("Which river?", "river b"), ("And?", "The sea.")]

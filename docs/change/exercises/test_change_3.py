@@ -26,7 +26,8 @@ def rotate(x, theta):
     Q, T, D = x.shape
     angle = torch.arange(T)[:, None] * theta ** (-torch.arange(0, D, 2, dtype=torch.float64) / D)
     first, second = x[..., :D // 2], x[..., D // 2:]
-    return torch.cat((first * angle.cos() - second * angle.sin(), second * angle.cos() + first * angle.sin()), -1)
+    cos, sin = angle.cos(), angle.sin()
+    return torch.cat((first * cos - second * sin, second * cos + first * sin), -1)
 
 
 def attention(x, w, eps):
@@ -79,5 +80,6 @@ def test_1_olmo2(tmp_path):
         from transformers import AutoModelForCausalLM
         theirs = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
         torch.testing.assert_close(theirs(tokens).logits.double(), logits, rtol=1e-4, atol=1e-4)
-    names = {name for name, _ in model.load("demo/llama").named_parameters()}            # a Llama is what it was
-    assert "model.layers.0.input_layernorm.weight" in names and not any("feedforward" in name for name in names)
+    names = {name for name, _ in model.load("demo/llama").named_parameters()}
+    assert "model.layers.0.input_layernorm.weight" in names                      # a Llama is what it was
+    assert not any("feedforward" in name for name in names)
