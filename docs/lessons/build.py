@@ -58,8 +58,8 @@ def changes() -> list[Path]:
 
 
 def changed_copy(patch: str | Path, folder: str | Path) -> Path:
-    """A new folder, which becomes a copy of the program with a patch. patch, below the top folder: a .diff, or
-    a page with diffs, whose prose git skips. Needs git. ValueError where it does not fit the program."""
+    """A new folder, which becomes a copy of the program with a patch. patch: below the top folder, a .diff
+    or a page with diffs, whose prose git skips. Needs git. ValueError where it does not fit the program."""
     folder = Path(folder).resolve()
     folder.mkdir()
     for path in ROOT.iterdir():
