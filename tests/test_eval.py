@@ -241,8 +241,10 @@ def test_translated_instructions_are_the_same_for_every_system_and_what_failed_a
         calls.append(len(texts))
         odd = {"Say 3": " ", "Say 5": "Say 1 1"}
         faults = {"Say 7": Counter(length=2)}
-        return [Translation(odd.get(text, f"{text} {len(calls)}"), faults.get(text, Counter()))
-                for text in texts]
+        translations = [Translation(odd.get(text, f"{text} {len(calls)}")) for text in texts]
+        for text, translation in zip(texts, translations):
+            translation.faults = faults.get(text, Counter())
+        return translations
 
     monkeypatch.setattr(instructions.translate, "translate", translate)
     how = ("t", "cpu", "en", "sw", 2)
