@@ -8,12 +8,12 @@ chosen, y_l the rejected response to x, log-probs summed over their tokens, and 
 
     margin = [log pi(y_w|x) - log ref(y_w|x)] - [log pi(y_l|x) - log ref(y_l|x)]                       (eq. 1)
     L_CL   = mean over pairs of both directions of  -log sigmoid(beta * margin)                        (eq. 2)
-    L_SFT  = -(sum of log pi(y_t|x_t)) / (number of tokens), target language only                      (eq. 3)
+    L_SFT  = -(sum of log pi(y_t|x_t)) / (number of tokens), t: the target language's                  (eq. 3)
     L_CLO  = lambda * L_SFT + (1 - lambda) * L_CL                                                      (eq. 4)
 
 Means are over an optimiser step: its micro-batches share the step's pair and token counts, so how a step is
 cut into micro-batches changes nothing.
-Only attention is trained: as LoRA by default, W' = W + (alpha / R) B A                               (eq. 5)
+By default only attention is trained, as LoRA: W' = W + (alpha / R) B A                               (eq. 5)
 
 References: CLO (ACL 2025, arXiv 2505.14297), DPO (arXiv 2305.18290), LoRA (arXiv 2106.09685).
 """
@@ -35,7 +35,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 import data
-import model as llama
+import model as llama                           # the module: a model is `model` here
 from engine import flags, ranks, runs, scale
 from engine.adamw import make_optimizer
 from engine.files import InputError, fingerprint, locked, write_json, write_text
@@ -51,7 +51,7 @@ from formats.languages import language_list, normal
 from formats.weights import DTYPES, add_update, lora_product
 
 # Every method is a list of stages, and a stage a lambda (None: --lambda) and the prompts whose right
-# responses are under the NLL: "en" those in the source language, "tgt" those in the targets.
+# responses count in eq. 3: "en" those in the source language, "tgt" those in the targets.
 METHODS = {
     "clo": [(None, ("tgt",))],
     "sft": [(1.0, ("en", "tgt"))],
@@ -83,6 +83,7 @@ def preference_losses(margin: Tensor, kind: str = "sigmoid", beta: float = 0.1) 
     simpo: -log sigmoid(beta * (margin - gamma)) over the margin of *mean* log-probs without a reference,
     gamma being SIMPO_GAMMA nats a token (arXiv 2405.14734, eq. 6, whose gamma is beta times ours).
     """
+    assert kind in ("sigmoid", "ipo", "simpo"), kind
     if kind == "ipo":
         return (margin - 1 / (2 * beta)) ** 2
     return -F.logsigmoid(beta * (margin - SIMPO_GAMMA if kind == "simpo" else margin))
@@ -116,7 +117,7 @@ def anchor_loss(policy_logp: Tensor, ref_logp: Tensor, tokens) -> Tensor:
 
 @dataclass(frozen=True)
 class Objective:
-    """What a stage minimises: all that a step needs to know of the flags."""
+    """What a stage minimises: all that the loss needs to know of the flags."""
     lam: float                      # weight of the NLL: 1 is plain fine-tuning, 0 preference alone
     nll: tuple[str, ...]            # prompts whose right responses are under the NLL: of "en" and "tgt"
     beta: float = 0.5
@@ -129,14 +130,14 @@ class Objective:
 
     def loss(self, logp: Tensor, batch: data.Batch, step: "Counts") -> Tensor:
         """A micro-batch's part of the step's loss, from the summed log-probs (S,) of its continuations."""
-        ref = logp.detach() if batch.ref_logp is None else batch.ref_logp
+        ref = logp.detach() if batch.ref_logp is None else batch.ref_logp      # None: nobody asks for it
         scores, base = logp, ref
         if self.kind == "simpo":
             scores, base = logp / batch.length, torch.zeros_like(ref)
         loss = clo_loss(scores[batch.chosen], scores[batch.rejected],
                         base[batch.chosen], base[batch.rejected],
                         logp[batch.nll], step.nll_tokens, step.pairs, self.beta, self.lam, self.kind)
-        if self.anchor and self.prefers:
+        if self.anchor and self.prefers:                                       # else there is no reference
             fallen = anchor_loss(logp[batch.english], ref[batch.english], step.english_tokens)
             loss = loss + self.anchor * fallen
         return loss
@@ -168,7 +169,7 @@ def train_step(model: llama.Llama, batches: list[data.Batch], objective: Objecti
         batch = batches[i].to(model.head.device)
         logp = llama.continuation_logps(model, batch)                  # (S,)
         loss = objective.loss(logp, batch, step)                       # eq. 4
-        (loss * counted).backward()                                    # 0: only to keep ranks in step
+        (loss * counted).backward()                                    # 0: a rank that keeps others company
         if counted:
             figures.append(batch_figures(loss.detach(), logp.detach(), batch, objective, step))
     parameters = optimizer.param_groups[0]["params"]
@@ -204,7 +205,7 @@ class Stage:
 def train(model: llama.Llama, parameters: dict, stage: Stage, packed: list, validate: Callable,
           targets: list[str], directory: Path, tensorboard: bool = False) -> None:
     """Run a stage from its last checkpoint to its end over packed steps (each a list of micro-batches);
-    metrics go to directory/metrics.jsonl, one line a step, with validate(step) after every epoch."""
+    metrics go to directory/metrics.jsonl, one line a step, validate(step) before the first and at times."""
     order, device = step_order(len(packed), stage.steps(len(packed)), stage.seed), model.head.device
     optimizer = make_optimizer(parameters.values(), stage.rate, stage.weight_decay, device)
     done = runs.load_checkpoint(directory / "checkpoint", parameters, optimizer)
@@ -246,13 +247,13 @@ def batch_figures(loss: Tensor, logp: Tensor, batch: data.Batch, objective: Obje
     return loss, nll, objective.beta * (logp - ref)[pair], logp[pair]
 
 
-def step_order(packed: int, steps: int, seed: int) -> list[int]:
+def step_order(per_epoch: int, steps: int, seed: int) -> list[int]:
     """Which of the packed steps each optimiser step runs: every epoch its own permutation, the last one
     perhaps cut short. A pure function of the seed."""
-    generator = torch.Generator().manual_seed(seed + 1)
+    generator = torch.Generator().manual_seed(seed + 1)      # another stream than the samples' order
     order = []
     while len(order) < steps:
-        order += torch.randperm(packed, generator=generator).tolist()
+        order += torch.randperm(per_epoch, generator=generator).tolist()
     return order[:steps]
 
 
@@ -270,7 +271,7 @@ def stop_unless_finite(metrics: dict, stage: Stage) -> None:
 
 
 def check_first_rewards(rewards: Tensor) -> None:
-    """Before the first update policy and reference are one model: any reward is an error in a path."""
+    """Before the first update policy and reference are one model, and rewards are rounding at most."""
     if not rewards.numel():                                      # of this step's samples none has a pair
         return
     worst = rewards.abs().max().item()
@@ -287,7 +288,7 @@ class LoraLinear(llama.Linear):
     """A frozen Linear plus a trainable product of rank R, eq. 5. B starts at zero: nothing changes yet."""
 
     def __init__(self, base: llama.Linear, rank: int, alpha: float, generator: torch.Generator, device=None):
-        nn.Module.__init__(self)
+        nn.Module.__init__(self)                     # not Linear's: the base's weight is taken over
         self.weight, self.bias, self.scale = base.weight, base.bias, alpha / rank
         out_features, in_features = base.weight.shape
         bound = 1 / math.sqrt(in_features)           # PEFT's start: kaiming_uniform with a = sqrt(5)
@@ -387,7 +388,7 @@ def load_model(args, job: Job, learns: bool) -> llama.Llama:
 
 
 def run_method(name: str, stages: list[Stage], args, job: Job, validation: heldout.Validation) -> dict:
-    """Load the base model, train it by one method (or not at all: 'base'), export it and score it. A finished
+    """Load the base model, train it by one method (or not at all: 'base'), score it and export it. A finished
     method is read back from its result.json."""
     directory = job.run / name
     result = directory / "result.json"
@@ -399,7 +400,7 @@ def run_method(name: str, stages: list[Stage], args, job: Job, validation: heldo
     started = time.perf_counter()
     base = policy = reference_logps(model, validation.batches, job, "", "reference held-out")
     for number, stage in enumerate(stages):
-        history = fingerprint(name, number) if number else ""
+        history = fingerprint(name, number) if number else ""      # names the training so far
         packed = data.make_steps(job.groups, stage.objective, job.packing, args.seed)
         if stage.objective.prefers:
             batches = [batch for step in packed for batch in step]
@@ -414,7 +415,7 @@ def run_method(name: str, stages: list[Stage], args, job: Job, validation: heldo
         def validate(step):
             nonlocal policy
             policy = before if step == 0 else validation.logps(model, f"validate {stage.name}")
-            return validation.report(model, step, policy, before, untrained=step == number == 0)
+            return validation.report(model, step, policy, before, untrained=step == 0 and number == 0)
         train(model, parameters, stage, packed, validate, args.targets,
               directory if len(stages) == 1 else directory / f"{number + 1}-{stage.name}", args.tensorboard)
         if policy is None:                                # trained before this command began
@@ -445,7 +446,7 @@ def main(argv=None) -> None:
     args.device = device.type
     if device.type == "cuda":
         ranks.fix_order_of_sums()
-    args.base = args.model                                             # what the adapter names
+    args.base = args.model                                             # as it was named: the adapter says it
     args.model = str(hub.local(args.model, weights=() if args.dry_run else hub.WEIGHTS))    # where it lies
     methods = wanted_methods(args, read_config(args.model).hidden_size)
     if args.dry_run:
@@ -454,7 +455,7 @@ def main(argv=None) -> None:
     with scale.memory_advice(args.device), contextlib.ExitStack() as lock:
         ranks.on_first(lambda: lock.enter_context(locked(args.out)))
         job = make_job(args, device, methods)
-        every_pair = data.make_steps(job.heldout, Objective(0.5, ("tgt",)), job.packing, None)
+        every_pair = data.make_steps(job.heldout, Objective(0.0, ("tgt",)), job.packing, None)
         validation = heldout.Validation(every_pair, job.heldout, job.tokenizer, args.max_new_tokens,
                                         args.beta, args.targets)
         scores, answers = {}, {}
@@ -485,18 +486,18 @@ def dry_run(args, device, methods: dict[str, list[Stage]]) -> None:
     job = make_job(args, device, methods)
 
     def begin(stage, model):
-        """A function that trains the model by one step on batches, with the run's own code."""
+        """The function that trains the model by one step on batches: the run's own code."""
         parameters = make_trainable(model, args.train, args.lora_rank, args.lora_alpha, 0, device)
         optimizer = make_optimizer(parameters.values(), 1e-3, 0.0, device)
         return lambda batches: train_step(model, batches, stage.objective, optimizer, stage.clip)
     total = 0.0
-    each = math.ceil(job.rows / args.batch_size)
+    per_epoch = math.ceil(job.rows / args.batch_size)
     for name, stages in methods.items():
         for stage in stages:
             packed = data.make_steps(job.groups, stage.objective, job.packing, args.seed)
-            steps = stage.steps(each)
-            passes = each * stage.objective.prefers
-            tokens = job.rows / each * data.mean_tokens(packed, len(job.groups))
+            steps = stage.steps(per_epoch)
+            passes = per_epoch * stage.objective.prefers
+            tokens = job.rows / per_epoch * data.mean_tokens(packed, len(job.groups))
             took = scale.step_seconds(config, job.plan, tokens)
             if not elsewhere:
                 took = scale.measured_seconds(config, job.plan, packed, tokens, device, partial(begin, stage))
@@ -520,7 +521,7 @@ def parse_args(argv=None) -> argparse.Namespace:
                "--translator m2m100_1.2B. The same command goes on where a killed run stopped.")
     add_flags(parser)
     args = parser.parse_args(argv)
-    args.lam = vars(args).pop("lambda")        # the word is Python's
+    args.lam = vars(args).pop("lambda")        # args.lambda would be no Python
     runs_now = not args.dry_run
     if runs_now and args.lang is None:
         parser.error("--lang is needed: the target language, as in --lang sw")
@@ -530,7 +531,7 @@ def parse_args(argv=None) -> argparse.Namespace:
         parser.error(f"--gpus {args.gpus}: only --dry-run takes it; torchrun starts a run on several")
     args.targets = [] if args.lang is None else language_list(args.lang)
     args.lang = None if args.lang is None else ",".join(args.targets)
-    if len({args.source, *args.targets}) <= len(args.targets):
+    if len({args.source, *args.targets}) < 1 + len(args.targets):      # a language twice
         parser.error(f"--lang {args.lang}: different languages joined by commas were expected, "
                      f"{args.source} not among them")
     args.out = args.out or f"runs/{args.lang}"
@@ -555,7 +556,7 @@ def add_flags(parser) -> None:
     add("--nll", ["tgt", "en,tgt"], "tgt", "responses under clo's NLL; en,tgt is the paper's ablation")
     add("--preference", ["sigmoid", "ipo", "simpo"], "sigmoid", "its form; simpo wants --beta 2 or more")
     add("--beta", flags.positive, 0.5, "strength of the preference term")
-    add("--anchor", flags.not_negative, 0.0, "weight of a penalty on English answers below the base's")
+    add("--anchor", flags.not_negative, 0.0, "weight of a penalty on English answers below the reference's")
     add("--train", list(LEARNING_RATES), "lora", "LoRA on attention, attention itself, or everything")
     add("--lora-rank", flags.positive_int, 16, "rank R")
     add("--lora-alpha", flags.positive, 32.0, "scale: the product counts alpha / R")
@@ -573,7 +574,7 @@ def add_flags(parser) -> None:
     rates = ", ".join(f"{mode} {rate:g}" for mode, rate in LEARNING_RATES.items())
     add("--lr", flags.positive, None, f"peak learning rate; without it {rates}, times 4096 / hidden width")
     add("--epochs", flags.positive, 2.0, "passes over the rows; 0.5 is half of one")
-    add("--baseline-epochs", flags.positive, None, "of methods without a preference; else --epochs")
+    add("--baseline-epochs", flags.positive, None, "of stages without a preference; else --epochs")
     add("--batch-size", flags.positive_int, 8, "rows (samples) per optimiser step")
     add("--micro-rows", flags.positive_int, None, "packed rows a forward pass; else 1, on a GPU what fits")
     add("--warmup", flags.fraction, 0.1, "part of the steps over which the rate rises; then it falls to 0")

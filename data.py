@@ -2,8 +2,8 @@
 
 A *row* is one sample: {"row_id": str, "en": {"prompt": str, "response": str}, "sw": {...}, ...}.
 A *fork* is one prompt with k continuations; continuation 0 is the right one, in the prompt's language.
-A *batch* is rows of T tokens filled with forks, and everything a step asks about them: which position has to
-name which token, which continuations form pairs, and after the reference pass their log-probs.
+A *batch* is packed rows, T tokens each, and everything a step asks about them: which position has to name
+which token, which continuations form pairs, and after the reference pass their log-probs.
 
     python data.py FILE --model DIR --lang sw --show 2     # counts, packing, samples with their loss mask
 
@@ -348,7 +348,7 @@ def stage_forks(group, prefers, nll):
 def make_steps(groups, objective, packing, seed):
     """Optimiser steps of packing.batch_size samples (groups of forks), each a list of micro-batches: what an
     objective (clo.Objective) reads. Packed once: reference and training see the same rows (a GEMM row's bits
-    depend on the row count). seed None keeps the order."""
+    depend on how many rows are multiplied, and first rewards have to be 0). seed None keeps the order."""
     order = list(range(len(groups)))
     if seed is not None:
         order = torch.randperm(len(groups), generator=torch.Generator().manual_seed(seed)).tolist()

@@ -378,8 +378,9 @@ class Llama(nn.Module):
         self.config = config
         self.given_dtype = compute_dtype
         self.recompute = recompute
+        self.compiled = compiler is not None                       # which rounds otherwise
         self.run_forks = run_block
-        if compiler is not None:        # a graph for all blocks
+        if self.compiled:               # a graph for all blocks
             self.run_forks = torch.compile(run_block, dynamic=False, fullgraph=True, backend=compiler)
         self.model = nn.ModuleDict({
             "embed_tokens": Embedding(config.vocab_size, config.hidden_size),

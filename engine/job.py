@@ -54,6 +54,9 @@ class Job:
 def make_job(args, device: torch.device, methods: dict[str, list]) -> Job:
     """Read, translate and tokenise all that a run of these methods (lists of clo.Stage) needs. Its directory
     is claimed once the input is usable; a dry run claims nothing and translates the first rows alone."""
+    if args.anchor and not any(stage.objective.prefers for stages in methods.values() for stage in stages):
+        raise InputError(f"--anchor {args.anchor:g}: no stage of this run has a preference term, and so none "
+                         f"has a reference to hold answers to; leave it out, or give a --lambda below 1")
     if args.tensorboard and importlib.util.find_spec("tensorboard") is None:
         raise InputError("--tensorboard needs the tensorboard package: pip install tensorboard")
     print(f"reading the tokenizer of {args.base}")
@@ -174,7 +177,7 @@ def reference_logps(model: llama.Llama, batches: list[data.Batch], job: Job, his
     code = [Path(llama.__file__), *sorted(Path(kernels.__file__).parent.glob("*.py"))]
     shapes = [list(batch.tokens.shape) for batch in batches]
     forks = [(fork.prompt, fork.continuations) for batch in batches for fork in batch.forks]
-    key = fingerprint(job.identity, job.plan.dtype, history, forks, shapes, torch.__version__,
+    key = fingerprint(job.identity, job.plan.dtype, history, model.compiled, forks, shapes, torch.__version__,
                       torch.get_num_threads(), *code)
     sizes = [len(batch.length) for batch in batches]
     return runs.cached_reference(job.run, key, sizes, lambda: heldout.summed_logps(model, batches, label))

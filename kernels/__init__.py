@@ -5,10 +5,11 @@
 
 Read in this order:
 
-    reference.py   what is computed, in three lines of PyTorch
+    reference.py   what is computed, in plain PyTorch
     chunks.py      the math that keeps its digits, and the walk that keeps memory small; runs anywhere
     rows.py        one step of that walk as a Triton kernel, with an example by hand
     ops.py         gradients, costs, and how torch.compile sees it all
+    layers.py      what a block computes between its products on a CPU: attention, RoPE, RMSNorm, SwiGLU
     aot.py, bench.py   what the compiler made of the kernel; how fast, how large, how exact it is
 
 Imports nothing else of the program. Exercises: docs/lessons/4-logsoftmax.md. Numbers: docs/benchmarks.md.

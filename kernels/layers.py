@@ -2,16 +2,16 @@
 RoPE, RMSNorm and SwiGLU.
 
 The products of a small model take half of a step on a CPU, and passes over its activations the rest. Autograd
-makes many of them: it scatters what was gathered, keeps what can be computed again, and turns every operation
-back alone. Written out, a gradient is a few passes more:
+makes many of them: it scatters what was gathered, keeps what can be computed again, and differentiates every
+operation on its own. Written out, a gradient is a few passes more:
 
     RoPE       y = R x                         dx = R^T dy, the rotation back
     RMSNorm    y = w x r,  r = 1 / rms(x)      dx = r (w dy - x r^2 mean(w dy x)),  dw = sum of dy x r
     SwiGLU     y = silu(g) u                   dg = dy u silu'(g),  du = dy silu(g)
 
-Attention of a fork, whose prompt and continuations lie side by side in a row, needs no copy and no mask. Each
-of them sees itself causally, and the continuations see all of the prompt: two pieces, o_1 and o_2 with
-log-sum-exps l_1 and l_2, are one attention by
+Attention of a fork, whose prompt and continuations lie side by side in a row, needs no copy, and a long one
+no mask. Each of them sees itself causally, and the continuations see all of the prompt: two pieces, o_1 and
+o_2 with log-sum-exps l_1 and l_2, are one attention by
 
     l = log(e^l_1 + e^l_2)    o = e^(l_1 - l) o_1 + e^(l_2 - l) o_2                                   (eq. 1)
 
@@ -20,6 +20,7 @@ computes e^(score - l) again (arXiv 2307.08691, section 3.1.2).
 """
 
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import NamedTuple
 
 import torch
@@ -28,6 +29,7 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
+SHORT_FORK = 64          # tokens
 flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
 
@@ -35,8 +37,8 @@ flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_back
 # -------------------------------------------------------------------------------------------------- attention
 
 class Span(NamedTuple):
-    """A fork in the flattened rows of a batch: where it starts, and the tokens laid of its prompt and of each
-    continuation, which follow one another."""
+    """A fork in the flattened rows of a batch: where it starts, and how many tokens of its prompt and of each
+    continuation, which follow one another, are in the row (a continuation's last one is not)."""
     start: int
     prompt: int
     continuations: tuple[int, ...]
@@ -48,32 +50,49 @@ class Span(NamedTuple):
 
 
 class Piece(NamedTuple):
-    """Queries that see keys: causally, if they are the same tokens, else all of them."""
+    """Queries that see keys: causally, or as a mask says, or all of them."""
     queries: slice
     keys: slice
-    causal: bool
-    merge: bool          # the queries saw other keys before: eq. 1
+    causal: bool = False
+    mask: Tensor | None = None   # (queries, keys), added to the scores
+    merge: bool = False          # the queries saw other keys before: eq. 1
 
 
 def pieces_of(spans: Sequence[Span], tokens: int, header: int = 0) -> list[Piece]:
-    """The pieces of attention over rows of so many tokens, whose keys begin with a header of so many."""
+    """The pieces of attention over rows of so many tokens, whose keys begin with a header of so many. A short
+    fork is one piece with a mask: there the calls take longer than what the mask hides."""
     pieces = []
     for start, prompt, continuations in spans:
         row = start // tokens
         behind = header * (row + 1)                     # keys of a row stand behind its own header
         asked = slice(start, start + prompt)
         replies = slice(asked.stop, asked.stop + sum(continuations))
-        first = start
-        for length in filter(None, (prompt, *continuations)):
-            own = slice(first, first + length)
-            pieces.append(Piece(own, shifted(own, behind), True, False))
-            first += length
-        if replies.start < replies.stop:
-            pieces.append(Piece(replies, shifted(asked, behind), False, True))
+        fork = slice(start, replies.stop)
+        if fork.stop - fork.start <= SHORT_FORK:
+            pieces.append(Piece(fork, shifted(fork, behind), mask=fork_mask(prompt, continuations)))
+        else:
+            first = start
+            for length in filter(None, (prompt, *continuations)):
+                own = slice(first, first + length)
+                pieces.append(Piece(own, shifted(own, behind), causal=True))
+                first += length
+            if replies.start < replies.stop:
+                pieces.append(Piece(replies, shifted(asked, behind), merge=True))
         if header:
             first = row * (header + tokens)
-            pieces.append(Piece(slice(start, replies.stop), slice(first, first + header), False, True))
+            pieces.append(Piece(fork, slice(first, first + header), merge=True))
     return pieces
+
+
+@lru_cache(maxsize=1024)
+def fork_mask(prompt: int, continuations: tuple[int, ...]) -> Tensor:
+    """0 where a token of a fork sees another one, else -inf; fp32."""
+    lengths = torch.tensor([prompt, *continuations])
+    branch = torch.arange(len(lengths)).repeat_interleave(lengths)
+    order = torch.arange(len(branch))
+    seen = (branch == 0) | (branch == branch[:, None])
+    seen &= order <= order[:, None]
+    return torch.zeros(seen.shape).masked_fill(~seen, -torch.inf)
 
 
 def shifted(places: slice, by: int) -> slice:
@@ -86,17 +105,18 @@ def heads_first(x: Tensor) -> Tensor:
 
 
 class ForkAttention(Function):
-    """q (N, Q, D) over k and v (M, G, D) in pieces; G kv heads serve Q / G query heads each. Returns
-    (N, Q, D), zeros where no piece has the query (padding)."""
+    """q (B T, Q, D) over k and v (B S, G, D) in pieces; G kv heads serve Q / G query heads each. Returns
+    (B T, Q, D), zeros where no piece has the query (padding)."""
 
     @staticmethod
     def forward(ctx, q, k, v, pieces):
         wide = torch.promote_types(q.dtype, torch.float32)
         result = torch.zeros_like(q)
         lse = torch.zeros(q.shape[:2], dtype=wide)
-        for queries, keys, causal, merge in pieces:
+        for queries, keys, causal, mask, merge in pieces:
             given = [q[queries], k[keys], v[keys]]
-            found, sums = flash(*map(heads_first, given), 0.0, causal)
+            mask = None if mask is None else mask.to(q.dtype)
+            found, sums = flash(*map(heads_first, given), 0.0, causal, attn_mask=mask)
             found = found[0].transpose(0, 1)                                     # (queries, Q, D)
             sums = sums[0].T                                                     # (queries, Q)
             if merge:                                                            # eq. 1
@@ -121,17 +141,18 @@ class ForkAttention(Function):
         dq = torch.zeros_like(q)
         dk = torch.zeros_like(k)
         dv = torch.zeros_like(v)
-        for queries, keys, causal, _ in ctx.pieces:
+        for queries, keys, causal, mask, _ in ctx.pieces:
             given = [grad[queries], q[queries], k[keys], v[keys], result[queries], lse[queries]]
-            found = flash_backward(*map(heads_first, given), 0.0, causal)
+            mask = None if mask is None else mask.to(q.dtype)
+            found = flash_backward(*map(heads_first, given), 0.0, causal, attn_mask=mask)
             for total, at, part in zip((dq, dk, dv), (queries, keys, keys), found):
                 total[at] += part[0].transpose(0, 1)
         return dq.to(dtype), dk.to(dtype), dv.to(dtype), None
 
 
 # --------------------------------------------------------------------------------------------------- the rest
-# Nothing here is done in place: then the compiler of torch 2.11 gives the inputs a gradient of zero, without
-# a word (pytorch issue 180642).
+# No Function below writes in place: torch.compile would give the inputs of one that does a gradient of zero,
+# without a word (torch 2.11; its issue 180642).
 
 class Rotate(Function):
     """RoPE of x (B, T, heads, D): channel i turns with channel i + D/2. cos, sin (B, T, 1, D), the first half

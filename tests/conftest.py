@@ -74,3 +74,25 @@ def shared() -> Path:
     if not path.is_dir():
         pytest.skip("no real data beside the project")
     return path
+
+
+# ---- what passed is not run twice
+
+def pytest_addoption(parser):
+    parser.addoption("--passed", type=Path, help="a file of tests that passed before, which are left out; those "
+                                                 "that pass now are added to it")
+
+
+def pytest_collection_modifyitems(config, items):
+    path = config.getoption("--passed")
+    before = set(path.read_text().splitlines()) if path and path.exists() else set()
+    config.hook.pytest_deselected(items=[item for item in items if item.nodeid in before])
+    items[:] = [item for item in items if item.nodeid not in before]
+
+
+def pytest_sessionfinish(session):
+    path = session.config.getoption("--passed")
+    if path:
+        reporter = session.config.pluginmanager.get_plugin("terminalreporter")
+        with path.open("a") as file:
+            file.writelines(f"{report.nodeid}\n" for report in reporter.stats.get("passed", []))

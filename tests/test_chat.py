@@ -5,6 +5,7 @@ import shutil
 import time
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import tokenizers
@@ -326,13 +327,14 @@ def test_a_model_that_answers_as_trained_scores_100_percent(case, tmp_path, monk
     trained = {tuple(ours.prompt_ids(row[lang]["prompt"])): ours.response_ids(row[lang]["response"])
                for row in rows for lang in ("en", "sw")}
 
-    def generate(_, prompts, max_tokens, stop_ids, progress):
+    def generate(_, prompts, max_tokens, stop_ids, *how):
         replies = [trained[tuple(prompt)] for prompt in prompts]
         return [reply[:next(i for i, token in enumerate(reply) if token in stop_ids)] for reply in replies]
     monkeypatch.setattr(answers.llama, "generate", generate)
     languages = fit_languages({lang: [row[lang]["response"] for row in rows] * 9 for lang in ("en", "sw")})
     path = tmp_path / "answers.jsonl"
-    scores = answers.answer_and_score(None, ours, rows, ("en", "sw"), languages, 64, None, path)
+    model = SimpleNamespace(config=SimpleNamespace(max_position_embeddings=999))
+    scores = answers.answer_and_score(model, ours, rows, ("en", "sw"), languages, 64, None, path)
     assert all(scores[lang]["correct"] == scores[lang]["right_language"] == 100 for lang in ("en", "sw"))
 
 
