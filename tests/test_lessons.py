@@ -17,12 +17,15 @@ from docs.lessons import build
 
 ROOT = build.ROOT
 PAGES = build.pages()
+CHANGES = build.changes()
 LESSONS = [page for page in PAGES if page.parent.name == "lessons"]
 QUICK = ROOT / "docs/lessons/3-forks.md"
-SLOW = [pytest.param(page, marks=pytest.mark.slow, id=page.stem) for page in PAGES if page != QUICK]
+SLOW = [pytest.param(page, marks=pytest.mark.slow, id=page.stem) for page in PAGES + CHANGES if page != QUICK]
 EXERCISES = ROOT / "docs/lessons/exercises"
 SOLUTIONS = ROOT / "docs/lessons/solutions"
-every_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+every_page = pytest.mark.parametrize("page", PAGES + CHANGES, ids=lambda page: page.stem)
+every_notebook = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+every_change = pytest.mark.parametrize("page", CHANGES, ids=lambda page: page.stem)
 every_lesson = pytest.mark.parametrize("page", LESSONS, ids=lambda page: page.stem)
 
 
@@ -40,6 +43,8 @@ def check_page(page: Path, folder: Path) -> None:
     text = page.read_text(encoding="utf-8")
     if "import triton" in text and not find_spec("triton"):
         pytest.skip("Triton is not installed")
+    if "changed_copy" in text and not shutil.which("git"):
+        pytest.skip("git is not installed")
     shown = build.parse(text)
     for name in ("pictures", "page/pictures"):           # beside the lessons, below the walkthrough
         (folder / name).mkdir(parents=True)
@@ -57,13 +62,13 @@ def test_a_page_prints_what_it_shows(page, tmp_path, one_thread):
     check_page(page, tmp_path)
 
 
-@every_page
+@every_notebook
 def test_a_notebook_is_its_page(page):
     text = page.with_suffix(".ipynb").read_text(encoding="utf-8")
     assert text == build.notebook(build.parse(page.read_text(encoding="utf-8")))
 
 
-@every_page
+@every_notebook
 def test_a_notebook_is_valid(page):
     nbformat = pytest.importorskip("nbformat")
     nbformat.validate(json.loads(page.with_suffix(".ipynb").read_text(encoding="utf-8")))
@@ -99,7 +104,7 @@ def test_links_lead_somewhere(page):
 
 def test_the_contents_name_every_page():
     contents = (ROOT / "docs/README.md").read_text(encoding="utf-8")
-    assert all(f"({page.relative_to(ROOT / 'docs')})" in contents for page in PAGES)
+    assert all(f"({page.relative_to(ROOT / 'docs')})" in contents for page in PAGES + CHANGES)
 
 
 @every_page
@@ -137,7 +142,7 @@ def test_a_wrong_number_is_noticed_and_a_last_digit_forgiven():
 
 
 def test_a_page_is_its_parts_put_together():
-    for page in PAGES:
+    for page in PAGES + CHANGES:
         text = page.read_text(encoding="utf-8")
         parts = build.parse(text)
         assert "".join(part if isinstance(part, str) else part.markdown() for part in parts) == text
@@ -152,10 +157,10 @@ def test_blocks_share_their_names_and_a_page_that_shows_something_else_is_told(t
 
 # ---- exercises ----
 
-def results(folder: Path, report: Path) -> dict[str, bool]:
-    """{test: whether it passed} of the exercises in a folder."""
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", f"--junitxml={report}", folder]
-    subprocess.run(command, cwd=ROOT, capture_output=True, timeout=300)
+def results(tests: Path, report: Path, program: Path = ROOT) -> dict[str, bool]:
+    """{test: whether it passed} of exercises, a folder or a file of tests, with the program in its folder."""
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", f"--junitxml={report}", tests]
+    subprocess.run(command, cwd=program, capture_output=True, timeout=300)
     cases = ElementTree.parse(report).iter("testcase")
     return {f"{case.get('classname')}.{case.get('name')}": len(case) == 0 for case in cases}
 
@@ -180,6 +185,79 @@ def test_every_exercise_of_a_page_has_a_test(page):
     wanted = set(re.findall(rf"\*\*Exercise {number}\.(\d)", page.read_text(encoding="utf-8")))
     tests = (EXERCISES / f"test_lesson_{number}.py").read_text(encoding="utf-8")
     assert set(re.findall(r"^def test_(\d)_", tests, re.M)) == wanted
+
+
+# ---- pages that change the program ----
+
+def patches(page: Path) -> list[Path]:
+    """The page itself, and the solution of its exercises."""
+    return [page, page.parent / f"solutions/change_{page.name[0]}.diff"]
+
+
+@every_change
+def test_the_patches_of_a_page_fit_the_program(page, tmp_path):
+    """When one does not, the program has moved on: change a copy by hand, and paste its `git diff -U2`."""
+    if not shutil.which("git"):
+        pytest.skip("git is not installed")
+    for number, patch in enumerate(patches(page)):
+        changed = build.changed_copy(patch.relative_to(ROOT), tmp_path / str(number))
+        text = patch.read_text(encoding="utf-8")
+        files = re.findall(r"^\+\+\+ b/(.*)$", text, re.M)
+        assert files and all((changed / file).read_text() != (ROOT / file).read_text() for file in files)
+        assert re.findall(r"^\+.{111,}$", text, re.M) == []       # as tests/test_structure.py wants it
+
+
+def test_a_patch_that_does_not_fit_is_told(tmp_path):
+    if not shutil.which("git"):
+        pytest.skip("git is not installed")
+    (tmp_path / "odd.diff").write_text("--- a/clo.py\n+++ b/clo.py\n@@ -1 +1 @@\n-not there\n+new\n")
+    with pytest.raises(ValueError, match="odd.diff does not fit the program: error: patch failed: clo.py:1"):
+        build.changed_copy(tmp_path / "odd.diff", tmp_path / "copy")
+
+
+@pytest.mark.slow
+@every_change
+def test_the_exercises_of_a_change_are_open_and_its_solution_passes(page, tmp_path):
+    tests = page.parent / f"exercises/test_change_{page.name[0]}.py"
+    solved = build.changed_copy(patches(page)[1].relative_to(ROOT), tmp_path / "solved")
+    before, after = results(tests, tmp_path / "open.xml"), results(tests, tmp_path / "solved.xml", solved)
+    assert before and before.keys() == after.keys()
+    assert [name for name, passed in before.items() if passed] == []
+    assert [name for name, passed in after.items() if not passed] == []
+
+
+@pytest.mark.slow
+def test_a_granite_in_the_changed_program_has_the_logits_of_transformers(tmp_path):
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    config = transformers.GraniteConfig(
+        vocab_size=96, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, tie_word_embeddings=True, initializer_range=0.2, embedding_multiplier=12.0,
+        attention_multiplier=0.125, residual_multiplier=0.22, logits_scaling=8.0)
+    theirs = transformers.GraniteForCausalLM(config)
+    theirs.save_pretrained(tmp_path / "granite")
+    tokens = torch.arange(40)[None]
+    torch.save((tokens, theirs(tokens).logits), tmp_path / "logits.pt")
+    code = """if True:
+        import sys, torch, model
+        granite = model.load(sys.argv[1])
+        tokens, logits = torch.load(sys.argv[2])
+        assert logits.std() > 0.1
+        torch.testing.assert_close(granite(tokens) @ granite.head.T, logits, rtol=0, atol=1e-4)"""
+    program = build.changed_copy("docs/change/3-model-family.md", tmp_path / "program")
+    command = [sys.executable, "-c", code, tmp_path / "granite", tmp_path / "logits.pt"]
+    done = subprocess.run(command, cwd=program, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+
+
+@every_change
+def test_every_exercise_of_a_change_has_a_test_and_a_solution(page):
+    text, number = page.read_text(encoding="utf-8"), page.name[0]
+    wanted = set(re.findall(rf"\*\*Exercise {number}\.(\d)", text))
+    tests = (page.parent / f"exercises/test_change_{number}.py").read_text(encoding="utf-8")
+    assert wanted and set(re.findall(r"^def test_(\d)_", tests, re.M)) == wanted
+    assert f"docs/change/exercises/test_change_{number}.py" in text
+    assert f"(solutions/change_{number}.diff)" in text and "## What to change next" in text
 
 
 def test_the_default_run_collects_no_exercise(request):

@@ -2,6 +2,7 @@
 
     python -m docs.lessons.build                    # does every page show what it prints? and its notebook?
     python -m docs.lessons.build 3 walkthrough      # do these two?
+    python -m docs.lessons.build change/1           # and the first one of docs/change?
     python -m docs.lessons.build 3 --write          # after a change: output, pictures and notebook anew
 
 A ```text block that follows a ```python block is what that one prints; an image that follows, what it draws.
@@ -16,6 +17,8 @@ import json
 import linecache
 import os
 import re
+import shutil
+import subprocess
 import sys
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
@@ -47,6 +50,30 @@ class Block:
 
 def pages() -> list[Path]:
     return [ROOT / "docs/walkthrough.md", *sorted((ROOT / "docs/lessons").glob("[1-9]-*.md"))]
+
+
+def changes() -> list[Path]:
+    """The pages that change the program. They have no notebook: their work is done in the files."""
+    return sorted((ROOT / "docs/change").glob("[1-9]-*.md"))
+
+
+def changed_copy(patch: str | Path, folder: str | Path) -> Path:
+    """A new folder, which becomes a copy of the program with a patch. patch: below the top folder, a .diff
+    or a page with diffs, whose prose git skips. Needs git. ValueError where it does not fit the program."""
+    folder = Path(folder).resolve()
+    folder.mkdir()
+    for path in ROOT.iterdir():
+        if path.suffix == ".py":
+            shutil.copy(path, folder)
+        elif (path / "__init__.py").is_file():
+            shutil.copytree(path, folder / path.name, ignore=shutil.ignore_patterns("__pycache__"))
+    (folder / "demo").symlink_to(ROOT / "demo")
+    alone = os.environ | {"GIT_CEILING_DIRECTORIES": str(folder.parent)}       # of no repository around it
+    command = ["git", "apply", ROOT / patch]
+    done = subprocess.run(command, cwd=folder, env=alone, capture_output=True, text=True)
+    if done.returncode:
+        raise ValueError(f"{patch} does not fit the program: {done.stderr}")
+    return folder
 
 
 def parse(text: str) -> list[str | Block]:
@@ -123,6 +150,12 @@ def notebook(parts: list[str | Block]) -> str:
     return json.dumps(content, indent=1, ensure_ascii=False) + "\n"
 
 
+def named(names: list[str]) -> list[Path]:
+    """Pages by how their file begins, those of docs/change after change/; without names all of them."""
+    found = [page for page in pages() if not names or page.name.startswith(tuple(names))]
+    return found + [page for page in changes() if not names or f"change/{page.name}".startswith(tuple(names))]
+
+
 def main(argv=None) -> int:
     parser = argparse.ArgumentParser(prog="python -m docs.lessons.build", description=__doc__.splitlines()[0])
     parser.add_argument("names", nargs="*", metavar="PAGE", help="how its file begins; without, all pages")
@@ -130,16 +163,17 @@ def main(argv=None) -> int:
     args, wrong = parser.parse_args(argv), 0
     torch.set_num_threads(1)                           # matrices this small only wait for one another
     os.environ["TRITON_INTERPRET"] = str(int(not torch.cuda.is_available()))   # before a page imports Triton
-    for page in [page for page in pages() if not args.names or page.name.startswith(tuple(args.names))]:
+    for page in named(args.names):
         shown = parse(page.read_text(encoding="utf-8"))
         printed, found = run(shown, page.parent), []
         if args.write:
             text = "".join(part.markdown() if isinstance(part, Block) else part for part in printed)
             page.write_text(text, encoding="utf-8")
-            page.with_suffix(".ipynb").write_text(notebook(printed), encoding="utf-8")
+            if page in pages():
+                page.with_suffix(".ipynb").write_text(notebook(printed), encoding="utf-8")
         else:
             found = differences(shown, printed)
-            if page.with_suffix(".ipynb").read_text(encoding="utf-8") != notebook(shown):
+            if page in pages() and page.with_suffix(".ipynb").read_text(encoding="utf-8") != notebook(shown):
                 found.append("its notebook has another text: --write brings it up to date")
         print(f"{page.relative_to(ROOT)}: " + ("\n".join(found) or "page and program agree"))
         wrong += len(found)
