@@ -20,7 +20,6 @@ computes e^(score - l) again (arXiv 2307.08691, section 3.1.2).
 """
 
 from collections.abc import Sequence
-from functools import lru_cache
 from typing import NamedTuple
 
 import torch
@@ -29,7 +28,7 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
-SHORT_FORK = 64          # tokens
+SHORT = 128              # tokens of forks that are one piece of attention
 flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
 
@@ -42,6 +41,10 @@ class Span(NamedTuple):
     start: int
     prompt: int
     continuations: tuple[int, ...]
+
+    @property
+    def stop(self) -> int:
+        return self.start + self.prompt + sum(self.continuations)
 
     @property
     def longest(self) -> int:
@@ -59,40 +62,59 @@ class Piece(NamedTuple):
 
 
 def pieces_of(spans: Sequence[Span], tokens: int, header: int = 0) -> list[Piece]:
-    """The pieces of attention over rows of so many tokens, whose keys begin with a header of so many. A short
-    fork is one piece with a mask: there the calls take longer than what the mask hides."""
+    """The pieces of attention over rows of so many tokens, whose keys begin with a header of so many. Short
+    forks that follow one another are one piece with a mask: calls would take longer than what it hides."""
     pieces = []
-    for start, prompt, continuations in spans:
-        row = start // tokens
+    for group in groups_of(spans, tokens):
+        row = group[0].start // tokens
         behind = header * (row + 1)                     # keys of a row stand behind its own header
-        asked = slice(start, start + prompt)
-        replies = slice(asked.stop, asked.stop + sum(continuations))
-        fork = slice(start, replies.stop)
-        if fork.stop - fork.start <= SHORT_FORK:
-            pieces.append(Piece(fork, shifted(fork, behind), mask=fork_mask(prompt, continuations)))
+        asked = slice(group[0].start, group[-1].stop)
+        if len(group) > 1 or asked.stop - asked.start <= SHORT:
+            pieces.append(Piece(asked, shifted(asked, behind), mask=group_mask(group)))
         else:
-            first = start
-            for length in filter(None, (prompt, *continuations)):
-                own = slice(first, first + length)
-                pieces.append(Piece(own, shifted(own, behind), causal=True))
-                first += length
-            if replies.start < replies.stop:
-                pieces.append(Piece(replies, shifted(asked, behind), merge=True))
+            pieces += long_pieces(group[0], behind)
         if header:
             first = row * (header + tokens)
-            pieces.append(Piece(fork, slice(first, first + header), merge=True))
+            pieces.append(Piece(asked, slice(first, first + header), merge=True))
     return pieces
 
 
-@lru_cache(maxsize=1024)
-def fork_mask(prompt: int, continuations: tuple[int, ...]) -> Tensor:
-    """0 where a token of a fork sees another one, else -inf; fp32."""
-    lengths = torch.tensor([prompt, *continuations])
-    branch = torch.arange(len(lengths)).repeat_interleave(lengths)
-    order = torch.arange(len(branch))
+def groups_of(spans: Sequence[Span], tokens: int) -> list[list[Span]]:
+    """Forks that follow one another in a row, SHORT tokens together at most, or a longer one alone."""
+    groups = []
+    for span in spans:
+        last = groups[-1] if groups else None
+        follows = last and last[-1].stop == span.start and span.start % tokens > 0
+        if follows and span.stop - last[0].start <= SHORT:
+            last.append(span)
+        else:
+            groups.append([span])
+    return groups
+
+
+def long_pieces(span: Span, behind: int) -> list[Piece]:
+    """Prompt and continuations see themselves, the continuations the prompt."""
+    pieces, first = [], span.start
+    for length in filter(None, (span.prompt, *span.continuations)):
+        own = slice(first, first + length)
+        pieces.append(Piece(own, shifted(own, behind), causal=True))
+        first += length
+    prompt = slice(span.start, span.start + span.prompt)
+    if prompt.stop < span.stop:
+        pieces.append(Piece(slice(prompt.stop, span.stop), shifted(prompt, behind), merge=True))
+    return pieces
+
+
+def group_mask(group: list[Span]) -> Tensor:
+    """0 where a token of these forks sees another one, else -inf; fp32."""
+    lengths, branches = [], []
+    for fork, (_, prompt, continuations) in enumerate(group):
+        lengths += [prompt, *continuations]
+        branches += [(fork, branch) for branch in range(1 + len(continuations))]
+    fork, branch = torch.tensor(branches).repeat_interleave(torch.tensor(lengths), dim=0).T
     seen = (branch == 0) | (branch == branch[:, None])
-    seen &= order <= order[:, None]
-    return torch.zeros(seen.shape).masked_fill(~seen, -torch.inf)
+    seen &= fork == fork[:, None]
+    return torch.zeros(seen.shape).masked_fill(~seen.tril(), -torch.inf)
 
 
 def shifted(places: slice, by: int) -> slice:
