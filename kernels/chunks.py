@@ -84,7 +84,7 @@ def tile_words(n_vocab, device):
 
 @lru_cache
 def cpu_multiplies_bf16():
-    """Whether the CPU has units for matrices of bf16 (AMX): ten times as fast as fp32 there."""
+    """Whether the CPU has units for matrices of bf16 (AMX), which are much faster than fp32."""
     return torch.backends.mkldnn.is_available() and torch.cpu._is_amx_tile_supported()
 
 

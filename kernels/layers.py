@@ -158,7 +158,7 @@ class ForkAttention(Function):
     def backward(ctx, grad):
         *saved, lse = ctx.saved_tensors
         dtype = grad.dtype
-        # In at least fp32: the kernel takes three times as long over bf16.
+        # In at least fp32: over bf16 the kernel is slower.
         q, k, v, result, grad = (x.to(lse.dtype) for x in (*saved, grad))
         dq = torch.zeros_like(q)
         dk = torch.zeros_like(k)

@@ -10,6 +10,7 @@ import data
 import model as llama
 from conftest import write_checkpoint
 from formats.configs import Config
+from kernels import layers
 from kernels.layers import RMSNormFunction, Rotate, Span, pieces_of
 
 FAMILIES = {
@@ -71,14 +72,20 @@ def test_packed_forks_equal_separate_sequences(window):
         torch.testing.assert_close(together, alone, rtol=0, atol=1e-10)
 
 
+@pytest.mark.parametrize("short, masked", [(0, []), (8, [8, 5]), (9, [9, 8, 5]), (layers.SHORT, [17, 5])])
 @pytest.mark.parametrize("header", [0, 5])
-def test_attention_fork_by_fork_equals_the_dense_mask_with_its_gradients(header):
+def test_attention_fork_by_fork_equals_the_dense_mask_with_its_gradients(header, short, masked,
+                                                                             monkeypatch):
+    """All three forks in pieces; the longest alone; each with a mask; two under one mask."""
+    monkeypatch.setattr(layers, "SHORT", short)
     _, fork, branch, positions, _, spans = packed_row()
+    pieces = pieces_of(spans, 18, header)
+    assert [len(piece.mask) for piece in pieces if piece.mask is not None] == masked
     q, k, v = (torch.randn(2, tokens, heads, 6, dtype=torch.float64, requires_grad=True)
                for tokens, heads in ((18, 4), (18 + header, 2), (18 + header, 2)))
     real = fork >= 0
     dense = llama.sdpa(q, k, v, llama.dense_mask(fork, branch, positions + header, None, header))[real]
-    walked = llama.attend_spans(q, k, v, pieces_of(spans, 18, header))
+    walked = llama.attend_spans(q, k, v, pieces)
     assert not walked[~real].any()
     torch.testing.assert_close(walked[real], dense, rtol=0, atol=1e-12)
     weights = torch.randn_like(dense)
