@@ -370,7 +370,8 @@ class Llama(nn.Module):
 
     compute_dtype: of the activations; None is that of the embedding (trainable weights may be wider).
     recompute: keep a block's input alone, and run the block again in the backward.
-    compiler: a backend of torch.compile for the blocks of packed forks, whose rows must then keep one length.
+    compiler: a backend of torch.compile for the blocks of packed forks, whose rows must then keep one length;
+    they go by a mask, since pieces of attention differ from batch to batch, and each would be compiled anew.
     """
 
     def __init__(self, config: Config, compute_dtype=None, recompute: bool = False, compiler=None):
@@ -417,6 +418,8 @@ class Llama(nn.Module):
             layers = prefix or layers
             header = prefix[0].k.shape[1] if prefix else None
             positions = positions + (header or 0)
+            if run is not run_block:
+                spans = None
             attend = fork_attention(fork, branch, positions, c.head_dim, c.sliding_window, header, spans)
         x = self.model["embed_tokens"](tokens).to(self.compute_dtype)
         cos, sin = rotation(c, positions, x.dtype)

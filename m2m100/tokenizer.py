@@ -45,6 +45,8 @@ def wire_fields(message: bytes):
             yield key >> 3, varint()
         else:
             size = varint() if kind == 2 else FIXED_BYTES[kind]
+            if size > len(message) - stream.tell():
+                raise ValueError(f"a field of {size} bytes at byte {stream.tell()} of {len(message)}")
             yield key >> 3, stream.read(size)
 
 

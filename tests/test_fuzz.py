@@ -18,10 +18,12 @@ from m2m100 import tokenizer as spm
 
 
 hypothesis = pytest.importorskip("hypothesis")
-from hypothesis import HealthCheck, given, settings, strategies as st  # noqa: E402
+from hypothesis import HealthCheck, example, given, settings, strategies as st  # noqa: E402
 
 pytestmark = pytest.mark.slow
-FUZZ = settings(max_examples=150, deadline=10_000, suppress_health_check=list(HealthCheck))
+# The same inputs each time: what decides whether a change lands must not find a fault of another one. To
+# search further, take derandomize away and more examples.
+FUZZ = settings(max_examples=150, derandomize=True, deadline=10_000, suppress_health_check=list(HealthCheck))
 SCALARS = (st.none() | st.booleans() | st.integers(-2**70, 2**70) | st.floats(allow_nan=False)
            | st.text(max_size=8))
 JSON = st.recursive(SCALARS, lambda inner: (st.lists(inner, max_size=4)
@@ -163,6 +165,7 @@ def test_any_sentencepiece_file(tmp_path):
 
     @FUZZ
     @given(st.binary(max_size=120))
+    @example(b"\x02" + b"\xff" * 8 + b"\x7f")                    # a field longer than any file
     def run(content):
         (tmp_path / "sentencepiece.bpe.model").write_bytes(content)
         complains_or_works(lambda: spm.load_tokenizer(tmp_path))

@@ -302,7 +302,7 @@ def test_one_compiled_graph_serves_all_blocks_and_the_pass_without_gradient():
 @pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.skipif(
     shutil.which("g++") is None, reason="torch.compile needs a C++ compiler on a CPU"))])
 def test_compiled_blocks_have_the_gradients_of_plain_ones(backend, recompute):
-    step = make_steps()[0][:1]                          # on a CPU every other batch is compiled anew
+    step = make_steps()[0][:1]                          # every other shape of rows is compiled anew
     expected = gradients(make_model(), step)
     torch.compiler.reset()
     found = gradients(make_model(recompute=recompute, compiler=backend), step)
