@@ -591,7 +591,7 @@ def add_flags(parser) -> None:
     add("--save-every", flags.positive_int, 100, "steps between checkpoints")
     add = flags.group(parser, "machine")
     add("--device", str, "auto", "auto, cpu, cuda, cuda:1, mps")
-    add("--dtype", ["auto", *DTYPES], "auto", "compute type; auto: bf16 on CUDA, else fp32")
+    add("--dtype", ["auto", *DTYPES], "auto", "compute type; auto: bf16 on CUDA, on a CPU what is faster")
     add("--shard", bool, False, "spread the model over the processes torchrun starts, each holding a part")
     add("--recompute", bool, False, "activation checkpointing: less memory for a third more time")
 

@@ -91,7 +91,7 @@ def make_job(args, device: torch.device, methods: dict[str, list]) -> Job:
         check_pairs(groups, args.data, methods)
     if not missing:
         run, identity, plan = open_run(args, plan, tokenizer)
-    print(f"compute type {plan.dtype}, {plan.micro_rows} packed rows per forward pass")
+    print(f"compute type {plan.dtype} ({plan.dtype_why}), {plan.micro_rows} packed rows per forward pass")
     packing = data.Packing(args.batch_size, args.row_tokens, plan.micro_rows, trim=plan.device != "cuda")
     classifier = None
     if not args.dry_run:
@@ -164,7 +164,7 @@ def open_run(args, plan: scale.Plan,
     inputs = {"model": runs.model_fingerprint(args.model), "tokenizer": tokenizer.fingerprint,
               "data": fingerprint(hub.data_file(args.data)),
               "eval_data": args.eval_data and fingerprint(hub.data_file(args.eval_data))}
-    chosen = {"dtype": plan.dtype, "micro_rows": plan.micro_rows}
+    chosen = {"dtype": plan.dtype, "dtype_why": plan.dtype_why, "micro_rows": plan.micro_rows}
     run, chosen = ranks.on_first(lambda: runs.open_run(args.out, identity, inputs, chosen, args.fresh))
     return run, fingerprint(identity, inputs), replace(plan, **chosen)
 

@@ -23,7 +23,7 @@ import model as llama
 from engine.files import InputError
 from formats.configs import Config
 from formats.weights import DTYPES
-from kernels.chunks import CPU_CHUNK_ROWS, CPU_TILE_WORDS, GPU_CHUNK_BYTES
+from kernels.chunks import CPU_CHUNK_ROWS, CPU_TILE_WORDS, GPU_CHUNK_BYTES, cpu_multiplies_bf16
 
 GB = 1e9
 TRAINABLE_BYTES = 4 + 4 + 4 + 4          # fp32: the parameter, its gradient, AdamW's two moments
@@ -31,6 +31,9 @@ DEVICE_BYTES = 141 * GB                  # of an H200
 HOST_BYTES = 0.3 * GB                    # Python and PyTorch on a CPU
 MARGIN = 0.15                            # of a device left free: what is predicted is an estimate
 MOST_MICRO_ROWS = 64                     # where choosing stops
+MEASURED_FROM = 50_000_000               # parameters from which a CPU's compute type is measured
+MEASURED_ROWS = 128
+MEASURED_WIDTH = 2048
 TIMED_LAYERS = (1, 4)                    # of the models that a dry run times
 MEMORY_FLAGS = "--micro-rows 1, --recompute, half of --row-tokens, --dtype bf16, --train lora, --shard"
 CONTEXT_BYTES = 1.5 * GB                 # a CUDA context, cuBLAS's workspace, what the allocator rounds up
@@ -50,6 +53,7 @@ class Plan:
     tflops: float = 380.0
     device: str = "cuda"
     link_gb: float = 50.0
+    dtype_why: str = "asked for"
 
     @property
     def tokens(self) -> int:
@@ -181,12 +185,42 @@ def fitting_micro_rows(c: Config, plan: Plan, device_bytes: float) -> int:
 
 def choose(c: Config, plan: Plan, device: torch.device) -> Plan:
     """The plan with what "auto" stands for. device: this machine's, which the plan's may not be."""
-    cuda = plan.device == "cuda"
-    plan = replace(plan, dtype=("bf16" if cuda else "fp32") if plan.dtype == "auto" else plan.dtype)
+    if plan.dtype == "auto":
+        dtype, why = fastest_dtype(c, plan.device)
+        plan = replace(plan, dtype=dtype, dtype_why=why)
     if plan.micro_rows is not None:
         return plan
     rows = fitting_micro_rows(c, plan, device_bytes(device)) if device.type == "cuda" else 1
     return replace(plan, micro_rows=rows)
+
+
+def fastest_dtype(c: Config, device: str) -> tuple[str, str]:
+    """(compute type, why): bf16 on CUDA, and on a CPU whose units for bf16 are measured to be faster with the
+    products of this model."""
+    if device != "cpu":
+        return ("bf16", "on CUDA") if device == "cuda" else ("fp32", f"on {device}")
+    count = sum(parameters(c).values())
+    if count < MEASURED_FROM:
+        return "fp32", f"a CPU, and fewer than {MEASURED_FROM / 1e6:.0f} M parameters"
+    if not cpu_multiplies_bf16():
+        return "fp32", "a CPU without units for bf16 matrices (AMX)"
+    fp32, bf16 = products_seconds(c, torch.float32), products_seconds(c, torch.bfloat16)
+    dtype = "bf16" if bf16 < fp32 else "fp32"
+    return dtype, f"measured: products of this model take {bf16 / fp32:.2f} times as long in bf16 as in fp32"
+
+
+def products_seconds(c: Config, dtype: torch.dtype) -> float:
+    """Seconds of products like those of a block, on this CPU: a measurement of a tenth of a second. Beyond
+    MEASURED_WIDTH a wider matrix has the same rate."""
+    H, QD, F = (min(width, MEASURED_WIDTH) for width in
+                (c.hidden_size, c.num_attention_heads * c.head_dim, c.intermediate_size))
+    x = torch.randn(MEASURED_ROWS, H).to(dtype)
+    weights = [torch.randn(width, H).to(dtype) for width in (QD, F)]
+
+    def work():
+        for weight in weights:
+            (x @ weight.T) @ weight                            # forward, and the gradient of the input
+    return seconds_of(work, torch.device("cpu"))
 
 
 # ------------------------------------------------------------------------------------------------------- time

@@ -430,6 +430,33 @@ def test_micro_batches_are_the_largest_power_of_two_that_fits_with_a_margin(name
     assert scale.fitting_micro_rows(c, plan, 1e6) == 1
 
 
+@pytest.mark.parametrize("units, seconds, dtype", [
+    (False, None, "fp32"), (True, {"bfloat16": 1.0, "float32": 3.0}, "bf16"),
+    (True, {"bfloat16": 3.0, "float32": 2.0}, "fp32")])
+def test_auto_on_a_cpu_is_bf16_where_a_measurement_says_faster(monkeypatch, units, seconds, dtype):
+    monkeypatch.setattr(scale, "cpu_multiplies_bf16", lambda: units)
+    monkeypatch.setattr(scale, "products_seconds", lambda c, type: seconds[str(type).split(".")[1]])
+    plan = scale.choose(tables.MODELS["Llama-3.2-1B"], scale.Plan(dtype="auto", device="cpu"), torch.device("cpu"))
+    assert plan.dtype == dtype
+    assert ("measured" in plan.dtype_why) == units
+
+
+def test_auto_measures_nothing_for_a_small_model_on_another_device_or_when_a_type_is_asked_for(monkeypatch):
+    monkeypatch.setattr(scale, "products_seconds", None)                     # calling it would be an error
+    monkeypatch.setattr(scale, "cpu_multiplies_bf16", lambda: True)
+    cpu, large = torch.device("cpu"), tables.MODELS["Llama-3.2-1B"]
+    small = make_model().config
+    assert scale.choose(small, scale.Plan(dtype="auto", device="cpu"), cpu).dtype == "fp32"
+    assert scale.choose(large, scale.Plan(dtype="auto", device="mps"), cpu).dtype == "fp32"
+    assert scale.choose(large, scale.Plan(dtype="auto", device="cuda"), cpu).dtype == "bf16"
+    assert scale.choose(large, scale.Plan(dtype="fp32", device="cpu"), cpu).dtype == "fp32"
+
+
+def test_what_is_measured_are_products_of_the_models_shapes():
+    c = replace(tables.MODELS["Llama-3-8B"], hidden_size=96, intermediate_size=64)
+    assert 0 < scale.products_seconds(c, torch.bfloat16) < 10
+
+
 def test_sharding_divides_weights_and_leaves_activations():
     c = tables.MODELS["Llama-3-8B"]
     one, eight = (scale.memory(c, scale.Plan(train="full", gpus=gpus, shard=gpus > 1)) for gpus in (1, 8))
