@@ -46,6 +46,16 @@ from kernels.layers import ForkAttention, RMSNormFunction, Rotate, SwiGLU, piece
 
 # ----------------------------------------------------------------------------------------------------- layers
 
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """x W^T + b. A single row on a CPU is multiplied as a vector: bf16 weights are then read half again as
+    fast (bench/generate.py, --batch 1)."""
+    if x.is_cuda or x.numel() > x.shape[-1]:
+        return F.linear(x, weight, bias)
+    y = torch.mv(weight, x.flatten())
+    y = y if bias is None else y + bias
+    return y.unflatten(0, (*x.shape[:-1], -1))
+
+
 class Linear(nn.Module):
     """y = x W^T + b with W in any dtype: trainable weights stay fp32 while the activations are bf16."""
 
@@ -56,7 +66,7 @@ class Linear(nn.Module):
 
     def forward(self, x):
         bias = None if self.bias is None else self.bias.to(x.dtype)
-        return F.linear(x, self.weight.to(x.dtype), bias)
+        return linear(x, self.weight.to(x.dtype), bias)
 
 
 class Embedding(nn.Embedding):
@@ -75,7 +85,7 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x):
-        return RMSNormFunction.apply(x, self.weight.to(x.dtype), self.eps)
+        return RMSNormFunction.call(x, self.weight.to(x.dtype), self.eps)
 
 
 class Attention(nn.Module):
@@ -99,8 +109,8 @@ class Attention(nn.Module):
         if self.q_norm is not None:
             q = self.q_norm(q)
             k = self.k_norm(k)
-        q = Rotate.apply(q, cos, sin)
-        k = Rotate.apply(k, cos, sin)
+        q = Rotate.call(q, cos, sin)
+        k = Rotate.call(k, cos, sin)
         if cache is not None:
             k, v = cache.append_(k, v)                                           # (B, S, G, D), S = past + T
         seen = attend(q, k, v)                                                   # (B, T, Q, D)
@@ -117,7 +127,7 @@ class MLP(nn.Module):
     def forward(self, x):
         gate = self.gate_proj(x)
         up = self.up_proj(x)
-        return self.down_proj(SwiGLU.apply(gate, up))
+        return self.down_proj(SwiGLU.call(gate, up))
 
 
 class Block(nn.Module):
@@ -555,7 +565,8 @@ def generate_batch(model, prompts, max_tokens, stop_ids, pick):
         hidden = model(tokens, positions, cache=cache)[:, -1]
         if head is None:                                          # a sharded one is whole only after forward
             head = model.head.to(hidden.dtype)
-        chosen = pick((head @ hidden.T).T)  # (B,); with few rows twice as fast on the CPU as hidden @ head.T
+        logits = linear(hidden, head) if len(rows) == 1 else (head @ hidden.T).T   # few rows: twice as fast
+        chosen = pick(logits)                                     # (B,)
         going = ~torch.isin(chosen, stops)
         for row, token, goes in zip(rows, chosen.tolist(), going.tolist()):
             if goes:

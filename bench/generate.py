@@ -1,6 +1,7 @@
 """Tokens per second of greedy generation: ours, transformers' `generate`, and the bare matrix products.
 
     python -m bench.generate            # the shape of its defaults, paired and interleaved in one process
+    python -m bench.generate --model DIR --tokens 48 --batch 1 --dtype bf16                # a real model
     python -m bench.generate --device cuda --dtype bf16 --shape Llama-3.2-1B --batch 1
 
 Every round runs all contenders in turn, and ratios are taken within a round; the median over rounds is
@@ -82,6 +83,7 @@ def parse_args(argv=None) -> argparse.Namespace:
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--device", default="cpu", help="cpu, cuda")
     parser.add_argument("--dtype", choices=list(DTYPES), default="fp32")
+    parser.add_argument("--model", help="a real checkpoint, instead of random weights of a shape")
     parser.add_argument("--shape", choices=list(tables.MODELS), help="of a known model, not of the next six")
     parser.add_argument("--width", type=int, default=512, help="hidden width")
     parser.add_argument("--mlp", type=int, default=1376, help="mlp width")
@@ -103,14 +105,15 @@ def parse_args(argv=None) -> argparse.Namespace:
 def main(argv=None) -> None:
     args = parse_args(argv)
     torch.set_num_threads(args.threads)
-    config, dtype = shape_of(args), DTYPES[args.dtype]
-    prompts = make_prompts(args, config.vocab_size)
-    with torch.device(args.device):
-        model = llama.initialise_(llama.Llama(config))
+    dtype = DTYPES[args.dtype]
     with tempfile.TemporaryDirectory() as directory:
-        save(model, directory, dtype)
-        model = llama.load(directory, args.device, dtype)
-        theirs = transformers.AutoModelForCausalLM.from_pretrained(directory, dtype=dtype).to(args.device)
+        if not args.model:
+            with torch.device(args.device):
+                save(llama.initialise_(llama.Llama(shape_of(args))), directory, dtype)
+        model = llama.load(args.model or directory, args.device, dtype)
+        theirs = transformers.AutoModelForCausalLM.from_pretrained(args.model or directory, dtype=dtype)
+        theirs = theirs.to(args.device)
+    prompts = make_prompts(args, model.config.vocab_size)
     contenders = {"ours": lambda: llama.generate(model, prompts, args.tokens, set()),
                   "transformers": lambda: their_generate(theirs, prompts, args.tokens),
                   "bare products": lambda: bare_products(model, args.batch, args.prompt, args.tokens)}

@@ -28,7 +28,7 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
-SHORT = 128              # tokens of forks that are one piece of attention
+SHORT = 320              # tokens of forks that are one piece of attention
 flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
 
@@ -176,7 +176,25 @@ class ForkAttention(Function):
 # No Function below writes in place: torch.compile would give the inputs of one that does a gradient of zero,
 # without a word (torch 2.11; its issue 180642).
 
-class Rotate(Function):
+class NoContext:
+    """What `forward` is given where no gradient is wanted."""
+
+    def save_for_backward(self, *tensors: Tensor) -> None:
+        pass
+
+
+class LayerFunction(Function):
+    """A Function that autograd hears of only where a gradient is wanted: `apply` takes longer than what is
+    computed for one token."""
+
+    @classmethod
+    def call(cls, *inputs):
+        if torch.is_grad_enabled():
+            return cls.apply(*inputs)
+        return cls.forward(NoContext(), *inputs)
+
+
+class Rotate(LayerFunction):
     """RoPE of x (B, T, heads, D): channel i turns with channel i + D/2. cos, sin (B, T, 1, D), the first half
     of sin negated. D is even: a roll by half of it swaps the halves."""
 
@@ -192,7 +210,7 @@ class Rotate(Function):
         return torch.addcmul(grad * cos, grad.roll(grad.shape[-1] // 2, dims=-1), -sin), None, None
 
 
-class RMSNormFunction(Function):
+class RMSNormFunction(LayerFunction):
     """x / rms(x) * weight over the last axis, the mean square in at least fp32 (arXiv 1910.07467), rounded as
     transformers rounds: before the weight. Keeps x and 1 / rms(x)."""
 
@@ -218,7 +236,7 @@ class RMSNormFunction(Function):
         return grad_x, grad_weight, None
 
 
-class SwiGLU(Function):
+class SwiGLU(LayerFunction):
     """silu(gate) * up, any equal shapes. Keeps its two inputs and nothing else: plain autograd keeps
     silu(gate) as well, a fifth of all that a block keeps."""
 

@@ -5,6 +5,7 @@ from functools import partial
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 import data
 import model as llama
@@ -70,6 +71,16 @@ def test_packed_forks_equal_separate_sequences(window):
         alone = model(torch.cat((tokens[b, prompt], tokens[b, own]))[None])[0]
         together = torch.cat((packed[b, prompt], packed[b, own]))
         torch.testing.assert_close(together, alone, rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-12), (torch.bfloat16, 4e-2)])
+@pytest.mark.parametrize("shape", [(1, 1, 7), (1, 7), (2, 1, 7)])
+def test_a_single_row_is_multiplied_as_all_others(shape, dtype, tolerance):
+    x, weight, bias = (torch.randn(size, dtype=dtype) for size in (shape, (5, 7), (5,)))
+    expected = F.linear(x.double(), weight.double(), bias.double())
+    found = llama.linear(x, weight, bias)
+    assert found.shape == expected.shape and found.dtype == dtype
+    torch.testing.assert_close(found.double(), expected, rtol=tolerance, atol=tolerance)
 
 
 @pytest.mark.parametrize("short, masked", [(0, []), (8, [8, 5]), (9, [9, 8, 5]), (layers.SHORT, [17, 5])])
