@@ -195,10 +195,19 @@ def line_pairs(one: Lines, other: Lines) -> list[tuple]:
         other = dict.fromkeys(one, other[0])
     pairs = [(one[seed], other[seed]) for seed in sorted(one.keys() & other.keys())]
     for first, second in pairs:
-        if first["asked"] != second["asked"]:
+        if not same_questions(first, second):
             raise InputError(f"{first['run']} and {second['run']} answered different questions: delete the "
                              f"older line, and run the plan again")
     return pairs
+
+
+def same_questions(one: dict, other: dict) -> bool:
+    """Of lines with other languages, by the sizes of the answers that are expected in those they share."""
+    if one["language"] == other["language"]:
+        return one["asked"] == other["asked"]
+    both = one["questions"].keys() & other["questions"].keys()
+    return all(one["questions"][language]["bytes"] == other["questions"][language]["bytes"]
+               for language in both)
 
 
 # -------------------------------------------------------------------------------------------------- questions
@@ -217,7 +226,7 @@ QUESTIONS = {                       # name of the plot: (question, pairs of meth
     "compute": ("5. What is left against SFT with CLO's compute?", [(CLO, EQUAL)]),
     "anchor": ("6. Beyond the paper: does the anchor cost the target anything, does it protect English?",
                [(ANCHOR, CLO), (ANCHOR, SFT)]),
-    "two": ("6b. Two languages in one adapter, against one", []),
+    "two": ("6b. Two languages in one adapter, against one", [(CLO, CLO)]),
     "content": ("7. Where CLO is better: language choice, or content? Here content, on questions to which "
                 "every reply of both is in the right language", [(CLO, SFT)])}
 
@@ -251,22 +260,37 @@ def verdicts(told: dict[str, Difference]) -> str:
 
 def compare(name: str, lines: list[dict]) -> list[Comparison]:
     """What there is to a question."""
-    places, wanted = by_place(lines), []
-    for place, (one, other) in itertools.product(places, QUESTIONS[name][1]):
-        wanted.append((place, one, place, other))
-    for place in places if name == "sizes" else ():
-        twice = place._replace(rows=2 * place.rows)
-        wanted += [(place, CLO, twice, SFT), (twice, CLO, place, CLO), (twice, SFT, place, SFT)]
+    places = by_place(lines)
     found = []
-    for place, one, there, other in wanted:
+    for target, place, one, there, other in wanted_pairs(name, places):
         pairs = line_pairs(places.get(place, {}).get(one, {}), places.get(there, {}).get(other, {}))
         if pairs:
-            languages = place.language.split(",")[0], source_of(pairs[0][0])
+            languages = target, source_of(pairs[0][0])
             told = tuple(differences(pairs, language, name == "content") for language in languages)
-            elsewhere = f" with {there.rows:,}" if there != place else ""
+            elsewhere = ""
+            if there != place:
+                elsewhere = f" with {there.rows:,}" if there.rows != place.rows else f" for {target} alone"
             label = f"{place}: {one} against {other}{elsewhere}"
             found.append(Comparison(label, len(pairs), languages, told))
     return found
+
+
+def wanted_pairs(name: str, places) -> list[tuple]:
+    """(target language, place, method, another place, its method) of all that a question compares."""
+    wanted = []
+    for place in places:
+        targets = place.language.split(",")
+        if name == "sizes":
+            twice = place._replace(rows=2 * place.rows)
+            wanted += [(targets[0], place, CLO, twice, SFT), (targets[0], twice, CLO, place, CLO),
+                       (targets[0], twice, SFT, place, SFT)]
+        for (one, other), target in itertools.product(QUESTIONS[name][1], targets):
+            alone = place._replace(language=target)
+            if name != "two":
+                wanted.append((target, place, one, place, other))
+            elif alone != place:
+                wanted.append((target, place, one, alone, other))
+    return wanted
 
 
 def source_of(line: dict) -> str:
@@ -336,7 +360,7 @@ def figure_section(place: Place, methods: dict[str, Lines]) -> str:
     """Every figure at a place, for each language a table."""
     text = [f"## Figures: {place}"]
     trained = [line for method, own in methods.items() for line in own.values() if method != BASE]
-    for language in (place.language.split(",")[0], source_of(trained[0])):
+    for language in (*place.language.split(","), source_of(trained[0])):
         figures, rows = known_figures(trained, language), []
         for method, own in methods.items():
             cells = [seeds_cell(figure, list(own.values()), language) for figure in figures]

@@ -265,6 +265,19 @@ def test_twice_the_rows_are_compared_where_both_sizes_were_run():
     assert "p, sw, 40 rows: sft against sft with 20" in answer
 
 
+def test_an_adapter_of_two_languages_is_compared_with_each_ones_own_on_the_same_questions():
+    two = made_up("clo") | {"language": "sw,de", "asked": "z"}
+    two["questions"] = two["questions"] | {"de": made_up("clo", right=0.1)["questions"]["sw"]}
+    alone = [made_up("clo") | {"language": language} for language in ("sw", "de")]
+    alone[1]["questions"] = {"de": two["questions"]["de"], "en": two["questions"]["en"]}
+    answer = section_of(report.page([two, *alone]), "6b")
+    for language in ("sw", "de"):
+        assert f"p, sw,de, 100 rows: clo against clo for {language} alone (1 seed): in {language}" in answer
+    alone[0]["questions"]["sw"] = alone[0]["questions"]["sw"] | {"bytes": [11] * 40}
+    with pytest.raises(InputError, match="different questions"):
+        report.page([two, *alone])
+
+
 def test_content_is_compared_on_questions_that_both_reply_to_in_the_right_language():
     lines = [made_up("base", rows=0), made_up("sft"), made_up("clo")]
     sides = [line["questions"]["sw"]["language"] for line in lines[1:]]
