@@ -11,9 +11,9 @@ chosen, y_l the rejected response to x, log-probs summed over their tokens, and 
     L_SFT  = -(sum of log pi(y_t|x_t)) / (number of tokens), t: the target language's                  (eq. 3)
     L_CLO  = lambda * L_SFT + (1 - lambda) * L_CL                                                      (eq. 4)
 
-Means are over an optimiser step: its micro-batches share the step's pair and token counts, so how a step is
-cut into micro-batches changes nothing.
-By default only attention is trained, as LoRA: W' = W + (alpha / R) B A                               (eq. 5)
+Means are over an optimiser step, however it is cut into micro-batches. By default a penalty on English
+answers that fall is added, which is not the paper's (`anchor_loss`), and only attention is trained, as LoRA:
+    W' = W + (alpha / R) B A                                                                           (eq. 5)
 
 References: CLO (ACL 2025, arXiv 2505.14297), DPO (arXiv 2305.18290), LoRA (arXiv 2106.09685).
 """
@@ -60,8 +60,8 @@ METHODS = {
     "dpo": [(0.0, ())],
     "sft+dpo": [(1.0, ("en", "tgt")), (0.0, ())],
 }
-ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 CLO_ANCHOR = 1.0                # not in the paper; what it gives and costs: docs/replication.md, question 6
+ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 SIMPO_GAMMA = 0.5               # nats a token by which simpo wants the right response ahead
 # Peak learning rates at this hidden width; they scale with its inverse (muP).
 REFERENCE_WIDTH = 4096
