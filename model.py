@@ -530,7 +530,7 @@ def generate(model: Llama, prompts: list[list[int]], max_tokens: int, stop_ids, 
     """Replies to prompts of token ids, without the stop id that ends them; at most max_tokens each.
 
     Greedy at temperature 0, else sampled from the smallest set of tokens holding top_p of the probability.
-    Prompts of like length share a batch. `progress(n)` is called with the number of replies a batch finished.
+    Prompts of like length share a batch. `progress(n)` is called when n more replies are finished.
     """
     assert all(prompts), "every prompt needs a token"
     generator = torch.Generator(device=model.head.device).manual_seed(seed)
@@ -540,14 +540,12 @@ def generate(model: Llama, prompts: list[list[int]], max_tokens: int, stop_ids, 
     for first in range(0, len(order), batch_size):
         batch = order[first:first + batch_size]
         asked = [prompts[i] for i in batch]
-        for i, reply in zip(batch, generate_batch(model, asked, max_tokens, stop_ids, pick)):
+        for i, reply in zip(batch, generate_batch(model, asked, max_tokens, stop_ids, pick, progress)):
             replies[i] = reply
-        if progress:
-            progress(len(batch))
     return replies
 
 
-def generate_batch(model, prompts, max_tokens, stop_ids, pick):
+def generate_batch(model, prompts, max_tokens, stop_ids, pick, progress=None):
     """One left-padded batch: a pass over the prompts, then one token a step for replies not yet finished."""
     device = model.head.device
     width = max(map(len, prompts))
@@ -561,18 +559,19 @@ def generate_batch(model, prompts, max_tokens, stop_ids, pick):
     head = None
     replies: list[list[int]] = [[] for _ in prompts]
     rows = list(range(len(prompts)))                              # which prompt each row is
+    progress = progress or (lambda n: None)
     for step in range(max_tokens):
         hidden = model(tokens, positions, cache=cache)[:, -1]
         if head is None:                                          # a sharded one is whole only after forward
             head = model.head.to(hidden.dtype)
-        logits = linear(hidden, head) if len(rows) == 1 else (head @ hidden.T).T   # few rows: twice as fast
-        chosen = pick(logits)                                     # (B,)
+        chosen = pick(linear(hidden, head))                       # (B,)
         going = ~torch.isin(chosen, stops)
         for row, token, goes in zip(rows, chosen.tolist(), going.tolist()):
             if goes:
                 replies[row].append(token)
         if not going.all():
             kept = going.nonzero()[:, 0]
+            progress(len(rows) - len(kept))
             rows = [rows[i] for i in kept.tolist()]
             chosen = chosen[kept]
             positions = positions[kept]
@@ -581,6 +580,7 @@ def generate_batch(model, prompts, max_tokens, stop_ids, pick):
             break
         tokens = chosen[:, None]
         positions = positions[:, -1:] + 1
+    progress(len(rows))                                           # cut at max_tokens
     return replies
 
 

@@ -54,7 +54,8 @@ class Job:
 def make_job(args, device: torch.device, methods: dict[str, list]) -> Job:
     """Read, translate and tokenise all that a run of these methods (lists of clo.Stage) needs. Its directory
     is claimed once the input is usable; a dry run claims nothing and translates the first rows alone."""
-    if args.anchor and not any(stage.objective.prefers for stages in methods.values() for stage in stages):
+    stages = sum(methods.values(), [])
+    if args.anchor and not any(stage.objective.prefers for stage in stages):
         raise InputError(f"--anchor {args.anchor:g}: no stage of this run has a preference term, and so none "
                          f"has a reference to hold answers to; leave it out, or give a --lambda below 1")
     if args.tensorboard and importlib.util.find_spec("tensorboard") is None:
@@ -92,6 +93,10 @@ def make_job(args, device: torch.device, methods: dict[str, list]) -> Job:
     if not missing:
         run, identity, plan = open_run(args, plan, tokenizer)
     print(f"compute type {plan.dtype} ({plan.dtype_why}), {plan.micro_rows} packed rows per forward pass")
+    for stage in stages:
+        if stage.objective.prefers and stage.objective.anchor:
+            print(f"{stage.name}: --anchor {stage.objective.anchor:g} holds English answers up; "
+                  f"the paper's loss is --anchor 0")
     packing = data.Packing(args.batch_size, args.row_tokens, plan.micro_rows, trim=plan.device != "cuda")
     classifier = None
     if not args.dry_run:

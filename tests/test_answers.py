@@ -170,6 +170,15 @@ def test_answers_equal_generate_one_at_a_time(checkpoint):
     assert together == [how.replies(model, tokenizer, [question])[0] for question in questions]
 
 
+def test_replies_are_counted_as_they_finish_those_that_are_cut_too(checkpoint):
+    import model as llama
+    model, counted = llama.load(checkpoint), []
+    prompts = [[5, 6], [7], [9, 8, 7], [3]]
+    whole = llama.generate(model, prompts, 6, set(), batch_size=3)
+    llama.generate(model, prompts, 6, {whole[0][2]}, batch_size=3, progress=counted.append)
+    assert sum(counted) == len(prompts) and len(counted) > 2
+
+
 def test_a_reply_ends_by_itself_when_a_stop_token_came_in_time(tmp_path, monkeypatch):
     replies = iter([[5] * 8, [5] * 7, []])
     tokenizer = SimpleNamespace(prompt_ids=lambda question, system: [1], stop_ids={0}, decode=str,

@@ -115,6 +115,14 @@ def test_anchor_counts_only_what_fell_per_token():
     assert clo.anchor_loss(policy, ref, 10).item() == pytest.approx((2.0 + 0.5) / 10)
 
 
+@pytest.mark.parametrize("flags, anchors", [
+    ([], [clo.CLO_ANCHOR]), (["--anchor", "0"], [0]), (["--anchor", "2"], [2]), (["--method", "sft+dpo"], [0, 0]),
+    (["--method", "dpo", "--anchor", "3"], [3])])
+def test_clo_has_an_anchor_unless_another_is_asked_for_and_dpo_has_none(flags, anchors):
+    args = clo.parse_args(["--lang", "sw", *flags])
+    assert [stage.objective.anchor for stage in clo.stages_of(args.method, args, 64)] == anchors
+
+
 def test_the_anchor_pulls_the_right_english_response_up_and_nothing_else(checkpoint):
     model, groups, steps = prepared(checkpoint)
     parameters = clo.make_trainable(model, "attention", 4, 8, seed=0)
