@@ -155,6 +155,15 @@ def test_blocks_share_their_names_and_a_page_that_shows_something_else_is_told(t
     assert build.differences(shown, build.run(shown, tmp_path)) == ["print(x + 1)\nshows:\n4\nprints:\n3\n"]
 
 
+@pytest.mark.slow
+def test_to_look_at_a_page_changes_no_file(monkeypatch, one_thread):
+    monkeypatch.setenv("TRITON_INTERPRET", "1")                       # main sets it: put back afterwards
+    files = [QUICK, QUICK.with_suffix(".ipynb"), ROOT / "docs/pictures/3-packing.png"]
+    before = [file.stat().st_mtime_ns for file in files]
+    assert build.main(["3"]) == 0
+    assert [file.stat().st_mtime_ns for file in files] == before
+
+
 # ---- exercises ----
 
 def results(tests: Path, report: Path, program: Path = ROOT) -> dict[str, bool]:

@@ -20,6 +20,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tempfile
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -96,7 +97,7 @@ def run(parts: list[str | Block], folder: Path) -> list[str | Block]:
             printed = run_block(part.code, f"<block {number}>", names)
             part = part if agree(part.printed, printed) else replace(part, printed=printed)
             if part.file:
-                draw(folder / part.file)
+                draw((folder / part.file).resolve())
         done.append(part)
     return done
 
@@ -113,6 +114,7 @@ def run_block(code: str, name: str, names: dict) -> str:
 def draw(path: Path) -> None:
     """Write the figure that a block drew."""
     from matplotlib import pyplot
+    path.parent.mkdir(parents=True, exist_ok=True)
     pyplot.savefig(path, dpi=110, metadata={"Software": None})
     pyplot.close("all")
 
@@ -164,8 +166,9 @@ def main(argv=None) -> int:
     torch.set_num_threads(1)                           # matrices this small only wait for one another
     os.environ["TRITON_INTERPRET"] = str(int(not torch.cuda.is_available()))   # before a page imports Triton
     for page in named(args.names):
-        shown = parse(page.read_text(encoding="utf-8"))
-        printed, found = run(shown, page.parent), []
+        shown, found = parse(page.read_text(encoding="utf-8")), []
+        with tempfile.TemporaryDirectory() as spare:   # to look at a page changes no file
+            printed = run(shown, page.parent if args.write else Path(spare) / "page")
         if args.write:
             text = "".join(part.markdown() if isinstance(part, Block) else part for part in printed)
             page.write_text(text, encoding="utf-8")

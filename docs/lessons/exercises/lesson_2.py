@@ -6,7 +6,7 @@ Log-probs are sums over an answer's tokens, tensors (P,), one number for each pa
 """
 
 
-def pull(policy_chosen_logp, policy_rejected_logp, ref_chosen_logp, ref_rejected_logp, beta):
+def slope(policy_chosen_logp, policy_rejected_logp, ref_chosen_logp, ref_rejected_logp, beta):
     """How the mean of -log sigmoid(beta * margin) changes with each policy_chosen_logp, (P,).
 
     By hand: without autograd. Margins of -2000 and of 2000 give finite numbers.
@@ -28,6 +28,6 @@ def clo_part(policy_chosen_logp, policy_rejected_logp, ref_chosen_logp, ref_reje
 def anchor(policy_logp, ref_logp, tokens):
     """How far answers fell below the reference, in nats per token: a scalar.
 
-    An answer that did not fall adds nothing, and does not pay for one that did.
+    tokens: of all answers together. An answer that did not fall adds nothing, and does not pay for one that did.
     """
     raise NotImplementedError("exercise 2.3 is open")

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from lesson_2 import anchor, clo_part, pull
+from lesson_2 import anchor, clo_part, slope
 
 import clo
 
@@ -17,13 +17,13 @@ def example(P=6):
     return logps
 
 
-def test_1_pull():
+def test_1_slope():
     logps = example()
     for beta in (0.1, 2.0):
         chosen = logps[0].clone().requires_grad_()
         margin = clo.margins(chosen, *logps[1:])
         clo.preference_losses(margin, beta=beta).mean().backward()
-        assert torch.allclose(pull(*logps, beta), chosen.grad, atol=1e-7)
+        assert torch.allclose(slope(*logps, beta), chosen.grad, atol=1e-7)
 
 
 @pytest.mark.parametrize("cut", [1, 2, 5])

@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 
 
-def pull(policy_chosen_logp, policy_rejected_logp, ref_chosen_logp, ref_rejected_logp, beta):
+def slope(policy_chosen_logp, policy_rejected_logp, ref_chosen_logp, ref_rejected_logp, beta):
     """The slope by the margin is -beta * sigmoid(-beta * margin), the margin's slope by the chosen log-prob
     is 1, and a mean over P pairs gives each one part in P."""
     margin = (policy_chosen_logp - ref_chosen_logp) - (policy_rejected_logp - ref_rejected_logp)
