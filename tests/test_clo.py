@@ -582,7 +582,7 @@ def test_clo_moves_a_real_checkpoint_into_swahili(shared, tmp_path, capsys):
     before, after = report["base"]["heldout"], report["clo"]["heldout"]
     assert after["nll_tgt"] < before["nll_tgt"] - 0.5
     for direction in ("en", "tgt"):
-        assert after[f"rewards/margins_{direction}"] > 1 and after[f"rewards/accuracies_{direction}"] > 0.9
+        assert after[f"rewards/margins_{direction}"] > 1 and after[f"rewards/accuracies_{direction}"] > 0.8
 
 
 @pytest.mark.parametrize("flags, wanted", [
