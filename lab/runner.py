@@ -24,7 +24,7 @@ from lab import measure
 from lab.plan import BASE, Run, base_run, ready
 
 RESULTS = Path(__file__).parent / "results"
-ONE_ANSWER = {"baseline": "none", "answers": 1}     # the lab answers the questions
+ONE_ANSWER = {"baseline": "none", "answers": 1, "max-new-tokens": 8}     # the lab answers the questions
 
 
 class RunFailed(Exception):
