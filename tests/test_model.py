@@ -74,8 +74,8 @@ def test_packed_forks_equal_separate_sequences(window):
 
 
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-12), (torch.bfloat16, 4e-2)])
-@pytest.mark.parametrize("shape", [(1, 1, 7), (1, 7), (2, 1, 7)])
-def test_a_single_row_is_multiplied_as_all_others(shape, dtype, tolerance):
+@pytest.mark.parametrize("shape", [(1, 1, 7), (1, 7), (2, 1, 7), (0, 7)])
+def test_a_single_row_is_multiplied_as_many_or_none(shape, dtype, tolerance):
     x, weight, bias = (torch.randn(size, dtype=dtype) for size in (shape, (5, 7), (5,)))
     expected = F.linear(x.double(), weight.double(), bias.double())
     found = llama.linear(x, weight, bias)
