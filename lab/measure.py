@@ -8,6 +8,7 @@ Of every language, lists with an entry for each question:
     correct        1 where the reply equals the expected answer; only where all expected answers are short
     language       1 where the reply is in the question's language, None where its answer says nothing of that
     ends           1 where the reply ended by itself
+    loops          1 where it was cut at the limit in an endless repetition, which no larger limit would end
     chrf           [letters of the reply, of the expected answer, n-grams of 1 to 6 letters common to both]
     kept           the same against the base model's reply; of the source language
 """
@@ -28,6 +29,7 @@ from evals.language import fit_languages, texts_by_language
 FORKS = 8                   # scored together: memory, not the result, depends on it
 CLASSIFIER_ROWS = 400       # rows that the classifier of reply language learns from, the same for all sizes
 NO_LIMIT = 1 << 30          # tokens of a row: no answer is cut
+LOOP_SHARE = 0.1            # of a reply: "..." at its end is no loop
 
 
 @torch.no_grad()
@@ -83,6 +85,7 @@ def reply_columns(lines: list[dict], base: list[dict] | None) -> dict[str, dict]
             "correct": int(line["correct"]),
             "language": right if line["judged"] else None,
             "ends": int(line["ends"]),
+            "loops": int(not line["ends"] and is_loop(line["reply"])),
             "chrf": short_counts(line["reply"], line["expected"])}
         if base and line["language"] == lines[0]["language"]:
             told["kept"] = short_counts(line["reply"], before["reply"])
@@ -92,6 +95,16 @@ def reply_columns(lines: list[dict], base: list[dict] | None) -> dict[str, dict]
         if not is_short(line["expected"]):
             columns[line["language"]].pop("correct", None)
     return columns
+
+
+def is_loop(text: str) -> bool:
+    """Whether a text ends in three times the same, which together are a tenth of it or more."""
+    least = max(1, math.ceil(LOOP_SHARE * len(text) / 3))
+    for period in range(least, len(text) // 3 + 1):
+        last = text[-period:]
+        if text.endswith(3 * last):
+            return True
+    return False
 
 
 def short_counts(text: str, expected: str) -> list[int]:

@@ -54,9 +54,10 @@ class Run:
 
     @property
     def cost(self) -> tuple:
-        """The base first, then few rows, then one seed of all methods before the next, in it few passes."""
+        """The base first, then the grids, which others wait for, then few rows, then one seed of all methods
+        before the next, in it few passes."""
         passes = PASSES.get(self.flags.get("method"), 0)
-        return self.method != BASE, self.size or ALL_ROWS, self.seed, passes
+        return self.method != BASE, self.split == "test", self.size or ALL_ROWS, self.seed, passes
 
 
 def read_plan(name: str) -> dict:

@@ -66,7 +66,8 @@ FIGURES = (
     Figure("bits", "bits/byte", "bits per byte", -1, ratio, byte_counts, 3),
     Figure("confused", "confused", "language confusion", -1),
     Figure("kept", "like base", "likeness to the base's replies", 1, chrf, ngram_counts),
-    Figure("ends", "ends", "replies that end", 1))
+    Figure("ends", "ends", "replies that end", 1),
+    Figure("loops", "loops", "replies caught in a loop", -1))
 CONTENT = ("correct", "chrf", "bits")           # what is asked of replies in the right language
 
 
@@ -329,9 +330,11 @@ Figures, on the test questions. *in language*: % of replies in the language of t
 equal to the expected answer, where all expected answers are short; *chrF* of replies against the expected
 answers; *bits/byte*: what the expected answers cost the model (less is better); *confused*: % of questions
 whose answer in the other language is likelier per byte than the right one (less is better); *like base*:
-chrF of replies against those of the base model; *ends*: % of replies that end by themselves; *tokens* that
-went through the model in training, a reference pass counted like one more epoch; *seconds* of all training
-steps, which other work on the machine lengthens. Of several seeds the mean stands before their values."""
+chrF of replies against those of the base model; *ends*: % of replies that end by themselves; *loops*: % that
+were cut while they repeated one text again and again, which no larger limit would end (the rest to 100 was cut
+at the limit in the middle of something); *tokens* that went through the model in training, a reference pass
+counted like one more epoch; *seconds* of all training steps, which other work on the machine lengthens. Of
+several seeds the mean stands before their values."""
 
 
 def page(lines: list[dict]) -> str:

@@ -75,6 +75,13 @@ def test_a_grid_runs_on_validation_and_its_best_value_is_used_at_every_size(tmp_
     assert {(run.flags["lr"], run.split) for run in chosen} == {(3e-3, "test")} and len(chosen) == 4
 
 
+def test_grids_come_before_the_runs_that_wait_for_them_and_those_that_do_not(tmp_path):
+    methods = {"clo": {"method": "clo", "lr": [1e-3, 3e-3]}, "sft": {"method": "sft"}}
+    done = finish_all(write_plan(tmp_path / "p.json", methods, grid={"size": 20, "seed": 0}))
+    assert [run.split for run in done[1:3]] == ["validation"] * 2
+    assert {run.split for run in done[3:]} == {"test"}
+
+
 def test_a_grid_is_decided_without_a_value_that_failed(tmp_path):
     methods = {"sft": {"method": "sft", "lr": [1e-3, 3e-3]}}
     table = write_plan(tmp_path / "p.json", methods, grid={"size": 10, "seed": 0})
@@ -177,6 +184,20 @@ def test_confusion_and_bits_are_those_of_each_sequence_alone(checkpoint):
             assert columns[own]["bits"][i] == pytest.approx(-per_byte[0] * size / math.log(2), abs=1e-3)
             assert columns[own]["confused"][i] == (per_byte[1] > per_byte[0])
         assert columns[own]["confused"][-1] is None
+
+
+@pytest.mark.parametrize("text, loops", [
+    ("one two " + "and on and on " * 9, True),
+    ("The tide. " * 3, True),
+    ("Era uma vez. Era uma vez. Era outra vez", False),
+    ("A reply of some length that is cut in the middle of a word ...", False),
+    ("水は青い。" * 3, True),
+    ("52. 53. 54. 55. 56. 57. 58. 59.", False),
+    ("aaa", True),
+    ("ab", False),
+    ("", False)])
+def test_a_loop_is_three_times_the_same_at_the_end_and_more_than_a_few_dots(text, loops):
+    assert measure.is_loop(text) == loops
 
 
 @pytest.mark.parametrize("reply, expected", [
