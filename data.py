@@ -219,6 +219,14 @@ class Packing:
     trim: bool = True
 
 
+def packing_for(device, batch_size, row_tokens, micro_rows):
+    """The Packing of a kind of device ("cpu", "cuda", "mps"). On a CPU attention walks the forks, wherever
+    they lie: the rows of a micro-batch are one long row there, with less padding."""
+    if device == "cpu":
+        return Packing(batch_size, row_tokens * micro_rows)
+    return Packing(batch_size, row_tokens, micro_rows, trim=device != "cuda")
+
+
 @dataclass
 class Batch:
     """B packed rows of T tokens, their N predictions, and what is known of their S continuations and P pairs.

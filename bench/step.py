@@ -134,7 +134,7 @@ DPO = clo.Objective(lam=0.0, nll=(), beta=0.1)
 
 
 def make_steps(samples: list[list[data.Fork]], args) -> list[list[data.Batch]]:
-    packing = data.Packing(args.batch_size, args.row_tokens, args.micro_rows, trim=args.device == "cpu")
+    packing = data.packing_for(args.device, args.batch_size, args.row_tokens, args.micro_rows)
     return data.make_steps(samples, DPO, packing, seed=None)
 
 
@@ -405,7 +405,8 @@ def parse_args(argv=None) -> argparse.Namespace:
     add("--lr", type=float, default=1e-4)
     add("--batch-size", type=int, default=8, help="samples per optimiser step")
     add("--row-tokens", type=int, default=1024, help="ours: tokens of a packed row")
-    add("--micro-rows", type=int, default=1, help="ours: packed rows per forward pass")
+    add("--micro-rows", type=int, default=None,
+        help=f"ours: packed rows per forward pass; else 1, on a CPU in bf16 {scale.MOST_BF16_ROWS}, as clo.py")
     add("--recompute", action="store_true", help="ours: run blocks again in the backward")
     add("--trl-batch", type=int, default=8, help="TRL: pairs per forward pass, gradients accumulate")
     add("--trl-checkpointing", action="store_true", help="TRL: recompute activations")
@@ -431,6 +432,9 @@ def parse_args(argv=None) -> argparse.Namespace:
         parser.error("--init-on-device writes no checkpoint: give --sides ours products")
     if (args.model is None) != (args.data is None):
         parser.error("--model and --data go together: a real model reads real rows")
+    if args.micro_rows is None:
+        small = args.device != "cpu" or args.dtype != "bf16"
+        args.micro_rows = 1 if small else scale.MOST_BF16_ROWS
     return args
 
 

@@ -162,6 +162,16 @@ def test_trimmed_rows_are_as_long_as_the_longest_used():
     assert full.sequence.tolist() == [0, 1, 1]
 
 
+def test_on_a_cpu_the_rows_of_a_micro_batch_are_one_and_elsewhere_each_keeps_its_own():
+    forks, shapes = random_forks(30), {}
+    for device in ("cpu", "mps", "cuda"):
+        how = data.packing_for(device, batch_size=30, row_tokens=40, micro_rows=4)
+        batch = data.micro_batches(forks, how.row_tokens, how.micro_rows, how.trim)[0]
+        shapes[device] = tuple(batch.tokens.shape)
+    assert shapes["cuda"] == (4, 40) and shapes["mps"][0] == 4
+    assert shapes["cpu"][0] == 1 and 3 * 40 < shapes["cpu"][1] <= 4 * 40
+
+
 def test_micro_batches_hold_the_rows_of_the_one_batch():
     forks = random_forks(30, seed=2)
     whole, parts = data.pack(forks, 40), data.micro_batches(forks, 40, 3)

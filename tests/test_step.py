@@ -430,6 +430,14 @@ def test_micro_batches_are_the_largest_power_of_two_that_fits_with_a_margin(name
     assert scale.fitting_micro_rows(c, plan, 1e6) == 1
 
 
+@pytest.mark.parametrize("dtype, device_gb, rows", [
+    ("fp32", 1000, 1), ("bf16", 9, 4), ("bf16", 8, 2), ("bf16", 5, 1)])
+def test_on_a_cpu_bf16_takes_the_micro_batches_that_fit_up_to_four_rows(monkeypatch, dtype, device_gb, rows):
+    monkeypatch.setattr(scale, "device_bytes", lambda device: device_gb * scale.GB)
+    plan = scale.Plan(dtype=dtype, device="cpu", micro_rows=None)
+    assert scale.choose(tables.MODELS["Llama-3.2-1B"], plan, torch.device("cpu")).micro_rows == rows
+
+
 @pytest.mark.parametrize("units, seconds, dtype", [
     (False, None, "fp32"), (True, {"bfloat16": 1.0, "float32": 3.0}, "bf16"),
     (True, {"bfloat16": 3.0, "float32": 2.0}, "fp32")])
