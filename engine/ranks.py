@@ -117,7 +117,10 @@ def gather_tensors(own: list[tuple]) -> list[tuple]:
     """gather of tuples of tensors, which several ranks exchange on the CPU."""
     if size() == 1:
         return own
-    return gather([tuple(tensor.cpu() for tensor in part) for part in own])
+    on_cpu = []
+    for part in own:
+        on_cpu.append(tuple(tensor.cpu() for tensor in part))
+    return gather(on_cpu)
 
 
 def barrier() -> None:

@@ -346,7 +346,9 @@ def encode_questions(tokenizer, questions: list[Question]) -> list[tuple[list[in
     """
     texts = [question.header + question.text for question in questions]
     prompts = encode(tokenizer, [text.rstrip() for text in texts])
-    joint = [encode(tokenizer, [f"{text} {letter}" for text in texts]) for letter in LETTERS]
+    joint = []
+    for letter in LETTERS:
+        joint.append(encode(tokenizer, [f"{text} {letter}" for text in texts]))
     pairs = []
     for question, prompt, *whole in zip(questions, prompts, *joint):
         choices = [ids[len(prompt):] for ids in whole]

@@ -75,14 +75,17 @@ def object_in(text):
 def unwrap(path, record):
     """[(where, record)] of a file with this one record, which may stand around a list of them, as in
     {"data": [...]} or {"train": [...]}."""
-    lists = [key for key, value in record.items()
-             if isinstance(value, list) and value and all(isinstance(item, dict) for item in value)]
+    lists = [key for key, value in record.items() if is_list_of_records(value)]
     known = is_message(record) or find_format(record)
     if not lists or known and "data" not in lists:
         return [(f"{path}:1", record)]
     if len(lists) > 1:
         raise InputError(f"{path}: lists of records under {named(lists)}: write the one wanted to a file")
     return [(f"{path}[{lists[0]}][{item}]", inner) for item, inner in enumerate(record[lists[0]])]
+
+
+def is_list_of_records(value):
+    return isinstance(value, list) and bool(value) and all(isinstance(item, dict) for item in value)
 
 
 def without_nan(value):
@@ -383,8 +386,11 @@ def number_duplicates(rows, counts):
 
 def write_rows(path, rows):
     """Write parallel JSONL. The identifier is "id", but "row_id" beside Indonesian, whose code is "id"."""
-    write_jsonl(path, (row if "id" in row else {"id" if key == "row_id" else key: value
-                                                for key, value in row.items()} for row in rows))
+    def as_written(row):
+        names = {} if "id" in row else {"row_id": "id"}
+        return {names.get(key, key): value for key, value in row.items()}
+
+    write_jsonl(path, map(as_written, rows))
 
 
 def write_preferences(path, rows, *languages):
@@ -396,11 +402,13 @@ def write_preferences(path, rows, *languages):
     def say(role, text):
         return [{"role": role, "content": text}]
 
-    pairs = [{"prompt": say("user", row[own]["prompt"]), "chosen": say("assistant", row[own]["response"]),
-              "rejected": say("assistant", row[other]["response"]), "language": own}
-             for row in require_languages(rows, *languages)
-             for own, other in itertools.permutations(languages, 2)
-             if row[own]["response"] != row[other]["response"]]
+    pairs = []
+    for row in require_languages(rows, *languages):
+        for own, other in itertools.permutations(languages, 2):
+            right, wrong = row[own]["response"], row[other]["response"]
+            if right != wrong:
+                pairs.append({"prompt": say("user", row[own]["prompt"]), "chosen": say("assistant", right),
+                              "rejected": say("assistant", wrong), "language": own})
     write_jsonl(path, pairs)
     return len(pairs)
 

@@ -1,4 +1,5 @@
-"""python -m lab PLAN runs what is missing of a plan; python -m lab report draws docs/replication.md."""
+"""python -m lab PLAN runs what is missing of a plan; python -m lab report draws docs/replication.md
+and README's table."""
 
 import os
 import signal
@@ -27,7 +28,10 @@ def parse_args(argv=None):
 def main(argv=None) -> None:
     args = parse_args(argv)
     if args.plan == "report":
-        report.write(report.read_all(args.results), args.out)
+        lines = report.read_all(args.results)
+        report.write(lines, args.out)
+        if args.out == report.DOCS:
+            report.write_readme(lines)
         return
     plan = read_plan(args.plan)
     results = args.results / f"{plan['name']}.jsonl"

@@ -12,6 +12,7 @@ PANELS = ((0, "language"), (0, "chrf"), (0, "bits"), (1, "kept"), (1, "chrf"), (
 SIDES = ("target", "source")
 ACROSS = 3
 LABEL_WIDTH = 34                        # letters
+TICKS = 4                               # of an axis at most, and one: their labels must not meet
 WIDTH, LABELS, ROW = 2.6, 3.0, 0.5      # inches: of a panel, of the labels, of a comparison
 
 
@@ -58,4 +59,5 @@ def draw_panel(axis, told: list, side: str) -> None:
         title = f"{found.figure.title}, {side} language"
         axis.set_title(f"{title}\n({better} of the line is better)", fontsize=9)
     axis.margins(x=0.1)
+    axis.locator_params("x", nbins=TICKS)
     axis.grid(axis="x", alpha=0.3)

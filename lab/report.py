@@ -22,7 +22,7 @@ from evals.report import table
 from formats import hub
 from lab import plots
 from lab.measure import long_counts
-from lab.plan import BASE, target_bits
+from lab.plan import BASE
 from lab.runner import read_results
 
 DOCS = hub.ROOT / "docs"
@@ -387,13 +387,82 @@ def seeds_cell(figure: Figure, lines: list[dict], language: str) -> str:
 
 def grid_section(lines: list[dict]) -> str:
     """What was tried on the validation split."""
-    header = ["plan", "language", "method", "lr", "epochs", "rows", "bits/byte, target"]
-    rows = []
+    names, rows = ("bits", "confused"), []
+    header = ["plan", "language", "method", "rows", "settings"]
+    header += [f"{name}, {side}" for side in ("target", "source") for name in ("bits/byte", "confused")]
+    for (plan, language, method), tried in by_method(lines).items():
+        varied = varied_flags(tried)
+        for line in tried:
+            settings = ", ".join(f"{flag} {line['flags'][flag]:g}" for flag in varied) or "-"
+            sides = language.split(",")[0], source_of(line)
+            cells = [seeds_cell(figure, [line], side) for side in sides for figure in FIGURES
+                     if figure.name in names]
+            rows.append([plan, language, method, str(line["rows"]), settings, *cells])
+    title = "## Settings tried on the validation split\n\n"
+    return title + (table(header, rows) if rows else NOT_RUN)
+
+
+def by_method(lines: list[dict]) -> dict[tuple, list[dict]]:
+    """{(plan, language, method): its points of a grid}"""
+    found = {}
     for line in lines:
         if line["split"] != "test":
-            rows.append([line["plan"], line["language"], line["method"], str(line["flags"].get("lr", "-")),
-                         f"{line['epochs']:g}", str(line["rows"]), f"{target_bits(line):.3f}"])
-    return "## Settings tried on the validation split\n\n" + (table(header, rows) if rows else NOT_RUN)
+            found.setdefault((line["plan"], line["language"], line["method"]), []).append(line)
+    return found
+
+
+def varied_flags(lines: list[dict]) -> list[str]:
+    """The flags in which lines differ."""
+    return [flag for flag in lines[0]["flags"] if len({line["flags"].get(flag) for line in lines}) > 1]
+
+
+# ----------------------------------------------------------------------------------------------------- README
+
+README = hub.ROOT / "README.md"
+BETWEEN = "<!-- drawn by python -m lab report -->\n", "<!-- to here -->"
+SHOWN_PLOT = "replication-real.png"
+SHOWN_PLACE = Place("portuguese-first", "pt", 50)
+SHOWN_METHODS = (SFT, EQUAL, CLO, ANCHOR)
+SHOWN_FIGURES = {"pt": ("language", "confused", "chrf", "bits", "loops"),
+                 "en": ("language", "chrf", "bits", "loops")}
+
+
+def shown_comparisons(lines: list[dict]) -> list[Comparison]:
+    """Every method that README shows, against the untrained model."""
+    methods, found = by_place(lines)[SHOWN_PLACE], []
+    for method in SHOWN_METHODS:
+        pairs = line_pairs(methods[method], methods[BASE])
+        told = tuple(differences(pairs, language, content=False) for language in SHOWN_FIGURES)
+        found.append(Comparison(method, len(pairs), tuple(SHOWN_FIGURES), told))
+    return found
+
+
+def summary(lines: list[dict]) -> str:
+    """README's table: a row for every figure, a column for every method."""
+    compared = shown_comparisons(lines)
+    base, rows = list(by_place(lines)[SHOWN_PLACE][BASE].values()), []
+    for side, (language, names) in enumerate(SHOWN_FIGURES.items()):
+        for figure in [figure for figure in FIGURES if figure.name in names]:
+            cells = [seeds_cell(figure, base, language)]
+            cells += [one.told[side][figure.name].cell for one in compared]
+            rows.append([f"{language}: {figure.title}", *cells])
+    return table(["", BASE, *SHOWN_METHODS], rows)
+
+
+def with_summary(text: str, lines: list[dict]) -> str:
+    """README's text with its table drawn anew."""
+    before, _, rest = text.partition(BETWEEN[0])
+    _, _, after = rest.partition(BETWEEN[1])
+    return f"{before}{BETWEEN[0]}{summary(lines)}\n{BETWEEN[1]}{after}"
+
+
+def write_readme(lines: list[dict]) -> None:
+    """README's table, and its plot in docs/."""
+    write_text(README, with_summary(README.read_text(encoding="utf-8"), lines))
+    print(README)
+    if plots.can_plot():
+        plots.plot_differences(shown_comparisons(lines), DOCS / SHOWN_PLOT)
+        print(DOCS / SHOWN_PLOT)
 
 
 def write(lines: list[dict], directory: Path) -> None:

@@ -306,6 +306,17 @@ def test_content_is_compared_on_questions_that_both_reply_to_in_the_right_langua
     assert f"in sw ({both} questions)" in section_of(report.page(lines), 7)
 
 
+def test_points_of_a_grid_are_told_apart_by_the_flags_in_which_they_differ():
+    points = [made_up("clo", right=right) | {"split": "validation", "run": str(rate)}
+              for rate, right in ((0.001, 0.2), (0.002, 0.9))]
+    for point, rate in zip(points, (0.001, 0.002)):
+        point["flags"] = point["flags"] | {"lr": rate, "beta": 0.5}
+    text = report.grid_section(points)
+    assert "| lr 0.001 |" in text and "| lr 0.002 |" in text and "beta" not in text
+    first, second = [line.split("|")[6].strip() for line in text.splitlines()[-2:]]
+    assert float(first) > float(second) > 0
+
+
 def test_answers_to_other_questions_are_not_compared():
     with pytest.raises(InputError, match="different questions"):
         report.page([made_up("base", rows=0), made_up("sft"), made_up("clo", asked="y")])
@@ -323,6 +334,12 @@ def test_the_committed_page_is_what_the_committed_lines_say():
     for name in report.QUESTIONS:
         plot = f"replication-{name}.png"
         assert (report.DOCS / plot).is_file() == (plot in text)
+
+
+def test_the_committed_readme_shows_what_the_committed_lines_say():
+    text = report.README.read_text(encoding="utf-8")
+    assert report.with_summary(text, report.read_all(runner.RESULTS)) == text
+    assert f"docs/{report.SHOWN_PLOT}" in text and (report.DOCS / report.SHOWN_PLOT).is_file()
 
 
 def test_plots_are_drawn_of_what_there_is(tmp_path):
