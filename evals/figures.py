@@ -28,6 +28,7 @@ CERTAINTY = 0.95        # of an interval
 FEW = 5                 # with fewer questions than these no difference is called one
 SHORT_REPLY = 20        # letters below which the language of a reply says little
 SHORT_ANSWER = 60       # widest expected answer that a reply can be asked to equal
+LOOP_SHARE = 0.1        # of a reply that is cut, at least, is its loop: "..." at the end is none
 
 ANSWER_KEYS = ("row_id", "language", "prompt", "reply", "expected", "correct", "reply_language", "judged")
 
@@ -198,6 +199,16 @@ def measure(lines: list[dict]) -> dict[str, Sample]:
     if not all(is_short(line["expected"]) for line in lines):
         samples.pop("correct", None)
     return samples
+
+
+def is_loop(text: str) -> bool:
+    """Whether a text ends in three times the same, which together are a tenth of it or more."""
+    least = max(1, math.ceil(LOOP_SHARE * len(text) / 3))
+    for period in range(least, len(text) // 3 + 1):
+        last = text[-period:]
+        if text.endswith(3 * last):
+            return True
+    return False
 
 
 def languages_told(lines: list[dict]) -> dict[str, int]:

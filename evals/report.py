@@ -6,8 +6,8 @@ comparisons agree. This knows nothing of models: clo.py prints and writes the te
 
 import json
 
-from evals.figures import (FIGURES, SHORT_ANSWER, SHORT_REPLY, Difference, Sample, languages_told, measure,
-                           paired_difference)
+from evals.figures import (FIGURES, SHORT_ANSWER, SHORT_REPLY, Difference, Sample, is_loop, languages_told,
+                           measure, paired_difference)
 
 Answers = dict[str, list[dict]]     # {method: lines of its answers.jsonl}
 Rows = list[tuple[str, str, list[dict]]]        # of every table: (language, method, its answers)
@@ -76,6 +76,7 @@ def report_text(report: dict, answers: Answers, source: str, examples: int = 2) 
         f"# {lang}: {report['samples']} samples, seed {report['seed']}",
         *closing_lines(answers),
         *answer_section(rows, any_method.get("questions")),
+        *cut_section(rows),
         *language_section(rows),
         *heldout_section(methods, languages, lang),
         f"Training took {', '.join(training) or 'no time'}. Decoding: "
@@ -105,6 +106,19 @@ def answer_section(rows: Rows, questions: int | None) -> list[str]:
     legend += [f"- {figure.title}: {EXPLAINED[figure.name]}" for figure in figures]
     titles = [figure.title for figure in figures]
     return ["\n".join(legend), table(["language", "method", *titles], cells)]
+
+
+def cut_section(rows: Rows) -> list[str]:
+    """How many replies were cut, and how many of these would not end at any length."""
+    told = []
+    for language, name, lines in rows:
+        cut = [line["reply"] for line in lines if not line.get("ends", True)]
+        if cut:
+            told.append(f"{language} {name} {len(cut)} ({sum(map(is_loop, cut))})")
+    if not told:
+        return []
+    return ["Replies cut at --max-new-tokens, in brackets those that repeat one text again and again, which "
+            f"no larger limit would end: {', '.join(told)}."]
 
 
 def language_section(rows: Rows) -> list[str]:

@@ -23,13 +23,12 @@ import data
 import model as llama
 from engine.files import read_records
 from evals.answers import answer_and_score
-from evals.figures import CHRF_ORDER, chrf_counts, is_short
+from evals.figures import CHRF_ORDER, chrf_counts, is_loop, is_short
 from evals.language import fit_languages, texts_by_language
 
 FORKS = 8                   # scored together: memory, not the result, depends on it
 CLASSIFIER_ROWS = 400       # rows that the classifier of reply language learns from, the same for all sizes
 NO_LIMIT = 1 << 30          # tokens of a row: no answer is cut
-LOOP_SHARE = 0.1            # of a reply: "..." at its end is no loop
 
 
 @torch.no_grad()
@@ -95,16 +94,6 @@ def reply_columns(lines: list[dict], base: list[dict] | None) -> dict[str, dict]
         if not is_short(line["expected"]):
             columns[line["language"]].pop("correct", None)
     return columns
-
-
-def is_loop(text: str) -> bool:
-    """Whether a text ends in three times the same, which together are a tenth of it or more."""
-    least = max(1, math.ceil(LOOP_SHARE * len(text) / 3))
-    for period in range(least, len(text) // 3 + 1):
-        last = text[-period:]
-        if text.endswith(3 * last):
-            return True
-    return False
 
 
 def short_counts(text: str, expected: str) -> list[int]:

@@ -424,7 +424,7 @@ SHOWN_PLOT = "replication-real.png"
 SHOWN_PLACE = Place("portuguese-first", "pt", 50)
 SHOWN_METHODS = (SFT, EQUAL, CLO, ANCHOR)
 SHOWN_FIGURES = {"pt": ("language", "confused", "chrf", "bits", "loops"),
-                 "en": ("language", "chrf", "bits", "loops")}
+                 "en": ("language", "chrf", "bits", "kept", "loops")}
 
 
 def shown_comparisons(lines: list[dict]) -> list[Comparison]:
@@ -438,13 +438,16 @@ def shown_comparisons(lines: list[dict]) -> list[Comparison]:
 
 
 def summary(lines: list[dict]) -> str:
-    """README's table: a row for every figure, a column for every method."""
-    compared = shown_comparisons(lines)
-    base, rows = list(by_place(lines)[SHOWN_PLACE][BASE].values()), []
+    """README's table: a row for every figure, a column for every method. Likeness to the base's replies is not
+    a difference: the base's own has no value."""
+    methods, compared, rows = by_place(lines)[SHOWN_PLACE], shown_comparisons(lines), []
     for side, (language, names) in enumerate(SHOWN_FIGURES.items()):
         for figure in [figure for figure in FIGURES if figure.name in names]:
-            cells = [seeds_cell(figure, base, language)]
-            cells += [one.told[side][figure.name].cell for one in compared]
+            def cell(method):
+                return seeds_cell(figure, list(methods[method].values()), language)
+            cells = [cell(BASE)]
+            cells += [one.told[side][figure.name].cell if figure.name in one.told[side] else cell(one.label)
+                      for one in compared]
             rows.append([f"{language}: {figure.title}", *cells])
     return table(["", BASE, *SHOWN_METHODS], rows)
 

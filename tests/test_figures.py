@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from evals import figures
-from evals.figures import (FIGURES, MEAN, SHARE, Sample, binomial_error, chrf, chrf_counts, is_short,
-                           languages_told, measure, paired_difference, question_keys)
+from evals.figures import (FIGURES, MEAN, SHARE, Sample, binomial_error, chrf, chrf_counts, is_loop,
+                           is_short, languages_told, measure, paired_difference, question_keys)
 
 ODD = ["", " ", "a", "  a b\tc\n", "猫", "狮子吃肉。", "Kìnnìún ń jẹ ẹran.", "n\u0303\u0301 e\u0301", "\u200b",
        "👩\u200d👩\u200d👧 ok", "The lion eats meat.", "the LION eats", "aaaaaaaaaa", "aaaa", "ไม่มีอะไร",
@@ -184,3 +184,17 @@ def test_seeds_are_averaged_and_only_common_questions_count():
 
 def test_every_figure_of_a_line_has_a_name_of_its_own():
     assert len({figure.name for figure in FIGURES}) == len({figure.title for figure in FIGURES}) == 6
+
+
+@pytest.mark.parametrize("text, loops", [
+    ("one two " + "and on and on " * 9, True),
+    ("The tide. " * 3, True),
+    ("Era uma vez. Era uma vez. Era outra vez", False),
+    ("A reply of some length that is cut in the middle of a word ...", False),
+    ("水は青い。" * 3, True),
+    ("52. 53. 54. 55. 56. 57. 58. 59.", False),
+    ("aaa", True),
+    ("ab", False),
+    ("", False)])
+def test_a_loop_is_three_times_the_same_at_the_end_and_more_than_a_few_dots(text, loops):
+    assert is_loop(text) == loops

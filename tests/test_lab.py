@@ -186,20 +186,6 @@ def test_confusion_and_bits_are_those_of_each_sequence_alone(checkpoint):
         assert columns[own]["confused"][-1] is None
 
 
-@pytest.mark.parametrize("text, loops", [
-    ("one two " + "and on and on " * 9, True),
-    ("The tide. " * 3, True),
-    ("Era uma vez. Era uma vez. Era outra vez", False),
-    ("A reply of some length that is cut in the middle of a word ...", False),
-    ("水は青い。" * 3, True),
-    ("52. 53. 54. 55. 56. 57. 58. 59.", False),
-    ("aaa", True),
-    ("ab", False),
-    ("", False)])
-def test_a_loop_is_three_times_the_same_at_the_end_and_more_than_a_few_dots(text, loops):
-    assert measure.is_loop(text) == loops
-
-
 @pytest.mark.parametrize("reply, expected", [
     ("Paris", "Paris"), ("a b", "abc defg hijk"), ("", "abc"), ("abc", ""), ("abcdefgh", "ab"),
     ("新加坡", "新加坡共和国的首都")])

@@ -66,6 +66,14 @@ def test_replies_in_another_language_and_short_ones_are_apart():
     assert cells(text, "language", "method", "replies")[-2:] == ["under 20 letters", "of them right"]
 
 
+def test_replies_that_were_cut_are_counted_and_those_in_a_loop_apart():
+    lines = lines_of("clo", n=5, ends=True)
+    assert "Replies cut" not in report_of({"base": lines})
+    for line, reply in zip(lines[:3], ("Ni nini? " * 40, LONG, "na " * 70)):
+        line |= {"ends": False, "reply": reply}
+    assert "no larger limit would end: en base 3 (2)." in report_of({"base": lines})
+
+
 def test_several_targets_have_held_out_figures_of_their_own():
     methods = {"clo": {"heldout": {"nll_en": 0.5, "nll_tgt": 2.0, "nll_tgt_sw": 3.0, "nll_tgt_yo": 4.0}}}
     text = heldout_section(methods, ["en", "sw", "yo"], "sw,yo")[1]
