@@ -11,6 +11,7 @@ Readers of public formats are in formats/records.py, chat templates in formats/c
 """
 
 import contextlib
+import math
 from bisect import bisect_left, insort
 from collections import Counter
 from dataclasses import dataclass, replace
@@ -211,20 +212,29 @@ def mean_tokens(packed, samples):
 
 @dataclass(frozen=True)
 class Packing:
-    """How samples become micro-batches. trim: drop padding that all rows of one share; on CUDA rows keep one
-    length, since its attention is compiled for a shape."""
+    """How samples become micro-batches. micro_rows: the most rows of one; ranks: processes that share a step.
+    trim: drop padding that all rows of one share; on CUDA rows keep one length, since its attention is
+    compiled for a shape."""
     batch_size: int = 8
     row_tokens: int = 1024
     micro_rows: int = 1
     trim: bool = True
+    ranks: int = 1
+
+    def rows_for(self, steps):
+        """Rows of a micro-batch: so few that every rank has one of a usual step (a list of forks)."""
+        if self.ranks == 1 or not steps:
+            return self.micro_rows
+        tokens = sum(fork_tokens(fork) for forks in steps for fork in forks) / len(steps)
+        return min(self.micro_rows, math.ceil(tokens / self.row_tokens / self.ranks))
 
 
-def packing_for(device, batch_size, row_tokens, micro_rows):
+def packing_for(device, batch_size, row_tokens, micro_rows, ranks=1):
     """The Packing of a kind of device ("cpu", "cuda", "mps"). On a CPU attention walks the forks, wherever
-    they lie: the rows of a micro-batch are one long row there, with less padding."""
-    if device == "cpu":
+    they lie: in one process the rows of a micro-batch are one long row there, with less padding."""
+    if device == "cpu" and ranks == 1:
         return Packing(batch_size, row_tokens * micro_rows)
-    return Packing(batch_size, row_tokens, micro_rows, trim=device != "cuda")
+    return Packing(batch_size, row_tokens, micro_rows, device != "cuda", ranks)
 
 
 @dataclass
@@ -322,13 +332,18 @@ def pair_up(forks):
             "nll": right[under_nll], "english": right[side == 0]}
 
 
+def fork_tokens(fork):
+    """That lie in a row: of every continuation the last token is only predicted (lay_out)."""
+    return fork.length - len(fork.continuations)
+
+
 def micro_batches(forks, row_tokens, rows, trim=True):
     """[Batch]: forks packed into rows of row_tokens, `rows` of them a batch.
 
     trim drops padding that all rows share; without it every batch has one shape, in the last one with empty
     rows if need be.
     """
-    lengths = np.array([fork.length - len(fork.continuations) for fork in forks])         # see lay_out
+    lengths = np.array([fork_tokens(fork) for fork in forks])
     packed, batches = best_fit(lengths.tolist(), row_tokens), []
     for first in range(0, len(packed), rows):
         part = packed[first:first + rows]
@@ -366,8 +381,9 @@ def make_steps(groups, objective, packing, seed):
         for i in order[first:first + packing.batch_size]:
             forks += stage_forks(groups[i], objective.prefers, objective.nll)
         if forks:
-            steps.append(micro_batches(forks, packing.row_tokens, packing.micro_rows, packing.trim))
-    return steps
+            steps.append(forks)
+    rows = packing.rows_for(steps)
+    return [micro_batches(forks, packing.row_tokens, rows, packing.trim) for forks in steps]
 
 
 def pack(forks, row_tokens):

@@ -97,7 +97,7 @@ def make_job(args, device: torch.device, methods: dict[str, list]) -> Job:
         if stage.objective.prefers and stage.objective.anchor:
             print(f"{stage.name}: --anchor {stage.objective.anchor:g} holds English answers up; "
                   f"the paper's loss is --anchor 0")
-    packing = data.packing_for(plan.device, args.batch_size, args.row_tokens, plan.micro_rows)
+    packing = data.packing_for(plan.device, args.batch_size, args.row_tokens, plan.micro_rows, ranks.size())
     classifier = None
     if not args.dry_run:
         print(f"reply language: learned from {min(len(rows), CLASSIFIER_ROWS):,} of {len(rows):,} rows")
