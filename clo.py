@@ -576,7 +576,7 @@ def add_flags(parser) -> None:
     add("--epochs", flags.positive, 2.0, "passes over the rows; 0.5 is half of one")
     add("--baseline-epochs", flags.positive, None, "of stages without a preference; else --epochs")
     add("--batch-size", flags.positive_int, 8, "rows (samples) per optimiser step")
-    add("--micro-rows", flags.positive_int, None, "packed rows a forward pass; else 1, in bf16 what fits")
+    add("--micro-rows", flags.positive_int, None, "most packed rows a pass; else what is fast and fits")
     add("--warmup", flags.fraction, 0.1, "part of the steps over which the rate rises; then it falls to 0")
     add("--weight-decay", flags.not_negative, 0.0, "AdamW's decoupled decay of the trainable weights")
     add("--clip", flags.positive, 1.0, "largest gradient norm")

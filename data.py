@@ -210,11 +210,14 @@ def mean_tokens(packed, samples):
     return sum(batch.used for step in packed for batch in step) / samples
 
 
+PASS_ROWS = 1       # what a forward and backward pass costs beside its rows, in rows
+
+
 @dataclass(frozen=True)
 class Packing:
-    """How samples become micro-batches. micro_rows: the most rows of one; ranks: processes that share a step.
-    trim: drop padding that all rows of one share; on CUDA rows keep one length, since its attention is
-    compiled for a shape."""
+    """How samples become micro-batches. micro_rows: the most rows of one; ranks: processes that share a
+    step's. trim: drop padding that all rows of one share; on CUDA rows keep one length, since its attention
+    is compiled for a shape."""
     batch_size: int = 8
     row_tokens: int = 1024
     micro_rows: int = 1
@@ -222,19 +225,23 @@ class Packing:
     ranks: int = 1
 
     def rows_for(self, steps):
-        """Rows of a micro-batch: so few that every rank has one of a usual step (a list of forks)."""
-        if self.ranks == 1 or not steps:
-            return self.micro_rows
-        tokens = sum(fork_tokens(fork) for forks in steps for fork in forks) / len(steps)
-        return min(self.micro_rows, math.ceil(tokens / self.row_tokens / self.ranks))
+        """Rows of a micro-batch for steps of so many rows each: those with which the busiest rank computes
+        the least, padding and what a pass costs by itself included."""
+        def work(rows):
+            passes = 0
+            for step in steps:
+                passes += math.ceil(math.ceil(step / rows) / self.ranks)
+            return passes * (rows + PASS_ROWS)
+        return min(range(self.micro_rows, 0, -1), key=work)               # on a tie the most
 
 
 def packing_for(device, batch_size, row_tokens, micro_rows, ranks=1):
-    """The Packing of a kind of device ("cpu", "cuda", "mps"). On a CPU attention walks the forks, wherever
-    they lie: in one process the rows of a micro-batch are one long row there, with less padding."""
-    if device == "cpu" and ranks == 1:
+    """The Packing of a device, "cpu" or "cuda:1". On a CPU attention walks the forks, wherever they lie: in
+    one process the rows of a micro-batch are one long row there, with less padding."""
+    kind = torch.device(device).type
+    if kind == "cpu" and ranks == 1:
         return Packing(batch_size, row_tokens * micro_rows)
-    return Packing(batch_size, row_tokens, micro_rows, device != "cuda", ranks)
+    return Packing(batch_size, row_tokens, micro_rows, kind != "cuda", ranks)
 
 
 @dataclass
@@ -337,21 +344,37 @@ def fork_tokens(fork):
     return fork.length - len(fork.continuations)
 
 
+def fill_rows(forks, row_tokens):
+    """Rows of so many tokens, as lists of indices into forks."""
+    return best_fit([fork_tokens(fork) for fork in forks], row_tokens)
+
+
 def micro_batches(forks, row_tokens, rows, trim=True):
     """[Batch]: forks packed into rows of row_tokens, `rows` of them a batch.
 
     trim drops padding that all rows share; without it every batch has one shape, in the last one with empty
     rows if need be.
     """
-    lengths = np.array([fork_tokens(fork) for fork in forks])
-    packed, batches = best_fit(lengths.tolist(), row_tokens), []
-    for first in range(0, len(packed), rows):
-        part = packed[first:first + rows]
-        width = max(lengths[row].sum() for row in part)
+    return cut(forks, fill_rows(forks, row_tokens), row_tokens, rows, trim)
+
+
+def cut(forks, filled, row_tokens, rows, trim):
+    """Filled rows (lists of indices into forks) as batches of `rows`."""
+    tokens, batches = np.array([fork_tokens(fork) for fork in forks]), []
+    for first in range(0, len(filled), rows):
+        part = filled[first:first + rows]
+        width = max(tokens[row].sum() for row in part)
         if not trim:
             width, part = row_tokens, part + [[]] * (rows - len(part))
         batches.append(lay_out(forks, part, width))
     return batches
+
+
+def cut_steps(steps, packing):
+    """The micro-batches of every step (a list of forks), all of as many rows."""
+    filled = [fill_rows(forks, packing.row_tokens) for forks in steps]
+    rows = packing.rows_for([len(own) for own in filled])
+    return [cut(forks, own, packing.row_tokens, rows, packing.trim) for forks, own in zip(steps, filled)]
 
 
 def stage_forks(group, prefers, nll):
@@ -382,8 +405,7 @@ def make_steps(groups, objective, packing, seed):
             forks += stage_forks(groups[i], objective.prefers, objective.nll)
         if forks:
             steps.append(forks)
-    rows = packing.rows_for(steps)
-    return [micro_batches(forks, packing.row_tokens, rows, packing.trim) for forks in steps]
+    return cut_steps(steps, packing)
 
 
 def pack(forks, row_tokens):

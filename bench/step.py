@@ -406,7 +406,7 @@ def parse_args(argv=None) -> argparse.Namespace:
     add("--batch-size", type=int, default=8, help="samples per optimiser step")
     add("--row-tokens", type=int, default=1024, help="ours: tokens of a packed row")
     add("--micro-rows", type=int, default=None,
-        help=f"ours: packed rows per forward pass; else 1, on a CPU in bf16 {scale.MOST_BF16_ROWS}, as clo.py")
+        help=f"ours: most packed rows per forward pass; else 1, on a CPU in bf16 {scale.MOST_BF16_ROWS}")
     add("--recompute", action="store_true", help="ours: run blocks again in the backward")
     add("--trl-batch", type=int, default=8, help="TRL: pairs per forward pass, gradients accumulate")
     add("--trl-checkpointing", action="store_true", help="TRL: recompute activations")

@@ -92,7 +92,7 @@ def make_job(args, device: torch.device, methods: dict[str, list]) -> Job:
         check_pairs(groups, args.data, methods)
     if not missing:
         run, identity, plan = open_run(args, plan, tokenizer)
-    print(f"compute type {plan.dtype} ({plan.dtype_why}), {plan.micro_rows} packed rows per forward pass")
+    print(f"compute type {plan.dtype} ({plan.dtype_why}), at most {plan.micro_rows} packed rows a pass")
     for stage in stages:
         if stage.objective.prefers and stage.objective.anchor:
             print(f"{stage.name}: --anchor {stage.objective.anchor:g} holds English answers up; "

@@ -16,6 +16,7 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import torch
 
@@ -29,6 +30,7 @@ GB = 1e9
 TRAINABLE_BYTES = 4 + 4 + 4 + 4          # fp32: the parameter, its gradient, AdamW's two moments
 DEVICE_BYTES = 141 * GB                  # of an H200
 HOST_BYTES = 0.3 * GB                    # Python and PyTorch on a CPU
+CONTAINER_LIMIT = Path("/sys/fs/cgroup/memory.max")     # Linux, control groups of version 2
 MARGIN = 0.15                            # of a device left free: what is predicted is an estimate
 MOST_MICRO_ROWS = 64                     # where choosing stops
 MOST_BF16_ROWS = 4                       # on a CPU, whose bf16 products of fewer tokens are slow
@@ -192,9 +194,10 @@ def choose(c: Config, plan: Plan, device: torch.device) -> Plan:
     if plan.micro_rows is not None:
         return plan
     most = 1
+    windowed = (c.sliding_window or plan.row_tokens) < plan.row_tokens                # needs a mask of a row
     if device.type == "cuda":
         most = MOST_MICRO_ROWS
-    elif plan.device == "cpu" and plan.dtype == "bf16":
+    elif plan.device == "cpu" and plan.dtype == "bf16" and not windowed:
         most = MOST_BF16_ROWS
     return replace(plan, micro_rows=fitting_micro_rows(c, plan, device_bytes(device), most))
 
@@ -267,10 +270,14 @@ def step_seconds(c: Config, plan: Plan, tokens: float) -> dict[str, float]:
 # ----------------------------------------------------------------------------------------------- this machine
 
 def device_bytes(device: torch.device) -> int:
-    """Memory of a GPU, or of the host."""
+    """Memory of a GPU, or of the host, or what a container may take of it: a part for every process that
+    torchrun started there."""
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).total_memory
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    host = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    limit = CONTAINER_LIMIT.read_text().strip() if CONTAINER_LIMIT.exists() else "max"
+    whole = host if limit == "max" else min(host, int(limit))
+    return whole // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
 
 
 def peak_memory_gb() -> float:

@@ -8,7 +8,7 @@ replies are worth is told by the other figures (figures.py).
 import re
 import sys
 import unicodedata
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from tqdm import tqdm
@@ -144,8 +144,7 @@ def reference_nll(model, tokenizer, rows: list[dict], languages: tuple[str, ...]
         if longest > model.config.max_position_embeddings:
             print(f"a question with its answer in {language} has {longest} tokens, the model was made for "
                   f"{model.config.max_position_embeddings}: its bits per byte say little")
-        room = max(packing.row_tokens, longest)
-        batches = data.micro_batches(forks, room, packing.micro_rows, packing.trim)
+        batches, = data.cut_steps([forks], replace(packing, row_tokens=max(packing.row_tokens, longest)))
         found = {}
         for batch, sums in zip(batches, summed_logps(model, batches, f"expected answers {language}")):
             found |= zip(batch.order, sums.tolist())

@@ -28,7 +28,8 @@ CERTAINTY = 0.95        # of an interval
 FEW = 5                 # with fewer questions than these no difference is called one
 SHORT_REPLY = 20        # letters below which the language of a reply says little
 SHORT_ANSWER = 60       # widest expected answer that a reply can be asked to equal
-LOOP_SHARE = 0.1        # of a reply that is cut, at least, is its loop: "..." at the end is none
+LOOP_SHARE = 0.1        # of a reply that is cut, at least, is its loop: "..." at the end is none,
+LOOP_LETTERS = 15       # nor is "1000000000"
 
 ANSWER_KEYS = ("row_id", "language", "prompt", "reply", "expected", "correct", "reply_language", "judged")
 
@@ -202,11 +203,13 @@ def measure(lines: list[dict]) -> dict[str, Sample]:
 
 
 def is_loop(text: str) -> bool:
-    """Whether a text ends in three times the same, which together are a tenth of it or more."""
-    least = max(1, math.ceil(LOOP_SHARE * len(text) / 3))
+    """Whether a text ends in three times the same, which together are a tenth of it or more. The last letter
+    may be cut in the middle of its bytes."""
+    text = text.rstrip("\ufffd")
+    least = math.ceil(max(LOOP_LETTERS, LOOP_SHARE * len(text)) / 3)
     for period in range(least, len(text) // 3 + 1):
         last = text[-period:]
-        if text.endswith(3 * last):
+        if last.strip() and text.endswith(3 * last):
             return True
     return False
 

@@ -118,7 +118,7 @@ def cut_section(rows: Rows) -> list[str]:
     if not told:
         return []
     return ["Replies cut at --max-new-tokens, in brackets those that repeat one text again and again, which "
-            f"no larger limit would end: {', '.join(told)}."]
+            f"a larger limit would hardly end: {', '.join(told)}."]
 
 
 def language_section(rows: Rows) -> list[str]:

@@ -21,7 +21,7 @@ def parse_args(argv=None):
     add("--runs", type=Path, default=Path("runs/lab"), help="where run directories and logs go")
     add("--results", type=Path, default=runner.RESULTS, help="where the lines go, one file for each plan")
     add("--list", action="store_true", help="name what is missing and can begin; run nothing")
-    add("--out", type=Path, default=report.DOCS, help="report: where the page and its plots go")
+    add("--out", type=Path, default=report.DOCS, help="report: where the page and its plots go; README's too, if neither this nor --results is given")
     return parser.parse_args(argv)
 
 
@@ -30,7 +30,8 @@ def main(argv=None) -> None:
     if args.plan == "report":
         lines = report.read_all(args.results)
         report.write(lines, args.out)
-        if args.out == report.DOCS:
+        own = args.results.resolve() == runner.RESULTS.resolve() and args.out.resolve() == report.DOCS.resolve()
+        if own:
             report.write_readme(lines)
         return
     plan = read_plan(args.plan)

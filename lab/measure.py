@@ -8,7 +8,7 @@ Of every language, lists with an entry for each question:
     correct        1 where the reply equals the expected answer; only where all expected answers are short
     language       1 where the reply is in the question's language, None where its answer says nothing of that
     ends           1 where the reply ended by itself
-    loops          1 where it was cut at the limit in an endless repetition, which no larger limit would end
+    loops          1 where it was cut at the limit while it repeated one text again and again
     chrf           [letters of the reply, of the expected answer, n-grams of 1 to 6 letters common to both]
     kept           the same against the base model's reply; of the source language
 """

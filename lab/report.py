@@ -331,8 +331,8 @@ equal to the expected answer, where all expected answers are short; *chrF* of re
 answers; *bits/byte*: what the expected answers cost the model (less is better); *confused*: % of questions
 whose answer in the other language is likelier per byte than the right one (less is better); *like base*:
 chrF of replies against those of the base model; *ends*: % of replies that end by themselves; *loops*: % that
-were cut while they repeated one text again and again, which no larger limit would end (the rest to 100 was cut
-at the limit in the middle of something); *tokens* that went through the model in training, a reference pass
+were cut while they repeated one text again and again, which a larger limit would hardly end (the rest to 100
+was cut at the limit in the middle of something); *tokens* that went through the model in training, a reference pass
 counted like one more epoch; *seconds* of all training steps, which other work on the machine lengthens. Of
 several seeds the mean stands before their values."""
 
@@ -387,19 +387,27 @@ def seeds_cell(figure: Figure, lines: list[dict], language: str) -> str:
 
 def grid_section(lines: list[dict]) -> str:
     """What was tried on the validation split."""
-    names, rows = ("bits", "confused"), []
-    header = ["plan", "language", "method", "rows", "settings"]
-    header += [f"{name}, {side}" for side in ("target", "source") for name in ("bits/byte", "confused")]
+    rows = []
+    header = ["plan", "language", "method", "rows", "settings", "bits/byte, target", "confused, target",
+              "bits/byte, source", "confused, source"]
     for (plan, language, method), tried in by_method(lines).items():
         varied = varied_flags(tried)
         for line in tried:
-            settings = ", ".join(f"{flag} {line['flags'][flag]:g}" for flag in varied) or "-"
-            sides = language.split(",")[0], source_of(line)
-            cells = [seeds_cell(figure, [line], side) for side in sides for figure in FIGURES
-                     if figure.name in names]
+            settings = ", ".join(f"{flag} {line['flags'].get(flag, '-')}" for flag in varied) or "-"
+            cells = []
+            for languages in (language.split(","), [source_of(line)]):
+                cells += [figure_of(line, name, languages) for name in ("bits", "confused")]
             rows.append([plan, language, method, str(line["rows"]), settings, *cells])
     title = "## Settings tried on the validation split\n\n"
     return title + (table(header, rows) if rows else NOT_RUN)
+
+
+def figure_of(line: dict, name: str, languages: list[str]) -> str:
+    """A figure of the questions in these languages together; of the targets the bits that settings are chosen
+    by (plan.target_bits)."""
+    figure = next(figure for figure in FIGURES if figure.name == name)
+    sums = sum(figure.counts(line, language).sum(0) for language in languages)
+    return f"{float(figure.of_sums(sums)):.{figure.digits}f}"
 
 
 def by_method(lines: list[dict]) -> dict[tuple, list[dict]]:
@@ -413,7 +421,8 @@ def by_method(lines: list[dict]) -> dict[tuple, list[dict]]:
 
 def varied_flags(lines: list[dict]) -> list[str]:
     """The flags in which lines differ."""
-    return [flag for flag in lines[0]["flags"] if len({line["flags"].get(flag) for line in lines}) > 1]
+    flags = dict.fromkeys(flag for line in lines for flag in line["flags"])
+    return [flag for flag in flags if len({line["flags"].get(flag) for line in lines}) > 1]
 
 
 # ----------------------------------------------------------------------------------------------------- README
@@ -437,34 +446,44 @@ def shown_comparisons(lines: list[dict]) -> list[Comparison]:
     return found
 
 
-def summary(lines: list[dict]) -> str:
-    """README's table: a row for every figure, a column for every method. Likeness to the base's replies is not
-    a difference: the base's own has no value."""
-    methods, compared, rows = by_place(lines)[SHOWN_PLACE], shown_comparisons(lines), []
+def summary(lines: list[dict], compared: list[Comparison]) -> str:
+    """README's table: a row for every figure, a column for every method. Likeness to the base's replies is no
+    difference: the base's own has no value."""
+    methods, rows = by_place(lines)[SHOWN_PLACE], []
+
+    def cell(figure, side, one):
+        if figure.name == "kept":
+            return seeds_cell(figure, list(methods[one.label].values()), one.languages[side])
+        return one.told[side][figure.name].cell if figure.name in one.told[side] else "-"
+
     for side, (language, names) in enumerate(SHOWN_FIGURES.items()):
+        base = list(methods[BASE].values())
         for figure in [figure for figure in FIGURES if figure.name in names]:
-            def cell(method):
-                return seeds_cell(figure, list(methods[method].values()), language)
-            cells = [cell(BASE)]
-            cells += [one.told[side][figure.name].cell if figure.name in one.told[side] else cell(one.label)
-                      for one in compared]
-            rows.append([f"{language}: {figure.title}", *cells])
+            cells = [cell(figure, side, one) for one in compared]
+            rows.append([f"{language}: {figure.title}", seeds_cell(figure, base, language), *cells])
+    rows.append(["seeds", "-", *(str(one.seeds) for one in compared)])
     return table(["", BASE, *SHOWN_METHODS], rows)
 
 
-def with_summary(text: str, lines: list[dict]) -> str:
-    """README's text with its table drawn anew."""
-    before, _, rest = text.partition(BETWEEN[0])
-    _, _, after = rest.partition(BETWEEN[1])
-    return f"{before}{BETWEEN[0]}{summary(lines)}\n{BETWEEN[1]}{after}"
+def with_summary(text: str, drawn: str) -> str:
+    """README's text with this table in the place of the one that is there."""
+    first, last = BETWEEN
+    if text.count(first) != 1 or text.count(last) != 1 or text.index(last) < text.index(first):
+        raise InputError(f"{README}: the lines {first.strip()} and {last} were expected once each, in this "
+                         f"order, around the table")
+    before, rest = text.split(first)
+    _, after = rest.split(last)
+    return f"{before}{first}{drawn}\n{last}{after}"
 
 
 def write_readme(lines: list[dict]) -> None:
     """README's table, and its plot in docs/."""
-    write_text(README, with_summary(README.read_text(encoding="utf-8"), lines))
+    compared = shown_comparisons(lines)
+    text = with_summary(README.read_text(encoding="utf-8"), summary(lines, compared))
+    write_text(README, text)
     print(README)
     if plots.can_plot():
-        plots.plot_differences(shown_comparisons(lines), DOCS / SHOWN_PLOT)
+        plots.plot_differences(compared, DOCS / SHOWN_PLOT)
         print(DOCS / SHOWN_PLOT)
 
 

@@ -173,12 +173,13 @@ def test_on_a_cpu_the_rows_of_a_micro_batch_are_one_and_elsewhere_each_keeps_its
     assert shapes["cpu"][0] == 1 and 3 * 40 < shapes["cpu"][1] <= 4 * 40
 
 
-@pytest.mark.parametrize("ranks, micro_batches", [(1, 1), (2, 2), (4, 4), (99, 8)])
-def test_a_step_is_cut_into_micro_batches_for_every_rank_while_it_has_rows(ranks, micro_batches):
+@pytest.mark.parametrize("ranks, micro_batches", [(1, 1), (2, 2), (3, 3), (4, 4), (5, 4), (99, 8)])
+def test_a_step_is_cut_so_that_the_busiest_rank_computes_the_least(ranks, micro_batches):
     forks = [data.Fork([5] * 30, [[7] * 10], "en", i) for i in range(16)]           # two of them fill a row
     packing = data.packing_for("cuda", batch_size=16, row_tokens=80, micro_rows=64, ranks=ranks)
     steps = data.make_steps([[fork] for fork in forks], clo.Objective(1.0, ("en",)), packing, None)
     assert [len(step) for step in steps] == [micro_batches]
+    assert packing.rows_for([8, 8, 9]) * packing.ranks < 2 * 9 + packing.ranks       # little of it is padding
 
 
 def test_micro_batches_hold_the_rows_of_the_one_batch():

@@ -189,11 +189,14 @@ def test_every_figure_of_a_line_has_a_name_of_its_own():
 @pytest.mark.parametrize("text, loops", [
     ("one two " + "and on and on " * 9, True),
     ("The tide. " * 3, True),
+    ("狮子吃肉。" * 5 + "狮\ufffd", True),
+    ("Total: 1000000000", False),
+    (" " * 30, False),
     ("Era uma vez. Era uma vez. Era outra vez", False),
     ("A reply of some length that is cut in the middle of a word ...", False),
     ("水は青い。" * 3, True),
     ("52. 53. 54. 55. 56. 57. 58. 59.", False),
-    ("aaa", True),
+    ("a" * 15, True),
     ("ab", False),
     ("", False)])
 def test_a_loop_is_three_times_the_same_at_the_end_and_more_than_a_few_dots(text, loops):

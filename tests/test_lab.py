@@ -299,6 +299,8 @@ def test_points_of_a_grid_are_told_apart_by_the_flags_in_which_they_differ():
         point["flags"] = point["flags"] | {"lr": rate, "beta": 0.5}
     text = report.grid_section(points)
     assert "| lr 0.001 |" in text and "| lr 0.002 |" in text and "beta" not in text
+    points[1]["flags"] |= {"nll": "en,tgt"}
+    assert "| lr 0.002, nll en,tgt |" in report.grid_section(points)
     first, second = [line.split("|")[6].strip() for line in text.splitlines()[-2:]]
     assert float(first) > float(second) > 0
 
@@ -324,8 +326,16 @@ def test_the_committed_page_is_what_the_committed_lines_say():
 
 def test_the_committed_readme_shows_what_the_committed_lines_say():
     text = report.README.read_text(encoding="utf-8")
-    assert report.with_summary(text, report.read_all(runner.RESULTS)) == text
+    lines = report.read_all(runner.RESULTS)
+    assert report.with_summary(text, report.summary(lines, report.shown_comparisons(lines))) == text
     assert f"docs/{report.SHOWN_PLOT}" in text and (report.DOCS / report.SHOWN_PLOT).is_file()
+
+
+@pytest.mark.parametrize("text", ["", "".join(report.BETWEEN[:1]), report.BETWEEN[1] + report.BETWEEN[0],
+                                  2 * "".join(report.BETWEEN)])
+def test_a_readme_without_the_place_of_its_table_is_left_alone(text):
+    with pytest.raises(InputError, match="expected once each"):
+        report.with_summary(text, "| table |")
 
 
 def test_plots_are_drawn_of_what_there_is(tmp_path):

@@ -71,7 +71,7 @@ def test_replies_that_were_cut_are_counted_and_those_in_a_loop_apart():
     assert "Replies cut" not in report_of({"base": lines})
     for line, reply in zip(lines[:3], ("Ni nini? " * 40, LONG, "na " * 70)):
         line |= {"ends": False, "reply": reply}
-    assert "no larger limit would end: en base 3 (2)." in report_of({"base": lines})
+    assert "a larger limit would hardly end: en base 3 (2)." in report_of({"base": lines})
 
 
 def test_several_targets_have_held_out_figures_of_their_own():

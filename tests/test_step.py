@@ -149,7 +149,8 @@ def test_recomputing_keeps_one_vector_per_token_and_block():
 def test_rows_of_one_shape_for_a_gpu_change_no_gradient():
     model = make_model()
     plain, fixed = make_steps(), make_steps(data.Packing(3, 40, 4, trim=False))
-    assert {tuple(batch.tokens.shape) for step in fixed for batch in step} == {(4, 40)}
+    shapes = {tuple(batch.tokens.shape) for step in fixed for batch in step}
+    assert shapes == {(3, 40)} and {len(batch.tokens) for step in plain for batch in step} == {1, 2}
     for trimmed, padded in zip(plain, fixed):
         expected, found = gradients(model, trimmed), gradients(model, padded)
         assert all((found[name] - expected[name]).abs().max() < 1e-13 for name in expected)
@@ -436,6 +437,25 @@ def test_on_a_cpu_bf16_takes_the_micro_batches_that_fit_up_to_four_rows(monkeypa
     monkeypatch.setattr(scale, "device_bytes", lambda device: device_gb * scale.GB)
     plan = scale.Plan(dtype=dtype, device="cpu", micro_rows=None)
     assert scale.choose(tables.MODELS["Llama-3.2-1B"], plan, torch.device("cpu")).micro_rows == rows
+
+
+def test_a_window_shorter_than_a_row_keeps_rows_apart_on_a_cpu(monkeypatch):
+    monkeypatch.setattr(scale, "device_bytes", lambda device: 1000 * scale.GB)
+    c, plan = tables.MODELS["Llama-3.2-1B"], scale.Plan(dtype="bf16", device="cpu", micro_rows=None)
+    for window, rows in ((1023, 1), (1024, 4)):
+        assert scale.choose(replace(c, sliding_window=window), plan, torch.device("cpu")).micro_rows == rows
+
+
+def test_a_process_counts_on_its_part_of_what_the_container_may_take(monkeypatch, tmp_path):
+    for limit, processes, expected in (("12000\n", "3", 4000), ("12000", "1", 12000)):
+        (tmp_path / "memory.max").write_text(limit)
+        monkeypatch.setattr(scale, "CONTAINER_LIMIT", tmp_path / "memory.max")
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", processes)
+        assert scale.device_bytes(torch.device("cpu")) == expected
+    (tmp_path / "memory.max").write_text("max\n")
+    host = scale.device_bytes(torch.device("cpu"))
+    (tmp_path / "memory.max").unlink()
+    assert scale.device_bytes(torch.device("cpu")) == host > 1e9
 
 
 @pytest.mark.parametrize("units, seconds, dtype", [
