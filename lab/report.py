@@ -215,7 +215,7 @@ def same_questions(one: dict, other: dict) -> bool:
 
 CLO, SFT, EQUAL, ANCHOR = "clo", "sft", "sft, clo's compute", "clo, anchor 1"
 NOT_RUN = "Not run."
-QUESTIONS = {                       # name of the plot: (question, pairs of methods)
+QUESTIONS = {                       # name of its plots: (question, pairs of methods)
     "target": ("1. Does CLO beat SFT in the target language, and does it keep English better? (paper: yes, "
                "both)", [(CLO, BASE), (CLO, SFT), (CLO, "sft-tgt"), (CLO, "sft+dpo")]),
     "sizes": ("2. Data efficiency: does CLO with n rows reach SFT with 2n? What do twice the rows bring to "
@@ -235,6 +235,7 @@ QUESTIONS = {                       # name of the plot: (question, pairs of meth
 @dataclass(frozen=True)
 class Comparison:
     """One method against another at a place."""
+    plan: str
     label: str
     seeds: int
     languages: tuple[str, str]                                          # target, source
@@ -268,11 +269,25 @@ def compare(name: str, lines: list[dict]) -> list[Comparison]:
         if pairs:
             languages = target, source_of(pairs[0][0])
             told = tuple(differences(pairs, language, name == "content") for language in languages)
-            elsewhere = ""
-            if there != place:
-                elsewhere = f" with {there.rows:,}" if there.rows != place.rows else f" for {target} alone"
-            label = f"{place}: {one} against {other}{elsewhere}"
-            found.append(Comparison(label, len(pairs), languages, told))
+            label = f"{place}: {one} against {other}{elsewhere(target, place, there)}"
+            found.append(Comparison(place.plan, label, len(pairs), languages, told))
+    return found
+
+
+def elsewhere(target: str, place: Place, there: Place) -> str:
+    """What of the other method, or of the figures, is not that of the place."""
+    if there.rows != place.rows:
+        return f" with {there.rows:,}"
+    if there != place:
+        return f" for {target} alone"
+    return f", in {target}" if target != place.language else ""
+
+
+def by_plan(compared: list[Comparison]) -> dict[str, list[Comparison]]:
+    """A plot for each: a toy's differences are large beside those of a real model."""
+    found = {}
+    for one in compared:
+        found.setdefault(one.plan, []).append(one)
     return found
 
 
@@ -312,7 +327,13 @@ def section(name: str, compared: list[Comparison]) -> str:
             cells = [one.told[side][figure].cell if figure in one.told[side] else "-" for figure in names]
             rows.append([one.label, *cells])
         text.append(table([title, *titles], rows))
-    return "\n\n".join([*text, f"![Differences and their intervals](replication-{name}.png)"])
+    for plan in by_plan(compared):
+        text.append(f"![Differences and their intervals, {plan}]({plot_name(name, plan)})")
+    return "\n\n".join(text)
+
+
+def plot_name(question: str, plan: str) -> str:
+    return f"replication-{question}-{plan}.png"
 
 
 # ------------------------------------------------------------------------------------------------------- page
@@ -442,7 +463,7 @@ def shown_comparisons(lines: list[dict]) -> list[Comparison]:
     for method in SHOWN_METHODS:
         pairs = line_pairs(methods[method], methods[BASE])
         told = tuple(differences(pairs, language, content=False) for language in SHOWN_FIGURES)
-        found.append(Comparison(method, len(pairs), tuple(SHOWN_FIGURES), told))
+        found.append(Comparison(SHOWN_PLACE.plan, method, len(pairs), tuple(SHOWN_FIGURES), told))
     return found
 
 
@@ -495,8 +516,7 @@ def write(lines: list[dict], directory: Path) -> None:
         print("no plots: they need matplotlib (pip install matplotlib)")
         return
     for name in QUESTIONS:
-        compared = compare(name, lines)
-        if compared:
-            path = directory / f"replication-{name}.png"
+        for plan, compared in by_plan(compare(name, lines)).items():
+            path = directory / plot_name(name, plan)
             plots.plot_differences(compared, path)
             print(path)
