@@ -8,12 +8,13 @@ from pathlib import Path
 from evals.plots import import_pyplot
 
 # panels: (0 target or 1 source language, figure)
-PANELS = ((0, "language"), (0, "chrf"), (0, "bits"), (1, "kept"), (1, "chrf"), (1, "bits"))
+PANELS = ((0, "language"), (0, "confused"), (0, "chrf"), (0, "bits"),
+          (1, "kept"), (1, "chrf"), (1, "bits"))
 SIDES = ("target", "source")
-ACROSS = 3
+ACROSS = 4
 LABEL_WIDTH = 34                        # letters
 TICKS = 4                               # of an axis at most, and one: their labels must not meet
-WIDTH, LABELS, ROW = 2.6, 3.0, 0.5      # inches: of a panel, of the labels, of a comparison
+WIDTH, LABELS, ROW = 2.4, 3.0, 0.5      # inches: of a panel, of the labels, of a comparison
 
 
 def can_plot() -> bool:
