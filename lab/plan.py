@@ -87,8 +87,8 @@ def grid_axes(settings: dict) -> dict[str, list]:
 
 
 def ready(plan: dict, lines: list[dict], failed=()) -> list[Run]:
-    """The runs that are not done and can begin, in the order of Run.cost. lines: what is done. failed: names of runs to
-    leave out; a grid is decided without them."""
+    """The runs that are not done and can begin, in the order of Run.cost. lines: what is done. failed: names of
+    runs to leave out; a grid is decided without them."""
     tried = {line["run"] for line in lines} | set(failed)
     found = {}
     for part in plan["runs"]:

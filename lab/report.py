@@ -353,9 +353,9 @@ answers; *bits/byte*: what the expected answers cost the model (less is better);
 whose answer in the other language is likelier per byte than the right one (less is better); *like base*:
 chrF of replies against those of the base model; *ends*: % of replies that end by themselves; *loops*: % that
 were cut while they repeated one text again and again, which a larger limit would hardly end (the rest to 100
-was cut at the limit in the middle of something); *tokens* that went through the model in training, a reference pass
-counted like one more epoch; *seconds* of all training steps, which other work on the machine lengthens. Of
-several seeds the mean stands before their values."""
+was cut at the limit in the middle of something); *tokens* that went through the model in training, a reference
+pass counted like one more epoch; *seconds* of all training steps, which other work on the machine lengthens.
+Of several seeds the mean stands before their values."""
 
 
 def page(lines: list[dict]) -> str:
