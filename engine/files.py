@@ -27,6 +27,10 @@ class InputError(ValueError):
     """Bad input, in one line: what, where (file:line), how to fix it."""
 
 
+class HeldByAnother(InputError):
+    """Another process writes this file or directory."""
+
+
 def run(main):
     """Run a command line: bad input becomes one line on stderr and exit code 2, Ctrl-C exit code 130. What it
     prints goes out line by line, into a redirected log too."""
@@ -193,13 +197,13 @@ def writing(path: Path):
 
 
 @contextlib.contextmanager
-def locked(path: Path):
-    """Nobody else writes this file or directory meanwhile; InputError says who does. The lock is a file
-    beside it that the system lets go when its process ends, however it ends."""
+def locked(path: Path, wait: bool = False):
+    """Nobody else writes this file or directory meanwhile; HeldByAnother says who does, unless we wait for
+    its end. The lock is a file beside it that the system lets go when its process ends, however it ends."""
     path = Path(path).resolve()
     with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        lock = claim(path)
+        lock = claim(path, wait)
     with lock as file:
         file.truncate(0)
         command = " ".join([Path(sys.argv[0]).name, *sys.argv[1:]])
@@ -212,16 +216,19 @@ def locked(path: Path):
             os.unlink(file.name)
 
 
-def claim(path: Path):
+def claim(path: Path, wait: bool):
     """The open lock file of a path, which is ours alone."""
+    way = fcntl.LOCK_EX
+    if not wait:
+        way |= fcntl.LOCK_NB
     while True:
         file = open(path.parent / f"{path.name}.lock", "a+", encoding="utf-8")
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(file, way)
         except BlockingIOError:
             file.seek(0)
-            raise InputError(f"{path} is being written by {file.read()[:300]}: wait until it has ended, "
-                             f"or give another --out") from None
+            raise HeldByAnother(f"{path} is being written by {file.read()[:300]}: wait until it has ended, "
+                                f"or give another --out") from None
         except OSError as error:
             print(f"{path} cannot be locked ({error}): let no other process write it")
             return file

@@ -1,4 +1,5 @@
-"""Runs what is missing of a plan, one after the other, and leaves a line for each.
+"""Runs what is missing of a plan, one after the other, and leaves a line for each. Several processes may work
+at one plan: each takes a run that no other holds.
 
 A run is the ordinary `python clo.py` in a directory of its own. The lab scores the trained model itself: the
 base model is answered and scored once for all, and one classifier judges the language of every reply, however
@@ -9,6 +10,8 @@ import json
 import platform
 import subprocess
 import sys
+import time
+from contextlib import ExitStack
 from pathlib import Path
 
 import torch
@@ -16,7 +19,7 @@ import torch
 import data
 import model as llama
 from engine import ranks
-from engine.files import InputError, fingerprint, locked, read_json, write_text
+from engine.files import HeldByAnother, InputError, fingerprint, locked, read_json, write_text
 from formats import hub
 from formats.languages import language_list
 from formats.weights import DTYPES
@@ -25,6 +28,7 @@ from lab.plan import BASE, Run, base_run, ready
 
 RESULTS = Path(__file__).parent / "results"
 ONE_ANSWER = {"baseline": "none", "answers": 1, "max-new-tokens": 8}     # the lab answers the questions
+LOOK_AGAIN = 5              # seconds, while other processes hold all that can begin
 
 
 class RunFailed(Exception):
@@ -45,19 +49,45 @@ def write_results(path: Path, lines: list[dict]) -> None:
 
 def work(plan: dict, runs: Path, results: Path) -> dict[str, str]:
     """Run what is missing of the plan; {run: why it failed}."""
-    failed = {}
-    with locked(runs / plan["name"]):
-        while missing := ready(plan, read_results(results), failed):
-            run = missing[0]
+    failed, told = {}, False
+    while missing := ready(plan, read_results(results), failed):
+        with ExitStack() as held:
+            run = take_free(held, missing, runs)
+            if run is None:
+                if not told:
+                    print(f"other processes hold all {len(missing)} that can begin; waiting", flush=True)
+                told = True
+                time.sleep(LOOK_AGAIN)
+                continue
+            if run not in ready(plan, read_results(results), failed):
+                continue                                # another process ended it before we took it
             print(f"{run.name}: first of {len(missing)} that can begin", flush=True)
             try:
                 line = perform(plan, run, runs)
             except RunFailed as error:
                 failed[run.name] = str(error)
                 print(error, flush=True)
-            else:
+                continue
+            with locked(results, wait=True):
                 write_results(results, [*read_results(results), line])
+            told = False
     return failed
+
+
+def take_free(held: ExitStack, missing: list[Run], runs: Path) -> Run | None:
+    """The first run that no other process is at; it is ours until `held` closes."""
+    for run in missing:
+        try:
+            held.enter_context(locked(turn_of(runs, run)))
+        except HeldByAnother:
+            continue
+        return run
+    return None
+
+
+def turn_of(runs: Path, run: Run) -> Path:
+    """Held by the process that is at this run, from its first step to its line."""
+    return runs / f"{run.name}.line"
 
 
 def call(program: str, flags: dict, directory: Path) -> None:
@@ -86,8 +116,8 @@ def call(program: str, flags: dict, directory: Path) -> None:
 
 def perform(plan: dict, run: Run, runs: Path) -> dict:
     """Train, but for the base, and score; the line of the run."""
-    rows = translated(run, runs)
     told, before = {"epochs": 0, "rows": 0, "seconds": 0, "tokens": 0}, None
+    rows = translated(run, runs)
     if run.method != BASE:
         flags = {flag: value for flag, value in run.flags.items() if flag != "translator"}
         directory = runs / run.name
@@ -108,9 +138,10 @@ def translated(run: Run, runs: Path) -> Path:
     given = {flag: run.flags[flag] for flag in ("data", "translator")}
     name = f"rows-{run.language}-{fingerprint(given)[:6]}"
     part, whole = runs / f"{name}.part.jsonl", runs / f"{name}.jsonl"
-    if not whole.exists():                              # a part of them goes on where it stopped
-        call("translate.py", given | {"lang": run.language, "out": part}, runs / name)
-        part.rename(whole)
+    with locked(whole, wait=True):                      # another process may be translating them
+        if not whole.exists():                          # a part of them goes on where it stopped
+            call("translate.py", given | {"lang": run.language, "out": part}, runs / name)
+            part.rename(whole)
     return whole
 
 
@@ -120,8 +151,9 @@ def replies_of(runs: Path, run: Run) -> Path:
 
 def base_replies(base: Run, runs: Path, data_file: Path) -> list[dict]:
     path = replies_of(runs, base)
-    if not path.exists():                               # its line was made on another machine
-        score(base, runs, data_file, None)
+    with locked(turn_of(runs, base), wait=True):        # another process may be asking it
+        if not path.exists():                           # its line was made on another machine
+            score(base, runs, data_file, None)
     return measure.read_lines(path)
 
 

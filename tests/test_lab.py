@@ -6,6 +6,7 @@ import random
 import re
 import subprocess
 import sys
+from contextlib import ExitStack
 
 import numpy as np
 import pytest
@@ -13,7 +14,7 @@ import torch
 
 import data
 import model as llama
-from engine.files import InputError, read_records, write_json
+from engine.files import HeldByAnother, InputError, locked, read_records, write_json
 from evals.figures import chrf, chrf_counts
 from formats.records import write_rows
 from lab import data as lab_data
@@ -138,6 +139,46 @@ def test_the_queue_goes_on_behind_its_lines_and_past_a_failure(tmp_path, monkeyp
     assert runner.work(table, tmp_path, results) == {}
     assert len(asked) == 4 + 4                                     # and those that waited for their tokens
     assert len(read_records(results)) == 1 + 3 * 4
+
+
+def test_processes_at_one_plan_take_runs_that_no_other_holds_and_end_together(tmp_path, monkeypatch, capsys):
+    table, results, done = write_plan(tmp_path / "p.json"), tmp_path / "p.jsonl", []
+    theirs = plan.ready(table, [])[:2]
+    with ExitStack() as other:
+        for run in theirs:
+            other.enter_context(locked(runner.turn_of(tmp_path, run)))
+
+        def perform(table, run, runs):
+            with pytest.raises(HeldByAnother), locked(runner.turn_of(runs, run)):
+                pass
+            done.append(run.name)
+            return line_of(run)
+
+        def wait(seconds):                              # meanwhile the other ends one of its runs, and dies
+            lines = runner.read_results(results)
+            runner.write_results(results, [*lines, line_of(theirs[0])])
+            other.close()
+        monkeypatch.setattr(runner, "perform", perform)
+        monkeypatch.setattr(runner.time, "sleep", wait)
+        assert runner.work(table, tmp_path, results) == {}
+    assert "other processes hold all 2 that can begin" in capsys.readouterr().out
+    assert theirs[0].name not in done and theirs[1].name in done
+    names = [line["run"] for line in runner.read_results(results)]
+    assert len(names) == len(set(names)) == 1 + 3 * 4
+
+
+def test_a_run_that_another_process_ended_meanwhile_is_not_made_again(tmp_path, monkeypatch):
+    table, results, done = write_plan(tmp_path / "p.json"), tmp_path / "p.jsonl", []
+    take = runner.take_free
+
+    def late(held, missing, runs):
+        if not results.exists():
+            runner.write_results(results, [line_of(missing[0])])
+        return take(held, missing, runs)
+    monkeypatch.setattr(runner, "take_free", late)
+    monkeypatch.setattr(runner, "perform", lambda table, run, runs: done.append(run.name) or line_of(run))
+    runner.work(table, tmp_path, results)
+    assert len(done) == 3 * 4 and plan.base_run(table, "sw").name not in done
 
 
 def test_a_failed_command_says_which_it_was_and_where_its_log_is(tmp_path):
