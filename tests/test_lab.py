@@ -80,8 +80,9 @@ def test_a_grid_runs_on_validation_and_its_best_value_is_used_at_every_size(tmp_
 def test_grids_come_before_the_runs_that_wait_for_them_and_those_that_do_not(tmp_path):
     methods = {"clo": {"method": "clo", "lr": [1e-3, 3e-3]}, "sft": {"method": "sft"}}
     done = finish_all(write_plan(tmp_path / "p.json", methods, grid={"size": 20, "seed": 0}))
-    assert [run.split for run in done[1:3]] == ["validation"] * 2
-    assert {run.split for run in done[3:]} == {"test"}
+    assert {(run.method, run.split) for run in done[:2]} == {("base", "test"), ("base", "validation")}
+    assert [run.split for run in done[2:4]] == ["validation"] * 2
+    assert {run.split for run in done[4:]} == {"test"}
 
 
 def test_a_grid_is_decided_without_a_value_that_failed(tmp_path):
@@ -178,7 +179,7 @@ def test_a_run_that_another_process_ended_meanwhile_is_not_made_again(tmp_path, 
     monkeypatch.setattr(runner, "take_free", late)
     monkeypatch.setattr(runner, "perform", lambda table, run, runs: done.append(run.name) or line_of(run))
     runner.work(table, tmp_path, results)
-    assert len(done) == 3 * 4 and plan.base_run(table, "sw").name not in done
+    assert len(done) == 3 * 4 and plan.base_run(table, "sw", "test").name not in done
 
 
 def test_a_failed_command_says_which_it_was_and_where_its_log_is(tmp_path):
@@ -240,6 +241,17 @@ def test_the_short_form_of_ngram_counts_gives_the_same_figure(reply, expected):
 
 def share_figure():
     return next(figure for figure in report.FIGURES if figure.name == "language")
+
+
+@pytest.mark.parametrize("reply, question, echo", [
+    ("Descreva  os efeitos\ndas alterações climáticas. Elas", "Descreva os efeitos das alterações climáticas.", True),
+    ("Nomeie três animais: o cão", "Nomeie três animais", True),
+    ("Os efeitos são", "Descreva os efeitos das alterações climáticas.", False),
+    ("Descreva os efeitos", "Descreva os efeitos das alterações climáticas.", False),
+    ("Sim. Mas", "Sim", False),
+    ("", "", False)])
+def test_an_echo_begins_with_the_question_and_a_short_word_is_none(reply, question, echo):
+    assert measure.is_echo(reply, question) == echo
 
 
 def test_an_interval_has_the_width_that_theory_gives_it():
