@@ -63,9 +63,9 @@ METHODS = {
 CLO_ANCHOR = 1.0                # not in the paper; what it gives and costs: docs/replication.md, question 6
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 SIMPO_GAMMA = 0.5               # nats a token by which simpo wants the right response ahead
-# Peak learning rates at this hidden width; they scale with its inverse (muP).
+# Peak learning rates at this hidden width; they scale with its inverse (muP). lora: docs/log.md, 27 November.
 REFERENCE_WIDTH = 4096
-LEARNING_RATES = {"lora": 1e-4, "attention": 3e-5, "full": 1.5e-5}
+LEARNING_RATES = {"lora": 2e-4, "attention": 3e-5, "full": 1.5e-5}
 
 
 # ------------------------------------------------------------------------------------------------------- loss
