@@ -14,6 +14,7 @@ import statistics
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from clo import METHODS
 from engine.files import InputError, need, read_json
 from evals.answers import read_lines
 from evals.figures import ANSWER_KEYS, MEAN, RESAMPLES, SHARE, Sample, measure, paired_difference
@@ -21,9 +22,9 @@ from evals.report import in_language, shown, shown_difference, side, table
 
 # ------------------------------------------------------------------------------------------ results on disk
 
-IGNORED_FLAGS = {"out", "seed", "lang", "samples", "method", "baseline", "fresh", "device", "save_every",
-                 "dry_run", "eval_every", "merge", "shard"}
-PREFERENCE_FLAGS = {"beta", "preference", "anchor", "lam"}      # plain fine-tuning reads none of them
+# Runs that differ in these alone are the same, or have rows and columns of the table that say so.
+SAME_METHOD = {"seed", "lang", "samples", "method", "baseline", "device", "save_every", "eval_every", "merge",
+               "shard"}
 RESULTS = ("report.json", "result.json", "config.json", "answers.jsonl")
 SOURCE, TARGET = "source", "target"     # figures carry these in place of language codes, to fit one column
 
@@ -145,11 +146,28 @@ def label_methods_(runs: list[Run]) -> None:
 
 
 def unread_flags(method: str, flags: dict) -> set[str]:
-    """Flags in which runs of a method may differ and be the same."""
+    """Flags in which runs of a method may differ and be the same: none of its stages reads them."""
     if method == "base":
         return set(flags)
-    plain = method.startswith("sft") and method != "sft+dpo"
-    return IGNORED_FLAGS | PREFERENCE_FLAGS if plain else IGNORED_FLAGS
+    unread = set(SAME_METHOD)
+    own = [lam for lam, _ in METHODS.get(method, METHODS["clo"])]
+    if None not in own:
+        unread |= {"lam", "nll"}
+    weights = {flags.get("lam") if lam is None else lam for lam in own}
+    if weights == {1}:                  # no stage has a preference term
+        unread |= {"beta", "preference", "anchor"}
+    elif 1 not in weights:              # every stage has one
+        unread.add("baseline_epochs")
+    return unread
+
+
+def training_steps(directory: Path) -> list[dict]:
+    """The lines of a method's metrics.jsonl; a second stage's steps go on where the first one's end."""
+    lines = []
+    for path in sorted(directory.rglob("metrics.jsonl")):
+        before = lines[-1]["step"] if lines else 0
+        lines += [line | {"step": before + line["step"]} for line in read_lines(path)]
+    return lines
 
 
 def read_run(run: Run) -> Results:
@@ -157,8 +175,7 @@ def read_run(run: Run) -> Results:
     source, results = run.flags.get("source", "en"), []
     for method, scores in run.methods.items():
         answers = read_lines(run.directory / method / "answers.jsonl", ANSWER_KEYS)
-        metrics = run.directory / method / "metrics.jsonl"
-        steps = read_lines(metrics) if metrics.is_file() else []
+        steps = training_steps(run.directory / method)
         for target in run.lang.split(","):
             result = run.result(method, target)
             for place, language in ((SOURCE, source), (TARGET, target)):
@@ -185,7 +202,7 @@ def origins(settings: dict, runs: list[Run]) -> list[tuple[Run, str]]:
             return [(run, trained.name)]
     if settings.get("adapter"):
         return []
-    begun = [run for run in runs if named and named in (run.flags.get("base"), run.flags.get("model"))]
+    begun = [run for run in runs if named and named == run.flags.get("model")]
     return [(run, "base") for run in begun]
 
 

@@ -100,6 +100,28 @@ def test_runs_that_differ_in_a_flag_are_told_apart_and_sft_does_not_read_beta(tm
         "base", "sft", "clo beta=0.1", "clo beta=0.5"]
 
 
+@pytest.mark.parametrize("flag, values, split", [
+    ("nll", ("tgt", "en,tgt"), {"clo"}), ("lam", (0.2, 0.5), {"clo"}),
+    ("beta", (0.1, 0.5), {"clo", "dpo", "sft+dpo"}), ("anchor", (0.5, None), {"clo", "dpo", "sft+dpo"}),
+    ("baseline_epochs", (1, 2), {"sft", "sft+dpo"}), ("lr", (1e-4, 2e-4), {"sft", "clo", "dpo", "sft+dpo"})])
+def test_a_flag_splits_the_methods_that_read_it_and_no_other(tmp_path, flag, values, split):
+    methods = dict.fromkeys(("base", "sft", "clo", "dpo", "sft+dpo"), 0.5)
+    paths = [write_run(tmp_path, str(i), right=methods, **{flag: value}) for i, value in enumerate(values)]
+    found = [result.method for result in comparison.read_results(paths)]
+    assert {method for method in methods if method not in found} == split
+
+
+def test_the_curve_of_a_method_with_two_stages_goes_on_where_the_first_ends(tmp_path):
+    run = write_run(tmp_path, "a", right={"sft+dpo": 0.5})
+    (run / "sft+dpo" / "metrics.jsonl").unlink()
+    for stage, start in (("1-sft", 3.0), ("2-dpo", 2.0)):              # as clo.run_method lays them out
+        write_jsonl(run / "sft+dpo" / stage / "metrics.jsonl", [
+            {"step": 0, "nll_en": 0.5, "nll_tgt": start}, {"step": 1, "loss": 1.0},
+            {"step": 4, "nll_en": 0.6, "nll_tgt": start - 1}])
+    result, = comparison.read_results([run])
+    assert result.curves == {"source": {0: 0.5, 4: 0.5, 8: 0.6}, "target": {0: 3.0, 4: 2.0, 8: 1.0}}
+
+
 def test_two_different_figures_of_one_model_are_refused(tmp_path):
     paths = [write_run(tmp_path, "a"), write_run(tmp_path, "b", right={"sft": 0.9})]
     with pytest.raises(InputError, match="a second, different .*sw 200 sft, seed 0"):
