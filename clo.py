@@ -502,7 +502,7 @@ def dry_run(args, device, config, plan: scale.Plan, methods: dict[str, list[Stag
                   f"tokens and {took['step']:.3g} s{reference}: about {seconds / 60:.1f} min")
     print(f"in all about {total / 60:.1f} min; translation, validation and answers come on top")
     for fork in sum(job.groups[:2], []):
-        print("\n" + data.show(fork, job.tokenizer))
+        print("\n" + data.fork_text(fork, job.tokenizer))
 
 
 # ----------------------------------------------------------------------------------------------- command line

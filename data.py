@@ -7,7 +7,7 @@ which token, which continuations form pairs, and after the reference pass their 
 
     python data.py FILE --model DIR --lang sw --show 2     # counts, packing, samples with their loss mask
 
-Readers of public formats are in formats/records.py, chat templates in formats/chat.py.
+Readers of public formats are in formats/conversations.py, chat templates in formats/chat.py.
 """
 
 import contextlib
@@ -149,6 +149,11 @@ class Fork:
     @property
     def length(self):
         return len(self.prompt) + sum(map(len, self.continuations))
+
+    @property
+    def packed_length(self):
+        """Tokens it takes of a row: of every continuation the last one is only predicted (lay_out)."""
+        return self.length - len(self.continuations)
 
     @property
     def equal(self):
@@ -339,14 +344,9 @@ def pair_up(forks):
             "nll": right[under_nll], "english": right[side == 0]}
 
 
-def fork_tokens(fork):
-    """That lie in a row: of every continuation the last token is only predicted (lay_out)."""
-    return fork.length - len(fork.continuations)
-
-
 def fill_rows(forks, row_tokens):
     """Rows of so many tokens, as lists of indices into forks."""
-    return best_fit([fork_tokens(fork) for fork in forks], row_tokens)
+    return best_fit([fork.packed_length for fork in forks], row_tokens)
 
 
 def micro_batches(forks, row_tokens, rows, trim=True):
@@ -355,26 +355,22 @@ def micro_batches(forks, row_tokens, rows, trim=True):
     trim drops padding that all rows share; without it every batch has one shape, in the last one with empty
     rows if need be.
     """
-    return cut(forks, fill_rows(forks, row_tokens), row_tokens, rows, trim)
-
-
-def cut(forks, filled, row_tokens, rows, trim):
-    """Filled rows (lists of indices into forks) as batches of `rows`."""
-    tokens, batches = np.array([fork_tokens(fork) for fork in forks]), []
+    lengths, batches = np.array([fork.packed_length for fork in forks]), []
+    filled = fill_rows(forks, row_tokens)
     for first in range(0, len(filled), rows):
-        part = filled[first:first + rows]
-        width = max(tokens[row].sum() for row in part)
-        if not trim:
-            width, part = row_tokens, part + [[]] * (rows - len(part))
+        part, width = filled[first:first + rows], row_tokens
+        if trim:
+            width = max(lengths[row].sum() for row in part)
+        else:
+            part += [[]] * (rows - len(part))
         batches.append(lay_out(forks, part, width))
     return batches
 
 
 def cut_steps(steps, packing):
     """The micro-batches of every step (a list of forks), all of as many rows."""
-    filled = [fill_rows(forks, packing.row_tokens) for forks in steps]
-    rows = packing.rows_for([len(own) for own in filled])
-    return [cut(forks, own, packing.row_tokens, rows, packing.trim) for forks, own in zip(steps, filled)]
+    rows = packing.rows_for([len(fill_rows(forks, packing.row_tokens)) for forks in steps])
+    return [micro_batches(forks, packing.row_tokens, rows, packing.trim) for forks in steps]
 
 
 def stage_forks(group, prefers, nll):
@@ -415,8 +411,14 @@ def pack(forks, row_tokens):
 
 # ---- command line ----
 
-def show(fork, tokenizer):
-    """A fork as text: the prompt, then each continuation, which the loss reads, in [[ ]]."""
+def print_notes(tokenizer, file=None):
+    """Where prompts and replies differ from the text the chat template itself would write."""
+    for note in tokenizer.chat.notes:
+        print(note, file=file)
+
+
+def fork_text(fork, tokenizer):
+    """A fork to be read: the prompt, then each continuation, which the loss reads, in [[ ]]."""
     lines = [f"row {fork.row}, {fork.language} prompt, {len(fork.prompt)} tokens:",
              tokenizer.decode(fork.prompt, special=True)]
     for i, ids in enumerate(fork.continuations):
@@ -426,37 +428,33 @@ def show(fork, tokenizer):
     return "\n".join(lines)
 
 
-def show_forks(rows, tokenizer, args):
-    """Print what training would see of the rows: counts, packing, samples."""
-    for note in tokenizer.chat.notes:
-        print(note)
-    groups, counts = make_forks(rows, tokenizer, args.source, args.targets, args.row_tokens, args.system)
-    batch = pack([fork for group in groups for fork in group], args.row_tokens)
+def show_forks(groups, counts, row_tokens, tokenizer, samples):
+    """Print what training would see of the rows: counts, packing, and so many of them."""
+    print_notes(tokenizer)
+    batch = pack([fork for group in groups for fork in group], row_tokens)
     rows, width = batch.tokens.shape
     print(f"forks: {describe_counts(counts)}")
     print(f"packed: {rows:,} rows of {width} tokens, {1 - batch.used / batch.tokens.numel():.1%} padding, "
           f"{len(batch.targets):,} predictions")
-    for group in groups[:args.show]:
+    for group in groups[:samples]:
         for fork in group:
-            print("\n" + show(fork, tokenizer))
+            print("\n" + fork_text(fork, tokenizer))
 
 
 def parse_args(argv=None):
     parser = flags.Parser(description="Count a data file and show what training would see of it.")
     parser.add_argument("file", help=f"{FORMATS}; JSONL or one JSON list, .gz too")
-    parser.add_argument("--source", type=normal, default="en",
-                        help="source language, and that of one-language files")
-    parser.add_argument("--lang",
-                        help="target language, or several: sw,yo; else each prompt has its own response")
-    parser.add_argument("--turns", choices=("first", "all"), default="first", help="turns of a conversation")
-    parser.add_argument("--model", help="Hugging Face directory whose tokenizer and template make the forks")
-    parser.add_argument("--system", help="system prompt before every prompt")
-    parser.add_argument("--template-args", help="variables of the chat template, as JSON: "
-                                                '{"enable_thinking": false}')
-    parser.add_argument("--row-tokens", type=flags.positive_int, default=1024,
-                        help="length of a packed row, in tokens")
-    parser.add_argument("--show", type=flags.count, default=0, help="rows to print as forks (needs --model)")
-    parser.add_argument("--trl", metavar="OUT", help="write TRL preference rows here (needs --lang)")
+    add = flags.group(parser, "rows")
+    add("--source", normal, "en", "source language, and that of one-language files")
+    add("--lang", str, None, "target language, or several: sw,yo; else each prompt has its own response")
+    add("--turns", ["first", "all"], "first", "turns of a conversation")
+    add("--trl", str, None, "write TRL preference rows into this file (needs --lang)")
+    add = flags.group(parser, "forks")
+    add("--model", str, None, "Hugging Face directory whose tokenizer and template make the forks")
+    add("--system", str, None, "system prompt before every prompt")
+    add("--template-args", str, None, "variables of the chat template: '{\"enable_thinking\": false}'")
+    add("--row-tokens", flags.positive_int, 1024, "length of a packed row, in tokens")
+    add("--show", flags.count, 0, "rows to print as forks (needs --model)")
     return parser.parse_args(argv)
 
 
@@ -466,15 +464,17 @@ def main(argv=None):
         raise InputError("--show and --template-args need --model DIR")
     if args.trl and not args.lang:
         raise InputError("--trl needs --lang CODE")
-    args.targets = language_list(args.lang) if args.lang else []
-    rows = read_counted(args.file, args.source, args.turns, args.targets)
+    targets = language_list(args.lang) if args.lang else []
+    rows = read_counted(args.file, args.source, args.turns, targets)
     held = Counter(language for row in rows for language in languages_of(row))
     print(f"languages: {describe_counts(held)}")
     if args.trl:
-        pairs = write_preferences(args.trl, rows, args.source, *args.targets)
+        pairs = write_preferences(args.trl, rows, args.source, *targets)
         print(f"{args.trl}: {pairs:,} preference rows")
     if args.model:
-        show_forks(rows, load_tokenizer(args.model, args.template_args), args)
+        tokenizer = load_tokenizer(args.model, args.template_args)
+        groups, counts = make_forks(rows, tokenizer, args.source, targets, args.row_tokens, args.system)
+        show_forks(groups, counts, args.row_tokens, tokenizer, args.show)
 
 
 if __name__ == "__main__":

@@ -66,8 +66,7 @@ def make_job(args, device: torch.device, plan: scale.Plan, methods: dict[str, li
     config = read_config(args.model)
     print(f"device {device}; model {args.base}: {config.model_type}, {config.num_hidden_layers} layers, "
           f"width {config.hidden_size}; run directory {args.out}")
-    for note in tokenizer.chat.notes:
-        print(note)
+    data.print_notes(tokenizer)
 
     languages = args.source, *args.targets
     print(f"\n1. Rows: {args.source} and {', '.join(args.targets)}")
