@@ -7,7 +7,7 @@
     replies = generate(model, [[1, 17, 5]], max_tokens=32, stop_ids={2})
 
 Shapes: B rows, T tokens, N predicted tokens, H hidden width, V vocabulary, Q query heads, G kv heads,
-D head width, F mlp width, R LoRA rank, P pairs, S continuations.
+D head width, F mlp width, K keys (past and new tokens), R LoRA rank, P pairs, S continuations.
 
 Every parameter carries the name it has in the checkpoint, so loading needs no rename map. `forward`
 returns hidden states, not logits: training needs the head on few of the rows, and kernels/ computes
@@ -38,10 +38,9 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import kernels
-from engine.progress import progress
 from formats import hub
 from formats.configs import Config, read_config
-from formats.weights import Weights, add_update, check_depth, match_names, read_adapter
+from formats.weights import Weights, check_depth, match_names, read_tensors
 from kernels.layers import ForkAttention, RMSNormFunction, Rotate, SwiGLU, pieces_of
 
 # ----------------------------------------------------------------------------------------------------- layers
@@ -112,7 +111,7 @@ class Attention(nn.Module):
         q = Rotate.call(q, cos, sin)
         k = Rotate.call(k, cos, sin)
         if cache is not None:
-            k, v = cache.append_(k, v)                                           # (B, S, G, D), S = past + T
+            k, v = cache.append_(k, v)                                           # (B, K, G, D), K = past + T
         seen = attend(q, k, v)                                                   # (B, T, Q, D)
         return self.o_proj(seen.reshape(B, T, -1))
 
@@ -180,14 +179,14 @@ def rotation(c: Config, positions, dtype: torch.dtype):
 
 
 # -------------------------------------------------------------------------------------------------- attention
-# Every function below that takes q (B, T, Q, D), k and v (B, S, G, D) returns (B, T, Q, D). window: the most
+# Every function below that takes q (B, T, Q, D), k and v (B, K, G, D) returns (B, T, Q, D). window: the most
 # tokens that one sees, itself included; None for all.
 
 def sdpa(q, k, v, mask=None, causal: bool = False):
     """Scaled dot-product attention; G kv heads serve Q/G query heads each.
-    mask (B or 1, 1, T, S): True where a query may see, or what is added to its scores."""
+    mask (B or 1, 1, T, K): True where a query may see, or what is added to its scores."""
     B, T, Q, D = q.shape
-    k = k.transpose(1, 2)                                                        # (B, G, S, D)
+    k = k.transpose(1, 2)                                                        # (B, G, K, D)
     v = v.transpose(1, 2)
     G = k.shape[1]
     if T == 1:          # the query heads of a group become its queries: no key is copied for each of them
@@ -204,12 +203,12 @@ def sdpa(q, k, v, mask=None, causal: bool = False):
 
 
 def attend_causal(q, k, v, window=None):
-    """Plain causal attention of T tokens, the last ones of S, each seeing at most the last `window`."""
-    T, S = q.shape[1], k.shape[1]
-    if T == S and (window is None or T <= window):
+    """Plain causal attention of T tokens, the last ones of K, each seeing at most the last `window`."""
+    T, K = q.shape[1], k.shape[1]
+    if T == K and (window is None or T <= window):
         return sdpa(q, k, v, causal=True)
-    query = torch.arange(S - T, S, device=q.device)[:, None]
-    key = torch.arange(S, device=q.device)
+    query = torch.arange(K - T, K, device=q.device)[:, None]
+    key = torch.arange(K, device=q.device)
     distance = query - key
     seen = (distance >= 0) & (distance < (window or math.inf))
     return sdpa(q, k, v, mask=seen[None, None])
@@ -354,12 +353,12 @@ class Cache:
 
 @dataclass
 class Header:
-    """Keys and values (1, P, G, D) of one layer for P tokens that every row continues."""
+    """Keys and values (1, header, G, D) of one layer for the tokens that every row continues."""
     k: Tensor
     v: Tensor
 
     def append_(self, k, v):
-        """k and v (B, T, G, D) behind the header's, (B, P + T, G, D)."""
+        """k and v (B, T, G, D) behind the header's, (B, header + T, G, D)."""
         B = len(k)
         shared_k = self.k.expand(B, -1, -1, -1)
         shared_v = self.v.expand(B, -1, -1, -1)
@@ -389,9 +388,9 @@ class Llama(nn.Module):
         self.config = config
         self.given_dtype = compute_dtype
         self.recompute = recompute
-        self.compiled = compiler is not None                       # which rounds otherwise
+        self.compiled = compiler is not None       # compiled blocks round differently from run_block
         self.run_forks = run_block
-        if self.compiled:               # a graph for all blocks
+        if self.compiled:
             self.run_forks = torch.compile(run_block, dynamic=False, fullgraph=True, backend=compiler)
         self.model = nn.ModuleDict({
             "embed_tokens": Embedding(config.vocab_size, config.hidden_size),
@@ -452,7 +451,7 @@ class Llama(nn.Module):
 
 
 def keys_and_values(model: Llama, tokens: list[int]) -> list[Header]:
-    """Per layer the keys and values of P header tokens, for `forward(prefix=...)`. P may be 0."""
+    """Per layer the keys and values of a header's tokens, if any, for `forward(prefix=...)`."""
     device = model.head.device
     start = torch.zeros(1, dtype=torch.int64, device=device)
     cache = Cache(model.config, start, len(tokens), model.compute_dtype)
@@ -498,13 +497,8 @@ def load(path, device="cpu", dtype=torch.float32, adapter=None, recompute=False,
     """
     path = hub.local(path)
     model, weights, names = open_checkpoint(path, dtype, recompute, compiler)
-    updates = {} if adapter is None else read_adapter(adapter, weights, names)
     state = {}
-    bar = progress(names.items(), desc="load", unit="tensor", leave=False, delay=1)
-    for name, key in bar:
-        tensor = weights[key]
-        if name in updates:
-            tensor = add_update(tensor, updates[name](), f"{adapter}: {name}")
+    for name, tensor in read_tensors(weights, names, adapter):
         state[name] = tensor.to(device=device, dtype=dtype)
     model.load_state_dict(state, strict=True, assign=True)
     return model.requires_grad_(False).eval()
@@ -562,7 +556,7 @@ def generate_batch(model, prompts, max_tokens, stop_ids, pick, progress=None):
     progress = progress or (lambda n: None)
     for step in range(max_tokens):
         hidden = model(tokens, positions, cache=cache)[:, -1]
-        if head is None:                                          # a sharded one is whole only after forward
+        if head is None:                         # with --shard no rank has all of it before a forward pass
             head = model.head.to(hidden.dtype)
         chosen = pick(linear(hidden, head))                       # (B,)
         going = ~torch.isin(chosen, stops)

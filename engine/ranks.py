@@ -25,8 +25,7 @@ from torch import Tensor
 import model as llama
 from engine import files
 from engine.files import InputError
-from engine.progress import progress
-from formats.weights import add_update, read_adapter
+from formats.weights import read_tensors
 
 LONGEST_WAIT = timedelta(days=1)             # ranks wait while the first one reads and writes
 
@@ -47,6 +46,14 @@ def pick_device(name: str) -> str:
         why = str(error).splitlines()[0]
         raise InputError(f"--device {name} cannot be used ({why}): try --device auto") from None
     return name
+
+
+def pick_dtype(name: str, device) -> str:
+    """The compute type that "auto" means where a model only answers or translates: no run is long enough to
+    measure first which one is faster, as training does (scale.fastest_dtype)."""
+    if name != "auto":
+        return name
+    return "bf16" if torch.device(device).type == "cuda" else "fp32"
 
 
 def own_device(name: str) -> str:
@@ -100,8 +107,8 @@ def deal(items: int) -> list[tuple[int, bool]]:
     False): to be done like the rest, since a sharded model needs every rank (else this one would only wait),
     and not to be counted."""
     rounds = -(-items // size())
-    mine = range(rank(), rounds * size(), size())
-    return [(i, True) if i < items else (0, False) for i in mine]
+    share = range(rank(), rounds * size(), size())
+    return [(i, True) if i < items else (0, False) for i in share]
 
 
 def gather(own: list) -> list:
@@ -130,13 +137,13 @@ def barrier() -> None:
 def sum_gradients_(parameters) -> None:
     """All-reduce: replace every gradient by its sum over ranks, in one message. Sharded ones were summed
     during the backward."""
-    whole = [parameter for parameter in parameters if not is_sharded(parameter)]
-    if size() == 1 or not whole:
+    replicated = [parameter for parameter in parameters if not is_sharded(parameter)]
+    if size() == 1 or not replicated:
         return
-    flat = torch.cat([flat_gradient(parameter) for parameter in whole])
+    flat = torch.cat([flat_gradient(parameter) for parameter in replicated])
     dist.all_reduce(flat)
-    parts = flat.split([parameter.numel() for parameter in whole])
-    for parameter, part in zip(whole, parts):
+    parts = flat.split([parameter.numel() for parameter in replicated])
+    for parameter, part in zip(replicated, parts):
         parameter.grad = part.view_as(parameter)
 
 
@@ -182,7 +189,7 @@ def is_sharded(tensor: Tensor) -> bool:
     return hasattr(tensor, "to_local")
 
 
-def local(tensor: Tensor) -> Tensor:
+def local_part(tensor: Tensor) -> Tensor:
     """This rank's part of a tensor: all of it, unless it is sharded."""
     return tensor.to_local() if is_sharded(tensor) else tensor
 
@@ -199,7 +206,7 @@ def load(path, device, dtype: torch.dtype, shard: bool = True, prepare: Callable
     from the files. A sharded model is not compiled: FSDP's hooks break the graphs.
 
     prepare(model) chooses what learns, before the sharding; what it makes itself, in memory (LoRA's factors,
-    which are small), stays whole on every rank.
+    which are small), is replicated on every rank.
     """
     if not shard:
         model = llama.load(path, device, dtype, adapter, recompute, compiler)
@@ -207,17 +214,14 @@ def load(path, device, dtype: torch.dtype, shard: bool = True, prepare: Callable
         return model
     assert dist.is_initialized(), "there are no ranks to share the model: torchrun starts them"
     model, weights, names = llama.open_checkpoint(path, dtype, recompute)
-    updates = {} if adapter is None else read_adapter(adapter, weights, names)
     model.requires_grad_(False).eval().to(dtype)
     prepare(model)
     shard_(model)
     parameters = dict(model.named_parameters())
-    for name, key in progress(names.items(), desc="load", unit="tensor", leave=False, delay=1):
-        rows = own_rows(parameters[name])
-        tensor = weights[key][rows]
-        if name in updates:
-            tensor = add_update(tensor, updates[name]()[rows], f"{adapter}: {name}")
-        fill_(model, name, parameters[name], tensor.to(device, parameters[name].dtype, copy=True))
+    tensors = read_tensors(weights, names, adapter, lambda name: own_rows(parameters[name]))
+    for name, tensor in tensors:
+        own = tensor.to(device, parameters[name].dtype, copy=True)
+        give_rows_(model, name, parameters[name], own)
     return model
 
 
@@ -229,7 +233,7 @@ def own_rows(parameter: Tensor) -> slice:
     return slice(first, first + parameter.to_local().shape[0])
 
 
-def fill_(model, name: str, parameter: Tensor, rows: Tensor) -> None:
+def give_rows_(model, name: str, parameter: Tensor, rows: Tensor) -> None:
     """Give a sharded parameter without memory its rows."""
     from torch.distributed.tensor import DTensor
     filled = DTensor.from_local(rows, parameter.device_mesh, parameter.placements, run_check=False,

@@ -237,7 +237,7 @@ def state_tensors(parameters: dict[str, Tensor], optimizer) -> dict[str, Tensor]
     for name, parameter in parameters.items():
         state = {"weight": parameter.detach()} | optimizer.state[parameter]
         for kind in STATE:
-            tensors[f"{kind}.{name}"] = ranks.local(state[kind]).cpu().contiguous()
+            tensors[f"{kind}.{name}"] = ranks.local_part(state[kind]).cpu().contiguous()
     return tensors
 
 
@@ -280,14 +280,14 @@ def read_checkpoint(path: Path, parameters: dict[str, Tensor]) -> dict[str, Tens
 @torch.no_grad()
 def restore_(parameters: dict[str, Tensor], optimizer, tensors: dict[str, Tensor]) -> None:
     for name, parameter in parameters.items():
-        ranks.local(parameter).copy_(tensors[f"weight.{name}"])
+        ranks.local_part(parameter).copy_(tensors[f"weight.{name}"])
         step = tensors[f"step.{name}"]
         if optimizer.defaults["fused"]:                            # else AdamW has it on the CPU
             step = step.to(parameter.device)
         state = optimizer.state[parameter] = {"step": step}
         for moment in ("exp_avg", "exp_avg_sq"):
             state[moment] = torch.zeros_like(parameter)
-            ranks.local(state[moment]).copy_(tensors[f"{moment}.{name}"])
+            ranks.local_part(state[moment]).copy_(tensors[f"{moment}.{name}"])
 
 
 class Metrics:

@@ -290,3 +290,15 @@ def add_update(weight: Tensor, update: Tensor, where: str) -> Tensor:
                               f"{list(weight.shape)}: another base model's adapter?")
     wide = torch.promote_types(weight.dtype, torch.float32)
     return weight.to(wide) + update.to(wide)
+
+
+def read_tensors(weights: Weights, names: dict[str, str], adapter=None, rows=lambda name: slice(None)):
+    """Yields (parameter name, tensor) in the order of the files, a PEFT adapter's product added to those that
+    have one. rows(name): which rows of it are wanted."""
+    updates = {} if adapter is None else read_adapter(adapter, weights, names)
+    for name, key in progress(names.items(), desc="load", unit="tensor", leave=False, delay=1):
+        wanted = rows(name)
+        tensor = weights[key][wanted]
+        if name in updates:
+            tensor = add_update(tensor, updates[name]()[wanted], f"{adapter}: {name}")
+        yield name, tensor

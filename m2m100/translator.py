@@ -9,6 +9,7 @@ from engine import ranks
 from engine.files import InputError, directory_fingerprint
 from formats import hub
 from formats.languages import normal, suggestion
+from formats.weights import DTYPES
 from m2m100.network import M2M100, load_model
 from m2m100.tokenizer import Tokenizer, load_tokenizer
 
@@ -37,8 +38,7 @@ def load(path, device="cpu", dtype: torch.dtype | None = None) -> Translator:
     """The translator of an M2M100 or NLLB directory or hub id; dtype: bf16 on CUDA and fp32 elsewhere if
     none is given. InputError says what is wrong with it."""
     path = hub.local(path, hub.TRANSLATOR_SETTINGS, hub.TRANSLATOR_WEIGHTS)
-    if dtype is None:
-        dtype = torch.bfloat16 if torch.device(device).type == "cuda" else torch.float32
+    dtype = dtype or DTYPES[ranks.pick_dtype("auto", device)]
     if ranks.rank() == 0:
         print(f"{path}: loading the translator on {device} as {dtype}", file=sys.stderr)
     model, tokenizer = load_model(path, device, dtype), load_tokenizer(path)

@@ -136,7 +136,7 @@ def shared_model(path: Path) -> None:
     expected = llama.load(path / "base", dtype=torch.float64)
     model = ranks.load(path / "base", "cpu", torch.float64)
     full = sum(parameter.numel() for parameter in expected.parameters())
-    own = sum(ranks.local(parameter).numel() for parameter in model.parameters())
+    own = sum(ranks.local_part(parameter).numel() for parameter in model.parameters())
     assert ranks.gather([own]) != [full, full] and sum(ranks.gather([own])) == full and own < 0.6 * full
     for parameter, (name, other) in zip(model.parameters(), expected.named_parameters()):
         assert torch.equal(parameter.full_tensor(), other), name
