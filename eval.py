@@ -17,6 +17,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 import model as llama
+from data import print_notes
 from engine import flags, ranks
 from engine.files import InputError, Journal, check_unicode, fingerprint, run, write_json
 from engine.flags import REQUIRED
@@ -27,8 +28,7 @@ from evals.instructions import answer_lines, model_outputs, read_instructions, t
 from evals.language import fit_languages, reply_language    # noqa: F401
 from evals.perplexity import byte_figures, response_lines, scored_rows
 from evals.report import shown, table
-from evals.systems import (check_system, compute_dtype, finish, keep, locate, open_model, out_directory,
-                           tell_cut, tell_notes, unusual)
+from evals.systems import check_system, count_cut, finish, keep, locate, open_model, out_directory, unusual
 from evals.verdict import VERDICT
 from formats import hub
 from formats.chat import load_tokenizer
@@ -53,8 +53,8 @@ def ask(args) -> None:
     for system in systems:
         check_system(base, system)
     tokenizer = load_tokenizer(base, args.template_args)
-    dtype = DTYPES[compute_dtype(args.dtype, args.device)]
-    tell_notes(tokenizer)
+    dtype = DTYPES[ranks.pick_dtype(args.dtype, args.device)]
+    print_notes(tokenizer, sys.stderr)
     models = {}
     for system in systems:
         print(f"loading {base}{f' with {system}' if system else ''}", file=sys.stderr, flush=True)
@@ -115,7 +115,7 @@ def mc(args) -> None:
     with Journal(out / "answers.jsonl", settings, keys, args.fresh) as journal:
         done = {line["question"] for line in journal.done}
         left = [question for question in benchmark.questions if question.name not in done]
-        scored = choice.score(model, tokenizer, left, args.batch_tokens)
+        scored = choice.score_questions(model, tokenizer, left, args.batch_tokens)
         lines = (line | {"scores": {figure: 100.0 * line["correct"]}} for _, line in scored)
         keep(journal, lines, len(benchmark.questions), figure, "question")
     summary = choice.summarise(benchmark, {line["question"]: line for line in journal.done})
@@ -123,7 +123,7 @@ def mc(args) -> None:
     parts = {**summary["subjects"], **categories, "all": summary["all"]}
     cells = [[name, shown(part), str(part["n"])] for name, part in parts.items()]
     print(table([figure, "accuracy %", "questions"], cells))
-    finish(out, settings, {figure: summary["all"]}, **summary, cut=tell_cut(journal))
+    finish(out, settings, {figure: summary["all"]}, **summary, cut=count_cut(journal))
 
 
 # ------------------------------------------------------------------------------------------------- perplexity
@@ -136,7 +136,7 @@ def perplexity(args) -> None:
     model, tokenizer, settings = open_model(
         args.model, args.adapter, args.device,
         args.dtype, args.template_args)
-    tell_notes(tokenizer)
+    print_notes(tokenizer, sys.stderr)
     settings |= {
         "language": args.lang,
         "source": args.source,
@@ -173,7 +173,7 @@ def perplexity(args) -> None:
         figures |= found
     header = ["", "bits per byte", "nll per byte", "perplexity per byte", "nll per token", "rows"]
     print(table(header, cells))
-    finish(out, settings, figures, cut=tell_cut(journal))
+    finish(out, settings, figures, cut=count_cut(journal))
 
 
 # ------------------------------------------------------------------------------------------------- AlpacaEval
@@ -190,7 +190,7 @@ def alpaca(args) -> None:
     model, tokenizer, settings = open_model(
         args.model, args.adapter, args.device,
         args.dtype, args.template_args)
-    tell_notes(tokenizer)
+    print_notes(tokenizer, sys.stderr)
     how = Decoding(
         args.system_prompt, args.max_tokens,
         args.temperature, args.top_p, args.seed)
@@ -249,7 +249,7 @@ def judge_outputs(args) -> None:
     keys = ("question", "preference", "reading", "refused", "prompt_tokens", "completion_tokens")
     with Journal(out / "answers.jsonl", settings, keys, args.fresh) as journal:
         failed = judge.judge_pairs(pairs, asked, journal, figure)
-    kinds = winrate.tell_failures(failed, len(pairs))
+    kinds = winrate.print_failures(failed, len(pairs))
     annotator = f"{args.judge_model}, {args.order} order, prompt {judge.prompt_hash()}"
     annotations = winrate.annotation_records(pairs, journal.done, annotator)
     write_json(out / "annotations.json", annotations)

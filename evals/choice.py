@@ -1,6 +1,7 @@
 """Multiple-choice benchmarks: their distributed files -> questions -> forks -> the log-prob of every choice.
 
-    for i, logps in score(model, tokenizer, read_benchmark("mmlu", "mmlu/data", shots=5).questions):
+    questions = read_benchmark("mmlu", "mmlu/data", shots=5).questions
+    for i, line in score_questions(model, tokenizer, questions):
         ...                                       # the command line is python eval.py mc mmlu mmlu/data
 
 MMLU, MMMLU, CMMLU and BELEBELE, worded, tokenised and averaged as lm-evaluation-harness does it, so
@@ -235,7 +236,7 @@ def find_files(root: Path, names: list[str]) -> list[Path]:
                      f"(of data sets on the hub some hold only {PARQUET})")
 
 
-def read_split(task: Task, root: Path, language: str, split: str) -> dict[Path, list[Question]]:
+def read_questions(task: Task, root: Path, language: str, split: str) -> dict[Path, list[Question]]:
     """Questions of each file of a split."""
     questions = {}
     for path in find_files(root, file_names(task, language, split)):
@@ -300,13 +301,13 @@ def read_benchmark(name: str, path, shots: int = 0, language: str = "", subjects
         root = hub.fetch(str(path), tuple(f"*{pattern}" for pattern in names), kind="dataset")
     if not root.exists():
         raise InputError(f"{root}: no such file or directory")
-    files = read_split(task, root, language, split)
+    files = read_questions(task, root, language, split)
     groups = by_subject(files)
     unknown = set(subjects or ()) - set(groups)
     if unknown:
         raise InputError(f"{root} has no subject {', '.join(sorted(unknown))}; "
                          f"it has {', '.join(sorted(groups))}")
-    examples = read_split(task, root, language, task.examples) if shots and task.examples else files
+    examples = read_questions(task, root, language, task.examples) if shots and task.examples else files
     pools = by_subject(examples)
     asked = []
     for subject in subjects or groups:
@@ -333,7 +334,7 @@ def read_benchmark(name: str, path, shots: int = 0, language: str = "", subjects
 
 # ----------------------------------------------------------------------------------------- questions -> forks
 
-def encode(tokenizer, texts: list[str]) -> list[list[int]]:
+def full_ids(tokenizer, texts: list[str]) -> list[list[int]]:
     """Ids with what the tokenizer itself adds: Llama's one BOS, nothing of Qwen."""
     return [encoding.ids for encoding in tokenizer.full.encode_batch(texts)]
 
@@ -345,13 +346,13 @@ def encode_questions(tokenizer, questions: list[Question]) -> list[tuple[list[in
     spaces at the prompt's end go over to it.
     """
     texts = [question.header + question.text for question in questions]
-    prompts = encode(tokenizer, [text.rstrip() for text in texts])
+    prompts = full_ids(tokenizer, [text.rstrip() for text in texts])
     joint = []
     for letter in LETTERS:
-        joint.append(encode(tokenizer, [f"{text} {letter}" for text in texts]))
+        joint.append(full_ids(tokenizer, [f"{text} {letter}" for text in texts]))
     pairs = []
-    for question, prompt, *whole in zip(questions, prompts, *joint):
-        choices = [ids[len(prompt):] for ids in whole]
+    for question, prompt, *texts in zip(questions, prompts, *joint):
+        choices = [ids[len(prompt):] for ids in texts]
         if not all(choices):
             raise InputError(f"{question.where}: the tokenizer merges choice {LETTERS[choices.index([])]} "
                              f"with the prompt")
@@ -364,7 +365,7 @@ def common_prefix(prompts: list[list[int]]) -> list[int]:
     return os.path.commonprefix(prompts)[:min(map(len, prompts)) - 1]
 
 
-def make_forks(where: str, prompt: list[int], choices: list[list[int]], max_tokens: int) -> list[data.Fork]:
+def fitting_forks(where: str, prompt: list[int], choices: list[list[int]], max_tokens: int) -> list[data.Fork]:
     """One fork of all choices; of a question too long for the model, whose prompt loses its start, more of it
     before a longer choice, a fork for each choice."""
     longest = max(map(len, choices))
@@ -394,33 +395,33 @@ def fork_logps(model, forks: list[data.Fork], batch_tokens: int):
         yield from zip(batch.order, [part.tolist() for part in parts])
 
 
-def score(model, tokenizer, questions: list[Question], batch_tokens: int = 2048):
+def score_questions(model, tokenizer, questions: list[Question], batch_tokens: int = 2048):
     """Yields (index of a question, its verdict) as they are done, not in order; see multiple_choice.
     What the questions with one header begin with is computed once."""
     headers = {}
     for index, question in enumerate(questions):
         headers.setdefault(question.header, []).append(index)
     for indices in headers.values():
-        whole = {}
+        fitting = {}              # the others are cut, and a fork for each choice
         encoded = encode_questions(tokenizer, [questions[index] for index in indices])
         for index, (prompt, choices) in zip(indices, encoded):
             question = questions[index]
-            forks = make_forks(question.where, prompt, choices, model.config.max_position_embeddings)
+            forks = fitting_forks(question.where, prompt, choices, model.config.max_position_embeddings)
             if len(forks) == 1:
-                whole[index] = forks[0]
+                fitting[index] = forks[0]
                 continue
             found = dict(fork_logps(model, forks, batch_tokens))
             logps = [found[i][0] for i in range(len(forks))]
             yield index, verdict(question, logps, cut=True)
-        names = list(whole)
-        for i, logps in fork_logps(model, list(whole.values()), batch_tokens):
+        names = list(fitting)
+        for i, logps in fork_logps(model, list(fitting.values()), batch_tokens):
             yield names[i], verdict(questions[names[i]], logps, cut=False)
 
 
 def multiple_choice(model, tokenizer, questions: list[Question], batch_tokens: int = 2048) -> list[dict]:
     """For each question {"choice": int, "correct": bool, "logp": [log-prob of each choice], "cut": bool};
     cut: the prompt was longer than the model reads and lost its start."""
-    scored = dict(score(model, tokenizer, questions, batch_tokens))
+    scored = dict(score_questions(model, tokenizer, questions, batch_tokens))
     return [scored[i] for i in range(len(questions))]
 
 

@@ -118,7 +118,7 @@ class Run:
         return Result(language, size, self.labels.get(method, method), seed)
 
 
-def open_run(directory: Path) -> Run:
+def read_report(directory: Path) -> Run:
     path = directory / "report.json"
     report = read_json(path)
     for key in ("methods", "lang", "samples", "seed"):
@@ -170,7 +170,7 @@ def training_steps(directory: Path) -> list[dict]:
     return lines
 
 
-def read_run(run: Run) -> Results:
+def run_results(run: Run) -> Results:
     """The methods of a run, one Result for each target language."""
     source, results = run.flags.get("source", "en"), []
     for method, scores in run.methods.items():
@@ -182,7 +182,7 @@ def read_run(run: Run) -> Results:
                 for sample in measure(in_language(answers, language)).values():
                     name = f"{place} {sample.figure.title}"
                     result.samples[name] = sample
-                    result.figures[name] = sample.told()
+                    result.figures[name] = sample.to_json()
                 key = f"nll_{side(language, source, run.lang)}"
                 if key in scores["heldout"]:
                     result.figures[f"{place} nll"] = {"value": scores["heldout"][key], "digits": 3}
@@ -206,7 +206,7 @@ def origins(settings: dict, runs: list[Run]) -> list[tuple[Run, str]]:
     return [(run, "base") for run in begun]
 
 
-def read_evaluation(directory: Path, runs: list[Run]) -> Results:
+def evaluation_results(directory: Path, runs: list[Run]) -> Results:
     """What `eval.py mc`, `perplexity` or `judge` wrote:
     the figures of one model, in the rows of the run it came from."""
     path = directory / "result.json"
@@ -245,10 +245,10 @@ def scored_samples(lines: list[dict]) -> dict[str, Sample]:
 def read_results(directories: list[Path]) -> Results:
     """Results of run and evaluation directories, those of one trained model merged. InputError when a model
     has two figures of one name that differ."""
-    runs = [open_run(directory) for directory in directories if is_run(directory)]
+    runs = [read_report(directory) for directory in directories if is_run(directory)]
     label_methods_(runs)
-    found = [(run.directory, read_run(run)) for run in runs]
-    found += [(directory, read_evaluation(directory, runs)) for directory in directories
+    found = [(run.directory, run_results(run)) for run in runs]
+    found += [(directory, evaluation_results(directory, runs)) for directory in directories
               if not is_run(directory)]
     merged = {}
     for directory, results in found:
@@ -385,7 +385,7 @@ def settings_text(directories: list[Path]) -> str:
     """Settings, once for all directories that share them."""
     groups = {}
     for directory in directories:
-        told = json.dumps(settings_of(directory), ensure_ascii=False)
-        groups.setdefault(told, []).append(str(directory))
-    lines = [f"- {', '.join(names)}: {told}" for told, names in groups.items()]
+        settings = json.dumps(settings_of(directory), ensure_ascii=False)
+        groups.setdefault(settings, []).append(str(directory))
+    lines = [f"- {', '.join(names)}: {settings}" for settings, names in groups.items()]
     return "\n".join(["Settings:", *lines])

@@ -155,7 +155,7 @@ class Sample:
         error = math.sqrt(n - 1) * float(without.std())
         return error if n > 1 and math.isfinite(error) else None
 
-    def told(self) -> dict:
+    def to_json(self) -> dict:
         """As result.json has a figure, and all tables show it."""
         return {
             "value": self.value,
@@ -193,8 +193,8 @@ def measure(lines: list[dict]) -> dict[str, Sample]:
     where every expected answer is short."""
     keys, samples = question_keys(lines), {}
     for figure in FIGURES:
-        told = zip(keys, map(figure.of_line, lines))
-        sample = Sample(figure, {key: counts for key, counts in told if counts is not None})
+        counted = zip(keys, map(figure.of_line, lines))
+        sample = Sample(figure, {key: counts for key, counts in counted if counts is not None})
         if sample.counts and not math.isnan(sample.value):
             samples[figure.name] = sample
     if not all(is_short(line["expected"]) for line in lines):

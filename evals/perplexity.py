@@ -39,7 +39,7 @@ def response_lines(model, tokenizer, rows: list[dict], places: dict[str, str], d
             prompt = tokenizer.prompt_ids(texts["prompt"], system_prompt)
             reply = tokenizer.response_ids(texts["response"])
             where = f"row {name} in {language}"
-            fork, = choice.make_forks(where, prompt, [reply], longest)
+            fork, = choice.fitting_forks(where, prompt, [reply], longest)
             forks.append(fork)
             lines.append({
                 "question": name,
@@ -58,8 +58,8 @@ def byte_figures(place: str, lines: list[dict]) -> dict[str, dict]:
         name, size = line["question"], line["bytes"]
         nats[name] = line["nll"], size
         bits[name] = line["nll"] / math.log(2), size
-    nats = Sample(PER_BYTE, nats).told()
-    bits = Sample(PER_BYTE, bits).told()
+    nats = Sample(PER_BYTE, nats).to_json()
+    bits = Sample(PER_BYTE, bits).to_json()
     perplexity = nats | {
         "value": math.exp(nats["value"]),
         "stderr": None}

@@ -97,8 +97,8 @@ def answer_section(rows: Rows, questions: int | None) -> list[str]:
     figures = [figure for figure in FIGURES if figure.name in known]
     cells = []
     for (language, name, lines), found in zip(rows, samples):
-        told = {key: sample.told() for key, sample in found.items()}
-        values = [shown(told.get(figure.name)) for figure in figures]
+        results = {key: sample.to_json() for key, sample in found.items()}
+        values = [shown(results.get(figure.name)) for figure in figures]
         cells.append([language, name, *values])
     asked = len(lines)
     which = f"the first {asked} of {questions}" if questions and asked < questions else str(asked)
@@ -110,15 +110,15 @@ def answer_section(rows: Rows, questions: int | None) -> list[str]:
 
 def cut_section(rows: Rows) -> list[str]:
     """How many replies were cut, and how many of these would not end at any length."""
-    told = []
+    counts = []
     for language, name, lines in rows:
         cut = [line["reply"] for line in lines if not line.get("ends", True)]
         if cut:
-            told.append(f"{language} {name} {len(cut)} ({sum(map(is_loop, cut))})")
-    if not told:
+            counts.append(f"{language} {name} {len(cut)} ({sum(map(is_loop, cut))})")
+    if not counts:
         return []
     return ["Replies cut at --max-new-tokens, in brackets those that repeat one text again and again, which "
-            f"a larger limit would hardly end: {', '.join(told)}."]
+            f"a larger limit would hardly end: {', '.join(counts)}."]
 
 
 def language_section(rows: Rows) -> list[str]:
@@ -196,7 +196,7 @@ def closing_lines(answers: Answers) -> list[str]:
 
 
 def changes(one: dict[str, Sample], other: dict[str, Sample], language: str) -> str:
-    told = []
+    differences = []
     for name, title in CHANGES.items():
         if name not in one or name not in other:
             continue
@@ -206,8 +206,8 @@ def changes(one: dict[str, Sample], other: dict[str, Sample], language: str) -> 
             unit = " points" if figure.is_share else ""
             verdict = f" ({found.verdict})" if found.verdict else ""
             change = shown_difference(found, figure.digits)
-            told.append(f"{title.format(language)} {change}{unit}{verdict}")
-    return ", ".join(told) or "nothing to compare"
+            differences.append(f"{title.format(language)} {change}{unit}{verdict}")
+    return ", ".join(differences) or "nothing to compare"
 
 
 def shown_difference(found: Difference, digits: int) -> str:

@@ -1,7 +1,6 @@
 """Which model an evaluation looks at, where its results lie, and how they get there."""
 
 import re
-import sys
 from pathlib import Path
 
 import torch
@@ -9,6 +8,7 @@ import torch
 import model as llama
 from engine.files import Journal, directory_fingerprint, fingerprint, write_json
 from engine.progress import progress
+from engine.ranks import pick_dtype
 from evals.answers import HASH_DIGITS
 from formats import hub
 from formats.chat import Tokenizer, load_tokenizer
@@ -37,18 +37,12 @@ def check_system(model: str | None, adapter: str | None) -> None:
         read_adapter(adapter, weights, names)
 
 
-def compute_dtype(dtype: str, device: str) -> str:
-    if dtype != "auto":
-        return dtype
-    return "bf16" if device.startswith("cuda") else "fp32"
-
-
 def open_model(model: str | None, adapter: str | None, device: str, dtype: str,
                template_args: str | None = None) -> tuple[llama.Llama, Tokenizer, dict]:
     """The model that --model and --adapter name, its tokenizer,
     and the settings that stand beside its numbers."""
     base, adapter = locate(model, adapter)
-    dtype = compute_dtype(dtype, device)
+    dtype = pick_dtype(dtype, device)
     tokenizer = load_tokenizer(hub.local(base), template_args)
     print(f"loading {base}{f' with {adapter}' if adapter else ''}: {dtype} on {device}", flush=True)
     loaded = llama.load(base, device, DTYPES[dtype], adapter)
@@ -62,12 +56,6 @@ def open_model(model: str | None, adapter: str | None, device: str, dtype: str,
         "dtype": dtype,
         "device": device,
         "torch": torch.__version__}
-
-
-def tell_notes(tokenizer: Tokenizer) -> None:
-    """Where prompts and replies differ from the text the chat template itself would write."""
-    for note in tokenizer.chat.notes:
-        print(note, file=sys.stderr)
 
 
 def out_directory(settings: dict, *names: str) -> Path:
@@ -97,7 +85,7 @@ def keep(journal: Journal, lines, total: int, label: str, unit: str) -> None:
             bar.update()
 
 
-def tell_cut(journal: Journal) -> int:
+def count_cut(journal: Journal) -> int:
     """How many prompts were cut; said, since it lowers scores."""
     cut = sum(line["cut"] for line in journal.done)
     if cut:

@@ -45,11 +45,11 @@ def read_verdict(reply) -> tuple[float, str]:
         raise NoVerdict("refusal", str(refusal or text))
     if mass and sum(mass.values()) >= ENOUGH and not LONGER_WORD.match(text):
         return 2 - mass["m"] / sum(mass.values()), "probabilities"
-    whole = choice.finish_reason != "length" or not mass and re.fullmatch(rf"\W*{LETTER}\W*", text)
-    letter = named_letter(text) if whole else None
+    finished = choice.finish_reason != "length" or not mass and re.fullmatch(rf"\W*{LETTER}\W*", text)
+    letter = named_letter(text) if finished else None
     if not letter:
         end = text[-LONGEST_MESSAGE:] or "an empty reply"
-        raise NoVerdict("no verdict in the reply" if whole else "reply cut", end)
+        raise NoVerdict("no verdict in the reply" if finished else "reply cut", end)
     return (1.0 if letter == "m" else 2.0), "text"
 
 

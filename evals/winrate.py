@@ -70,7 +70,7 @@ def win_rate(annotations: list[dict]) -> dict:
     if not kept:
         raise InputError("no pair has a preference: nothing to average")
     wins = [(line["preference"] or 1.5) - 1 for line in kept]
-    rate = Sample(MEAN, {i: (100 * win, 1) for i, win in enumerate(wins)}).told()
+    rate = Sample(MEAN, {i: (100 * win, 1) for i, win in enumerate(wins)}).to_json()
     n, won, lost = len(wins), sum(win > 0.5 for win in wins), sum(win < 0.5 for win in wins)
     return {
         "win_rate": rate["value"],
@@ -136,7 +136,7 @@ def annotation_records(pairs: list[dict], done: list[dict], annotator: str) -> l
             for pair in pairs]
 
 
-def tell_failures(failed: list[NoVerdict], pairs: int) -> Counter:
+def print_failures(failed: list[NoVerdict], pairs: int) -> Counter:
     """Print how many pairs have no verdict, and the first message of each kind of failure; how many there are
     of each."""
     kinds = Counter(fault.kind for fault in failed)

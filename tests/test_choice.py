@@ -103,7 +103,7 @@ def harness_tasks(name, root, shots, work):
     from lm_eval.tasks import TaskManager
     task, folder = choice.TASKS[name], Path(lm_eval.__file__).parent / "tasks"
     splits = {SPLITS[split]:
-              choice.by_subject(choice.read_split(task, root, LANGUAGE.get(name, ""), split))
+              choice.by_subject(choice.read_questions(task, root, LANGUAGE.get(name, ""), split))
               for split in filter(None, ("test", task.examples))}
     for number, subject in enumerate(splits["test"]):
         files = {split: write_lines(work / f"{number}-{split}.jsonl",
@@ -264,11 +264,11 @@ def test_the_header_of_a_subject_is_computed_once(tmp_path, monkeypatch):
 def test_choices_cut_at_different_places_are_forks_of_their_own():
     def forks(max_tokens):
         return [(fork.prompt, fork.continuations) for fork in
-                choice.make_forks("x:1", [1, 2, 3, 4], [[5], [6, 7], [8]], max_tokens)]
+                choice.fitting_forks("x:1", [1, 2, 3, 4], [[5], [6, 7], [8]], max_tokens)]
     assert forks(5) == [([1, 2, 3, 4], [[5], [6, 7], [8]])]
     assert forks(4) == [([1, 2, 3, 4], [[5]]), ([2, 3, 4], [[6, 7]]), ([1, 2, 3, 4], [[8]])]
     with pytest.raises(InputError, match="x:1: 5 tokens to be scored, the model reads 4"):
-        choice.make_forks("x:1", [1], [[5, 6, 7, 8, 9]], max_tokens=4)
+        choice.fitting_forks("x:1", [1], [[5, 6, 7, 8, 9]], max_tokens=4)
 
 
 @pytest.mark.parametrize("prompts, shared", [
