@@ -149,12 +149,8 @@ def write_jsonl(path, records) -> None:
     write_text(Path(path), "".join(map(json_line, records)))
 
 
-def fill_directory(path: Path, fill, writes: bool = True) -> None:
-    """Call fill(temporary directory), then put it in the place of `path`. Of several processes that make its
-    content together one writes; the others call fill(None)."""
-    if not writes:
-        fill(None)
-        return
+def fill_directory(path: Path, fill) -> None:
+    """Call fill(temporary directory), then put it in the place of `path`."""
     with writing(path):
         temporary = empty_directory(path.with_name(path.name + ".tmp"))
         fill(temporary)

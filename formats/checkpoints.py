@@ -132,7 +132,7 @@ def begins_with_space(tokenizer: dict) -> bool:
 @torch.no_grad()
 def logits_of(model, tokens: Tensor) -> Tensor:
     """(T, V) fp32 on the CPU, of tokens (1, T)."""
-    hidden = model(tokens)[0]                        # a sharded head is whole only after the forward pass
+    hidden = model(tokens)[0]              # FSDP gathers a sharded head in here: it is read below, not before
     return (hidden @ model.head.to(hidden.dtype).T).float().cpu()
 
 
@@ -149,10 +149,10 @@ def check_outputs(model, outputs: dict[Path, dict], ids: list[int], load=load) -
         found = logits_of(load(device=device, dtype=dtype, **arguments), tokens)
         difference = ((found - expected).norm() / expected.norm()).item()
         stored = next(iter(Weights(arguments["path"]).values())).dtype
-        told = f"its logits differ from the trained model's by {difference:.1e} of their size"
+        verdict = f"its logits differ from the trained model's by {difference:.1e} of their size"
         if not difference < max(TOLERANCE[dtype], TOLERANCE[stored]):
-            raise InputError(f"{path} was written, but {told}: do not use it, and report this")
-        print(f"{path}: written, loaded again; {told}")
+            raise InputError(f"{path} was written, but {verdict}: do not use it, and report this")
+        print(f"{path}: written, loaded again; {verdict}")
 
 
 def export(model, parameters: dict[str, Tensor], directory: Path, path: str, base: str, tokenizer,
@@ -166,21 +166,23 @@ def export(model, parameters: dict[str, Tensor], directory: Path, path: str, bas
     adapter = directory / "adapter"
     merged = directory / "model"
     outputs = {}
+
+    def write(output: Path, fill, **arguments) -> None:
+        ranks.on_first(lambda: fill_directory(output, fill))
+        outputs[output] = arguments
+
+    def trained(name: str, old: Tensor) -> Tensor:
+        return ranks.full(parameters[name].detach()) if name in parameters else old
     print(f"writing the results to {directory}")
-    if lora is not None:
-        ranks.on_first(lambda: fill_directory(
-            adapter, lambda at: save_adapter(model, at, base, *lora, tokenizer.template)))
-        outputs[adapter] = {"path": path, "adapter": adapter}
-        if merge:
-            ranks.on_first(lambda: fill_directory(
-                merged, lambda at: save_merged(at, path, adapter, tokenizer)))
-            outputs[merged] = {"path": merged}
+    if lora is None:
+        if shard and ranks.rank() > 0:           # all ranks gather a sharded parameter, the first one writes
+            save_model(None, path, tokenizer, trained)
+        write(merged, lambda at: save_model(at, path, tokenizer, trained), path=merged)
     else:
-        def change(name: str, old: Tensor) -> Tensor:     # all ranks gather a sharded parameter
-            return ranks.full(parameters[name].detach()) if name in parameters else old
-        fill_directory(merged, lambda at: save_model(at, path, tokenizer, change), writes=ranks.rank() == 0)
-        ranks.barrier()
-        outputs[merged] = {"path": merged}
+        template = tokenizer.template
+        write(adapter, lambda at: save_adapter(model, at, base, *lora, template), path=path, adapter=adapter)
+        if merge:
+            write(merged, lambda at: save_merged(at, path, adapter, tokenizer), path=merged)
     if shard:
         check_outputs(model, outputs, ids, ranks.load)
     else:
