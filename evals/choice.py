@@ -365,7 +365,8 @@ def common_prefix(prompts: list[list[int]]) -> list[int]:
     return os.path.commonprefix(prompts)[:min(map(len, prompts)) - 1]
 
 
-def fitting_forks(where: str, prompt: list[int], choices: list[list[int]], max_tokens: int) -> list[data.Fork]:
+def fitting_forks(where: str, prompt: list[int], choices: list[list[int]],
+                  max_tokens: int) -> list[data.Fork]:
     """One fork of all choices; of a question too long for the model, whose prompt loses its start, more of it
     before a longer choice, a fork for each choice."""
     longest = max(map(len, choices))

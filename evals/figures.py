@@ -28,8 +28,9 @@ CERTAINTY = 0.95        # of an interval
 FEW = 5                 # with fewer questions than these no difference is called one
 SHORT_REPLY = 20        # letters below which the language of a reply says little
 SHORT_ANSWER = 60       # widest expected answer that a reply can be asked to equal
-LOOP_SHARE = 0.1        # of a reply that is cut, at least, is its loop: "..." at the end is none,
-LOOP_LETTERS = 15       # nor is "1000000000"
+# A reply loops if it ends in three times the same text (is_loop) and these three are long enough:
+LOOP_SHARE = 0.1        # of the reply at least, so that "..." at the end of one is no loop,
+LOOP_LETTERS = 15       # and at least so many letters, so that "1000000000" is none
 
 ANSWER_KEYS = ("row_id", "language", "prompt", "reply", "expected", "correct", "reply_language", "judged")
 

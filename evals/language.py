@@ -28,18 +28,22 @@ from functools import lru_cache
 from formats.languages import letter_script
 from formats.markup import prose
 
-ASCII = re.compile("[!-~]+")                                    # among spaces and other letters:
-CODE = re.compile(r"[/\\={}@#]|[A-Za-z\d](?:[_.][A-Za-z]|\()")  # a path, assignment, call or hashtag
+# A run of ASCII characters that holds one of these is no word: a path, an assignment, a call, a hashtag.
+ASCII = re.compile("[!-~]+")
+CODE = re.compile(r"[/\\={}@#]|[A-Za-z\d](?:[_.][A-Za-z]|\()")
 
 OTHER = "other"             # what a reply in none of the languages is called
-MIXED = "mixed"             # what a reply in two languages is called:
-MIXED_SHARE = 0.2           # one with this part of its letters in another language than the rest
+MIXED = "mixed"             # what a reply in two languages is called
+MIXED_SHARE = 0.2           # least part of its letters that is in another language than the rest
 SWITCH = 12.0               # nats that a change of language costs: a loan word does not make one
 CONTEXT = 4                 # letters that the next one is predicted from
-NEW = 1e-3                  # P of a letter never seen before; to Q it is one of as many more as were seen
+NEW = 1e-3                  # P of a letter that was never seen; Q of one: 1 / (letters seen of its script)
 BLEND = 0.02                # bounds what one letter can say against a language
-FLOOR = 0.43                # nats a letter; less for a language whose own lines, held out, bring less:
-REFUSED, MARGIN = 0.015, 0.2   # then so many nats below this part of them, mostly code, lists and names
+# The floor of eq. 2 is FLOOR. A language whose own lines, held out, gain less has a lower one: MARGIN below
+# all of them but the worst, a share of REFUSED, which are mostly code, lists and names.
+FLOOR = 0.43                # nats a letter
+MARGIN = 0.2                # nats a letter
+REFUSED = 0.015
 TOLERANCE = 5.0             # nats: few letters say little
 ENOUGH = 200_000            # characters of a language that are read; more make it slower, hardly better
 FOLDS = 4                   # parts of the texts that are held out in turn

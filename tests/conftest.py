@@ -12,9 +12,11 @@ from pathlib import Path  # noqa: E402
 import pytest  # noqa: E402
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers  # noqa: E402
 
+import clo  # noqa: E402
 import model as llama  # noqa: E402
-from engine.files import write_json  # noqa: E402
-from formats.checkpoints import save  # noqa: E402
+from engine.files import fill_directory, write_json  # noqa: E402
+from formats.chat import load_tokenizer  # noqa: E402
+from formats.checkpoints import save, save_adapter  # noqa: E402
 
 LINES = ["What is the capital of France?", "The capital of France is Paris.", "Mji mkuu wa Ufaransa ni upi?",
          "Mji mkuu wa Ufaransa ni Paris.", "Kìnnìún ń jẹ ẹran.", "The lion eats meat."]
@@ -44,6 +46,22 @@ def write_checkpoint(directory: Path, seed: int = 0, **shape) -> Path:
             if parameter.ndim == 2:
                 parameter.mul_(8)
     save(model, directory)
+    return directory
+
+
+def with_lora(checkpoint, rank=4, alpha=12) -> llama.Llama:
+    """The checkpoint in fp32 with LoRA factors that are not at their start."""
+    model = clo.add_lora(llama.load(checkpoint), rank, alpha)
+    generator = torch.Generator().manual_seed(2)
+    for name, parameter in model.named_parameters():
+        if ".lora_B" in name:
+            parameter.data = torch.randn(parameter.shape, generator=generator) / 10
+    return model.requires_grad_(False)
+
+
+def write_adapter(model, checkpoint, directory: Path) -> Path:
+    fill_directory(directory, lambda path: save_adapter(
+        model, path, str(checkpoint), clo.ATTENTION, 4, 12, load_tokenizer(checkpoint).template))
     return directory
 
 

@@ -15,11 +15,11 @@ from tokenizers import AddedToken, Tokenizer, models, normalizers, pre_tokenizer
 import clo
 import eval as evaluation
 import model as llama
-from conftest import write_checkpoint
+from conftest import with_lora, write_adapter, write_checkpoint
 from engine.files import InputError, fill_directory, read_json, write_json
 from formats import weights
 from formats.chat import load_tokenizer
-from formats.checkpoints import check_outputs, save, save_adapter, save_merged
+from formats.checkpoints import check_outputs, save, save_merged
 from formats.configs import Config
 from formats.records import write_rows
 from formats.weights import adapter_base
@@ -37,22 +37,6 @@ def as_dtype(checkpoint: Path, dtype) -> Path:
     tensors = {name: tensor.to(dtype) for name, tensor in load_file(checkpoint / "model.safetensors").items()}
     save_file(tensors, checkpoint / "model.safetensors", metadata={"format": "pt"})
     return checkpoint
-
-
-def with_lora(checkpoint, rank=4, alpha=12) -> llama.Llama:
-    """The checkpoint in fp32 with LoRA factors that are not at their start."""
-    model = clo.add_lora(llama.load(checkpoint), rank, alpha)
-    generator = torch.Generator().manual_seed(2)
-    for name, parameter in model.named_parameters():
-        if ".lora_B" in name:
-            parameter.data = torch.randn(parameter.shape, generator=generator) / 10
-    return model.requires_grad_(False)
-
-
-def write_adapter(model, checkpoint, directory: Path) -> Path:
-    fill_directory(directory, lambda path: save_adapter(
-        model, path, str(checkpoint), clo.ATTENTION, 4, 12, load_tokenizer(checkpoint).template))
-    return directory
 
 
 def write_merged(checkpoint, adapter, directory: Path) -> Path:

@@ -10,6 +10,7 @@ import sys
 
 import pytest
 
+import eval as evaluation
 from engine.files import InputError, read_records, write_json, write_jsonl
 from evals import comparison, plots, report
 
@@ -257,15 +258,24 @@ def test_plots_are_drawn(tmp_path):
     assert plots.mean_curve(group, "target") == ([0, 2], [3.0, 2.5])
 
 
+def test_compare_prints_tables_settings_and_the_plots_it_drew(tmp_path, capsys):
+    pytest.importorskip("matplotlib")
+    runs = [str(write_run(tmp_path, f"r{seed}", seed=seed, right={"base": 0.0, "sft": 0.3, "clo": 0.7}))
+            for seed in range(2)]
+    evaluation.main(["compare", *runs, "--baseline", "base", "--plot", str(tmp_path / "plots")])
+    printed = capsys.readouterr().out
+    assert "Difference from base ± standard error" in printed and printed.count("| target correct |") == 2 + 1
+    assert f"- {runs[0]}, {runs[1]}: " in printed and '"max_tokens": 64' in printed
+    assert [path.name for path in sorted((tmp_path / "plots").iterdir())] == ["learning.png", "tradeoff.png"]
+
+
 def test_plotting_without_matplotlib_is_one_clear_line(tmp_path, monkeypatch):
-    import eval as evaluation
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     with pytest.raises(InputError, match="--plot needs matplotlib: pip install matplotlib"):
         evaluation.main(["compare", str(tmp_path / "never read"), "--plot", str(tmp_path / "plots")])
 
 
 def test_a_file_in_the_place_of_the_plots_is_refused_before_anything_is_read(tmp_path):
-    import eval as evaluation
     pytest.importorskip("matplotlib")
     (tmp_path / "plots").write_text("")
     with pytest.raises(InputError, match="plots: a file, a directory is wanted"):

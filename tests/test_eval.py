@@ -12,7 +12,7 @@ from unittest import mock
 import pytest
 
 import eval as evaluation
-from conftest import write_checkpoint
+from conftest import with_lora, write_adapter, write_checkpoint
 from engine import files
 from engine.files import InputError, Journal
 from evals import instructions
@@ -60,7 +60,6 @@ def test_ask_answers_a_question_and_holds_a_conversation(tmp_path):
 
 
 def test_ask_shows_the_base_and_adapters_side_by_side_each_as_it_answers_alone(tmp_path):
-    from test_checkpoints import with_lora, write_adapter
     base = write_checkpoint(tmp_path / "base")
     adapters = [write_adapter(with_lora(base, alpha=alpha), base, tmp_path / f"adapter{alpha}")
                 for alpha in (12, 500)]
@@ -255,19 +254,6 @@ def test_translated_instructions_are_the_same_for_every_system_and_what_failed_a
         f"Say {i} {1 + i // 16}" for i in range(20) if i not in (3, 5, 7)]
     assert ("3 of 20 translated instructions are left out: 1 empty, 1 equal to an earlier one, 1 length"
             in capsys.readouterr().out)
-
-
-def test_compare_prints_tables_settings_and_the_plots_it_drew(tmp_path):
-    pytest.importorskip("matplotlib")
-    from test_comparison import write_run
-    runs = [write_run(tmp_path, f"r{seed}", seed=seed, right={"base": 0.0, "sft": 0.3, "clo": 0.7})
-            for seed in range(2)]
-    result = run("compare", *runs, "--baseline", "base", "--plot", tmp_path / "plots")
-    assert result.returncode == 0, result.stderr
-    assert ("Difference from base ± standard error" in result.stdout
-            and result.stdout.count("| target correct |") == 2 + 1)
-    assert f"- {runs[0]}, {runs[1]}: " in result.stdout and '"max_tokens": 64' in result.stdout
-    assert [path.name for path in sorted((tmp_path / "plots").iterdir())] == ["learning.png", "tradeoff.png"]
 
 
 @pytest.mark.parametrize("arguments, wanted", [
