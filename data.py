@@ -40,7 +40,8 @@ class Split:
     answered: list
 
     def parts(self, path):
-        """(rows to train on, rows to hold out, rows to answer); InputError when one has none."""
+        """(rows to train on, rows to hold out, rows to answer); InputError when one has none: before the
+        translation, which may take hours, and after it, which may have dropped rows."""
         rows, heldout = self.rows[self.apart:], self.heldout or self.rows[:self.apart]
         if not rows or not heldout:
             raise InputError(f"{path}: {len(rows)} rows are left to train on and {len(heldout)} to hold out, "

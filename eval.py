@@ -168,8 +168,7 @@ def perplexity(args) -> None:
         lines = [line for line in journal.done if line["place"] == place]
         found = byte_figures(place, lines)
         per_token = sum(line["nll"] for line in lines) / sum(line["tokens"] for line in lines)
-        told = [shown(figure) for figure in found.values()]
-        cells.append([language, *told, f"{per_token:.4f}", str(len(lines))])
+        cells.append([language, *map(shown, found.values()), f"{per_token:.4f}", str(len(lines))])
         figures |= found
     header = ["", "bits per byte", "nll per byte", "perplexity per byte", "nll per token", "rows"]
     print(table(header, cells))
