@@ -12,6 +12,7 @@ import json
 import math
 import statistics
 from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
 
 from clo import METHODS
@@ -102,30 +103,27 @@ class Run:
     """A finished run directory of clo.py."""
     directory: Path
     lang: str                           # its target language, or several joined by commas
-    report: dict
+    samples: int
+    seed: int
+    methods: dict[str, dict]            # the scores of each
     flags: dict
-    labels: dict[str, str]              # what tables call its methods
-
-    @property
-    def methods(self) -> dict:
-        return self.report["methods"]
+    labels: dict[str, str] = field(default_factory=dict)        # what tables call its methods
 
     def result(self, method: str, target: str) -> Result:
         """What is known of a method before anything is read. A target language is called "sw", or
         "sw (sw,yo)" where the run had several."""
         language = target if target == self.lang else f"{target} ({self.lang})"
-        size, seed = str(self.report["samples"]), str(self.report["seed"])
-        return Result(language, size, self.labels.get(method, method), seed)
+        label = self.labels.get(method, method)
+        return Result(language, str(self.samples), label, str(self.seed))
 
 
 def read_report(directory: Path) -> Run:
     path = directory / "report.json"
     report = read_json(path)
-    for key in ("methods", "lang", "samples", "seed"):
-        need(report, key, path)
+    known = [need(report, key, path) for key in ("lang", "samples", "seed", "methods")]
     path = directory / "config.json"
     flags = need(read_json(path), "flags", path)
-    return Run(directory, report["lang"], report, flags, {})
+    return Run(directory, *known, flags)
 
 
 def label_methods_(runs: list[Run]) -> None:
@@ -292,10 +290,7 @@ def over_seeds(name: str, results: Results) -> dict | None:
 
 def names_in(dicts: list[dict]) -> list[str]:
     """The keys of all of them, in order."""
-    names = {}
-    for each in dicts:
-        names |= dict.fromkeys(each)
-    return list(names)
+    return list(dict.fromkeys(chain.from_iterable(dicts)))
 
 
 def figure_tables(rows: Rows) -> list[str]:
