@@ -165,11 +165,9 @@ def export(model, parameters: dict[str, Tensor], directory: Path, path: str, bas
     """
     adapter = directory / "adapter"
     merged = directory / "model"
-    outputs = {}
 
-    def write(output: Path, fill, **arguments) -> None:
+    def write(output: Path, fill) -> None:
         ranks.on_first(lambda: fill_directory(output, fill))
-        outputs[output] = arguments
 
     def trained(name: str, old: Tensor) -> Tensor:
         return ranks.full(parameters[name].detach()) if name in parameters else old
@@ -177,12 +175,14 @@ def export(model, parameters: dict[str, Tensor], directory: Path, path: str, bas
     if lora is None:
         if shard and ranks.rank() > 0:           # all ranks gather a sharded parameter, the first one writes
             save_model(None, path, tokenizer, trained)
-        write(merged, lambda at: save_model(at, path, tokenizer, trained), path=merged)
+        write(merged, lambda at: save_model(at, path, tokenizer, trained))
+        outputs = {merged: {"path": merged}}
     else:
-        template = tokenizer.template
-        write(adapter, lambda at: save_adapter(model, at, base, *lora, template), path=path, adapter=adapter)
+        write(adapter, lambda at: save_adapter(model, at, base, *lora, tokenizer.template))
+        outputs = {adapter: {"path": path, "adapter": adapter}}
         if merge:
-            write(merged, lambda at: save_merged(at, path, adapter, tokenizer), path=merged)
+            write(merged, lambda at: save_merged(at, path, adapter, tokenizer))
+            outputs[merged] = {"path": merged}
     if shard:
         check_outputs(model, outputs, ids, ranks.load)
     else:
