@@ -49,8 +49,8 @@ def pick_device(name: str) -> str:
 
 
 def pick_dtype(name: str, device) -> str:
-    """The compute type that "auto" means where a model only answers or translates, or the one named. Training,
-    which takes longer, measures first which one is faster (scale.fastest_dtype)."""
+    """The compute type that "auto" means where a model only answers or translates, or the one named.
+    Training, which takes longer, measures first which one is faster (scale.fastest_dtype)."""
     if name != "auto":
         return name
     return "bf16" if torch.device(device).type == "cuda" else "fp32"

@@ -180,7 +180,7 @@ def run_results(run: Run) -> Results:
                 for sample in measure(in_language(answers, language)).values():
                     name = f"{place} {sample.figure.title}"
                     result.samples[name] = sample
-                    result.figures[name] = sample.to_json()
+                    result.figures[name] = sample.summary()
                 key = f"nll_{side(language, source, run.lang)}"
                 if key in scores["heldout"]:
                     result.figures[f"{place} nll"] = {"value": scores["heldout"][key], "digits": 3}

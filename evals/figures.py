@@ -156,7 +156,7 @@ class Sample:
         error = math.sqrt(n - 1) * float(without.std())
         return error if n > 1 and math.isfinite(error) else None
 
-    def to_json(self) -> dict:
+    def summary(self) -> dict:
         """As result.json has a figure, and all tables show it."""
         return {
             "value": self.value,
