@@ -26,22 +26,13 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from engine import ranks
-from engine.files import (InputError, empty_directory, fingerprint, first_difference, put_in_place, read_json,
-                          remove, write_json, write_text, writing)
+from engine.files import (InputError, empty_directory, first_difference, put_in_place, read_json, remove,
+                          write_json, write_text, writing)
 from formats.weights import save_tensors
 
 CHECKPOINTS_KEPT = 2
 STATE = ("weight", "step", "exp_avg", "exp_avg_sq")     # of a parameter: itself, and what AdamW knows of it
 READ = ("model", "data", "eval_data", "translator")     # flags that name what a run reads: never moved away
-
-
-def model_fingerprint(directory) -> str:
-    """Of config.json and the names, sizes and modification times of the weight files
-    (hashing 16 GB takes a minute)."""
-    directory = Path(directory)
-    files = [(path.name, path.stat().st_size, path.stat().st_mtime_ns)
-             for path in sorted(directory.glob("*.safetensors"))]
-    return fingerprint(directory / "config.json", files)
 
 
 def open_run(directory, flags: dict, inputs: dict, chosen: dict, fresh: bool = False) -> tuple[Path, dict]:

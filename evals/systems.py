@@ -9,7 +9,6 @@ import torch
 import model as llama
 from engine.files import Journal, directory_fingerprint, fingerprint, write_json
 from engine.progress import progress
-from evals.answers import HASH_DIGITS
 from formats import hub
 from formats.chat import Tokenizer, load_tokenizer
 from formats.weights import DTYPES, adapter_base, read_adapter
@@ -57,7 +56,7 @@ def open_model(model: str | None, adapter: str | None, device: str, dtype: str,
         "model hash": directory_fingerprint(hub.local(base)),
         "adapter": adapter,
         "adapter hash": adapter and directory_fingerprint(Path(adapter)),
-        "tokenizer and template": tokenizer.fingerprint[:HASH_DIGITS],
+        "tokenizer and template": tokenizer.fingerprint,
         "template_args": template_args,
         "dtype": dtype,
         "device": device,

@@ -5,7 +5,6 @@ end), encode (tokens.Encoder: only the template's own text becomes control token
 text). Templates are the checkpoint's own; a base model, which brings none, gets PLAIN_TEMPLATE.
 """
 
-import hashlib
 import json
 import os.path
 import re
@@ -18,7 +17,7 @@ import jinja2.ext
 import jinja2.meta
 import jinja2.sandbox  # jinja2 comes with torch
 
-from engine.files import InputError, as_kind, need, read_json, parse_json, read_text
+from engine.files import InputError, as_kind, fingerprint, need, parse_json, read_json, read_text
 from formats import hub, tokens
 
 TEMPLATE_DATE = datetime(2024, 7, 26)  # templates that print today's date would change caches overnight
@@ -293,8 +292,7 @@ class Tokenizer:
             template = self.template
         except InputError as error:
             template = str(error)
-        told = [self.full.to_str(), template, self.names, self.template_args, sorted(self.stop_ids)]
-        return hashlib.sha256(repr(told).encode()).hexdigest()
+        return fingerprint(self.full.to_str(), template, self.names, self.template_args, sorted(self.stop_ids))
 
     def _checked(self, ids):
         if ids and max(ids) >= self.rows:
