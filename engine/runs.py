@@ -13,7 +13,6 @@ Everything is written under a temporary name and renamed, so a file that is ther
 """
 
 import itertools
-import json
 import os
 import platform
 import re
@@ -26,8 +25,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from engine import ranks
-from engine.files import (InputError, empty_directory, first_difference, put_in_place, read_json, remove,
-                          write_json, write_text, writing)
+from engine.files import (InputError, empty_directory, first_difference, free_name, json_line, put_in_place,
+                          read_journal, read_json, remove, write_json, write_jsonl, writing)
 from formats.weights import save_tensors
 
 CHECKPOINTS_KEPT = 2
@@ -96,8 +95,7 @@ def move_aside(directory: Path, needed: list[Path]) -> None:
     for kept in needed:
         if kept.exists() and kept.resolve().is_relative_to(directory.resolve()):
             raise InputError(f"--fresh would move {kept} away, which the new run reads: choose another --out")
-    names = (directory.with_name(f"{directory.name}.old-{number}") for number in itertools.count(1))
-    aside = next(name for name in names if not name.exists())
+    aside = free_name(directory)
     os.replace(directory, aside)
     print(f"{directory} is now {aside}: delete it when nobody needs it")
 
@@ -297,7 +295,7 @@ class Metrics:
             self.board = SummaryWriter(str(directory / "tensorboard"), purge_step=done)
 
     def write(self, metrics: dict) -> None:
-        self.file.write(json.dumps(metrics) + "\n")
+        self.file.write(json_line(metrics))
         for name, value in metrics.items() if self.board else ():
             if isinstance(value, (int, float)) and name != "step":
                 self.board.add_scalar(name, value, metrics["step"])
@@ -313,13 +311,11 @@ def truncate_metrics(path: Path, done: int) -> None:
     """Keep the lines of steps 0 to `done`, none where none is done: a killed run wrote further than its
     checkpoint, perhaps half a line. InputError when one of those is missing or damaged: nothing writes it
     again."""
-    steps = list(range(done + 1)) if done else []
-    try:
-        lines = path.read_text("utf-8", "replace").split("\n")[:len(steps)] if steps else []
-        sound = [json.loads(line)["step"] for line in lines] == steps
-    except (OSError, ValueError, TypeError, KeyError, RecursionError):
-        sound = False
-    if not sound:
+    steps = [*range(done + 1)] if done else []
+    remedy = "start over with --fresh, or choose another --out"
+    lines = itertools.islice(read_journal(path, remedy), len(steps))
+    kept = [metrics for _, metrics in lines]
+    if [metrics.get("step") for metrics in kept] != steps:
         raise InputError(f"{path} is damaged: not every step up to {done}, where the checkpoint is, "
-                         f"has its line: start over with --fresh, or choose another --out")
-    write_text(path, "".join(line + "\n" for line in lines))
+                         f"has its line: {remedy}")
+    write_jsonl(path, kept)

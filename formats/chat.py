@@ -292,7 +292,8 @@ class Tokenizer:
             template = self.template
         except InputError as error:
             template = str(error)
-        return fingerprint(self.full.to_str(), template, self.names, self.template_args, sorted(self.stop_ids))
+        variables = self.names, self.template_args
+        return fingerprint(self.full.to_str(), template, variables, sorted(self.stop_ids))
 
     def _checked(self, ids):
         if ids and max(ids) >= self.rows:

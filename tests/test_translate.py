@@ -282,11 +282,11 @@ def test_changed_rows_are_translated_again_and_the_old_file_is_kept(translator, 
     assert "another question?" in shout and "what is 1?" not in shout
     assert ids_in(path) == ["r0", "r1", "r2", "r3"]
     said = capsys.readouterr().out
-    assert "1 of 4 lines" in said and "out.jsonl.old1" in said and "holds 1 rows that this command" in said
-    assert (tmp_path / "out.jsonl.old1").read_bytes() == before
+    assert "1 of 4 lines" in said and "out.jsonl.old-1" in said and "holds 1 rows that this command" in said
+    assert (tmp_path / "out.jsonl.old-1").read_bytes() == before
     translate.translate_rows(rows, translator, "en", "sw", path, beams=3)
     assert "4 of 4 lines" in capsys.readouterr().out
-    assert ids_in(tmp_path / "out.jsonl.old2") == ids_in(path)
+    assert ids_in(tmp_path / "out.jsonl.old-2") == ids_in(path)
 
 
 def ids_in(path):
