@@ -210,7 +210,7 @@ def train(model: llama.Llama, parameters: dict, stage: Stage, packed: list, vali
     order, device = step_order(len(packed), stage.steps(len(packed)), stage.seed), model.head.device
     optimizer = make_optimizer(parameters.values(), stage.rate, stage.weight_decay, device)
     done = runs.load_checkpoint(directory / "checkpoint", parameters, optimizer)
-    log = runs.Metrics(directory, done, tensorboard)
+    log = runs.MetricsLog(directory, done, tensorboard)
     bar = progress(total=len(order), initial=done, desc=f"train {stage.name}", unit="step")
     with log, bar, runs.StopSignal() as stop:
         if not done:

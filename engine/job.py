@@ -170,7 +170,7 @@ def open_run(args, plan: scale.Plan,
               "data": fingerprint(hub.data_file(args.data)),
               "eval_data": args.eval_data and fingerprint(hub.data_file(args.eval_data))}
     chosen = {"dtype": plan.dtype, "dtype_why": plan.dtype_why, "micro_rows": plan.micro_rows}
-    run, chosen = ranks.on_first(lambda: runs.open_run(args.out, identity, inputs, chosen, args.fresh))
+    run, chosen = ranks.on_first(lambda: runs.claim_run(args.out, identity, inputs, chosen, args.fresh))
     return run, fingerprint(identity, inputs), replace(plan, **chosen)
 
 

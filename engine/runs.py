@@ -1,6 +1,6 @@
 """The run directory: what a run is, what it has done, and how a killed one goes on where it stopped.
 
-    runs/NAME/config.json            resolved flags, versions, seed, hashes of the inputs
+    runs/NAME/config.json            flags, versions, hashes of the inputs
              translated-LANG.jsonl   machine-translated rows, appended one by one
              reference/HASH.safetensors    reference log-probs, keyed by everything they depend on
              report.json, report.md
@@ -34,7 +34,7 @@ STATE = ("weight", "step", "exp_avg", "exp_avg_sq")     # of a parameter: itself
 READ = ("model", "data", "eval_data", "translator")     # flags that name what a run reads: never moved away
 
 
-def open_run(directory, flags: dict, inputs: dict, chosen: dict, fresh: bool = False) -> tuple[Path, dict]:
+def claim_run(directory, flags: dict, inputs: dict, chosen: dict, fresh: bool = False) -> tuple[Path, dict]:
     """(run directory, what it chose when it began) for these flags and inputs: made, or taken up again when
     config.json says the same.
 
@@ -49,12 +49,13 @@ def open_run(directory, flags: dict, inputs: dict, chosen: dict, fresh: bool = F
     with writing(directory):
         if fresh:
             move_aside(directory, [Path(flags[name]) for name in READ if flags.get(name)])
-        before = read_run(path)
+        before = read_run_config(path)
         there = {entry.name for entry in directory.iterdir()} if directory.exists() else set()
-        # A kill leaves half a config.json; a run whose input was refused, nothing else.
-        if not there - {"config.json.tmp", before and "config.json"}:
-            write_json(path, {"flags": flags, "inputs": inputs, "chosen": chosen, "seed": flags["seed"],
-                              "versions": versions})
+        # A run of other flags that has done nothing yet gives up its place. So does what a kill left of one:
+        # half a config.json under its temporary name.
+        idle = {"config.json.tmp", "config.json"} if before else {"config.json.tmp"}
+        if there <= idle:
+            write_json(path, {"flags": flags, "inputs": inputs, "chosen": chosen, "versions": versions})
             return directory, chosen
     if before is None:
         raise InputError(f"{directory} is not empty and holds no run (config.json is missing, damaged or "
@@ -64,15 +65,15 @@ def open_run(directory, flags: dict, inputs: dict, chosen: dict, fresh: bool = F
     return directory, before.get("chosen", chosen)
 
 
-def read_run(path: Path) -> dict | None:
+def read_run_config(path: Path) -> dict | None:
     """The config.json of a run; None when it is none: missing, damaged, or another program's
     (a model's config.json has the same name)."""
     try:
         config = read_json(path)
     except InputError:
         return None
-    whole = all(isinstance(config.get(part), dict) for part in ("flags", "inputs", "versions"))
-    return config if whole else None
+    is_run = all(isinstance(config.get(part), dict) for part in ("flags", "inputs", "versions"))
+    return config if is_run else None
 
 
 def compare_runs(directory: Path, before: dict, flags: dict, inputs: dict) -> None:
@@ -90,7 +91,7 @@ def compare_runs(directory: Path, before: dict, flags: dict, inputs: dict) -> No
 
 def move_aside(directory: Path, needed: list[Path]) -> None:
     """Give the directory of a run, and no other one, a name of its own, so that nothing is lost."""
-    if read_run(directory / "config.json") is None:
+    if read_run_config(directory / "config.json") is None:
         return
     for kept in needed:
         if kept.exists() and kept.resolve().is_relative_to(directory.resolve()):
@@ -279,7 +280,7 @@ def restore_(parameters: dict[str, Tensor], optimizer, tensors: dict[str, Tensor
             ranks.local(state[moment]).copy_(tensors[f"{moment}.{name}"])
 
 
-class Metrics:
+class MetricsLog:
     """metrics.jsonl, one line a step, and TensorBoard's curves when they are wanted. Lines past step `done`,
     where the checkpoint is, are dropped: a killed run wrote further. Only the first rank writes."""
 
