@@ -448,7 +448,7 @@ def main(argv=None) -> None:
     if device.type == "cuda":
         ranks.fix_order_of_sums()
     args.base = args.model                                             # as it was named: the adapter says it
-    args.model = str(hub.local(args.model, weights=() if args.dry_run else hub.WEIGHTS))    # where it lies
+    args.model = str(hub.model_directory(args.model, weights=() if args.dry_run else hub.WEIGHTS))
     methods = wanted_methods(args, read_config(args.model).hidden_size)
     if args.dry_run:
         dry_run(args, device, methods)

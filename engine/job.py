@@ -143,11 +143,10 @@ def read_split(args) -> data.Split:
 def translated(args, split: data.Split, translator, missing: list[str],
                run: Path | None) -> list[dict]:
     """The rows of a split with the languages they lack; without a run directory the first few."""
-    if run is None:
-        return translate.translate_ahead(split.rows[:split.apart + LOOK], translator, args.source, missing,
-                                         args.beams)
-    path = run / f"translated-{','.join(missing)}.jsonl"
-    return translate.translate_rows(split.rows, translator, args.source, missing, path, args.beams,
+    rows, path = split.rows[:split.apart + LOOK], None
+    if run is not None:
+        rows, path = split.rows, run / f"translated-{','.join(missing)}.jsonl"
+    return translate.translate_rows(rows, translator, args.source, missing, path, args.beams,
                                     keep_failed=args.keep_failed)
 
 

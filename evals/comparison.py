@@ -165,7 +165,7 @@ def read_run(run: Run) -> Results:
                 for sample in measure(in_language(answers, language)).values():
                     name = f"{place} {sample.figure.title}"
                     result.samples[name] = sample
-                    result.figures[name] = sample.told()
+                    result.figures[name] = sample.summary()
                 key = f"nll_{side(language, source, run.lang)}"
                 if key in scores["heldout"]:
                     result.figures[f"{place} nll"] = {"value": scores["heldout"][key], "digits": 3}

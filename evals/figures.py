@@ -155,7 +155,7 @@ class Sample:
         error = math.sqrt(n - 1) * float(without.std())
         return error if n > 1 and math.isfinite(error) else None
 
-    def told(self) -> dict:
+    def summary(self) -> dict:
         """As result.json has a figure, and all tables show it."""
         return {
             "value": self.value,

@@ -58,8 +58,8 @@ def byte_figures(place: str, lines: list[dict]) -> dict[str, dict]:
         name, size = line["question"], line["bytes"]
         nats[name] = line["nll"], size
         bits[name] = line["nll"] / math.log(2), size
-    nats = Sample(PER_BYTE, nats).told()
-    bits = Sample(PER_BYTE, bits).told()
+    nats = Sample(PER_BYTE, nats).summary()
+    bits = Sample(PER_BYTE, bits).summary()
     perplexity = nats | {
         "value": math.exp(nats["value"]),
         "stderr": None}

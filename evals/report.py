@@ -97,7 +97,7 @@ def answer_section(rows: Rows, questions: int | None) -> list[str]:
     figures = [figure for figure in FIGURES if figure.name in known]
     cells = []
     for (language, name, lines), found in zip(rows, samples):
-        told = {key: sample.told() for key, sample in found.items()}
+        told = {key: sample.summary() for key, sample in found.items()}
         values = [shown(told.get(figure.name)) for figure in figures]
         cells.append([language, name, *values])
     asked = len(lines)

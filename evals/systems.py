@@ -21,7 +21,7 @@ def locate(model: str | None, adapter: str | None) -> tuple[str, str | None]:
     """The checkpoint that --model or else the adapter names, and the adapter's directory."""
     if not adapter:
         return model or DEFAULT_MODEL, None
-    adapter = str(hub.local_adapter(adapter))
+    adapter = str(hub.adapter_directory(adapter))
     return model or adapter_base(adapter), adapter
 
 
@@ -29,7 +29,7 @@ def check_system(model: str | None, adapter: str | None) -> None:
     """Fetch what is not on this machine, and refuse a checkpoint or an adapter that will not load, before
     hours of other work."""
     base, adapter = locate(model, adapter)
-    directory = hub.local(base)
+    directory = hub.model_directory(base)
     load_tokenizer(directory)
     _, weights, names = llama.open_checkpoint(directory)
     if adapter:
@@ -48,12 +48,12 @@ def open_model(model: str | None, adapter: str | None, device: str, dtype: str,
     and the settings that stand beside its numbers."""
     base, adapter = locate(model, adapter)
     dtype = compute_dtype(dtype, device)
-    tokenizer = load_tokenizer(hub.local(base), template_args)
+    tokenizer = load_tokenizer(hub.model_directory(base), template_args)
     print(f"loading {base}{f' with {adapter}' if adapter else ''}: {dtype} on {device}", flush=True)
     loaded = llama.load(base, device, DTYPES[dtype], adapter)
     return loaded, tokenizer, {
         "model": base,
-        "model hash": directory_fingerprint(hub.local(base)),
+        "model hash": directory_fingerprint(hub.model_directory(base)),
         "adapter": adapter,
         "adapter hash": adapter and directory_fingerprint(Path(adapter)),
         "tokenizer and template": tokenizer.fingerprint,

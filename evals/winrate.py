@@ -70,7 +70,7 @@ def win_rate(annotations: list[dict]) -> dict:
     if not kept:
         raise InputError("no pair has a preference: nothing to average")
     wins = [(line["preference"] or 1.5) - 1 for line in kept]
-    rate = Sample(MEAN, {i: (100 * win, 1) for i, win in enumerate(wins)}).told()
+    rate = Sample(MEAN, {i: (100 * win, 1) for i, win in enumerate(wins)}).summary()
     n, won, lost = len(wins), sum(win > 0.5 for win in wins), sum(win < 0.5 for win in wins)
     return {
         "win_rate": rate["value"],

@@ -69,7 +69,7 @@ class Template:
             tree = environment.parse(source)
             self.template = environment.from_string(source)
         except TEMPLATE_MISTAKES as error:
-            raise self.refusal(f"does not compile ({describe(error)})") from None
+            raise self.refusal(f"does not compile ({one_line(error)})") from None
         self.reads = jinja2.meta.find_undeclared_variables(tree)
         texts = [node.data for node in tree.find_all(jinja2.nodes.TemplateData)]
         texts += [node.value for node in tree.find_all(jinja2.nodes.Const) if isinstance(node.value, str)]
@@ -98,7 +98,7 @@ class Template:
         try:
             return self.template.render(messages=messages, add_generation_prompt=asking, **self.variables)
         except TEMPLATE_MISTAKES as error:
-            raise self.refusal(f"fails ({describe(error)})") from None
+            raise self.refusal(f"fails ({one_line(error)})") from None
 
 
 def question(prompt, system=""):
@@ -107,7 +107,7 @@ def question(prompt, system=""):
     return [*first, {"role": "user", "content": prompt}]
 
 
-def describe(error):
+def one_line(error):
     return " ".join(f"{type(error).__name__}: {error}".split())
 
 
@@ -226,7 +226,7 @@ class Tokenizer:
     def __init__(self, directory, template_args=None):
         self.directory = Path(directory)
         self.template_args = template_args or {}
-        self.config = tokens.read_config(self.directory)
+        self.config = tokens.read_tokenizer_config(self.directory)
         self.full, self.names, self.special = tokens.read_tokenizer(self.directory, self.config)
         self.bos_id, self.eos_id, self.unk_id = (
             self.full.token_to_id(self.names.get(key, "")) for key in ("bos_token", "eos_token", "unk_token"))
@@ -329,7 +329,7 @@ def load_tokenizer(directory, template_args=None):
     if isinstance(template_args, str):
         template_args = as_kind(parse_json(template_args, "--template-args", TEMPLATE_ARGS), dict,
                                 "--template-args")
-    tokenizer = Tokenizer(hub.local(directory, weights=()), template_args)
+    tokenizer = Tokenizer(hub.model_directory(directory, weights=()), template_args)
     if template_args:
         tokenizer.chat  # says at once which of them it does not read
     return tokenizer

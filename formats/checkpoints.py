@@ -149,10 +149,10 @@ def check_outputs(model, outputs: dict[Path, dict], ids: list[int], load=load) -
         found = logits_of(load(device=device, dtype=dtype, **arguments), tokens)
         difference = ((found - expected).norm() / expected.norm()).item()
         stored = next(iter(Weights(arguments["path"]).values())).dtype
-        told = f"its logits differ from the trained model's by {difference:.1e} of their size"
+        finding = f"its logits differ from the trained model's by {difference:.1e} of their size"
         if not difference < max(TOLERANCE[dtype], TOLERANCE[stored]):
-            raise InputError(f"{path} was written, but {told}: do not use it, and report this")
-        print(f"{path}: written, loaded again; {told}")
+            raise InputError(f"{path} was written, but {finding}: do not use it, and report this")
+        print(f"{path}: written, loaded again; {finding}")
 
 
 def export(model, parameters: dict[str, Tensor], directory: Path, path: str, base: str, tokenizer,

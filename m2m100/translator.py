@@ -36,7 +36,7 @@ class Translator:
 def load(path, device="cpu", dtype: torch.dtype | None = None) -> Translator:
     """The translator of an M2M100 or NLLB directory or hub id; dtype: bf16 on CUDA and fp32 elsewhere if
     none is given. InputError says what is wrong with it."""
-    path = hub.local(path, hub.TRANSLATOR_SETTINGS, hub.TRANSLATOR_WEIGHTS)
+    path = hub.model_directory(path, hub.TRANSLATOR_SETTINGS, hub.TRANSLATOR_WEIGHTS)
     if dtype is None:
         dtype = torch.bfloat16 if torch.device(device).type == "cuda" else torch.float32
     if ranks.rank() == 0:

@@ -38,7 +38,7 @@ def echo(monkeypatch):
     """A translator that repeats what it is given; the list fills with the texts it saw."""
     seen = []
 
-    def translate_sentences(texts, job, beams, no_repeat=0):
+    def translate_sentences(texts, direction, beams, no_repeat=0):
         seen.extend(texts)
         return [(text, None) for text in texts]
 
@@ -72,9 +72,9 @@ def test_nllb_s_sources_equal_transformers(tmp_path):
     transformers = pytest.importorskip("transformers")
     make_checkpoint(tmp_path, tokenizer=write_nllb_tokenizer)
     theirs = transformers.NllbTokenizer(tokenizer_file=str(tmp_path / "tokenizer.json"), src_lang="eng_Latn")
-    job = translate.Job(translate.load(tmp_path), "en", "sw")
+    direction = translate.Direction(translate.load(tmp_path), "en", "sw")
     for text in ("the lion", "a [0] b, c?", "inner", ""):
-        assert job.source_ids(text) == theirs(text).input_ids
+        assert direction.source_ids(text) == theirs(text).input_ids
 
 
 # ---- documents ----
@@ -129,7 +129,7 @@ def test_real_conversations_go_through_the_demo_translator(tmp_path, capsys):
 
 def test_protected_spans_survive_a_translator_that_changes_everything(translator, monkeypatch):
     monkeypatch.setattr(translate, "translate_sentences",
-                        lambda texts, job, beams, no_repeat=0: [(text.upper(), None) for text in texts])
+                        lambda texts, direction, beams, no_repeat=0: [(text.upper(), None) for text in texts])
     out = translate.translate([DOCUMENT], "en", "sw", translator)[0]
     for kept in ("`code. Inside`", "https://a.example/x?y=z", 'print("do. Not. Touch")', "$x^2$",
                  "{placeholder}", "😀", "|:---|---|", "$$ E = mc^2. A $$"):
@@ -140,7 +140,7 @@ def test_protected_spans_survive_a_translator_that_changes_everything(translator
 def test_a_lost_mark_sends_the_texts_around_it_on_their_own(translator, monkeypatch):
     calls = []
 
-    def forgetful(texts, job, beams, no_repeat=0):
+    def forgetful(texts, direction, beams, no_repeat=0):
         calls.append(list(texts))
         return [(text.replace("[0]", "").upper(), None) for text in texts]
 
@@ -154,8 +154,8 @@ def test_a_lost_mark_sends_the_texts_around_it_on_their_own(translator, monkeypa
 def test_long_paragraphs_reach_the_model_in_parts_that_fit(translator, echo):
     text = "the inner heat in a `long. span` there, then " * 30 + "end. " + "antheninanther" * 20 + "."
     assert translate.translate([text], "en", "sw", translator) == [text]
-    job = translate.Job(translator, "en", "sw")
-    assert len(echo) > 4 and all(job.fits(markup.hide(segment)[0]) for segment in echo)
+    direction = translate.Direction(translator, "en", "sw")
+    assert len(echo) > 4 and all(direction.fits(markup.hide(segment)[0]) for segment in echo)
     assert all(segment.count("[") == segment.count("]") for segment in echo)
 
 
@@ -168,9 +168,9 @@ def test_languages_without_spaces_get_none_between_sentences(translator, echo):
 # ---- checks ----
 
 def judge(translator, source, text, target="sw", ids=None):
-    job = translate.Job(translator, "en", target)
+    direction = translate.Direction(translator, "en", target)
     ids = list(range(10, 10 + len(text.split()))) + [END] if ids is None else ids
-    return job.fault(source, [5, 6, 7], text, ids)
+    return direction.fault(source, [5, 6, 7], text, ids)
 
 
 LONG = "the quick brown fox jumps over the lazy dog and then it sleeps for a while"
@@ -216,12 +216,12 @@ def test_loops_are_seen_at_any_period_and_plain_text_is_not_one():
 
 
 def test_a_failed_segment_is_tried_again_and_then_marked(translator, monkeypatch):
-    def stubborn(texts, job, beams, no_repeat=0):
+    def stubborn(texts, direction, beams, no_repeat=0):
         return [("good" if no_repeat and "mend" in text else text,
                  None if no_repeat and "mend" in text else "length") for text in texts]
 
     monkeypatch.setattr(translate, "translate_sentences", stubborn)
-    known = translate.translate_segments(["mend me", "hopeless"], translate.Job(translator, "en", "sw"))
+    known = translate.translate_segments(["mend me", "hopeless"], translate.Direction(translator, "en", "sw"))
     assert known == {"mend me": ("good", None), "hopeless": ("hopeless", "length")}
 
 
@@ -237,9 +237,9 @@ def shout(monkeypatch):
     """A quick translator: upper case, "length" for what holds a 5. The list fills with what it translated."""
     seen = []
 
-    def translate_sentences(texts, job, beams, no_repeat=0):
+    def translate_sentences(texts, direction, beams, no_repeat=0):
         seen.extend(texts)
-        return [(f"{job.target} {text.upper()}", "length" if "5" in text else None) for text in texts]
+        return [(f"{direction.target} {text.upper()}", "length" if "5" in text else None) for text in texts]
 
     monkeypatch.setattr(translate, "translate_sentences", translate_sentences)
     return seen
