@@ -212,7 +212,7 @@ def train(model: llama.Llama, parameters: dict, stage: Stage, packed: list, vali
     done = runs.load_checkpoint(directory / "checkpoint", parameters, optimizer)
     log = runs.MetricsLog(directory, done, tensorboard)
     bar = progress(total=len(order), initial=done, desc=f"train {stage.name}", unit="step")
-    with log, bar, runs.StopSignal() as stop:
+    with bar, runs.StopSignal() as stop:
         if not done:
             log.write({"step": 0} | validate(0))
         else:

@@ -250,8 +250,8 @@ def translated_chunks(todo: list[dict], targets: list[str], direction: Direction
     """The records with their translations, a chunk a rank at a time, the same on every rank."""
     together = chunk * ranks.size()
     for first in range(0, len(todo), together):
-        own = first + chunk * ranks.rank()  # nothing where the last round has fewer chunks than ranks
-        part = todo[own:min(own + chunk, first + together)]
+        own = first + chunk * ranks.rank()
+        part = todo[own:own + chunk]        # empty where the last round has fewer chunks than ranks
         translate_records_(part, targets, direction)
         yield [*itertools.chain(*ranks.gather([part]))]
 

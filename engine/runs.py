@@ -25,8 +25,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from engine import ranks
-from engine.files import (InputError, empty_directory, first_difference, free_name, json_line, put_in_place,
-                          read_journal, read_json, remove, write_json, write_jsonl, writing)
+from engine.files import (InputError, append_jsonl, empty_directory, first_difference, free_name,
+                          put_in_place, read_journal, read_json, remove, write_json, write_jsonl, writing)
 from formats.weights import save_tensors
 
 CHECKPOINTS_KEPT = 2
@@ -285,27 +285,19 @@ class MetricsLog:
     where the checkpoint is, are dropped: a killed run wrote further. Only the first rank writes."""
 
     def __init__(self, directory: Path, done: int, tensorboard: bool = False):
-        directory.mkdir(parents=True, exist_ok=True)
-        path = directory / "metrics.jsonl"
-        ranks.on_first(lambda: truncate_metrics(path, done))
-        first = ranks.rank() == 0
-        self.file = open(path if first else os.devnull, "a", encoding="utf-8", buffering=1)
+        self.path = directory / "metrics.jsonl"
+        ranks.on_first(lambda: truncate_metrics(self.path, done))
         self.board = None
-        if tensorboard and first:
+        if tensorboard and ranks.rank() == 0:
             from torch.utils.tensorboard import SummaryWriter
             self.board = SummaryWriter(str(directory / "tensorboard"), purge_step=done)
 
     def write(self, metrics: dict) -> None:
-        self.file.write(json_line(metrics))
+        if ranks.rank() == 0:
+            append_jsonl(self.path, [metrics])
         for name, value in metrics.items() if self.board else ():
             if isinstance(value, (int, float)) and name != "step":
                 self.board.add_scalar(name, value, metrics["step"])
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *_):
-        self.file.close()
 
 
 def truncate_metrics(path: Path, done: int) -> None:

@@ -17,20 +17,10 @@ from engine.files import InputError, locked
 from formats import markup, translated
 from formats.records import languages_of, read_rows, write_rows
 from m2m100.checks import loops
-from test_m2m100 import END, make_checkpoint, write_nllb_tokenizer
+from test_m2m100 import END, checkpoint, make_checkpoint, translator, write_nllb_tokenizer  # fixtures too
 
 ROOT = Path(__file__).parents[1]
 SHARED, DEMO = ROOT.parent / "shared" / "data", ROOT / "demo"
-
-
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory):
-    return make_checkpoint(tmp_path_factory.mktemp("m2m100"), clo_languages=["sw", "zh", "de", "id"])
-
-
-@pytest.fixture(scope="module")
-def translator(checkpoint):
-    return translate.load(checkpoint)
 
 
 @pytest.fixture
