@@ -265,18 +265,19 @@ def free_name(path: Path) -> Path:
     return next(name for name in names if not name.exists())
 
 
-def directory_fingerprint(path: Path) -> str:
-    """Hash of a checkpoint: the names and sizes of its files, small ones whole, of large ones SAMPLES blocks
-    spread evenly (to read gigabytes would take a minute; training changes a tensor all over)."""
+def directory_fingerprint(path: Path, *patterns: str) -> str:
+    """Hash of the files of a checkpoint whose names match: names, sizes, and SAMPLES blocks spread evenly,
+    all of a small file (to read gigabytes would take a minute; training changes a tensor all over)."""
     digest = hashlib.sha256()
     for file in sorted(path.iterdir()):
-        if file.suffix in (".json", ".model", ".safetensors", ".bin"):
-            size = file.stat().st_size
-            digest.update(f"{file.name} {size} ".encode())
-            with open(file, "rb") as stream:
-                for i in range(SAMPLES):
-                    stream.seek(max(i * SAMPLE_BYTES, i * size // SAMPLES))
-                    digest.update(stream.read(SAMPLE_BYTES))
+        if not any(map(file.match, patterns)):           # other programs put files of theirs beside
+            continue
+        size = file.stat().st_size
+        digest.update(f"{file.name} {size} ".encode())
+        with open(file, "rb") as stream:
+            for i in range(SAMPLES):
+                stream.seek(max(i * SAMPLE_BYTES, i * size // SAMPLES))
+                digest.update(stream.read(SAMPLE_BYTES))
     return digest.hexdigest()[:16]
 
 

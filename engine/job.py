@@ -165,7 +165,8 @@ def open_run(args, plan: scale.Plan,
         return None, "", plan
     # The model as it was named: where it lies differs when the command is given in another directory.
     identity = {name: getattr(args, name) for name in IDENTITY} | {"model": args.base}
-    inputs = {"model": directory_fingerprint(Path(args.model)), "tokenizer": tokenizer.fingerprint,
+    inputs = {"model": directory_fingerprint(Path(args.model), *hub.MODEL_FILES),
+              "tokenizer": tokenizer.fingerprint,
               "data": fingerprint(hub.data_file(args.data)),
               "eval_data": args.eval_data and fingerprint(hub.data_file(args.eval_data))}
     chosen = {"dtype": plan.dtype, "dtype_why": plan.dtype_why, "micro_rows": plan.micro_rows}

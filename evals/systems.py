@@ -11,7 +11,7 @@ from engine.files import Journal, directory_fingerprint, fingerprint, write_json
 from engine.progress import progress
 from formats import hub
 from formats.chat import Tokenizer, load_tokenizer
-from formats.weights import DTYPES, adapter_base, read_adapter
+from formats.weights import ADAPTER_CONFIG, ADAPTER_WEIGHTS, DTYPES, adapter_base, read_adapter
 
 DEFAULT_MODEL = "demo/llama"
 LONGEST_NAME = 120          # characters of a directory's name; file systems hold 255 bytes
@@ -53,9 +53,9 @@ def open_model(model: str | None, adapter: str | None, device: str, dtype: str,
     loaded = llama.load(base, device, DTYPES[dtype], adapter)
     return loaded, tokenizer, {
         "model": base,
-        "model hash": directory_fingerprint(hub.model_directory(base)),
+        "model hash": directory_fingerprint(hub.model_directory(base), *hub.MODEL_FILES),
         "adapter": adapter,
-        "adapter hash": adapter and directory_fingerprint(Path(adapter)),
+        "adapter hash": adapter and directory_fingerprint(Path(adapter), ADAPTER_CONFIG, ADAPTER_WEIGHTS),
         "tokenizer and template": tokenizer.fingerprint,
         "template_args": template_args,
         "dtype": dtype,

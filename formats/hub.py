@@ -23,6 +23,9 @@ SETTINGS = ("config.json", "generation_config.json", "tokenizer.json", "tokenize
 WEIGHTS = (WHOLE, INDEX)
 TRANSLATOR_SETTINGS = (*SETTINGS, "vocab.json", "sentencepiece.bpe.model")
 TRANSLATOR_WEIGHTS = (*WEIGHTS, "pytorch_model.bin")
+# What a hash is made of; that of a model's tokenizer and template is another one.
+MODEL_FILES = ("config.json", "*.safetensors")
+TRANSLATOR_FILES = ("*.json", "*.model", "*.safetensors", "*.bin")
 DATASETS = {"oasst1": ("OpenAssistant/oasst1", "2023-04-12_oasst_ready.trees.jsonl.gz")}
 
 

@@ -51,4 +51,4 @@ def load(path, device="cpu", dtype: torch.dtype | None = None) -> Translator:
     for code in languages:
         if code not in known:
             raise InputError(f"{path}/config.json: clo_languages has {code!r}, the tokenizer has not")
-    return Translator(model, tokenizer, languages, directory_fingerprint(path))
+    return Translator(model, tokenizer, languages, directory_fingerprint(path, *hub.TRANSLATOR_FILES))

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from engine.files import InputError, directory_fingerprint, locked
+from formats.hub import MODEL_FILES
 
 ROOT = Path(__file__).parents[1]
 HOLDER = """import sys, time
@@ -62,6 +63,7 @@ def test_a_copied_model_is_the_same_one_and_a_changed_weight_makes_another(tmp_p
     (model / "model.safetensors").write_bytes(bytes(1000))
     shutil.copytree(model, copy)
     os.utime(copy / "model.safetensors", (0, 0))
-    assert directory_fingerprint(copy) == directory_fingerprint(model)
+    (copy / "another program's.json").write_text("{}")
+    assert directory_fingerprint(copy, *MODEL_FILES) == directory_fingerprint(model, *MODEL_FILES)
     (copy / "model.safetensors").write_bytes(bytes(999) + b"1")
-    assert directory_fingerprint(copy) != directory_fingerprint(model)
+    assert directory_fingerprint(copy, *MODEL_FILES) != directory_fingerprint(model, *MODEL_FILES)
