@@ -61,6 +61,7 @@ def read_done(path: Path, keys: list[Key], targets: list[str], keep_failed: bool
     done, stale = {}, 0
     for where, record in read_journal(path, REMEDY):
         key = take_up_(record, where, targets, keep_failed)
+        # A second line of a row, or one of another text, translator or settings than this command's.
         if key in done or key not in wanted and key[0] in names:
             stale += 1
         else:
