@@ -25,7 +25,7 @@ import os
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -42,7 +42,7 @@ from engine.files import InputError, fingerprint, locked, write_json, write_text
 from engine.job import Job, ending_lines, make_job, plan_of, reference_logps
 from engine.progress import progress
 from evals import heldout
-from evals.answers import answer_and_score, read_answers, reference_nll
+from evals.answers import answer_and_score, expected_nll, read_answers
 from evals.report import closing_lines, report_text
 from formats import hub
 from formats.checkpoints import export
@@ -63,9 +63,9 @@ METHODS = {
 CLO_ANCHOR = 1.0                # not in the paper; what it gives and costs: docs/replication.md, question 6
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 SIMPO_GAMMA = 0.5               # nats a token by which simpo wants the right response ahead
-# Peak learning rates at this hidden width; they scale with its inverse (muP).
+# Peak learning rates at this hidden width; they scale with its inverse (muP). lora: docs/log.md, 27 November.
 REFERENCE_WIDTH = 4096
-LEARNING_RATES = {"lora": 1e-4, "attention": 3e-5, "full": 1.5e-5}
+LEARNING_RATES = {"lora": 2e-4, "attention": 3e-5, "full": 1.5e-5}
 
 
 # ------------------------------------------------------------------------------------------------------- loss
@@ -76,7 +76,7 @@ def margins(policy_chosen_logp: Tensor, policy_rejected_logp: Tensor, ref_chosen
     return (policy_chosen_logp - ref_chosen_logp) - (policy_rejected_logp - ref_rejected_logp)
 
 
-def preference_losses(margin: Tensor, kind: str = "sigmoid", beta: float = 0.1) -> Tensor:
+def preference_losses(margin: Tensor, kind: str = "sigmoid", beta: float = 0.5) -> Tensor:
     """The preference term of each pair, (P,), from its margin (P,).
 
     sigmoid: -log sigmoid(beta * margin), DPO's (arXiv 2305.18290, eq. 7): the paper's, and the default.
@@ -87,11 +87,13 @@ def preference_losses(margin: Tensor, kind: str = "sigmoid", beta: float = 0.1) 
     assert kind in ("sigmoid", "ipo", "simpo"), kind
     if kind == "ipo":
         return (margin - 1 / (2 * beta)) ** 2
-    return -F.logsigmoid(beta * (margin - SIMPO_GAMMA if kind == "simpo" else margin))
+    if kind == "simpo":
+        margin = margin - SIMPO_GAMMA
+    return -F.logsigmoid(beta * margin)
 
 
 def clo_loss(policy_chosen_logp: Tensor, policy_rejected_logp: Tensor, ref_chosen_logp: Tensor,
-             ref_rejected_logp: Tensor, tgt_logp: Tensor, tgt_tokens, pairs=None, beta: float = 0.1,
+             ref_rejected_logp: Tensor, tgt_logp: Tensor, tgt_tokens, pairs=None, beta: float = 0.5,
              lam: float = 0.5, kind: str = "sigmoid") -> Tensor:
     """Eq. 4, a scalar, from sums of log-probs (for simpo: means in the first two, zeros for the reference).
 
@@ -131,7 +133,7 @@ class Objective:
 
     def loss(self, logp: Tensor, batch: data.Batch, step: "Counts") -> Tensor:
         """A micro-batch's part of the step's loss, from the summed log-probs (S,) of its continuations."""
-        ref = logp.detach() if batch.ref_logp is None else batch.ref_logp      # None: nobody asks for it
+        ref = logp.detach() if batch.ref_logp is None else batch.ref_logp      # None: lambda is 1
         scores, base = logp, ref
         if self.kind == "simpo":
             scores, base = logp / batch.length, torch.zeros_like(ref)
@@ -170,7 +172,7 @@ def train_step(model: llama.Llama, batches: list[data.Batch], objective: Objecti
         batch = batches[i].to(model.head.device)
         logp = llama.continuation_logps(model, batch)                  # (S,)
         loss = objective.loss(logp, batch, step)                       # eq. 4
-        (loss * counted).backward()                                    # 0: a rank that keeps others company
+        (loss * counted).backward()         # 0: a batch that is another rank's too, so that all do as many
         if counted:
             figures.append(batch_figures(loss.detach(), logp.detach(), batch, objective, step))
     parameters = optimizer.param_groups[0]["params"]
@@ -207,7 +209,8 @@ def train(model: llama.Llama, parameters: dict, stage: Stage, packed: list, vali
           targets: list[str], directory: Path, tensorboard: bool = False) -> None:
     """Run a stage from its last checkpoint to its end over packed steps (each a list of micro-batches);
     metrics go to directory/metrics.jsonl, one line a step, validate(step) before the first and at times."""
-    order, device = step_order(len(packed), stage.steps(len(packed)), stage.seed), model.head.device
+    order = step_order(len(packed), stage.steps(len(packed)), stage.seed)
+    device = model.head.device
     optimizer = make_optimizer(parameters.values(), stage.rate, stage.weight_decay, device)
     done = runs.load_checkpoint(directory / "checkpoint", parameters, optimizer)
     log = runs.MetricsLog(directory, done, tensorboard)
@@ -221,7 +224,8 @@ def train(model: llama.Llama, parameters: dict, stage: Stage, packed: list, vali
             started = time.perf_counter()
             rate = stage.rate * learning_rate(i, len(order), stage.warmup)
             optimizer.param_groups[0]["lr"] = rate
-            batches, last = packed[order[i]], i + 1 == len(order)
+            batches = packed[order[i]]
+            last = i + 1 == len(order)
             result = train_step(model, batches, stage.objective, optimizer, stage.clip)
             if i == 0 and stage.objective.prefers:
                 check_first_rewards(result["rewards"])
@@ -261,7 +265,9 @@ def step_order(per_epoch: int, steps: int, seed: int) -> list[int]:
 def learning_rate(step: int, steps: int, warmup: float) -> float:
     """Factor on the peak rate at 0-based `step`: linear up over warmup * steps, then down towards 0."""
     rising = max(1, round(warmup * steps))
-    return (step + 1) / rising if step < rising else (steps - step) / max(1, steps - rising)
+    if step < rising:
+        return (step + 1) / rising
+    return (steps - step) / max(1, steps - rising)
 
 
 def stop_unless_finite(metrics: dict, stage: Stage) -> None:
@@ -357,36 +363,17 @@ def trainable(model: llama.Llama) -> dict[str, nn.Parameter]:
 
 # -------------------------------------------------------------------------------------------------------- job
 
-def stages_of(method: str, args, hidden_size: int) -> list[Stage]:
-    """The stages of a method; none for the untrained base."""
-    rate = args.lr or LEARNING_RATES[args.train] * REFERENCE_WIDTH / hidden_size
+def stages_of(method: str, asked: Stage, anchor: float, baseline_epochs: float) -> list[Stage]:
+    """The stages of a method; none for the untrained base. asked: clo's own stage, as the flags describe it;
+    anchor, baseline_epochs: of methods with a lambda of their own, of stages without a preference."""
     stages = []
     for name, (lam, nll) in zip(method.split("+"), METHODS.get(method, [])):
-        anchor = CLO_ANCHOR * (lam is None) if args.anchor is None else args.anchor
-        if lam is None:
-            lam, nll = args.lam, tuple(args.nll.split(","))
-        objective = Objective(lam, nll, args.beta, args.preference, anchor)
-        epochs = args.epochs if objective.prefers else args.baseline_epochs or args.epochs
-        stages.append(Stage(name, objective, epochs, rate, args.warmup, args.weight_decay, args.clip,
-                            args.seed, args.eval_every, args.save_every))
+        objective = asked.objective
+        if lam is not None:
+            objective = replace(objective, lam=lam, nll=nll, anchor=anchor)
+        epochs = asked.epochs if objective.prefers else baseline_epochs
+        stages.append(replace(asked, name=name, objective=objective, epochs=epochs))
     return stages
-
-
-def wanted_methods(args, hidden_size: int) -> dict[str, list[Stage]]:
-    """The untrained base, the baseline and the method, with their stages."""
-    names = ("base", args.baseline, args.method)
-    return {name: stages_of(name, args, hidden_size) for name in names if name != "none"}
-
-
-def load_model(args, job: Job, learns: bool) -> llama.Llama:
-    """The base model, frozen but for what is trained; with --shard spread over all ranks."""
-    def learn(model):
-        if learns:
-            make_trainable(model, args.train, args.lora_rank, args.lora_alpha, args.seed, job.device)
-    print(f"loading {args.base}")
-    compiler = "inductor" if learns and job.device.type == "cuda" else None
-    where = job.device, DTYPES[job.plan.dtype]
-    return ranks.load(args.model, *where, args.shard, learn, args.recompute, compiler)
 
 
 def run_method(name: str, stages: list[Stage], args, job: Job, validation: heldout.Validation) -> dict:
@@ -396,39 +383,38 @@ def run_method(name: str, stages: list[Stage], args, job: Job, validation: heldo
     if ranks.on_first(result.exists):
         print(f"{name}: done before, read from {result}")
         return ranks.on_first(lambda: runs.read_result(result))
-    model = load_model(args, job, learns=bool(stages))
+
+    def prepare(model):
+        if stages:
+            make_trainable(model, args.train, args.lora_rank, args.lora_alpha, args.seed, job.device)
+    print(f"loading {args.base}")
+    compiler = "inductor" if stages and job.device.type == "cuda" else None
+    model = ranks.load(args.model, job.device, DTYPES[job.plan.dtype], args.shard, prepare, args.recompute,
+                       compiler)
     parameters = trainable(model)
     started = time.perf_counter()
-    base = policy = reference_logps(model, validation.batches, job, "", "reference held-out")
+    validation.begin(reference_logps(model, validation.batches, job, "", "reference held-out"))
     for number, stage in enumerate(stages):
-        history = fingerprint(name, number) if number else ""      # names the training so far
+        history = fingerprint(name, number) if number else ""      # of the training that came before
         packed = data.make_steps(job.groups, stage.objective, job.packing, args.seed)
         if stage.objective.prefers:
             batches = [batch for step in packed for batch in step]
             sums = reference_logps(model, batches, job, history, f"reference {name}")
             for batch, logp in zip(batches, sums):
                 batch.ref_logp = logp
-        before = base
-        if number:                           # the reference of a later stage is what it starts from
+        before = validation.base
+        if number:
             before = reference_logps(model, validation.batches, job, history, "reference held-out")
-        policy = None
-
-        def validate(step):
-            nonlocal policy
-            policy = before if step == 0 else validation.logps(model, f"validate {stage.name}")
-            return validation.report(model, step, policy, before, untrained=step == 0 and number == 0)
-        train(model, parameters, stage, packed, validate, args.targets,
+        train(model, parameters, stage, packed, validation.of_stage(model, stage.name, before), args.targets,
               directory if len(stages) == 1 else directory / f"{number + 1}-{stage.name}", args.tensorboard)
-        if policy is None:                                # trained before this command began
-            policy = validation.logps(model, "held-out")
     seconds = time.perf_counter() - started if stages else 0.0
     asked = job.answered[:args.answers]
     languages = (args.source, *args.targets)
-    nats = reference_nll(model, job.tokenizer, asked, languages, job.packing, args.system_prompt)
+    nats = expected_nll(model, job.tokenizer, asked, languages, job.packing, args.system_prompt)
     scores = answer_and_score(model, job.tokenizer, job.answered, languages, job.classifier,
                               args.max_new_tokens, args.system_prompt,
                               directory / "answers.jsonl" if ranks.rank() == 0 else None, args.answers, nats)
-    scores["heldout"] = validation.score(policy, base)
+    scores["heldout"] = validation.score(model)
     scores["train_seconds"] = round(seconds, 2)
     if stages:
         lora = (ATTENTION, args.lora_rank, args.lora_alpha) if args.train == "lora" else None
@@ -444,18 +430,28 @@ def main(argv=None) -> None:
     args = parse_args(argv)
     began = time.perf_counter()
     device = ranks.start(ranks.pick_device(args.device))
-    args.device = device.type
     if device.type == "cuda":
         ranks.fix_order_of_sums()
     args.base = args.model                                             # as it was named: the adapter says it
     args.model = str(hub.model_directory(args.model, weights=() if args.dry_run else hub.WEIGHTS))
-    methods = wanted_methods(args, read_config(args.model).hidden_size)
+    config = read_config(args.model)
+    anchor = CLO_ANCHOR if args.anchor is None else args.anchor
+    objective = Objective(args.lam, tuple(args.nll.split(",")), args.beta, args.preference, anchor)
+    rate = args.lr or LEARNING_RATES[args.train] * REFERENCE_WIDTH / config.hidden_size
+    asked = Stage("clo", objective, args.epochs, rate, args.warmup, args.weight_decay, args.clip, args.seed,
+                  args.eval_every, args.save_every)
+    methods = {}
+    for name in ("base", args.baseline, args.method):
+        if name != "none":
+            methods[name] = stages_of(name, asked, args.anchor or 0.0, args.baseline_epochs or args.epochs)
+    plan = plan_of(args, config, device)
     if args.dry_run:
-        dry_run(args, device, methods)
+        dry_run(args, device, config, plan, methods)
         return
-    with scale.memory_advice(args.device), contextlib.ExitStack() as lock:
+    with scale.memory_advice(device.type), contextlib.ExitStack() as lock:
         ranks.on_first(lambda: lock.enter_context(locked(args.out)))
-        job = make_job(args, device, methods)
+        job = make_job(args, device, plan, methods)
+        # Packed as for a preference alone, lambda 0: every pair, and with it every right response.
         every_pair = data.make_steps(job.heldout, Objective(0.0, ("tgt",)), job.packing, None)
         validation = heldout.Validation(every_pair, job.heldout, job.tokenizer, args.max_new_tokens,
                                         args.beta, args.targets)
@@ -473,17 +469,15 @@ def main(argv=None) -> None:
     ranks.stop()
 
 
-def dry_run(args, device, methods: dict[str, list[Stage]]) -> None:
+def dry_run(args, device, config, plan: scale.Plan, methods: dict[str, list[Stage]]) -> None:
     """Say what the run would train, need and take, show two samples with the loss mask, and write nothing.
     Without --lang the estimate alone, from config.json; with --gpus for other devices than this machine's."""
-    config = read_config(args.model)
     print(f"{args.base}: {config.model_type}, {config.num_hidden_layers} layers, width {config.hidden_size}")
     elsewhere = args.gpus is not None
-    print(scale.describe(config, plan_of(args, config, device),
-                         scale.DEVICE_BYTES if elsewhere else scale.device_bytes(device)))
+    print(scale.describe(config, plan, scale.DEVICE_BYTES if elsewhere else scale.device_bytes(device)))
     if args.lang is None:
         return
-    job = make_job(args, device, methods)
+    job = make_job(args, device, plan, methods)
 
     def begin(stage, model):
         """The function that trains the model by one step on batches: the run's own code."""

@@ -1,7 +1,8 @@
 """What all methods of a run share: rows read, translated and made into forks, and the directory they go to.
 
 A run is what its flags (IDENTITY) and the content of the files it reads make it. `make_job` takes them from
-the command line; what stands below gets what it needs by name.
+the command line; what stands below it, but for the first and the last word (`plan_of`, `ending_lines`), gets
+what it needs by name.
 """
 
 import importlib.util
@@ -51,7 +52,7 @@ class Job:
     classifier: LanguageModel | None
 
 
-def make_job(args, device: torch.device, methods: dict[str, list]) -> Job:
+def make_job(args, device: torch.device, plan: scale.Plan, methods: dict[str, list]) -> Job:
     """Read, translate and tokenise all that a run of these methods (lists of clo.Stage) needs. Its directory
     is claimed once the input is usable; a dry run claims nothing and translates the first rows alone."""
     stages = sum(methods.values(), [])
@@ -63,46 +64,56 @@ def make_job(args, device: torch.device, methods: dict[str, list]) -> Job:
     print(f"reading the tokenizer of {args.base}")
     tokenizer = data.load_tokenizer(args.model, args.template_args)
     config = read_config(args.model)
-    plan = plan_of(args, config, device)
-    args.row_tokens = plan.row_tokens
     print(f"device {device}; model {args.base}: {config.model_type}, {config.num_hidden_layers} layers, "
           f"width {config.hidden_size}; run directory {args.out}")
     for note in tokenizer.chat.notes:
         print(note)
 
+    languages = args.source, *args.targets
     print(f"\n1. Rows: {args.source} and {', '.join(args.targets)}")
-    args.eval_data = ranks.on_first(lambda: evaluation_file(args))
-    split = ranks.on_first(lambda: read_split(args))
+    eval_data = ranks.on_first(lambda: args.eval_data or evaluation_file(args.data, languages))
+    split = ranks.on_first(lambda: read_split(              # the other ranks get the rows from the first
+        args.data, eval_data, languages, args.turns, args.samples, args.holdout, args.eval_split, args.seed))
     count = len(split.rows) - split.apart
+
+    def claim():
+        """The run directory, a hash of what the run is, and its plan as it was when it began."""
+        if args.dry_run:
+            return None, "", plan
+        identity = {name: getattr(args, name) for name in IDENTITY}
+        # The model as it was named: where it lies differs when the command is given in another directory.
+        identity |= {"model": args.base, "eval_data": eval_data, "row_tokens": plan.row_tokens,
+                     "device": device.type}
+        return open_run(args.out, identity, args.model, tokenizer, plan, args.fresh)
     missing = data.missing_targets(split.rows, args.targets)
     if missing:
         translator = translate.translator_for(split.rows, missing, args.translator, device)
-        run, identity, plan = open_run(args, plan, tokenizer)
-        split = replace(split, rows=translated(args, split, translator, missing, run))
+        run, identity, plan = claim()
+        rows = translated(split, translator, args.source, missing, args.beams, args.keep_failed, run)
+        split = replace(split, rows=rows)
     rows, heldout_rows, answered = split.parts(args.data)
 
     print("\n2. Forks")
-    options = tokenizer, args.source, args.targets, args.row_tokens, args.system_prompt
+    options = tokenizer, args.source, args.targets, plan.row_tokens, args.system_prompt
     with data.naming(args.data):
         groups, counts = data.make_forks(rows, *options)
     print(describe_counts(counts))
-    with data.naming(args.eval_data if split.heldout else args.data):
+    with data.naming(eval_data if split.heldout else args.data):
         heldout_groups, _ = data.make_forks(heldout_rows, *options)
     if len(rows) == count:                             # else the rows not looked at may have pairs
         check_pairs(groups, args.data, methods)
     if not missing:
-        run, identity, plan = open_run(args, plan, tokenizer)
+        run, identity, plan = claim()
     print(f"compute type {plan.dtype} ({plan.dtype_why}), at most {plan.micro_rows} packed rows a pass")
     for stage in stages:
         if stage.objective.prefers and stage.objective.anchor:
             print(f"{stage.name}: --anchor {stage.objective.anchor:g} holds English answers up; "
                   f"the paper's loss is --anchor 0")
-    packing = data.packing_for(plan.device, args.batch_size, args.row_tokens, plan.micro_rows, ranks.size())
+    packing = data.packing_for(plan.device, args.batch_size, plan.row_tokens, plan.micro_rows, ranks.size())
     classifier = None
     if not args.dry_run:
         print(f"reply language: learned from {min(len(rows), CLASSIFIER_ROWS):,} of {len(rows):,} rows")
-        texts = texts_by_language(rows[:CLASSIFIER_ROWS], (args.source, *args.targets))
-        classifier = fit_languages(texts)
+        classifier = fit_languages(texts_by_language(rows[:CLASSIFIER_ROWS], languages))
     return Job(run, identity, device, plan, packing, tokenizer, count, groups, heldout_groups, answered,
                classifier)
 
@@ -116,38 +127,41 @@ def plan_of(args, config: Config, device: torch.device) -> scale.Plan:
     return scale.choose(config, plan, device)
 
 
-def evaluation_file(args) -> str | None:
-    """--eval-data, or else the eval.jsonl beside --data, if there is one with the languages."""
-    beside = Path(args.data).parent / "eval.jsonl"
-    named = args.eval_data is not None or beside == Path(args.data)
-    if named or not hub.find(args.data).is_file() or not hub.find(beside).is_file():
-        return args.eval_data
-    return str(beside) if data.holds_languages(str(beside), args.source, args.targets) else None
+def evaluation_file(rows: str, languages: tuple[str, ...]) -> str | None:
+    """The eval.jsonl beside the training rows, if there is one with the languages."""
+    beside = Path(rows).parent / "eval.jsonl"
+    if beside == Path(rows) or not hub.find(rows).is_file() or not hub.find(beside).is_file():
+        return None
+    source, *targets = languages
+    return str(beside) if data.holds_languages(str(beside), source, targets) else None
 
 
-def read_split(args) -> data.Split:
-    """The rows of --data and --eval-data, read, counted and dealt out; some perhaps without the targets."""
-    rows = data.training_rows(args.data, args.source, args.targets, args.turns)
+def read_split(path: str, eval_data: str | None, languages: tuple[str, ...], turns: str, samples: int | None,
+               holdout: int, eval_split: str, seed: int) -> data.Split:
+    """The rows of both files, read, counted and dealt out; some perhaps without the targets."""
+    source, *targets = languages
+    rows = data.training_rows(path, source, targets, turns)
     evaluated = []
-    if args.eval_data:
-        if fingerprint(hub.data_file(args.data)) == fingerprint(hub.data_file(args.eval_data)):
-            raise InputError(f"--eval-data {args.eval_data} is the same as --data: the run would train on "
+    if eval_data:
+        if fingerprint(hub.data_file(path)) == fingerprint(hub.data_file(eval_data)):
+            raise InputError(f"--eval-data {eval_data} is the same as --data: the run would train on "
                              f"its test; leave it out, and rows are held out of --data")
-        evaluated = data.evaluation_rows(args.eval_data, args.source, args.targets, rows)
-    with data.naming(args.eval_data):
-        split = data.split_rows(rows, evaluated, args.samples, args.holdout, args.eval_split, args.seed)
-    split.parts(args.data)                             # which refuses too few
+        evaluated = data.evaluation_rows(eval_data, source, targets, rows)
+    with data.naming(eval_data):
+        split = data.split_rows(rows, evaluated, samples, holdout, eval_split, seed)
+    split.parts(path)                                  # which refuses too few
     return split
 
 
-def translated(args, split: data.Split, translator, missing: list[str],
+def translated(split: data.Split, translator, source: str, missing: list[str], beams: int, keep_failed: bool,
                run: Path | None) -> list[dict]:
     """The rows of a split with the languages they lack; without a run directory the first few."""
-    rows, path = split.rows[:split.apart + LOOK], None
-    if run is not None:
-        rows, path = split.rows, run / f"translated-{','.join(missing)}.jsonl"
-    return translate.translate_rows(rows, translator, args.source, missing, path, args.beams,
-                                    keep_failed=args.keep_failed)
+    rows, path = split.rows, None
+    if run is None:
+        rows = rows[:split.apart + LOOK]
+    else:
+        path = run / f"translated-{','.join(missing)}.jsonl"
+    return translate.translate_rows(rows, translator, source, missing, path, beams, keep_failed=keep_failed)
 
 
 def check_pairs(groups: list[list[data.Fork]], path: str, methods: dict[str, list]) -> None:
@@ -158,19 +172,15 @@ def check_pairs(groups: list[list[data.Fork]], path: str, methods: dict[str, lis
                          f"nothing to prefer: give other rows, or --method sft")
 
 
-def open_run(args, plan: scale.Plan,
-             tokenizer: Tokenizer) -> tuple[Path | None, str, scale.Plan]:
+def open_run(out: str, identity: dict, model: str, tokenizer: Tokenizer, plan: scale.Plan,
+             fresh: bool) -> tuple[Path, str, scale.Plan]:
     """The run directory, a hash of what the run is, and its plan as it was when it began."""
-    if args.dry_run:
-        return None, "", plan
-    # The model as it was named: where it lies differs when the command is given in another directory.
-    identity = {name: getattr(args, name) for name in IDENTITY} | {"model": args.base}
-    inputs = {"model": directory_fingerprint(Path(args.model), *hub.MODEL_FILES),
-              "tokenizer": tokenizer.fingerprint,
-              "data": fingerprint(hub.data_file(args.data)),
-              "eval_data": args.eval_data and fingerprint(hub.data_file(args.eval_data))}
+    inputs = {"model": directory_fingerprint(Path(model), *hub.MODEL_FILES),
+              "tokenizer": tokenizer.fingerprint}
+    for flag in ("data", "eval_data"):
+        inputs[flag] = identity[flag] and fingerprint(hub.data_file(identity[flag]))
     chosen = {"dtype": plan.dtype, "dtype_why": plan.dtype_why, "micro_rows": plan.micro_rows}
-    run, chosen = ranks.on_first(lambda: runs.claim_run(args.out, identity, inputs, chosen, args.fresh))
+    run, chosen = ranks.on_first(lambda: runs.claim_run(out, identity, inputs, chosen, fresh))
     return run, fingerprint(identity, inputs), replace(plan, **chosen)
 
 
@@ -191,6 +201,7 @@ def reference_logps(model: llama.Llama, batches: list[data.Batch], job: Job, his
 def ending_lines(args, job: Job, seconds: float) -> list[str]:
     """Where everything is, what it takes on the disk, and how to talk to the result."""
     run, trained = job.run, job.run / args.method
+    curves = ", ".join(map(str, sorted(trained.rglob("metrics.jsonl"))))       # one for each stage
     checkpoints = shlex.join(map(str, sorted(run.glob("**/checkpoint"))))
     option = ["--adapter", f"{trained}/adapter"] if args.train == "lora" else ["--model", f"{trained}/model"]
     for flag, value in (("--system-prompt", args.system_prompt), ("--template-args", args.template_args)):
@@ -199,6 +210,6 @@ def ending_lines(args, job: Job, seconds: float) -> list[str]:
     words = ["python", os.path.relpath(hub.ROOT / "eval.py"), "ask", *option]
     words += ["--"] * question.startswith("-")                         # else it would be read as a flag
     return [f"Took {seconds:.0f} s, peak memory {scale.peak_memory_gb():.2f} GB. "
-            f"Report: {run}/report.md, report.json; curves: {trained}/metrics.jsonl",
+            f"Report: {run}/report.md, report.json; curves: {curves}",
             f"{run} takes {runs.disk_bytes(run) / 1e6:.1f} MB; what only resuming needs: rm -r {checkpoints}",
             "Talk to it:\n  " + shlex.join([*words, question])]

@@ -101,11 +101,11 @@ class Decoding:
 
 def answer_and_score(model, tokenizer, rows: list[dict], languages: tuple[str, ...],
                      classifier: LanguageModel, max_tokens: int, system: str | None, path: Path | None,
-                     limit: int | None = None, reference_nll: dict[str, list[float]] | None = None) -> dict:
+                     limit: int | None = None, nats: dict[str, list[float]] | None = None) -> dict:
     """Answer the rows, or the first `limit` of them, greedily in every language; {language: score(...), ...}.
     Every reply is written to `path`, one JSON line each.
 
-    reference_nll: {language: nats of each answered row's response and its stop token}, for bits per byte.
+    nats: {language: of each answered row's response and its stop token}, for bits per byte.
     """
     how, asked = Decoding(system, max_tokens), rows[:limit]
     lines, scores = [], {}
@@ -115,8 +115,8 @@ def answer_and_score(model, tokenizer, rows: list[dict], languages: tuple[str, .
             replies = how.replies(model, tokenizer, questions, progress=bar.update)
         own = [answer_line(row, language, languages, text, tokens < max_tokens, classifier)
                for row, (text, tokens) in zip(asked, replies)]
-        for line, nats in zip(own, reference_nll[language] if reference_nll else []):
-            line["reference_nll"] = round(nats, 6)      # ranks add in other orders
+        for line, cost in zip(own, nats[language] if nats else []):
+            line["reference_nll"] = round(cost, 6)      # ranks add in other orders
         scores[language] = score(own)
         lines += own
     if path is not None:                     # of several processes the first writes
@@ -129,8 +129,8 @@ def answer_and_score(model, tokenizer, rows: list[dict], languages: tuple[str, .
     return scores | {"questions": len(rows), "decoding": decoding}
 
 
-def reference_nll(model, tokenizer, rows: list[dict], languages: tuple[str, ...], packing: data.Packing,
-                  system: str | None) -> dict[str, list[float]]:
+def expected_nll(model, tokenizer, rows: list[dict], languages: tuple[str, ...], packing: data.Packing,
+                 system: str | None) -> dict[str, list[float]]:
     """Nats of the expected answer, stop token included, to each question, by language."""
     nats = {}
     for language in languages:

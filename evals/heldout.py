@@ -5,7 +5,9 @@ targets each of them as `tgt_sw`. Watch nll_en: a preference loss alone lets it 
 """
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -100,7 +102,7 @@ def sample_answers(model, forks: list, tokenizer, max_tokens: int) -> list[dict]
 
 @dataclass
 class Validation:
-    """The held-out rows of a run, and how a model stands on them."""
+    """The held-out rows of a run, and how the model that is being trained stands on them."""
     steps: list                     # packed steps of batches, every pair among them
     groups: list                    # their forks, a group a row
     tokenizer: object
@@ -108,34 +110,47 @@ class Validation:
     beta: float
     targets: list[str]
     untrained: list | None = field(default=None, init=False)      # the untrained model's answers, once known
+    base: Sums | None = field(default=None, init=False)           # under the untrained model
+    policy: Sums | None = field(default=None, init=False)         # under the model as it is; None: not known
 
     @property
     def batches(self) -> list:
         return [batch for step in self.steps for batch in step]
 
-    def logps(self, model, label: str) -> Sums:
-        return summed_logps(model, self.batches, label)
+    def begin(self, base: Sums) -> None:
+        """With an untrained model."""
+        self.base = self.policy = base
 
-    def score(self, policy: Sums, reference: Sums) -> Metrics:
-        return score(self.batches, policy, reference, self.beta, self.targets)
+    def of_stage(self, model, stage: str, before: Sums) -> Callable[[int], dict]:
+        """What the loop calls with a step's number. before: under the model that the stage begins with."""
+        self.policy = None
+        return partial(self.report, model, stage, before)
 
-    def report(self, model, step: int, policy: Sums, reference: Sums,
-               untrained: bool) -> dict:
+    def report(self, model, stage: str, before: Sums, step: int) -> dict:
         """Figures and sample answers for metrics.jsonl, printed too. All methods begin with one untrained
         model: it is asked once."""
+        first = step == 0
+        self.policy = before if first else summed_logps(model, self.batches, f"validate {stage}")
+        untrained = first and before is self.base
         answers = self.untrained if untrained else None
         if answers is None:
             forks = [fork for group in self.groups[:SAMPLE_ROWS] for fork in group]
             answers = sample_answers(model, forks, self.tokenizer, self.max_tokens)
         if untrained:
             self.untrained = answers
-        figures = self.score(policy, reference)
+        figures = pair_figures(self.batches, self.policy, before, self.beta, self.targets)
         tqdm.write(describe(step, figures, answers))
         return figures | {"answers": answers}
 
+    def score(self, model) -> Metrics:
+        """Against the untrained model."""
+        if self.policy is None:                                    # trained before this command began
+            self.policy = summed_logps(model, self.batches, "held-out")
+        return pair_figures(self.batches, self.policy, self.base, self.beta, self.targets)
 
-def score(batches: list, policy: Sums, reference: Sums, beta: float,
-          targets: list[str]) -> Metrics:
+
+def pair_figures(batches: list, policy: Sums, reference: Sums, beta: float,
+                 targets: list[str]) -> Metrics:
     """Metrics of held-out batches from their sums under the policy and the reference."""
     rewards, logps, nll = [], [], []
     for batch, now, before in zip(batches, policy, reference):

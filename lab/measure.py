@@ -9,6 +9,7 @@ Of every language, lists with an entry for each question:
     language       1 where the reply is in the question's language, None where its answer says nothing of that
     ends           1 where the reply ended by itself
     loops          1 where it was cut at the limit while it repeated one text again and again
+    echo           1 where the reply begins by saying the question again
     chrf           [letters of the reply, of the expected answer, n-grams of 1 to 6 letters common to both]
     kept           the same against the base model's reply; of the source language
 """
@@ -29,6 +30,8 @@ from evals.language import fit_languages, texts_by_language
 FORKS = 8                   # scored together: memory, not the result, depends on it
 CLASSIFIER_ROWS = 400       # rows that the classifier of reply language learns from, the same for all sizes
 NO_LIMIT = 1 << 30          # tokens of a row: no answer is cut
+ECHO_LETTERS = 40           # of a question that a reply begins with, or all of it, but not fewer than
+FEWEST_ECHOED = 10          # these: a "Yes" is none
 
 
 @torch.no_grad()
@@ -85,6 +88,7 @@ def reply_columns(lines: list[dict], base: list[dict] | None) -> dict[str, dict]
             "language": right if line["judged"] else None,
             "ends": int(line["ends"]),
             "loops": int(not line["ends"] and is_loop(line["reply"])),
+            "echo": int(is_echo(line["reply"], line["prompt"])),
             "chrf": short_counts(line["reply"], line["expected"])}
         if base and line["language"] == lines[0]["language"]:
             told["kept"] = short_counts(line["reply"], before["reply"])
@@ -94,6 +98,13 @@ def reply_columns(lines: list[dict], base: list[dict] | None) -> dict[str, dict]
         if not is_short(line["expected"]):
             columns[line["language"]].pop("correct", None)
     return columns
+
+
+def is_echo(reply: str, question: str) -> bool:
+    """Whether a reply begins with the question, whatever its case and spaces."""
+    start, question = (" ".join(text.split()).casefold() for text in (reply, question))
+    beginning = question[:ECHO_LETTERS]
+    return len(beginning) >= FEWEST_ECHOED and start.startswith(beginning)
 
 
 def short_counts(text: str, expected: str) -> list[int]:

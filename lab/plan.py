@@ -15,7 +15,7 @@ byte on the validation split is used for the test split, at every size and seed.
     epochs = epochs of passes-of * tokens of tokens-of / tokens of passes-of                           (eq. 1)
 
 with the tokens that both sent through the model on the same rows, a preference's reference pass included. The
-base model is scored without being asked for.
+base model is scored without being asked for, where there is a grid on the validation split too.
 """
 
 import itertools
@@ -92,17 +92,18 @@ def ready(plan: dict, lines: list[dict], failed=()) -> list[Run]:
     tried = {line["run"] for line in lines} | set(failed)
     found = {}
     for part in plan["runs"]:
-        wanted = [base_run(plan, language) for language in part["languages"]]
+        splits = ("test", "validation") if "grid" in plan else ("test",)
+        wanted = [base_run(plan, *place) for place in itertools.product(part["languages"], splits)]
         for place in itertools.product(*(part[key] for key in PARTS)):
             wanted += runs_of(plan, place, lines, tried)
         found |= {run.name: run for run in wanted if run.name not in tried}
     return sorted(found.values(), key=lambda run: run.cost)
 
 
-def base_run(plan: dict, language: str) -> Run:
+def base_run(plan: dict, language: str, split: str) -> Run:
     """The untrained model, which is scored once for all."""
     flags = {flag: value for flag, value in plan["settings"].items() if flag in BASE_FLAGS}
-    return Run(language, None, 0, BASE, "test", flags | {"lang": language, "eval-split": "test"})
+    return Run(language, None, 0, BASE, split, flags | {"lang": language, "eval-split": split})
 
 
 def runs_of(plan: dict, place: tuple, lines: list[dict], tried: set[str]) -> list[Run]:

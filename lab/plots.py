@@ -1,20 +1,22 @@
-"""Pictures of differences: a dot, hollow for a tie, its 95 % interval, and a tick for each seed."""
+"""Pictures of differences, and of figures by the number of training rows."""
 
 import importlib.util
 import math
+import statistics
 import textwrap
 from pathlib import Path
 
 from evals.plots import import_pyplot
 
 # panels: (0 target or 1 source language, figure)
-PANELS = ((0, "language"), (0, "confused"), (0, "chrf"), (0, "bits"),
-          (1, "kept"), (1, "chrf"), (1, "bits"))
+PANELS = ((0, "usable"), (0, "confused"), (0, "chrf each"), (0, "bits"),
+          (1, "usable"), (1, "kept"), (1, "chrf each"), (1, "bits"))
 SIDES = ("target", "source")
 ACROSS = 4
 LABEL_WIDTH = 34                        # letters
 TICKS = 4                               # of an axis at most, and one: their labels must not meet
 WIDTH, LABELS, ROW = 2.4, 3.0, 0.5      # inches: of a panel, of the labels, of a comparison
+LEGEND = "hollow: a tie; a square: one seed; line: 95 % interval; ticks: each seed"
 
 
 def can_plot() -> bool:
@@ -22,7 +24,7 @@ def can_plot() -> bool:
 
 
 def plot_differences(compared: list, path: Path) -> None:
-    """compared: report.Comparison, from the top."""
+    """A dot for each difference, its interval, its seeds. compared: report.Comparison, from the top."""
     plt = import_pyplot()
     shown = []
     for side, name in PANELS:
@@ -42,6 +44,7 @@ def plot_differences(compared: list, path: Path) -> None:
     for axis in axes[:, 0]:
         axis.tick_params("y", labelsize=8)
     axes[0, 0].set_ylim(len(labels) - 0.5, -0.5)                # the table's order, from the top
+    figure.supxlabel(LEGEND, fontsize=9)
     figure.savefig(path, dpi=110)
     plt.close(figure)
 
@@ -53,7 +56,8 @@ def draw_panel(axis, told: list, side: str) -> None:
             continue
         filling = "1" if found.verdict == "a tie" else "0"
         axis.hlines(place, found.low, found.high, color="0.3")
-        axis.plot(found.value, place, "o", color="0", markerfacecolor=filling)
+        mark = "o" if len(found.seeds) > 1 else "s"
+        axis.plot(found.value, place, mark, color="0", markerfacecolor=filling)
         for seed in found.seeds:
             axis.plot(seed, place + 0.25, "|", color="0.4")
         better = "right" if found.figure.better > 0 else "left"
@@ -62,3 +66,30 @@ def draw_panel(axis, told: list, side: str) -> None:
     axis.margins(x=0.1)
     axis.locator_params("x", nbins=TICKS)
     axis.grid(axis="x", alpha=0.3)
+
+
+def plot_curves(told: dict, path: Path) -> None:
+    """A panel for each figure, a line for each method: the mean over seeds by rows, each seed a dot. told:
+    report.Curves."""
+    plt = import_pyplot()
+    down = math.ceil(len(told) / ACROSS)
+    figure, axes = plt.subplots(down, ACROSS, figsize=(3 * ACROSS, 2.6 * down), squeeze=False)
+    figure.set_layout_engine("constrained")
+    for axis in axes.flat[len(told):]:
+        axis.set_visible(False)
+    for axis, ((side, title), methods) in zip(axes.flat, told.items()):
+        sizes = sorted(set().union(*methods.values()))
+        for (method, by_rows), style in zip(methods.items(), ("-", "--", ":")):
+            rows = sorted(by_rows)
+            line, = axis.plot(rows, [statistics.fmean(by_rows[size]) for size in rows], style, label=method)
+            for size in rows:
+                axis.plot([size] * len(by_rows[size]), by_rows[size], ".", color=line.get_color(), alpha=0.5)
+        axis.set_xscale("log")
+        axis.set_xticks(sizes, sizes)
+        axis.minorticks_off()
+        axis.set_title(f"{title}, {SIDES[side]} language", fontsize=9)
+        axis.grid(alpha=0.3)
+    axes[0, 0].legend(fontsize=8)
+    figure.supxlabel("training rows", fontsize=9)
+    figure.savefig(path, dpi=110)
+    plt.close(figure)

@@ -1,151 +1,21 @@
-"""docs/replication.md, drawn from the lines in lab/results/ and nothing else.
-
-A difference is one method's figure less another's, each a mean over seeds, on the same test questions. Its
-95 % interval is a paired bootstrap over questions and seeds: every draw takes questions and, apart from them,
-seeds, with replacement, the same ones for both methods (Koehn 2004, W04-3250; Efron and Tibshirani 1993,
-ch. 16).
-"""
+"""docs/replication.md and README's table, drawn from the lines in lab/results/ and nothing else."""
 
 import itertools
-import math
 import statistics
 from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
-from typing import Callable, NamedTuple
-
-import numpy as np
+from typing import NamedTuple
 
 from engine.files import InputError, write_text
-from evals.figures import CERTAINTY, FEW, RESAMPLES, chrf, percentage, ratio, with_questions
 from evals.report import table
 from formats import hub
 from lab import plots
-from lab.measure import long_counts
+from lab.figures import FIGURES, TIE, Difference, Figure, differences, known_figures
 from lab.plan import BASE
 from lab.runner import read_results
 
 DOCS = hub.ROOT / "docs"
 PAGE = "replication.md"
-
-
-# ---------------------------------------------------------------------------------------------------- figures
-
-def share(columns: dict, name: str) -> list:
-    return [(value or 0, value is not None) for value in columns[name]]
-
-
-def byte_counts(columns: dict, name: str) -> list:
-    return list(zip(columns["bits"], columns["bytes"]))
-
-
-def ngram_counts(columns: dict, name: str) -> list:
-    return list(map(long_counts, columns[name]))
-
-
-@dataclass(frozen=True)
-class Figure:
-    name: str                                   # of its column
-    title: str
-    words: str                                  # in a sentence
-    better: int                                 # 1: more is better; -1: less
-    of_sums: Callable = percentage              # (..., K) sums over questions -> (...)
-    of_columns: Callable = share                # (questions, K)
-    digits: int = 1
-
-    def counts(self, line: dict, language: str) -> np.ndarray:
-        """(questions, K)"""
-        columns = line["questions"][language]
-        return np.array(self.of_columns(columns, self.name), dtype=float)
-
-
-FIGURES = (
-    Figure("language", "in language", "language of replies", 1),
-    Figure("correct", "correct", "exact answers", 1),
-    Figure("chrf", "chrF", "chrF", 1, chrf, ngram_counts),
-    Figure("bits", "bits/byte", "bits per byte", -1, ratio, byte_counts, 3),
-    Figure("confused", "confused", "language confusion", -1),
-    Figure("kept", "like base", "likeness to the base's replies", 1, chrf, ngram_counts),
-    Figure("ends", "ends", "replies that end", 1),
-    Figure("loops", "loops", "replies caught in a loop", -1))
-CONTENT = ("correct", "chrf", "bits")           # what is asked of replies in the right language
-
-
-def known_figures(lines, language: str) -> list[Figure]:
-    """The figures that all of these lines have."""
-    columns = [line["questions"][language] for line in lines]
-    return [figure for figure in FIGURES if all(figure.name in own for own in columns)]
-
-
-# ------------------------------------------------------------------------------------------------ differences
-
-TIE = "a tie"
-
-
-@dataclass(frozen=True)
-class Difference:
-    figure: Figure
-    questions: int
-    value: float
-    low: float
-    high: float
-    seeds: list[float]              # the difference in each seed
-
-    @property
-    def verdict(self) -> str:
-        """Of the interval as it is shown."""
-        digits = self.figure.digits
-        if round(self.low, digits) <= 0 <= round(self.high, digits):
-            return TIE
-        return "better" if self.value * self.figure.better > 0 else "worse"
-
-    @property
-    def cell(self) -> str:
-        value, low, high = (f"{x:+.{self.figure.digits}f}" for x in (self.value, self.low, self.high))
-        text = f"{value} [{low}, {high}]"
-        return text if self.verdict == TIE else f"**{text}**"
-
-
-@lru_cache
-def resamples(questions: int, seeds: int) -> tuple[np.ndarray, np.ndarray]:
-    """How often each question is in each draw, (RESAMPLES, questions); the weight of each seed in it."""
-    random = np.random.default_rng(0)
-    drawn = random.multinomial(questions, np.full(questions, 1 / questions), RESAMPLES)
-    weights = random.multinomial(seeds, np.full(seeds, 1 / seeds), RESAMPLES)
-    return drawn.astype(float), weights / seeds
-
-
-def bootstrap(figure: Figure, counts: np.ndarray) -> Difference:
-    """counts (seeds, 2, questions, K): of one method and of the other."""
-    asked = counts.shape[2]
-    by_seed = np.subtract(*figure.of_sums(counts.sum(2)).T)                             # (seeds,)
-    if figure.of_columns is share:      # two questions more: a share that never differs is not a sure one
-        half = math.sqrt(0.5)           # as in evals/figures.py (Agresti and Min 2005)
-        one = with_questions(counts[:, 0], (half, 1), (0, 1))
-        other = with_questions(counts[:, 1], (0, 1), (half, 1))
-        counts = np.stack((one, other), 1)
-    drawn, weights = resamples(counts.shape[2], len(counts))
-    gaps = [np.subtract(*figure.of_sums(drawn @ pair)) for pair in counts]              # seeds * (RESAMPLES,)
-    draws = (weights.T * gaps).sum(0)
-    outside = (1 - CERTAINTY) / 2
-    low, high = np.quantile(draws, (outside, 1 - outside)).tolist()
-    return Difference(figure, asked, float(by_seed.mean()), low, high, by_seed.tolist())
-
-
-def differences(pairs: list[tuple], language: str, content: bool) -> dict[str, Difference]:
-    """{figure: difference} of the lines of two methods, a pair for each seed. content: on the questions that
-    both replied to in the right language in every seed."""
-    lines = [line for pair in pairs for line in pair]
-    figures, kept = known_figures(lines, language), slice(None)
-    if content:
-        right = [line["questions"][language]["language"] for line in lines]
-        kept = np.all(np.array(right, dtype=float) == 1, axis=0)
-        figures = [figure for figure in figures if figure.name in CONTENT and kept.sum() >= FEW]
-    found = {}
-    for figure in figures:
-        counts = [[figure.counts(line, language)[kept] for line in pair] for pair in pairs]
-        found[figure.name] = bootstrap(figure, np.array(counts))
-    return found
 
 
 # ------------------------------------------------------------------------------------------------------ lines
@@ -187,7 +57,8 @@ def by_place(lines: list[dict]) -> dict[Place, dict[str, Lines]]:
             place = Place(line["plan"], line["language"], line["rows"])
             methods = found.setdefault(place, {BASE: bases.get(place[:2], {})})
             methods.setdefault(line["method"], {})[line["seed"]] = line
-    return dict(sorted(found.items()))
+    real_first = sorted(found, key=lambda place: (place.plan.startswith("demo"), place))
+    return {place: found[place] for place in real_first}
 
 
 def line_pairs(one: Lines, other: Lines) -> list[tuple]:
@@ -215,21 +86,29 @@ def same_questions(one: dict, other: dict) -> bool:
 
 CLO, SFT, EQUAL, ANCHOR = "clo", "sft", "sft, clo's compute", "clo, anchor 1"
 NOT_RUN = "Not run."
+CURVES = (SFT, CLO, ANCHOR)         # methods whose figures are drawn by rows
 QUESTIONS = {                       # name of its plots: (question, pairs of methods)
     "target": ("1. Does CLO beat SFT in the target language, and does it keep English better? (paper: yes, "
-               "both)", [(CLO, BASE), (CLO, SFT), (CLO, "sft-tgt"), (CLO, "sft+dpo")]),
+               "both)", [(ANCHOR, SFT), (CLO, SFT), (CLO, "sft-tgt"), (CLO, "sft+dpo")]),
+    "base": ("1b. What does each of them change of the untrained model?",
+             [(ANCHOR, BASE), (CLO, BASE), (SFT, BASE), (EQUAL, BASE)]),
     "sizes": ("2. Data efficiency: does CLO with n rows reach SFT with 2n? What do twice the rows bring to "
               "each?", []),
     "nll": ("3. NLL on the target alone, or on target and English? (paper: English brings the bias back)",
             [("clo, nll en,tgt", CLO)]),
     "train": ("4. Attention, LoRA, or full training? (paper: full helps in Swahili)",
               [("clo, attention", CLO), ("clo, full", CLO)]),
-    "compute": ("5. What is left against SFT with CLO's compute?", [(CLO, EQUAL)]),
+    "compute": ("5. What is left against SFT with CLO's compute, that is with as many tokens?",
+                [(ANCHOR, EQUAL), (CLO, EQUAL)]),
     "anchor": ("6. Beyond the paper: does the anchor cost the target anything, does it protect English?",
-               [(ANCHOR, CLO), (ANCHOR, SFT)]),
+               [(ANCHOR, CLO)]),
     "two": ("6b. Two languages in one adapter, against one", [(CLO, CLO)]),
     "content": ("7. Where CLO is better: language choice, or content? Here content, on questions to which "
-                "every reply of both is in the right language", [(CLO, SFT)])}
+                "every reply of both is in the right language", [(ANCHOR, SFT), (CLO, SFT)])}
+# What the questions are decided by: (0 target or 1 source language, figure). All else explains or explores.
+PRIMARY = ((0, "language"), (0, "usable"), (0, "chrf each"), (0, "bits"),
+           (1, "usable"), (1, "chrf each"), (1, "bits"))
+SIDES = ("target", "source")
 
 
 @dataclass(frozen=True)
@@ -237,9 +116,15 @@ class Comparison:
     """One method against another at a place."""
     plan: str
     label: str
+    other: str                                                          # the method it is compared with
     seeds: int
     languages: tuple[str, str]                                          # target, source
     told: tuple[dict[str, Difference], dict[str, Difference]]
+
+    def cell(self, key: tuple[int, str]) -> str:
+        """key: side, name of a figure."""
+        side, name = key
+        return self.told[side][name].cell if name in self.told[side] else "-"
 
     @property
     def sentence(self) -> str:
@@ -270,7 +155,7 @@ def compare(name: str, lines: list[dict]) -> list[Comparison]:
             languages = target, source_of(pairs[0][0])
             told = tuple(differences(pairs, language, name == "content") for language in languages)
             label = f"{place}: {one} against {other}{elsewhere(target, place, there)}"
-            found.append(Comparison(place.plan, label, len(pairs), languages, told))
+            found.append(Comparison(place.plan, label, other, len(pairs), languages, told))
     return found
 
 
@@ -314,26 +199,69 @@ def source_of(line: dict) -> str:
 
 
 def section(name: str, compared: list[Comparison]) -> str:
-    """A question, and its answer in sentences, in tables and in a plot."""
+    """A question, and its answer in sentences, in tables and in a plot for each plan."""
     text = [f"## {QUESTIONS[name][0]}"]
     if not compared:
-        return "\n\n".join([*text, NOT_RUN])
-    text.append("\n".join(one.sentence for one in compared))
-    for side, title in enumerate(("target language", "source language")):
-        names = [figure.name for figure in FIGURES if any(figure.name in one.told[side] for one in compared)]
-        titles = [figure.title for figure in FIGURES if figure.name in names]
-        rows = []
-        for one in compared:
-            cells = [one.told[side][figure].cell if figure in one.told[side] else "-" for figure in names]
-            rows.append([one.label, *cells])
-        text.append(table([title, *titles], rows))
-    for plan in by_plan(compared):
+        text.append(NOT_RUN)
+    for plan, own in by_plan(compared).items():
+        text.append(f"### {plan}")
+        text.append("\n".join(one.sentence for one in own))
+        for side, title in enumerate(SIDES):
+            shown = [figure for figure in FIGURES if any(figure.name in one.told[side] for one in own)]
+            keys = [(side, figure.name) for figure in shown]
+            rows = [[one.label, *map(one.cell, keys)] for one in own]
+            text.append(table([f"{title} language", *(figure.title for figure in shown)], rows))
         text.append(f"![Differences and their intervals, {plan}]({plot_name(name, plan)})")
     return "\n\n".join(text)
 
 
+def primary_section(lines: list[dict]) -> str:
+    """CLO against SFT at every place in the figures that decide."""
+    titles = {figure.name: figure.title for figure in FIGURES}
+    header = [f"{SIDES[side]}: {titles[name]}" for side, name in PRIMARY]
+    rows = []
+    for name in ("target", "compute"):
+        for one in compare(name, lines):
+            if one.other in (SFT, EQUAL):
+                rows.append([one.label, str(one.seeds), *map(one.cell, PRIMARY)])
+    if not rows:
+        return f"## In short\n\n{NOT_RUN}"
+    return "\n\n".join(["## In short", IN_SHORT, table(["", "seeds", *header], rows)])
+
+
 def plot_name(question: str, plan: str) -> str:
     return f"replication-{question}-{plan}.png"
+
+
+Curves = dict[tuple[int, str], dict[str, dict[int, list[float]]]]     # {panel: {method: {rows: seeds' values}}}
+
+
+def curves(lines: list[dict]) -> dict[str, Curves]:
+    """{"plan-language": figures by rows} where methods were run with several numbers of rows."""
+    found = {}
+    alone = {place: methods for place, methods in by_place(lines).items() if "," not in place.language}
+    for place, methods in alone.items():
+        key = f"{place.plan}-{place.language}"
+        for side, name in PRIMARY:
+            figure = next(figure for figure in FIGURES if figure.name == name)
+            for method in CURVES:
+                own = list(methods.get(method, {}).values())
+                if not own:
+                    continue
+                language = (place.language, source_of(own[0]))[side]
+                if figure in known_figures(own, language):
+                    values = [float(figure.of_sums(figure.counts(line, language).sum(0))) for line in own]
+                    told = found.setdefault(key, {}).setdefault((side, figure.title), {})
+                    told.setdefault(method, {})[place.rows] = values
+    return {key: told for key, told in found.items() if most_sizes(told) >= 3}
+
+
+def most_sizes(told: Curves) -> int:
+    return max(len(by_rows) for methods in told.values() for by_rows in methods.values())
+
+
+def curves_name(key: str) -> str:
+    return f"replication-curves-{key}.png"
 
 
 # ------------------------------------------------------------------------------------------------------- page
@@ -341,28 +269,41 @@ def plot_name(question: str, plan: str) -> str:
 INTRODUCTION = """# What CLO does, measured
 
 Drawn by `python -m lab report` from the lines in `lab/results/`, which `python -m lab PLAN` leaves;
-`lab/README.md` tells how to make the data and run the plans. Nothing here is written by hand: a difference is
-called better or worse where its 95 % interval leaves out 0 (bold), and a tie otherwise. Intervals are paired
-bootstraps over questions and seeds; three seeds tell little of what a fourth would give, and with one the
-interval knows of questions alone. Of a hundred comparisons without any effect some five would still be called
-one.
+`lab/README.md` tells how to make the data and run the plans. Nothing here is written by hand. A difference is
+called better or worse where its 95 % interval leaves out 0 (bold), and a tie otherwise. The interval covers a
+paired bootstrap over questions and seeds and, of several seeds, Student's t of their differences: three seeds
+tell little of what a fourth would give, and with one the interval knows of questions alone. Of a hundred
+comparisons without any effect some five may still be called one, and there are hundreds here: the figures
+under "In short" are those that decide, the rest explains and explores.
 
-Figures, on the test questions. *in language*: % of replies in the language of the question; *correct*: %
-equal to the expected answer, where all expected answers are short; *chrF* of replies against the expected
-answers; *bits/byte*: what the expected answers cost the model (less is better); *confused*: % of questions
-whose answer in the other language is likelier per byte than the right one (less is better); *like base*:
-chrF of replies against those of the base model; *ends*: % of replies that end by themselves; *loops*: % that
-were cut while they repeated one text again and again, which a larger limit would hardly end (the rest to 100
-was cut at the limit in the middle of something); *tokens* that went through the model in training, a reference
-pass counted like one more epoch; *seconds* of all training steps, which other work on the machine lengthens.
-Of several seeds the mean stands before their values."""
+Figures, on the test questions. *in language*: % of replies in the language of the question; *usable*: % that
+are in it, end by themselves and do not begin by repeating the question; *correct*: % equal to the expected
+answer, where all expected answers are short; *chrF* of all replies together against the expected answers, to
+which a reply caught in a loop counts by its length; *chrF/question*: the mean of each reply's own;
+*bits/byte*: what the expected answers cost the model (less is better); *confused*: % of questions whose
+answer in the other language is likelier per byte than the right one (less is better; nearest to what CLO
+trains on, and no reply is looked at); *like base*: chrF of replies against those of the base model, of which
+the base has 100; SFT trains on English answers too and moves to their style, so this is change, and not
+harm; *ends*: % of replies that end by themselves; *loops*: % that were cut while they repeated one text
+again and again, which a larger limit would hardly end (the rest to 100 was cut at the limit in the middle of
+something); *echo*: % that begin with the question's own words; *tokens* that went through the model in
+training, a reference pass counted like one more epoch though it has no backward; *seconds* of all training
+steps, which other work on the machine lengthens. Of several seeds the mean stands before their values."""
+IN_SHORT = """Each difference is CLO less SFT at one place: a method "anchor 1" is clo's default, "clo" the
+paper's loss, "sft, clo's compute" SFT with as many tokens through the model as CLO. The expected answers are
+machine translations, so chrF and bits reward their style in every method alike."""
 
 
 def page(lines: list[dict]) -> str:
     """The text of docs/replication.md."""
-    questions = [section(name, compare(name, lines)) for name in QUESTIONS]
+    questions = []
+    for name in QUESTIONS:
+        questions.append(section(name, compare(name, lines)))
+        if name == "sizes":
+            questions += [f"![Figures by rows, {key}]({curves_name(key)})" for key in curves(lines)]
     figures = [figure_section(place, methods) for place, methods in by_place(lines).items()]
-    parts = [INTRODUCTION, settings_section(lines), *questions, grid_section(lines), *figures]
+    parts = [INTRODUCTION, primary_section(lines), *questions, settings_section(lines), grid_section(lines),
+             *figures]
     return "\n\n".join(parts) + "\n"
 
 
@@ -407,17 +348,20 @@ def seeds_cell(figure: Figure, lines: list[dict], language: str) -> str:
 
 
 def grid_section(lines: list[dict]) -> str:
-    """What was tried on the validation split."""
+    """What was tried on the validation split, and what the base is worth there."""
     rows = []
-    header = ["plan", "language", "method", "rows", "settings", "bits/byte, target", "confused, target",
-              "bits/byte, source", "confused, source"]
+    header = ["plan", "language", "method", "rows", "settings"]
+    for side in SIDES:
+        header += [f"{title}, {side}" for title in ("bits/byte", "confused", "usable", "chrF/question")]
+    header.append("like base, source")
     for (plan, language, method), tried in by_method(lines).items():
         varied = varied_flags(tried)
         for line in tried:
             settings = ", ".join(f"{flag} {line['flags'].get(flag, '-')}" for flag in varied) or "-"
             cells = []
             for languages in (language.split(","), [source_of(line)]):
-                cells += [figure_of(line, name, languages) for name in ("bits", "confused")]
+                cells += [figure_of(line, name, languages) for name in ("bits", "confused", "usable", "chrf each")]
+            cells.append(figure_of(line, "kept", [source_of(line)]))
             rows.append([plan, language, method, str(line["rows"]), settings, *cells])
     title = "## Settings tried on the validation split\n\n"
     return title + (table(header, rows) if rows else NOT_RUN)
@@ -427,6 +371,8 @@ def figure_of(line: dict, name: str, languages: list[str]) -> str:
     """A figure of the questions in these languages together; of the targets the bits that settings are chosen
     by (plan.target_bits)."""
     figure = next(figure for figure in FIGURES if figure.name == name)
+    if not all(figure.known(line["questions"][language]) for language in languages):
+        return "-"
     sums = sum(figure.counts(line, language).sum(0) for language in languages)
     return f"{float(figure.of_sums(sums)):.{figure.digits}f}"
 
@@ -452,38 +398,40 @@ README = hub.ROOT / "README.md"
 BETWEEN = "<!-- drawn by python -m lab report -->\n", "<!-- to here -->"
 SHOWN_PLOT = "replication-real.png"
 SHOWN_PLACE = Place("portuguese-first", "pt", 50)
-SHOWN_METHODS = (SFT, EQUAL, CLO, ANCHOR)
-SHOWN_FIGURES = {"pt": ("language", "confused", "chrf", "bits", "loops"),
-                 "en": ("language", "chrf", "bits", "kept", "loops")}
+SHOWN_PAIRS = ((ANCHOR, SFT), (CLO, SFT), (ANCHOR, EQUAL))
+SHOWN_WORDS = {ANCHOR: "clo", CLO: "paper's loss", SFT: "sft", EQUAL: "sft as long"}
+SHOWN_FIGURES = {"pt": ("language", "usable", "chrf each", "bits", "confused"),
+                 "en": ("usable", "chrf each", "bits", "kept")}
 
 
 def shown_comparisons(lines: list[dict]) -> list[Comparison]:
-    """Every method that README shows, against the untrained model."""
+    """CLO less SFT, and less SFT with as many tokens."""
     methods, found = by_place(lines)[SHOWN_PLACE], []
-    for method in SHOWN_METHODS:
-        pairs = line_pairs(methods[method], methods[BASE])
+    for method, other in SHOWN_PAIRS:
+        pairs = line_pairs(methods[method], methods[other])
         told = tuple(differences(pairs, language, content=False) for language in SHOWN_FIGURES)
-        found.append(Comparison(SHOWN_PLACE.plan, method, len(pairs), tuple(SHOWN_FIGURES), told))
+        label = f"{SHOWN_WORDS[method]} - {SHOWN_WORDS[other]}"
+        found.append(Comparison(SHOWN_PLACE.plan, label, other, len(pairs), tuple(SHOWN_FIGURES), told))
     return found
 
 
 def summary(lines: list[dict], compared: list[Comparison]) -> str:
-    """README's table: a row for every figure, a column for every method. Likeness to the base's replies is no
-    difference: the base's own has no value."""
+    """README's table: a row for every figure, the values of base and SFT, and the differences of CLO to SFT."""
     methods, rows = by_place(lines)[SHOWN_PLACE], []
-
-    def cell(figure, side, one):
-        if figure.name == "kept":
-            return seeds_cell(figure, list(methods[one.label].values()), one.languages[side])
-        return one.told[side][figure.name].cell if figure.name in one.told[side] else "-"
-
     for side, (language, names) in enumerate(SHOWN_FIGURES.items()):
-        base = list(methods[BASE].values())
         for figure in [figure for figure in FIGURES if figure.name in names]:
-            cells = [cell(figure, side, one) for one in compared]
-            rows.append([f"{language}: {figure.title}", seeds_cell(figure, base, language), *cells])
-    rows.append(["seeds", "-", *(str(one.seeds) for one in compared)])
-    return table(["", BASE, *SHOWN_METHODS], rows)
+            values = [mean_cell(figure, list(methods[method].values()), language) for method in (BASE, SFT)]
+            cells = [one.cell((side, figure.name)) for one in compared]
+            rows.append([f"{language}: {figure.title}", *values, *cells])
+    rows.append(["seeds", "-", str(len(methods[SFT])), *(str(one.seeds) for one in compared)])
+    return table(["", BASE, SFT, *(one.label for one in compared)], rows)
+
+
+def mean_cell(figure: Figure, lines: list[dict], language: str) -> str:
+    """Of the base's likeness to itself: 100."""
+    if figure.name == "kept" and lines[0]["method"] == BASE:
+        return "100"
+    return seeds_cell(figure, lines, language).split(" ")[0]
 
 
 def with_summary(text: str, drawn: str) -> str:
@@ -515,8 +463,16 @@ def write(lines: list[dict], directory: Path) -> None:
     if not plots.can_plot():
         print("no plots: they need matplotlib (pip install matplotlib)")
         return
+    drawn = {SHOWN_PLOT}
     for name in QUESTIONS:
         for plan, compared in by_plan(compare(name, lines)).items():
-            path = directory / plot_name(name, plan)
-            plots.plot_differences(compared, path)
-            print(path)
+            drawn.add(plot_name(name, plan))
+            plots.plot_differences(compared, directory / plot_name(name, plan))
+    for key, told in curves(lines).items():
+        drawn.add(curves_name(key))
+        plots.plot_curves(told, directory / curves_name(key))
+    print(f"{directory}: {len(drawn) - 1} plots")
+    for path in directory.glob("replication-*.png"):
+        if path.name not in drawn:
+            path.unlink()
+            print(f"{path} showed lines that are gone: deleted")

@@ -123,7 +123,7 @@ def perform(plan: dict, run: Run, runs: Path) -> dict:
         directory = runs / run.name
         call("clo.py", flags | ONE_ANSWER | {"data": rows, "out": directory}, directory)
         told = training_facts(directory, run.flags["method"])
-        before = base_replies(base_run(plan, run.language), runs, rows)
+        before = base_replies(base_run(plan, run.language, run.split), runs, rows)
     asked, questions = score(run, runs, rows, before)
     line = {"run": run.name, "plan": plan["name"]}
     for key in ("language", "method", "size", "seed", "split", "flags"):
@@ -158,8 +158,7 @@ def base_replies(base: Run, runs: Path, data_file: Path) -> list[dict]:
 
 
 def score(run: Run, runs: Path, data_file: Path, before: list[dict] | None) -> tuple[str, dict]:
-    """(hash of what was asked, {language: columns}). before: the base's replies, for "kept". A point of a grid
-    is not asked to reply."""
+    """(hash of what was asked, {language: columns}). before: the base's replies, for "kept"."""
     flags = run.flags
     languages = [flags.get("source", "en"), *language_list(run.language)]
     found = data.read_rows(hub.find(flags["eval-data"]), languages[0], targets=languages[1:])
@@ -169,12 +168,11 @@ def score(run: Run, runs: Path, data_file: Path, before: list[dict] | None) -> t
     tokenizer = data.load_tokenizer(hub.model_directory(flags["model"]))
     model = open_model(run, runs / run.name)
     columns = measure.answer_columns(model, tokenizer, rows, languages)
-    if run.split == "test":
-        known = data.read_rows(data_file, languages[0], targets=languages[1:])
-        lines = measure.reply(model, tokenizer, rows, languages, known, flags["max-new-tokens"],
-                              replies_of(runs, run))
-        for language, more in measure.reply_columns(lines, before).items():
-            columns[language] |= more
+    known = data.read_rows(data_file, languages[0], targets=languages[1:])
+    lines = measure.reply(model, tokenizer, rows, languages, known, flags["max-new-tokens"],
+                          replies_of(runs, run))
+    for language, more in measure.reply_columns(lines, before).items():
+        columns[language] |= more
     return fingerprint([[row[language] for language in languages] for row in rows]), columns
 
 

@@ -104,7 +104,7 @@ def test_the_first_rows_alone_are_answered_when_a_limit_is_given(tmp_path, monke
     reply_with(monkeypatch, REPLIES.get, tokens=8)
     path = tmp_path / "answers.jsonl"
     scores = answer_and_score(None, TOKENIZER, ROWS, ("en", "sw"), fit_languages(TEXTS), 8, None, path,
-                              limit=2, reference_nll={"en": [3.0, 4.0], "sw": [1.0, 2.0]})
+                              limit=2, nats={"en": [3.0, 4.0], "sw": [1.0, 2.0]})
     assert scores["en"]["n"] == 2 and scores["questions"] == 3 and scores["en"]["ends"] == 0
     lines = read_answers(path, scores)
     assert [line["row_id"] for line in lines] == ["0", "1"] * 2

@@ -118,9 +118,20 @@ def test_anchor_counts_only_what_fell_per_token():
 @pytest.mark.parametrize("flags, anchors", [
     ([], [clo.CLO_ANCHOR]), (["--anchor", "0"], [0]), (["--anchor", "2"], [2]), (["--method", "sft+dpo"], [0, 0]),
     (["--method", "dpo", "--anchor", "3"], [3])])
-def test_clo_has_an_anchor_unless_another_is_asked_for_and_dpo_has_none(flags, anchors):
-    args = clo.parse_args(["--lang", "sw", *flags])
-    assert [stage.objective.anchor for stage in clo.stages_of(args.method, args, 64)] == anchors
+def test_clo_has_an_anchor_unless_another_is_asked_for_and_dpo_has_none(world, monkeypatch, flags, anchors):
+    seen = {}
+
+    class Seen(Exception):
+        pass
+
+    def stop(args, device, plan, methods):
+        seen.update(methods)
+        raise Seen
+    monkeypatch.setattr(clo, "make_job", stop)
+    with pytest.raises(Seen):
+        clo.main([*world[1], *flags])
+    *_, stages = seen.values()
+    assert [stage.objective.anchor for stage in stages] == anchors
 
 
 def test_the_anchor_pulls_the_right_english_response_up_and_nothing_else(checkpoint):
@@ -214,7 +225,7 @@ def test_with_several_targets_an_english_fork_rejects_every_translation_and_metr
         assert wrong == [tokenizer.response_ids(rows[int(fork.row)][language]["response"])
                          for language in others]
     sums = heldout.summed_logps(model, [batch], "")
-    found = heldout.score([batch], sums, sums, 0.5, ["sw", "yo"])
+    found = heldout.pair_figures([batch], sums, sums, 0.5, ["sw", "yo"])
     for number, side in enumerate(["en", "tgt_sw", "tgt_yo"]):
         right = batch.right[batch.side[batch.right] == number]
         expected = -sums[0][right].sum() / batch.length[right].sum()

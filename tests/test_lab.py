@@ -18,7 +18,7 @@ from engine.files import HeldByAnother, InputError, locked, read_records, write_
 from evals.figures import chrf, chrf_counts
 from formats.records import write_rows
 from lab import data as lab_data
-from lab import measure, plan, plots, report, runner
+from lab import figures, measure, plan, plots, report, runner
 
 SETTINGS = {"model": "m", "data": "d", "eval-data": "e", "dtype": "fp32", "max-new-tokens": 8}
 METHODS = {"sft": {"method": "sft"}, "clo": {"method": "clo", "beta": 0.5},
@@ -80,8 +80,9 @@ def test_a_grid_runs_on_validation_and_its_best_value_is_used_at_every_size(tmp_
 def test_grids_come_before_the_runs_that_wait_for_them_and_those_that_do_not(tmp_path):
     methods = {"clo": {"method": "clo", "lr": [1e-3, 3e-3]}, "sft": {"method": "sft"}}
     done = finish_all(write_plan(tmp_path / "p.json", methods, grid={"size": 20, "seed": 0}))
-    assert [run.split for run in done[1:3]] == ["validation"] * 2
-    assert {run.split for run in done[3:]} == {"test"}
+    assert {(run.method, run.split) for run in done[:2]} == {("base", "test"), ("base", "validation")}
+    assert [run.split for run in done[2:4]] == ["validation"] * 2
+    assert {run.split for run in done[4:]} == {"test"}
 
 
 def test_a_grid_is_decided_without_a_value_that_failed(tmp_path):
@@ -178,7 +179,7 @@ def test_a_run_that_another_process_ended_meanwhile_is_not_made_again(tmp_path, 
     monkeypatch.setattr(runner, "take_free", late)
     monkeypatch.setattr(runner, "perform", lambda table, run, runs: done.append(run.name) or line_of(run))
     runner.work(table, tmp_path, results)
-    assert len(done) == 3 * 4 and plan.base_run(table, "sw").name not in done
+    assert len(done) == 3 * 4 and plan.base_run(table, "sw", "test").name not in done
 
 
 def test_a_failed_command_says_which_it_was_and_where_its_log_is(tmp_path):
@@ -239,15 +240,26 @@ def test_the_short_form_of_ngram_counts_gives_the_same_figure(reply, expected):
 # -------------------------------------------------------------------------------------------------- intervals
 
 def share_figure():
-    return next(figure for figure in report.FIGURES if figure.name == "language")
+    return next(figure for figure in figures.FIGURES if figure.name == "language")
+
+
+@pytest.mark.parametrize("reply, question, echo", [
+    ("Descreva  os efeitos\ndas alterações climáticas. Elas", "Descreva os efeitos das alterações climáticas.", True),
+    ("Nomeie três animais: o cão", "Nomeie três animais", True),
+    ("Os efeitos são", "Descreva os efeitos das alterações climáticas.", False),
+    ("Descreva os efeitos", "Descreva os efeitos das alterações climáticas.", False),
+    ("Sim. Mas", "Sim", False),
+    ("", "", False)])
+def test_an_echo_begins_with_the_question_and_a_short_word_is_none(reply, question, echo):
+    assert measure.is_echo(reply, question) == echo
 
 
 def test_an_interval_has_the_width_that_theory_gives_it():
     draw = np.random.default_rng(1)
-    figure = next(figure for figure in report.FIGURES if figure.name == "bits")
+    figure = next(figure for figure in figures.FIGURES if figure.name == "bits")
     one, other = draw.normal(5, 1, (1, 400)), draw.normal(4, 1, (1, 400))
     counts = np.stack([np.stack([x, np.ones_like(x)], -1) for x in (one, other)], 1)
-    found = report.bootstrap(figure, counts)
+    found = figures.difference(figure, counts)
     half = 1.96 * (one - other).std() / math.sqrt(400)
     assert found.value == pytest.approx((one - other).mean())
     assert (found.high - found.low) / 2 == pytest.approx(half, rel=0.1)
@@ -257,23 +269,58 @@ def test_an_interval_has_the_width_that_theory_gives_it():
 def test_seeds_that_disagree_make_the_interval_wider():
     counts = np.ones((2, 2, 100, 2))
     counts[:, 1, :, 0] = 0.5
-    alike = report.bootstrap(share_figure(), counts)
+    alike = figures.difference(share_figure(), counts)
     counts[0, 1, :, 0], counts[1, 1, :, 0] = 1.0, 0.0
-    apart = report.bootstrap(share_figure(), counts)
+    apart = figures.difference(share_figure(), counts)
     assert alike.value == apart.value == 50
     assert (alike.verdict, apart.verdict) == ("better", "a tie") and apart.seeds == [0, 100]
+    assert apart.low < -500                                            # two seeds tell nearly nothing
+
+
+def test_seeds_alone_make_an_interval_that_misses_one_truth_in_twenty():
+    random, missed = np.random.default_rng(0), 0
+    for _ in range(2000):
+        middle, half = figures.seed_interval(random.normal(1, 2, 3).tolist())
+        missed += not middle - half <= 1 <= middle + half
+    assert missed / 2000 == pytest.approx(0.05, abs=0.015)
+    assert figures.seed_interval([0.3]) == (0.3, 0.0)
+
+
+def test_an_interval_covers_what_the_seeds_say_and_what_the_questions_say():
+    bits = next(figure for figure in figures.FIGURES if figure.name == "bits")
+    counts = np.ones((3, 2, 50, 2))
+    counts[:, 0, :, 0] += np.array([0.1, 0.2, 0.3])[:, None]             # every question alike: seeds decide
+    found = figures.difference(bits, counts)
+    assert (found.low, found.high) == pytest.approx((0.2 - 4.303 * 0.1 / 3 ** 0.5, 0.2 + 4.303 * 0.1 / 3 ** 0.5))
+    counts[:, 0, :, 0] = 1.2 + np.random.default_rng(0).normal(0, 1, 50)                # all seeds alike
+    found = figures.difference(bits, counts)
+    assert (found.low, found.high) == figures.bootstrap(bits, counts)
+
+
+def test_a_usable_reply_is_in_the_language_ends_and_is_no_echo():
+    columns = {"language": [1, 1, 1, 0, None], "ends": [1, 0, 1, 1, 1], "echo": [0, 0, 1, 0, 0]}
+    assert figures.usable_share(columns, "usable") == [(1, True), (0, True), (0, True), (0, True), (0, False)]
+
+
+def test_chrf_per_question_is_the_mean_of_each_ones_own():
+    each = next(figure for figure in figures.FIGURES if figure.name == "chrf each")
+    texts = [("aa bb", "aa bb cc"), ("xy" * 50, "zz")]
+    columns = {"chrf": [measure.short_counts(*pair) for pair in texts]}
+    line = {"questions": {"sw": columns}}
+    wanted = [float(chrf(np.array(chrf_counts(*pair), float))) for pair in texts]
+    assert float(each.of_sums(each.counts(line, "sw").sum(0))) == pytest.approx(sum(wanted) / 2)
 
 
 def test_a_share_that_is_the_same_on_a_few_questions_is_not_certain():
     counts = np.ones((3, 2, 5, 2))
-    found = report.bootstrap(share_figure(), counts)
+    found = figures.difference(share_figure(), counts)
     assert found.low < 0 < found.high and found.verdict == "a tie"
 
 
 def test_a_difference_smaller_than_what_is_shown_is_a_tie():
-    figure = next(figure for figure in report.FIGURES if figure.name == "bits")
-    assert report.Difference(figure, 9, 2e-4, 1e-4, 3e-4, [2e-4]).verdict == "a tie"
-    assert report.Difference(figure, 9, 2e-2, 1e-2, 3e-2, [2e-2]).verdict == "worse"
+    figure = next(figure for figure in figures.FIGURES if figure.name == "bits")
+    assert figures.Difference(figure, 9, 2e-4, 1e-4, 3e-4, [2e-4]).verdict == "a tie"
+    assert figures.Difference(figure, 9, 2e-2, 1e-2, 3e-2, [2e-2]).verdict == "worse"
 
 
 # ------------------------------------------------------------------------------------------------------- page
@@ -295,15 +342,17 @@ def section_of(text, number):
 
 
 def test_a_sentence_says_no_more_than_its_interval_and_a_question_without_runs_is_not_run():
-    lines = [made_up("base", rows=0, right=0.1), *(made_up("sft", seed=seed, right=0.2) for seed in (0, 1)),
-             *(made_up("clo", seed=seed, right=0.9) for seed in (0, 1))]
+    lines = [made_up("base", rows=0, right=0.1), *(made_up("sft", seed=seed, right=0.2) for seed in (0, 1, 2)),
+             *(made_up("clo", seed=seed, right=0.9) for seed in (0, 1, 2))]
     text = report.page(lines)
     answer = section_of(text, 1)
-    assert ("clo against sft (2 seeds): in sw (40 questions) **better** in language of replies, bits per byte"
+    assert ("clo against sft (3 seeds): in sw (40 questions) **better** in language of replies, bits per byte"
             in answer)
-    assert "a tie in chrF, language confusion, replies that end" in answer
+    assert "a tie in chrF, chrF per question, language confusion, replies that end" in answer
     for number in (2, 3, 4, 5, 6):
         assert report.NOT_RUN in section_of(text, number)
+    short = text.split("## In short")[1].split("\n## ")[0]
+    assert "p, sw, 100 rows: clo against sft" in short and "sft against" not in short
 
 
 def test_twice_the_rows_are_compared_where_both_sizes_were_run():
@@ -381,9 +430,24 @@ def test_a_readme_without_the_place_of_its_table_is_left_alone(text):
 
 def test_plots_are_drawn_of_what_there_is(tmp_path):
     pytest.importorskip("matplotlib")
+    (tmp_path / "replication-nll-p.png").write_bytes(b"of lines that are gone")
     report.write([made_up("base", rows=0), made_up("sft"), made_up("clo")], tmp_path)
     assert sorted(path.name for path in tmp_path.iterdir()) == [
-        "replication-content-p.png", "replication-target-p.png", report.PAGE]
+        "replication-base-p.png", "replication-content-p.png", "replication-target-p.png", report.PAGE]
+
+
+def test_figures_are_drawn_by_rows_where_there_are_three_sizes(tmp_path):
+    pytest.importorskip("matplotlib")
+    lines = [made_up("base", rows=0)]
+    lines += [made_up(method, rows, seed) for method in ("sft", "clo") for rows in (10, 20, 40) for seed in (0, 1)]
+    told = report.curves(lines)["p-sw"]
+    assert {method: sorted(by_rows) for method, by_rows in told[0, "bits/byte"].items()} == {
+        "sft": [10, 20, 40], "clo": [10, 20, 40]}
+    assert all(len(values) == 2 for values in told[0, "bits/byte"]["clo"].values())
+    report.write(lines, tmp_path)
+    assert (tmp_path / "replication-curves-p-sw.png").is_file()
+    assert "(replication-curves-p-sw.png)" in (tmp_path / report.PAGE).read_text()
+    assert report.curves(lines[:5]) == {}
 
 
 def test_without_matplotlib_the_page_comes_alone(tmp_path, monkeypatch, capsys):

@@ -179,8 +179,9 @@ def test_methods_that_prefer_refuse_data_without_any_pair():
         job.check_pairs(equal_forks(), "rows", methods("sft+dpo", "clo"))
 
 
-def methods(baseline: str, method: str) -> dict[str, list[clo.Stage]]:
-    return clo.wanted_methods(clo.parse_args(["--lang", "sw", "--baseline", baseline, "--method", method]), 8)
+def methods(*names: str) -> dict[str, list[clo.Stage]]:
+    asked = clo.Stage("clo", CLO, 1.0, 1e-3, 0.1, 0.0, 1.0, 0, 0, 100)
+    return {name: clo.stages_of(name, asked, 0.0, 1.0) for name in ("base", *names)}
 
 
 def test_our_adamw_is_torchs_bit_for_bit():

@@ -8,7 +8,7 @@ import pytest
 from lesson_7 import draw, holm, needed
 
 from evals.figures import ratio
-from lab.report import FIGURES, bootstrap
+from lab.figures import FIGURES, bootstrap
 
 
 def noise(*shape, seed=0):
@@ -50,11 +50,11 @@ def test_1_draw_takes_seeds_with_replacement():
 def test_1_draw_gives_the_interval_of_the_lab():
     one, other = bits(noise(3, 100)), bits(noise(3, 100, seed=1) + 0.2)
     figure = next(figure for figure in FIGURES if figure.name == "bits")
-    theirs = bootstrap(figure, np.stack((one, other), 1))
+    their_low, their_high = bootstrap(figure, np.stack((one, other), 1))
     low, high = np.quantile(draw(one, other, ratio, draws=4000), (0.025, 0.975))
-    width = theirs.high - theirs.low
-    assert low == pytest.approx(theirs.low, abs=0.08 * width)
-    assert high == pytest.approx(theirs.high, abs=0.08 * width)
+    width = their_high - their_low
+    assert low == pytest.approx(their_low, abs=0.08 * width)
+    assert high == pytest.approx(their_high, abs=0.08 * width)
 
 
 @pytest.mark.parametrize("wins, losses, same", [(9, 7, 168), (30, 1, 10), (5, 0, 5), (0, 0, 12)])
