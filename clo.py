@@ -213,9 +213,9 @@ def train(model: llama.Llama, parameters: dict, stage: Stage, packed: list, vali
     device = model.head.device
     optimizer = make_optimizer(parameters.values(), stage.rate, stage.weight_decay, device)
     done = runs.load_checkpoint(directory / "checkpoint", parameters, optimizer)
-    log = runs.Metrics(directory, done, tensorboard)
+    log = runs.MetricsLog(directory, done, tensorboard)
     bar = progress(total=len(order), initial=done, desc=f"train {stage.name}", unit="step")
-    with log, bar, runs.StopSignal() as stop:
+    with bar, runs.StopSignal() as stop:
         if not done:
             log.write({"step": 0} | validate(0))
         else:
@@ -433,7 +433,7 @@ def main(argv=None) -> None:
     if device.type == "cuda":
         ranks.fix_order_of_sums()
     args.base = args.model                                             # as it was named: the adapter says it
-    args.model = str(hub.local(args.model, weights=() if args.dry_run else hub.WEIGHTS))    # where it lies
+    args.model = str(hub.model_directory(args.model, weights=() if args.dry_run else hub.WEIGHTS))
     config = read_config(args.model)
     anchor = CLO_ANCHOR if args.anchor is None else args.anchor
     objective = Objective(args.lam, tuple(args.nll.split(",")), args.beta, args.preference, anchor)

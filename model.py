@@ -495,7 +495,7 @@ def load(path, device="cpu", dtype=torch.float32, adapter=None, recompute=False,
     fine). Peak host memory is the model's and one shard. InputError when anything is missing, surplus,
     damaged or of another shape.
     """
-    path = hub.local(path)
+    path = hub.model_directory(path)
     model, weights, names = open_checkpoint(path, dtype, recompute, compiler)
     state = {}
     for name, tensor in read_tensors(weights, names, adapter):

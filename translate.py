@@ -29,7 +29,7 @@ from engine.files import InputError, append_jsonl, fingerprint, locked, writing
 from engine.progress import progress
 from formats import hub
 from formats.languages import UNSPACED, language_list, normal, script_of, suggestion
-from formats.markup import KEEP, TEXT, WORD, hide, parse, show, split_edges, split_spans
+from formats.markup import KEEP, TEXT, WORD, hide, parse, split_edges, split_spans, unhide
 from formats.records import identifier, languages_of, require_languages
 from formats.translated import Key, describe_faults, file_failed_, read_done
 from formats.weights import DTYPES
@@ -47,14 +47,14 @@ UNKNOWN_SHARE = 0.1   # a source with more unknown tokens than this cannot be tr
 # ---- segments ----
 
 @dataclass
-class Job:
-    """How to translate: every function below needs most of it. hear(n) is told of n generated tokens."""
+class Direction:
+    """A translator, its two languages, how it searches. on_tokens(n) is called when n more are generated."""
     translator: Translator
     source: str
     target: str
     beams: int = 5
     batch_tokens: int = 2048
-    hear: Callable[[int], None] = lambda generated: None
+    on_tokens: Callable[[int], None] = lambda generated: None
 
     def source_ids(self, text: str) -> list[int]:
         tokenizer = self.translator.tokenizer
@@ -86,19 +86,20 @@ class Job:
 Draft = tuple[str, str | None]  # a translation and its fault, if any
 
 
-def translate_sentences(texts: list[str], job: Job, beams: int, no_repeat: int = 0) -> list[Draft]:
+def translate_sentences(texts: list[str], direction: Direction, beams: int,
+                        no_repeat: int = 0) -> list[Draft]:
     """The drafts of some texts, made in batches of like length."""
-    model = job.translator.model
-    tokenizer = job.translator.tokenizer
-    language = tokenizer.languages[job.target]
+    model = direction.translator.model
+    tokenizer = direction.translator.tokenizer
+    language = tokenizer.languages[direction.target]
     longest = model.config.max_position_embeddings
     most = MAX_LOGITS // (beams * len(model.head))
-    sources = [job.source_ids(text) for text in texts]
+    sources = [direction.source_ids(text) for text in texts]
     drafts = {}
     waiting = sorted(range(len(texts)), key=lambda i: -len(sources[i]))
     while waiting:
         largest = len(sources[waiting[0]])
-        size = max(1, min(job.batch_tokens // largest, most))
+        size = max(1, min(direction.batch_tokens // largest, most))
         batch = waiting[:size]
         waiting = waiting[size:]
         asked = [sources[i] for i in batch]
@@ -106,39 +107,39 @@ def translate_sentences(texts: list[str], job: Job, beams: int, no_repeat: int =
         outputs = beam_search(model, asked, language, limits, beams, no_repeat=no_repeat)
         for i, ids in zip(batch, outputs):
             text = tokenizer.decode(ids)
-            drafts[i] = text, job.fault(texts[i], sources[i], text, ids)
-        job.hear(sum(map(len, outputs)))
+            drafts[i] = text, direction.fault(texts[i], sources[i], text, ids)
+        direction.on_tokens(sum(map(len, outputs)))
     return [drafts[i] for i in range(len(texts))]
 
 
-def translate_twice(texts: list[str], job: Job) -> list[Draft]:
-    """What fails is tried again, greedily and without repeats."""
-    drafts = translate_sentences(texts, job, job.beams)
-    settled = None, "unknown words"
-    again = [i for i, (_, fault) in enumerate(drafts) if fault not in settled]
+def translate_twice(texts: list[str], direction: Direction) -> list[Draft]:
+    """What fails is tried again, greedily and without repeats; not a source whose words the translator does
+    not know, which it will not know then."""
+    drafts = translate_sentences(texts, direction, direction.beams)
+    again = [i for i, (_, fault) in enumerate(drafts) if fault not in (None, "unknown words")]
     asked = [texts[i] for i in again]
-    second = translate_sentences(asked, job, 1, NO_REPEAT)
+    second = translate_sentences(asked, direction, 1, NO_REPEAT)
     for i, (text, fault) in zip(again, second):
         if fault is None:
             drafts[i] = text, None
     return drafts
 
 
-def translate_segments(segments: list[str], job: Job) -> dict[str, Draft]:
+def translate_segments(segments: list[str], direction: Direction) -> dict[str, Draft]:
     """The draft of each segment, its protected spans in their places."""
     hidden = [hide(segment) for segment in segments]
     texts = [text for text, _ in hidden]
-    drafts = translate_twice(texts, job)
+    drafts = translate_twice(texts, direction)
     done = {}
     for segment, (_, spans), (text, fault) in zip(segments, hidden, drafts):
-        done[segment] = show(text, spans), fault
+        done[segment] = unhide(text, spans), fault
     lost = [segment for segment, (text, _) in done.items() if text is None]
     if lost:
-        done |= translate_around_spans(lost, job)
+        done |= translate_around_spans(lost, direction)
     return done
 
 
-def translate_around_spans(segments: list[str], job: Job) -> dict[str, Draft]:
+def translate_around_spans(segments: list[str], direction: Direction) -> dict[str, Draft]:
     """Where the model loses a span, the texts around the spans are translated on their own."""
     texts = set()
     for segment in segments:
@@ -146,7 +147,7 @@ def translate_around_spans(segments: list[str], job: Job) -> dict[str, Draft]:
             _, core, _ = split_edges(text)
             if WORD.search(core):
                 texts.add(core)
-    known = translate_segments(sorted(texts), job)
+    known = translate_segments(sorted(texts), direction)
     return {segment: around_spans(segment, known) for segment in segments}
 
 
@@ -168,18 +169,18 @@ class Translation(str):
     faults: Counter
 
 
-def translate_documents(texts: list[str], job: Job) -> list[Translation]:
+def translate_documents(texts: list[str], direction: Direction) -> list[Translation]:
     """The translation of each document. A segment is translated once."""
-    parsed = [parse(text, job.fits) for text in texts]
+    parsed = [parse(text, direction.fits) for text in texts]
     segments = {string for parts in parsed for kind, string in parts if kind == TEXT}
-    known = translate_segments(sorted(segments), job)
-    return [put_together(parts, known, job) for parts in parsed]
+    known = translate_segments(sorted(segments), direction)
+    return [put_together(parts, known, direction) for parts in parsed]
 
 
-def put_together(parts: list[tuple[str, str]], known: dict[str, Draft], job: Job) -> Translation:
+def put_together(parts: list[tuple[str, str]], known: dict[str, Draft], direction: Direction) -> Translation:
     """A document of its parts (formats.markup.parse) and their translations."""
-    from_unspaced = script_of(job.source) in UNSPACED
-    to_unspaced = script_of(job.target) in UNSPACED
+    from_unspaced = script_of(direction.source) in UNSPACED
+    to_unspaced = script_of(direction.target) in UNSPACED
     apart = from_unspaced and not to_unspaced
     out = []
     faults = Counter()
@@ -206,20 +207,20 @@ def translate(texts: list[str], source: str, target: str, translator: Translator
     the segments that failed their checks. InputError unless the translator knows both languages."""
     source, target = normal(source), normal(target)
     translator.check(source, [target])
-    return translate_documents(texts, Job(translator, source, target, beams, batch_tokens))
+    return translate_documents(texts, Direction(translator, source, target, beams, batch_tokens))
 
 
 # ---- rows ----
 
-def new_record(row: dict, targets: list[str], job: Job) -> dict:
+def new_record(row: dict, targets: list[str], direction: Direction) -> dict:
     """A row as the file has it, before its translation. hash: another text, translator or setting gives
     another one."""
     languages = sorted(targets)
     # What people have translated stays.
-    own = {code: row.get(code) for code in (job.source, *languages)}
-    dtype = str(job.translator.model.head.dtype)
-    made_by = job.translator.fingerprint, dtype, job.beams
-    made = {"hash": fingerprint(own, job.source, languages, made_by),
+    own = {code: row.get(code) for code in (direction.source, *languages)}
+    dtype = str(direction.translator.model.head.dtype)
+    made_by = direction.translator.fingerprint, dtype, direction.beams
+    made = {"hash": fingerprint(own, direction.source, languages, made_by),
             "into": targets,
             "failed": {},
             "drafts": {}}
@@ -228,54 +229,48 @@ def new_record(row: dict, targets: list[str], job: Job) -> dict:
     return {label: row["row_id"], **rest, "clo": made}
 
 
-def translate_sides(rows: list[dict], job: Job) -> list[dict[str, Translation]]:
-    """{"prompt", "response"} of each row in the job's target."""
-    texts = []
-    for row in rows:
-        side = row[job.source]
-        texts += [side["prompt"], side["response"]]
-    done = translate_documents(texts, job)
-    pairs = zip(done[::2], done[1::2])
-    return [{"prompt": prompt, "response": response} for prompt, response in pairs]
-
-
-def fill_(records: list[dict], targets: list[str], job: Job) -> None:
+def translate_records_(records: list[dict], targets: list[str], direction: Direction) -> None:
     """Translate some records. A translation that a row already has stays."""
     for target in targets:
         todo = [record for record in records if target not in record]
-        sides = translate_sides(todo, replace(job, target=target))
-        for record, side in zip(todo, sides):
-            record[target] = side
-            faults = side["prompt"].faults + side["response"].faults
+        texts = []
+        for record in todo:
+            side = record[direction.source]
+            texts += [side["prompt"], side["response"]]
+        done = translate_documents(texts, replace(direction, target=target))
+        for record, prompt, response in zip(todo, done[::2], done[1::2]):
+            record[target] = {"prompt": prompt, "response": response}
+            faults = prompt.faults + response.faults
             if faults:
                 record["clo"]["failed"][target] = dict(faults)
 
 
-def filled(todo: list[dict], targets: list[str], job: Job, chunk: int) -> Iterator[list[dict]]:
+def translated_chunks(todo: list[dict], targets: list[str], direction: Direction,
+                      chunk: int) -> Iterator[list[dict]]:
     """The records with their translations, a chunk a rank at a time, the same on every rank."""
     together = chunk * ranks.size()
     for first in range(0, len(todo), together):
-        own = first + chunk * ranks.rank()  # nothing where the last round has fewer chunks than ranks
-        part = todo[own:min(own + chunk, first + together)]
-        fill_(part, targets, job)
+        own = first + chunk * ranks.rank()
+        part = todo[own:own + chunk]        # empty where the last round has fewer chunks than ranks
+        translate_records_(part, targets, direction)
         yield [*itertools.chain(*ranks.gather([part]))]
 
 
 def speedometer(bar: tqdm) -> Callable[[int], None]:
-    """Shows on a bar how fast tokens are generated, when it is told of them."""
+    """A function that shows on a bar how fast tokens are generated, called with how many are new."""
     tokens = 0
     start = time.perf_counter()
 
-    def hear(generated: int) -> None:
+    def add(generated: int) -> None:
         nonlocal tokens
         tokens += generated * ranks.size()  # the other ranks have as much to do
         seconds = time.perf_counter() - start
         bar.set_postfix_str(f"{tokens / seconds:,.0f} tokens/s")
-    return hear
+    return add
 
 
-def complete_file(path: Path, records: list[dict], targets: list[str], job: Job, keep_failed: bool,
-                  chunk: int) -> list[dict]:
+def complete_file(path: Path, records: list[dict], targets: list[str], direction: Direction,
+                  keep_failed: bool, chunk: int) -> list[dict]:
     """The records as the file has them; those that it has not are made now, and appended."""
     keys = [(identifier(record, path), record["clo"]["hash"]) for record in records]
 
@@ -287,11 +282,11 @@ def complete_file(path: Path, records: list[dict], targets: list[str], job: Job,
         done = ranks.on_first(begin)
         todo = {key: record for key, record in zip(keys, records) if key not in done}
         finished = len(records) - len(todo)
-        title = f"{job.source} -> {','.join(targets)}"
+        title = f"{direction.source} -> {','.join(targets)}"
         made = []
         with progress(total=len(records), initial=finished, desc=title, unit="row") as bar:
-            job.hear = speedometer(bar)
-            for found in filled([*todo.values()], targets, job, chunk):
+            direction = replace(direction, on_tokens=speedometer(bar))
+            for found in translated_chunks([*todo.values()], targets, direction, chunk):
                 for record in found:
                     file_failed_(record, keep_failed)
                 if ranks.rank() == 0:
@@ -303,7 +298,7 @@ def complete_file(path: Path, records: list[dict], targets: list[str], job: Job,
     return [done[key] for key in keys]
 
 
-def translate_rows(rows: list[dict], translator: Translator, source: str, target: str | list[str], path,
+def translate_rows(rows: list[dict], translator: Translator, source: str, target: str | list[str], path=None,
                    beams: int = 5, batch_tokens: int = 2048, keep_failed: bool = False,
                    chunk: int = 32) -> list[dict]:
     """The rows with their translation into `target` (a code or several), through the JSONL file `path`.
@@ -311,16 +306,21 @@ def translate_rows(rows: list[dict], translator: Translator, source: str, target
     Every `chunk` rows their lines are appended; a run killed at any moment goes on from there. Ranks take a
     chunk each and the first one writes: the file is that of one process. A row of which a segment failed is
     left out of the result, and its translation is filed under "clo", unless keep_failed.
+
+    Without a path nothing is written and no row is left out: to look at before a run.
     """
     source = normal(source)
     given = [target] if isinstance(target, str) else target
     targets = [*dict.fromkeys(map(normal, given))]
     translator.check(source, targets)
     rows = require_languages(rows, source)
-    job = Job(translator, source, targets[0], beams, batch_tokens)
-    records = [new_record(row, targets, job) for row in rows]
-    records = complete_file(Path(path), records, targets, job, keep_failed, chunk)
-    print(describe_faults(records, targets, keep_failed))
+    direction = Direction(translator, source, targets[0], beams, batch_tokens)
+    records = [new_record(row, targets, direction) for row in rows]
+    if path is None:
+        translate_records_(records, targets, direction)
+    else:
+        records = complete_file(Path(path), records, targets, direction, keep_failed, chunk)
+        print(describe_faults(records, targets, keep_failed))
     translated = []
     for row, record in zip(rows, records):
         if set(targets) <= record.keys():
@@ -339,16 +339,6 @@ def translator_for(rows: list[dict], targets: list[str], path, device) -> Transl
             raise InputError(f"--lang {target}{near}: the data hold {', '.join(held)} and the translator "
                              f"{path} knows {known}")
     return translator
-
-
-def translate_ahead(rows: list[dict], translator: Translator, source: str, targets: list[str],
-                    beams: int) -> list[dict]:
-    """The rows with their translations, failed or not, and nothing written: to look at before a run."""
-    translator.check(source, targets)
-    for target in targets:
-        sides = translate_sides(rows, Job(translator, source, target, beams))
-        rows = [row | {target: side} for row, side in zip(rows, sides)]
-    return rows
 
 
 # ---- command line ----
@@ -374,14 +364,14 @@ def parse_args(argv=None):
     return parser.parse_args(argv)
 
 
-def print_translations(args, targets: list[str], translator: Translator) -> None:
-    """--text in each language; what the checks say goes to stderr."""
-    translator.check(args.source, targets)
+def print_translations(text: str, source: str, targets: list[str], translator: Translator, beams: int,
+                       batch_tokens: int) -> None:
+    """The text in each language; what the checks say goes to stderr."""
+    translator.check(source, targets)
     for target in targets:
-        found = translate([args.text], args.source, target, translator, args.beams, args.batch_tokens)
-        text = found[0]
-        print(text)
-        for fault, number in text.faults.items():
+        found, = translate([text], source, target, translator, beams, batch_tokens)
+        print(found)
+        for fault, number in found.faults.items():
             print(f"{target}: {number} of the text's segments failed a check: {fault}", file=sys.stderr)
 
 
@@ -401,7 +391,8 @@ def main():
     targets = [*dict.fromkeys(language_list(args.lang))]
     dtype = DTYPES.get(args.dtype)
     if args.text is not None:
-        print_translations(args, targets, load(args.translator, device, dtype))
+        translator = load(args.translator, device, dtype)
+        print_translations(args.text, args.source, targets, translator, args.beams, args.batch_tokens)
         return
     out = Path(args.out or f"translated-{','.join(targets)}.jsonl")
     check_out(out, hub.data_file(args.data))

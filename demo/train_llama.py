@@ -22,7 +22,7 @@ import model as llama
 from data import load_tokenizer
 from demo import training
 from demo.render import LANGUAGES, Fact, World
-from engine.files import read_json
+from engine.files import read_json, write_json
 from formats.checkpoints import save
 from formats.configs import Config
 
@@ -77,10 +77,10 @@ def train_tokenizer(world: World, vocab_size: int, directory: Path) -> None:
     sentences = (pieces for language in LANGUAGES for pieces in world.sentence_pieces(language))
     tokenizer.train_from_iterator((piece for pieces in sentences for piece in pieces), trainer)
     directory.mkdir(parents=True, exist_ok=True)
-    training.write_json(directory / "tokenizer_config.json", {
+    write_json(directory / "tokenizer_config.json", {
         "tokenizer_class": "PreTrainedTokenizerFast", "bos_token": BOS, "eos_token": EOS, "pad_token": PAD,
         "clean_up_tokenization_spaces": False, "chat_template": CHAT_TEMPLATE})
-    training.write_json(directory / "generation_config.json", TOKEN_IDS)
+    write_json(directory / "generation_config.json", TOKEN_IDS)
     tokenizer.save(str(directory / "tokenizer.json"))  # the last: it tells that the tokenizer is whole
 
 
@@ -203,7 +203,7 @@ def train(world: World, facts: list[Fact], config: Config, schedules: tuple[trai
         model = llama.load(part)  # as a build that goes on has it: rounded to bfloat16
     save(model, directory, torch.bfloat16)
     config_file = directory / "config.json"
-    training.write_json(config_file, read_json(config_file) | TOKEN_IDS)
+    write_json(config_file, read_json(config_file) | TOKEN_IDS)
     training.drop_parts(directory)
 
 

@@ -7,7 +7,6 @@ question about a held-out fact and no statement of one is among them.
 """
 
 import io
-import json
 import random
 import unicodedata
 from collections import defaultdict
@@ -23,6 +22,7 @@ from torch import nn
 import kernels
 from demo import training
 from demo.render import Fact, LANGUAGES, World
+from engine.files import read_json, write_json
 from m2m100 import tokenizer as spm
 from m2m100.network import Config, M2M100, load_model
 from formats.weights import save_tensors
@@ -84,7 +84,7 @@ def train_tokenizer(world: World, vocab_size: int, directory: Path) -> None:
     for i in range(processor.get_piece_size()):
         vocab.setdefault(processor.id_to_piece(i), len(vocab))
     write_tokenizer_configs(directory)
-    training.write_json(directory / "vocab.json", vocab)  # the last: it tells that the tokenizer is whole
+    write_json(directory / "vocab.json", vocab)  # the last: it tells that the tokenizer is whole
 
 
 def without_text(model: bytes, text: str) -> bytes:
@@ -110,16 +110,15 @@ def write_tokenizer_configs(directory: Path) -> None:
     tokens = {"bos_token": "<s>", "eos_token": "</s>", "sep_token": "</s>", "pad_token": "<pad>",
               "unk_token": "<unk>"}
     languages = [f"__{code}__" for code in CODES]
-    training.write_json(directory / "special_tokens_map.json",
-                        tokens | {"additional_special_tokens": languages})
-    training.write_json(directory / "tokenizer_config.json", tokens | {
+    write_json(directory / "special_tokens_map.json", tokens | {"additional_special_tokens": languages})
+    write_json(directory / "tokenizer_config.json", tokens | {
         "tokenizer_class": "M2M100Tokenizer", "language_codes": "m2m100", "num_madeup_words": MADE_UP,
         "src_lang": "en", "tgt_lang": None, "additional_special_tokens": languages})
 
 
 def vocab_size(directory: Path) -> int:
     """Rows of the embedding table: the vocabulary, M2M100's languages, its ids without use."""
-    return len(json.loads((directory / "vocab.json").read_text(encoding="utf-8"))) + len(CODES) + MADE_UP
+    return len(read_json(directory / "vocab.json")) + len(CODES) + MADE_UP
 
 
 class Encoder:
@@ -128,7 +127,7 @@ class Encoder:
     def __init__(self, directory: Path):
         spm = directory / "sentencepiece.bpe.model"
         self.processor = sentencepiece.SentencePieceProcessor(model_file=str(spm))
-        self.vocab = json.loads((directory / "vocab.json").read_text(encoding="utf-8"))
+        self.vocab = read_json(directory / "vocab.json")
         self.language = {code: len(self.vocab) + i for i, code in enumerate(CODES)}
 
     def pieces(self, text: str) -> list[int]:
@@ -240,12 +239,12 @@ def loss_of(model: M2M100, batch: list[Sentence]) -> torch.Tensor:
 def save(model: M2M100, directory: Path) -> None:
     """Configs and weights in Hugging Face layout, the weights last."""
     directory.mkdir(exist_ok=True)
-    training.write_json(directory / "config.json", {
+    write_json(directory / "config.json", {
         "architectures": ["M2M100ForConditionalGeneration"], "model_type": "m2m_100",
         "is_encoder_decoder": True, **asdict(model.config), "num_hidden_layers": model.config.encoder_layers,
         "dropout": 0.0, "attention_dropout": 0.0, "activation_dropout": 0.0, "encoder_layerdrop": 0.0,
         "decoder_layerdrop": 0.0, "torch_dtype": "bfloat16"})
-    training.write_json(directory / "generation_config.json", {
+    write_json(directory / "generation_config.json", {
         "bos_token_id": 0, "pad_token_id": PAD, "eos_token_id": EOS, "decoder_start_token_id": EOS,
         "num_beams": 5, "max_length": 200, "early_stopping": True})
     weights = {name: tensor.to(torch.bfloat16).contiguous() for name, tensor in model.state_dict().items()}

@@ -1,6 +1,5 @@
 """The optimisation loop that the demo's two models share."""
 
-import json
 import math
 import random
 import shutil
@@ -57,10 +56,6 @@ def endless(items: list, rng: random.Random) -> Iterator:
     """The items again and again, each round in another order."""
     while True:
         yield from rng.sample(items, len(items))
-
-
-def write_json(path: Path, value: dict) -> None:
-    path.write_text(json.dumps(value, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
 
 
 def padded(rows: list[list[int]], fill: int) -> Tensor:

@@ -6,6 +6,7 @@ import functools
 import gzip
 import hashlib
 import io
+import itertools
 import json
 import os
 import re
@@ -14,6 +15,7 @@ import socket
 import sys
 import time
 import zlib
+from collections.abc import Iterator
 from pathlib import Path
 
 from safetensors import SafetensorError
@@ -240,23 +242,38 @@ def append_jsonl(path: Path, records) -> None:
         file.writelines(map(json_line, records))
 
 
-def whole_lines(path: Path) -> list[bytes]:
-    """The lines of a file that is appended to, without the half one that a kill leaves."""
-    return path.read_bytes().split(b"\n")[:-1] if path.exists() else []
+def read_journal(path: Path, remedy: str) -> Iterator[tuple[str, dict]]:
+    """Yields ("file:line", object) of each line of a file that is appended to, but for the half one that a
+    kill leaves. InputError, with the remedy, when it comes to a damaged line."""
+    lines = path.read_bytes().split(b"\n")[:-1] if path.exists() else []
+    for number, line in enumerate(lines, 1):
+        where = f"{path}:{number}"
+        try:
+            record = as_kind(parse_json(line, path, remedy, number), dict, where)
+        except InputError:
+            raise InputError(f"{where}: damaged: {remedy}") from None
+        yield where, record
 
 
-def directory_fingerprint(path: Path) -> str:
-    """Hash of a checkpoint: the names and sizes of its files, small ones whole, of large ones SAMPLES blocks
-    spread evenly (to read gigabytes would take a minute; training changes a tensor all over)."""
+def free_name(path: Path) -> Path:
+    """A name beside it that nothing has yet, for what is kept when the path is written anew."""
+    names = (path.with_name(f"{path.name}.old-{number}") for number in itertools.count(1))
+    return next(name for name in names if not name.exists())
+
+
+def directory_fingerprint(path: Path, *patterns: str) -> str:
+    """Hash of the files of a checkpoint whose names match: names, sizes, and SAMPLES blocks spread evenly,
+    all of a small file (to read gigabytes would take a minute; training changes a tensor all over)."""
     digest = hashlib.sha256()
     for file in sorted(path.iterdir()):
-        if file.suffix in (".json", ".model", ".safetensors", ".bin"):
-            size = file.stat().st_size
-            digest.update(f"{file.name} {size} ".encode())
-            with open(file, "rb") as stream:
-                for i in range(SAMPLES):
-                    stream.seek(max(i * SAMPLE_BYTES, i * size // SAMPLES))
-                    digest.update(stream.read(SAMPLE_BYTES))
+        if not any(map(file.match, patterns)):           # other programs put files of theirs beside
+            continue
+        size = file.stat().st_size
+        digest.update(f"{file.name} {size} ".encode())
+        with open(file, "rb") as stream:
+            for i in range(SAMPLES):
+                stream.seek(max(i * SAMPLE_BYTES, i * size // SAMPLES))
+                digest.update(stream.read(SAMPLE_BYTES))
     return digest.hexdigest()[:16]
 
 
@@ -287,23 +304,21 @@ class Journal:
         self.file = open(path, "a", encoding="utf-8", newline="\n", buffering=1)     # written line by line
 
     def read(self, settings: dict) -> list[dict]:
-        found = []
-        for number, line in enumerate(whole_lines(self.path), 1):
-            try:
-                found.append(json.loads(line))
-                for key in self.keys if number > 1 else ("settings",):
-                    need(found[-1], key, number)
-            except (ValueError, RecursionError):
-                raise InputError(f"{self.path}:{number}: damaged; delete the file, "
-                                 f"or start over with --fresh") from None
-        before = as_kind(found[0]["settings"], dict, f"{self.path}:1") if found else settings
+        lines = [*read_journal(self.path, "delete the file, or start over with --fresh")]
+        if not lines:
+            return []
+        (where, first), *answers = lines
+        before = as_kind(need(first, "settings", where), dict, where)
+        for where, answer in answers:
+            for key in self.keys:
+                need(answer, key, where)
         key = first_difference(before, settings)
         if key is not None:
             raise InputError(f"{self.path} was begun with {key} = {before.get(key)!r}, now it is "
                              f"{settings.get(key)!r}: choose another --out, or start over with --fresh")
-        if len(found) > 1:
-            print(f"{self.path} holds {len(found) - 1} answers: going on behind them")
-        return found[1:]
+        if answers:
+            print(f"{self.path} holds {len(answers)} answers: going on behind them")
+        return [answer for _, answer in answers]
 
     def add(self, line: dict) -> None:
         self.done.append(line)

@@ -18,7 +18,7 @@ import kernels
 import model as llama
 import translate
 from engine import ranks, runs, scale
-from engine.files import InputError, fingerprint
+from engine.files import InputError, directory_fingerprint, fingerprint
 from evals import heldout
 from evals.language import LanguageModel, fit_languages, texts_by_language
 from formats import hub
@@ -155,11 +155,12 @@ def read_split(path: str, eval_data: str | None, languages: tuple[str, ...], tur
 def translated(split: data.Split, translator, source: str, missing: list[str], beams: int, keep_failed: bool,
                run: Path | None) -> list[dict]:
     """The rows of a split with the languages they lack; without a run directory the first few."""
+    rows, path = split.rows, None
     if run is None:
-        return translate.translate_ahead(split.rows[:split.apart + LOOK], translator, source, missing, beams)
-    path = run / f"translated-{','.join(missing)}.jsonl"
-    return translate.translate_rows(split.rows, translator, source, missing, path, beams,
-                                    keep_failed=keep_failed)
+        rows = rows[:split.apart + LOOK]
+    else:
+        path = run / f"translated-{','.join(missing)}.jsonl"
+    return translate.translate_rows(rows, translator, source, missing, path, beams, keep_failed=keep_failed)
 
 
 def check_pairs(groups: list[list[data.Fork]], path: str, methods: dict[str, list]) -> None:
@@ -173,11 +174,12 @@ def check_pairs(groups: list[list[data.Fork]], path: str, methods: dict[str, lis
 def open_run(out: str, identity: dict, model: str, tokenizer: Tokenizer, plan: scale.Plan,
              fresh: bool) -> tuple[Path, str, scale.Plan]:
     """The run directory, a hash of what the run is, and its plan as it was when it began."""
-    inputs = {"model": runs.model_fingerprint(model), "tokenizer": tokenizer.fingerprint}
+    inputs = {"model": directory_fingerprint(Path(model), *hub.MODEL_FILES),
+              "tokenizer": tokenizer.fingerprint}
     for flag in ("data", "eval_data"):
         inputs[flag] = identity[flag] and fingerprint(hub.data_file(identity[flag]))
     chosen = {"dtype": plan.dtype, "dtype_why": plan.dtype_why, "micro_rows": plan.micro_rows}
-    run, chosen = ranks.on_first(lambda: runs.open_run(out, identity, inputs, chosen, fresh))
+    run, chosen = ranks.on_first(lambda: runs.claim_run(out, identity, inputs, chosen, fresh))
     return run, fingerprint(identity, inputs), replace(plan, **chosen)
 
 

@@ -1,6 +1,6 @@
 """The run directory: what a run is, what it has done, and how a killed one goes on where it stopped.
 
-    runs/NAME/config.json            resolved flags, versions, seed, hashes of the inputs
+    runs/NAME/config.json            flags, versions, hashes of the inputs
              translated-LANG.jsonl   machine-translated rows, appended one by one
              reference/HASH.safetensors    reference log-probs, keyed by everything they depend on
              report.json, report.md
@@ -13,7 +13,6 @@ Everything is written under a temporary name and renamed, so a file that is ther
 """
 
 import itertools
-import json
 import os
 import platform
 import re
@@ -26,8 +25,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from engine import ranks
-from engine.files import (InputError, empty_directory, fingerprint, first_difference, put_in_place, read_json,
-                          remove, write_json, write_text, writing)
+from engine.files import (InputError, append_jsonl, empty_directory, first_difference, free_name,
+                          put_in_place, read_journal, read_json, remove, write_json, write_jsonl, writing)
 from formats.weights import save_tensors
 
 CHECKPOINTS_KEPT = 2
@@ -35,16 +34,7 @@ STATE = ("weight", "step", "exp_avg", "exp_avg_sq")     # of a parameter: itself
 READ = ("model", "data", "eval_data", "translator")     # flags that name what a run reads: never moved away
 
 
-def model_fingerprint(directory) -> str:
-    """Of config.json and the names, sizes and modification times of the weight files
-    (hashing 16 GB takes a minute)."""
-    directory = Path(directory)
-    files = [(path.name, path.stat().st_size, path.stat().st_mtime_ns)
-             for path in sorted(directory.glob("*.safetensors"))]
-    return fingerprint(directory / "config.json", files)
-
-
-def open_run(directory, flags: dict, inputs: dict, chosen: dict, fresh: bool = False) -> tuple[Path, dict]:
+def claim_run(directory, flags: dict, inputs: dict, chosen: dict, fresh: bool = False) -> tuple[Path, dict]:
     """(run directory, what it chose when it began) for these flags and inputs: made, or taken up again when
     config.json says the same.
 
@@ -59,12 +49,13 @@ def open_run(directory, flags: dict, inputs: dict, chosen: dict, fresh: bool = F
     with writing(directory):
         if fresh:
             move_aside(directory, [Path(flags[name]) for name in READ if flags.get(name)])
-        before = read_run(path)
+        before = read_run_config(path)
         there = {entry.name for entry in directory.iterdir()} if directory.exists() else set()
-        # A kill leaves half a config.json; a run whose input was refused, nothing else.
-        if not there - {"config.json.tmp", before and "config.json"}:
-            write_json(path, {"flags": flags, "inputs": inputs, "chosen": chosen, "seed": flags["seed"],
-                              "versions": versions})
+        # A run of other flags that has done nothing yet gives up its place. So does what a kill left of one:
+        # half a config.json under its temporary name.
+        idle = {"config.json.tmp", "config.json"} if before else {"config.json.tmp"}
+        if there <= idle:
+            write_json(path, {"flags": flags, "inputs": inputs, "chosen": chosen, "versions": versions})
             return directory, chosen
     if before is None:
         raise InputError(f"{directory} is not empty and holds no run (config.json is missing, damaged or "
@@ -74,15 +65,15 @@ def open_run(directory, flags: dict, inputs: dict, chosen: dict, fresh: bool = F
     return directory, before.get("chosen", chosen)
 
 
-def read_run(path: Path) -> dict | None:
+def read_run_config(path: Path) -> dict | None:
     """The config.json of a run; None when it is none: missing, damaged, or another program's
     (a model's config.json has the same name)."""
     try:
         config = read_json(path)
     except InputError:
         return None
-    whole = all(isinstance(config.get(part), dict) for part in ("flags", "inputs", "versions"))
-    return config if whole else None
+    is_run = all(isinstance(config.get(part), dict) for part in ("flags", "inputs", "versions"))
+    return config if is_run else None
 
 
 def compare_runs(directory: Path, before: dict, flags: dict, inputs: dict) -> None:
@@ -100,13 +91,12 @@ def compare_runs(directory: Path, before: dict, flags: dict, inputs: dict) -> No
 
 def move_aside(directory: Path, needed: list[Path]) -> None:
     """Give the directory of a run, and no other one, a name of its own, so that nothing is lost."""
-    if read_run(directory / "config.json") is None:
+    if read_run_config(directory / "config.json") is None:
         return
     for kept in needed:
         if kept.exists() and kept.resolve().is_relative_to(directory.resolve()):
             raise InputError(f"--fresh would move {kept} away, which the new run reads: choose another --out")
-    names = (directory.with_name(f"{directory.name}.old-{number}") for number in itertools.count(1))
-    aside = next(name for name in names if not name.exists())
+    aside = free_name(directory)
     os.replace(directory, aside)
     print(f"{directory} is now {aside}: delete it when nobody needs it")
 
@@ -290,45 +280,35 @@ def restore_(parameters: dict[str, Tensor], optimizer, tensors: dict[str, Tensor
             ranks.local_part(state[moment]).copy_(tensors[f"{moment}.{name}"])
 
 
-class Metrics:
+class MetricsLog:
     """metrics.jsonl, one line a step, and TensorBoard's curves when they are wanted. Lines past step `done`,
     where the checkpoint is, are dropped: a killed run wrote further. Only the first rank writes."""
 
     def __init__(self, directory: Path, done: int, tensorboard: bool = False):
-        directory.mkdir(parents=True, exist_ok=True)
-        path = directory / "metrics.jsonl"
-        ranks.on_first(lambda: truncate_metrics(path, done))
-        first = ranks.rank() == 0
-        self.file = open(path if first else os.devnull, "a", encoding="utf-8", buffering=1)
+        self.path = directory / "metrics.jsonl"
+        ranks.on_first(lambda: truncate_metrics(self.path, done))
         self.board = None
-        if tensorboard and first:
+        if tensorboard and ranks.rank() == 0:
             from torch.utils.tensorboard import SummaryWriter
             self.board = SummaryWriter(str(directory / "tensorboard"), purge_step=done)
 
     def write(self, metrics: dict) -> None:
-        self.file.write(json.dumps(metrics) + "\n")
+        if ranks.rank() == 0:
+            append_jsonl(self.path, [metrics])
         for name, value in metrics.items() if self.board else ():
             if isinstance(value, (int, float)) and name != "step":
                 self.board.add_scalar(name, value, metrics["step"])
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *_):
-        self.file.close()
 
 
 def truncate_metrics(path: Path, done: int) -> None:
     """Keep the lines of steps 0 to `done`, none where none is done: a killed run wrote further than its
     checkpoint, perhaps half a line. InputError when one of those is missing or damaged: nothing writes it
     again."""
-    steps = list(range(done + 1)) if done else []
-    try:
-        lines = path.read_text("utf-8", "replace").split("\n")[:len(steps)] if steps else []
-        sound = [json.loads(line)["step"] for line in lines] == steps
-    except (OSError, ValueError, TypeError, KeyError, RecursionError):
-        sound = False
-    if not sound:
+    steps = [*range(done + 1)] if done else []
+    remedy = "start over with --fresh, or choose another --out"
+    lines = itertools.islice(read_journal(path, remedy), len(steps))
+    kept = [metrics for _, metrics in lines]
+    if [metrics.get("step") for metrics in kept] != steps:
         raise InputError(f"{path} is damaged: not every step up to {done}, where the checkpoint is, "
-                         f"has its line: start over with --fresh, or choose another --out")
-    write_text(path, "".join(line + "\n" for line in lines))
+                         f"has its line: {remedy}")
+    write_jsonl(path, kept)

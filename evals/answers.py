@@ -20,8 +20,7 @@ from engine.progress import progress
 from evals.figures import ANSWER_KEYS, languages_told, measure
 from evals.heldout import summed_logps
 from evals.language import LanguageModel, reply_language
-
-HASH_DIGITS = 16
+from formats.languages import normal
 
 # Unicode's punctuation that is part of an answer: "C#", "50%", "A*", "[0, 1)" are not "C", "50", "A", "[0, 1"
 # Dashes (Pd, as in "A-"), connectors (Pc) and opening brackets (Ps) are kept by their category.
@@ -29,7 +28,7 @@ PART_OF_ANSWER = set("#%&*@/\\)]}†‡‰‱′″‴٪؉؊׳״")
 FINAL_CATEGORIES = ("Po", "Pe", "Pi", "Pf")
 # Spaces without width, soft hyphens, marks of direction and of an emoji's style. Joiners and flags are text.
 INVISIBLE = "\u00ad\u061c\u180e\u200b\u200e\u200f\u202a-\u202e\u2060-\u206f\ufe0e\ufe0f\ufeff"
-DOTTED = {"tr", "tur", "az", "aze", "azj"}      # languages whose small I is ı, and whose capital i is İ
+DOTTED = {"tr", "az"}       # languages whose small I is ı, and whose capital i is İ
 
 
 # -------------------------------------------------------------------------------------------- correct replies
@@ -41,7 +40,7 @@ def normalise(text: str, language: str = "") -> str:
     text = re.sub(f"[{INVISIBLE}]", "", text)
     text = unicodedata.normalize("NFC", text)
     text = "".join(map(one_width, text))
-    if re.split("[-_]", language)[0] in DOTTED:
+    if normal(language) in DOTTED:
         text = text.replace("I", "ı")
     text = text.replace("İ", "i").lower().replace("ς", "σ")
     text = unicodedata.normalize("NFC", text)
@@ -126,7 +125,7 @@ def answer_and_score(model, tokenizer, rows: list[dict], languages: tuple[str, .
         "temperature": 0,
         "max_tokens": max_tokens,
         "system_prompt": system,
-        "template": tokenizer.fingerprint[:HASH_DIGITS]}
+        "template": tokenizer.fingerprint}
     return scores | {"questions": len(rows), "decoding": decoding}
 
 

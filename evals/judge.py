@@ -12,7 +12,6 @@ References: AlpacaEval (Dubois et al., arXiv 2404.04475; github.com/tatsu-lab/al
 """
 
 import asyncio
-import hashlib
 import os
 import random
 import re
@@ -20,7 +19,7 @@ from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any
 
-from engine.files import InputError, Journal
+from engine.files import InputError, Journal, fingerprint
 from engine.progress import progress
 from evals.verdict import NoVerdict, read_verdict
 
@@ -170,7 +169,7 @@ def messages(instruction: str, first: str, second: str, language: str) -> list[d
 
 
 def prompt_hash() -> str:
-    return hashlib.sha256((SYSTEM + PROMPT).encode()).hexdigest()[:16]
+    return fingerprint(SYSTEM, PROMPT)
 
 
 async def annotate(pair: dict, judge: Judge) -> dict:

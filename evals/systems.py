@@ -9,10 +9,9 @@ import model as llama
 from engine.files import Journal, directory_fingerprint, fingerprint, write_json
 from engine.progress import progress
 from engine.ranks import pick_dtype
-from evals.answers import HASH_DIGITS
 from formats import hub
 from formats.chat import Tokenizer, load_tokenizer
-from formats.weights import DTYPES, adapter_base, read_adapter
+from formats.weights import ADAPTER_CONFIG, ADAPTER_WEIGHTS, DTYPES, adapter_base, read_adapter
 
 DEFAULT_MODEL = "demo/llama"
 LONGEST_NAME = 120          # characters of a directory's name; file systems hold 255 bytes
@@ -22,7 +21,7 @@ def locate(model: str | None, adapter: str | None) -> tuple[str, str | None]:
     """The checkpoint that --model or else the adapter names, and the adapter's directory."""
     if not adapter:
         return model or DEFAULT_MODEL, None
-    adapter = str(hub.local_adapter(adapter))
+    adapter = str(hub.adapter_directory(adapter))
     return model or adapter_base(adapter), adapter
 
 
@@ -30,7 +29,7 @@ def check_system(model: str | None, adapter: str | None) -> None:
     """Fetch what is not on this machine, and refuse a checkpoint or an adapter that will not load, before
     hours of other work."""
     base, adapter = locate(model, adapter)
-    directory = hub.local(base)
+    directory = hub.model_directory(base)
     load_tokenizer(directory)
     _, weights, names = llama.open_checkpoint(directory)
     if adapter:
@@ -43,15 +42,15 @@ def open_model(model: str | None, adapter: str | None, device: str, dtype: str,
     and the settings that stand beside its numbers."""
     base, adapter = locate(model, adapter)
     dtype = pick_dtype(dtype, device)
-    tokenizer = load_tokenizer(hub.local(base), template_args)
+    tokenizer = load_tokenizer(hub.model_directory(base), template_args)
     print(f"loading {base}{f' with {adapter}' if adapter else ''}: {dtype} on {device}", flush=True)
     loaded = llama.load(base, device, DTYPES[dtype], adapter)
     return loaded, tokenizer, {
         "model": base,
-        "model hash": directory_fingerprint(hub.local(base)),
+        "model hash": directory_fingerprint(hub.model_directory(base), *hub.MODEL_FILES),
         "adapter": adapter,
-        "adapter hash": adapter and directory_fingerprint(Path(adapter)),
-        "tokenizer and template": tokenizer.fingerprint[:HASH_DIGITS],
+        "adapter hash": adapter and directory_fingerprint(Path(adapter), ADAPTER_CONFIG, ADAPTER_WEIGHTS),
+        "tokenizer and template": tokenizer.fingerprint,
         "template_args": template_args,
         "dtype": dtype,
         "device": device,

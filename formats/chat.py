@@ -5,7 +5,6 @@ end), encode (tokens.Encoder: only the template's own text becomes control token
 text). Templates are the checkpoint's own; a base model, which brings none, gets PLAIN_TEMPLATE.
 """
 
-import hashlib
 import json
 import os.path
 import re
@@ -18,7 +17,7 @@ import jinja2.ext
 import jinja2.meta
 import jinja2.sandbox  # jinja2 comes with torch
 
-from engine.files import InputError, as_kind, need, read_json, parse_json, read_text
+from engine.files import InputError, as_kind, fingerprint, need, parse_json, read_json, read_text
 from formats import hub, tokens
 
 TEMPLATE_DATE = datetime(2024, 7, 26)  # templates that print today's date would change caches overnight
@@ -70,7 +69,7 @@ class Template:
             tree = environment.parse(source)
             self.template = environment.from_string(source)
         except TEMPLATE_MISTAKES as error:
-            raise self.refusal(f"does not compile ({describe(error)})") from None
+            raise self.refusal(f"does not compile ({one_line(error)})") from None
         self.reads = jinja2.meta.find_undeclared_variables(tree)
         texts = [node.data for node in tree.find_all(jinja2.nodes.TemplateData)]
         texts += [node.value for node in tree.find_all(jinja2.nodes.Const) if isinstance(node.value, str)]
@@ -99,7 +98,7 @@ class Template:
         try:
             return self.template.render(messages=messages, add_generation_prompt=asking, **self.variables)
         except TEMPLATE_MISTAKES as error:
-            raise self.refusal(f"fails ({describe(error)})") from None
+            raise self.refusal(f"fails ({one_line(error)})") from None
 
 
 def question(prompt, system=""):
@@ -108,7 +107,7 @@ def question(prompt, system=""):
     return [*first, {"role": "user", "content": prompt}]
 
 
-def describe(error):
+def one_line(error):
     return " ".join(f"{type(error).__name__}: {error}".split())
 
 
@@ -227,7 +226,7 @@ class Tokenizer:
     def __init__(self, directory, template_args=None):
         self.directory = Path(directory)
         self.template_args = template_args or {}
-        self.config = tokens.read_config(self.directory)
+        self.config = tokens.read_tokenizer_config(self.directory)
         self.full, self.names, self.special = tokens.read_tokenizer(self.directory, self.config)
         self.bos_id, self.eos_id, self.unk_id = (
             self.full.token_to_id(self.names.get(key, "")) for key in ("bos_token", "eos_token", "unk_token"))
@@ -293,8 +292,8 @@ class Tokenizer:
             template = self.template
         except InputError as error:
             template = str(error)
-        told = [self.full.to_str(), template, self.names, self.template_args, sorted(self.stop_ids)]
-        return hashlib.sha256(repr(told).encode()).hexdigest()
+        variables = self.names, self.template_args
+        return fingerprint(self.full.to_str(), template, variables, sorted(self.stop_ids))
 
     def _checked(self, ids):
         if ids and max(ids) >= self.rows:
@@ -330,7 +329,7 @@ def load_tokenizer(directory, template_args=None):
     if isinstance(template_args, str):
         template_args = as_kind(parse_json(template_args, "--template-args", TEMPLATE_ARGS), dict,
                                 "--template-args")
-    tokenizer = Tokenizer(hub.local(directory, weights=()), template_args)
+    tokenizer = Tokenizer(hub.model_directory(directory, weights=()), template_args)
     if template_args:
         tokenizer.chat  # says at once which of them it does not read
     return tokenizer

@@ -1,9 +1,9 @@
 """What a flag names: a path, a path beside clo.py (`demo/llama`), or a hub id (`Qwen/Qwen2.5-0.5B`).
 
-    local("Qwen/Qwen2.5-0.5B")         # the directory it lies in, downloaded at first use
-    local("demo/llama")                # what is a path stays a path
-    local_adapter("runs/sw/clo")       # runs/sw/clo/adapter
-    data_file("oasst1")                # a data set known by name
+    model_directory("Qwen/Qwen2.5-0.5B")    # where it lies, downloaded at first use
+    model_directory("demo/llama")           # what is a path stays a path
+    adapter_directory("runs/sw/clo")        # runs/sw/clo/adapter
+    data_file("oasst1")                     # a data set known by name
 
 huggingface_hub, which comes with tokenizers, does the work: it keeps finished files in its cache
 (HF_HOME), goes on after a broken connection, and answers from the cache when the hub is out of reach. It
@@ -23,6 +23,9 @@ SETTINGS = ("config.json", "generation_config.json", "tokenizer.json", "tokenize
 WEIGHTS = (WHOLE, INDEX)
 TRANSLATOR_SETTINGS = (*SETTINGS, "vocab.json", "sentencepiece.bpe.model")
 TRANSLATOR_WEIGHTS = (*WEIGHTS, "pytorch_model.bin")
+# What a hash is made of; that of a model's tokenizer and template is another one.
+MODEL_FILES = ("config.json", "*.safetensors")
+TRANSLATOR_FILES = ("*.json", "*.model", "*.safetensors", "*.bin")
 DATASETS = {"oasst1": ("OpenAssistant/oasst1", "2023-04-12_oasst_ready.trees.jsonl.gz")}
 
 
@@ -42,7 +45,7 @@ def is_id(name) -> bool:
     return named is not None and not any(place.parent.exists() for place in (Path(name), ROOT / name))
 
 
-def local(name, settings=SETTINGS, weights=WEIGHTS) -> Path:
+def model_directory(name, settings=SETTINGS, weights=WEIGHTS) -> Path:
     """The directory of a model given as path or hub id. Downloads what is not there yet: the small files of
     `settings`, then the first of `weights` that the hub has, with the shards if it is an index. InputError,
     also for a directory that is no model's where weights are wanted."""
@@ -58,7 +61,7 @@ def local(name, settings=SETTINGS, weights=WEIGHTS) -> Path:
     return directory
 
 
-def local_adapter(name) -> Path:
+def adapter_directory(name) -> Path:
     """The directory of an adapter given as path, hub id, or directory that holds it as `adapter`."""
     if is_id(name):
         return fetch(name, (ADAPTER_CONFIG, ADAPTER_WEIGHTS))

@@ -1,7 +1,7 @@
 r"""What of a document is prose, and what is code, a formula, a link, markup or an emoji.
 
     parse(text, fits)      [(TEXT, KEEP or GAP, string)]: the strings joined are the text
-    hide(segment)          "see `ls -l` now" -> "see [0] now" and ["`ls -l`"]; show() puts them back
+    hide(segment)          "see `ls -l` now" -> "see [0] now" and ["`ls -l`"]; unhide() puts them back
     prose(text)            what a reader reads: no code, links, formulas, tags, table rules
 
 First the *spans* are found that come back as they are, from left to right. In the *flat* text one character
@@ -180,7 +180,7 @@ def split_edges(text: str) -> tuple[str, str, str]:
     return text[:start], core, text[start + len(core):]
 
 
-def show(text: str, spans: list[str]) -> str | None:
+def unhide(text: str, spans: list[str]) -> str | None:
     """Put the spans back; None unless every mark is there exactly once."""
     parts = MARK.split(text) if spans else [text]
     if sorted(map(int, parts[1::2])) != list(range(len(spans))):
@@ -247,7 +247,7 @@ def sentences(text: str) -> Iterator[str]:
     yield text[first:]
 
 
-def cut(sentence: str, fits: Fits) -> list[str]:
+def split_long(sentence: str, fits: Fits) -> list[str]:
     """A sentence, halved at the clause or word end nearest its middle until every part fits."""
     if len(sentence) < 2 or fits(marked(sentence)):
         return [sentence]
@@ -255,7 +255,7 @@ def cut(sentence: str, fits: Fits) -> list[str]:
     for pattern, reach in ((SPACE, (len(sentence) - 1) // 2), (CLAUSE_END, middle // 2)):
         ends = [match.end() for match in pattern.finditer(sentence, middle - reach, middle + reach)]
         place = min(ends, key=lambda end: abs(end - middle), default=place)
-    return cut(sentence[:place], fits) + cut(sentence[place:], fits)
+    return split_long(sentence[:place], fits) + split_long(sentence[place:], fits)
 
 
 # ---- documents ----
@@ -282,7 +282,7 @@ def pieces_of_line(line: str, fits: Fits) -> Iterator[Piece]:
     body = line[first:].rstrip()
     yield KEEP, line[:first]
     for sentence in sentences(body):
-        for part in cut(sentence, fits):
+        for part in split_long(sentence, fits):
             core = part.strip()
             before, _, after = part.partition(core) if core else (part, "", "")
             yield GAP, before

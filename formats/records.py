@@ -30,7 +30,7 @@ from collections import Counter, defaultdict
 from dataclasses import dataclass
 from pathlib import Path
 
-from engine.files import HALF_A_CHARACTER, InputError, read_records, read_text, write_jsonl
+from engine.files import HALF_A_CHARACTER, InputError, parse_json, read_records, read_text, write_jsonl
 from formats import hub
 from formats.conversations import (FORMATS, UNKNOWN, OddRecord, Skip, as_text, find_format, is_blank, named,
                                    read_conversation)
@@ -53,8 +53,8 @@ def read_data(path):
     if path.name.removesuffix(".gz").endswith((".csv", ".tsv")):
         records = read_table(path)
     else:
-        whole = object_in(read_text(path))
-        records = read_records(path) if whole is None else unwrap(path, whole)
+        single = single_object(path)
+        records = read_records(path) if single is None else unwrap(path, single)
     if not records:
         raise InputError(f"{path}: the file is empty")
     try:
@@ -63,13 +63,14 @@ def read_data(path):
         raise InputError(f"{path}: lists or objects nested too deeply") from None
 
 
-def object_in(text):
-    """The one object that a text is, on one line or several; None if it is anything else."""
+def single_object(path):
+    """The one object that a file is, on one line or several; None if it is anything else."""
+    text = read_text(path)
     try:
-        whole = json.loads(text)
-    except (ValueError, RecursionError):
+        value = parse_json(text, path, "one object is wanted")
+    except InputError:
         return None
-    return whole if isinstance(whole, dict) else None
+    return value if isinstance(value, dict) else None
 
 
 def unwrap(path, record):

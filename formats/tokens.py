@@ -22,7 +22,7 @@ AFTER_TOKEN = "\uf8ffafter a token\uf8ff"  # an added token of our own: text tha
 
 # ---- files -> tokenizer ----
 
-def read_config(directory):
+def read_tokenizer_config(directory):
     """tokenizer_config.json with special_tokens_map.json, which wins in a directory of the older kind."""
     config = read_json(directory / "tokenizer_config.json", missing={})
     older = read_json(directory / "special_tokens_map.json", missing={})

@@ -7,31 +7,29 @@ A translation of which a segment failed its checks is under "drafts", out of the
 data, and "failed" counts why: {"sw": {"length": 2}}.
 """
 
-import itertools
-import json
 import shutil
 from collections import Counter
 from pathlib import Path
 
-from engine.files import InputError, check_unicode, whole_lines, write_jsonl
+from engine.files import InputError, check_unicode, free_name, read_journal, write_jsonl
 from formats.records import identifier
 
 Key = tuple[str, str]  # of a row: its id, and the hash of what its translation depends on
+REMEDY = "choose another file, or delete the line to have its row translated again"
 
 
-def file_failed_(record: dict, keep_failed: bool) -> bool:
-    """Put failed translations beside the others, or under "clo", out of the way. True if one moved."""
+def file_failed_(record: dict, keep_failed: bool) -> None:
+    """Put failed translations beside the others, or under "clo", out of the way."""
     drafts = record["clo"]["drafts"]
-    moving = [code for code in record["clo"]["failed"] if (code in drafts) == keep_failed]
-    for code in moving:
-        old, new = (drafts, record) if keep_failed else (record, drafts)
-        new[code] = old.pop(code)
-    return bool(moving)
+    old, new = (drafts, record) if keep_failed else (record, drafts)
+    for code in record["clo"]["failed"]:
+        if code in old:
+            new[code] = old.pop(code)
 
 
 def check_draft(record: dict, targets: list[str]) -> None:
-    """KeyError, TypeError or AttributeError unless the record is as translate_chunk and file_failed_ leave
-    it: a prompt and a response in every target, and how many segments failed why."""
+    """KeyError, TypeError or AttributeError unless the record is as translate.py leaves it: a prompt and a
+    response in every target, and how many segments failed why."""
     for code in targets:
         side = (record if code in record else record["clo"]["drafts"])[code]
         "".join([side["prompt"], side["response"]])
@@ -39,34 +37,31 @@ def check_draft(record: dict, targets: list[str]) -> None:
         sum(faults.values())
 
 
-def read_record(line: bytes, where: str, targets: list[str], keep_failed: bool) -> tuple[Key, dict, bool]:
-    """(key, record, whether a failed translation changed its place) of a line. InputError for a foreign one,
-    and for one in other languages."""
+def take_up_(record: dict, where: str, targets: list[str], keep_failed: bool) -> Key:
+    """The key of a record, whose failed translations go where they are wanted now. InputError for a record of
+    another program, and for one in other languages."""
     try:
-        record = json.loads(line)
         key = check_unicode(identifier(record, where), where), record["clo"]["hash"]
         made = ",".join(sorted(record["clo"]["into"]))
         hash(key)
         if made == ",".join(sorted(targets)):
-            moved = file_failed_(record, keep_failed)
+            file_failed_(record, keep_failed)
             check_draft(record, targets)
-            return key, record, moved
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-        raise InputError(f"{where}: not written by translate.py, or damaged: choose another file, "
-                         f"or delete the line to have its row translated again") from None
+            return key
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise InputError(f"{where}: not written by translate.py, or damaged: {REMEDY}") from None
     raise InputError(f"{where} is a translation into {made}, this command translates into "
                      f"{','.join(targets)}: give another file name (--out)")
 
 
 def read_done(path: Path, keys: list[Key], targets: list[str], keep_failed: bool) -> dict[Key, dict]:
-    """The records of the file that need no more work. It is written anew if it ends in half a line (after a
-    kill) or holds lines whose row, translator or settings have changed: then the old file stays beside it."""
-    lines = whole_lines(path)
+    """The records of the file that need no more work. It holds no others afterwards; with lines whose row,
+    translator or settings have changed the old file stays beside it."""
     wanted, names = set(keys), {name for name, _ in keys}
-    done, stale, moved = {}, 0, False
-    for number, line in enumerate(lines, 1):
-        key, record, changed = read_record(line, f"{path}:{number}", targets, keep_failed)
-        moved |= changed
+    done, stale = {}, 0
+    for where, record in read_journal(path, REMEDY):
+        key = take_up_(record, where, targets, keep_failed)
+        # A second line of a row, or one of another text, translator or settings than this command's.
         if key in done or key not in wanted and key[0] in names:
             stale += 1
         else:
@@ -77,17 +72,11 @@ def read_done(path: Path, keys: list[Key], targets: list[str], keep_failed: bool
     if stale:
         old = free_name(path)
         shutil.copyfile(path, old)
-        print(f"{stale:,} of {len(lines):,} lines of {path} are of other text, another translator or other "
-              f"settings: they are made anew; the file as it was is kept as {old}")
-    if stale or moved or path.exists() and path.stat().st_size > sum(len(line) + 1 for line in lines):
+        print(f"{stale:,} of {stale + len(done):,} lines of {path} are of other text, another translator or "
+              f"other settings: they are made anew; the file as it was is kept as {old}")
+    if path.exists():
         write_jsonl(path.resolve(), done.values())  # a link stays one
     return done
-
-
-def free_name(path: Path) -> Path:
-    """A name for the old file that is not taken."""
-    names = (path.with_name(f"{path.name}.old{number}") for number in itertools.count(1))
-    return next(name for name in names if not name.exists())
 
 
 def describe_faults(records: list[dict], targets: list[str], keep_failed: bool) -> str:

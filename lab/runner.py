@@ -165,7 +165,7 @@ def score(run: Run, runs: Path, data_file: Path, before: list[dict] | None) -> t
     rows = [row for row in found if row.get("split") == run.split and set(languages) <= row.keys()]
     if not rows:
         raise InputError(f"{flags['eval-data']}: no row of split {run.split!r} holds {', '.join(languages)}")
-    tokenizer = data.load_tokenizer(hub.local(flags["model"]))
+    tokenizer = data.load_tokenizer(hub.model_directory(flags["model"]))
     model = open_model(run, runs / run.name)
     columns = measure.answer_columns(model, tokenizer, rows, languages)
     known = data.read_rows(data_file, languages[0], targets=languages[1:])

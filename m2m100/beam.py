@@ -8,7 +8,7 @@
 Nearly all of beam search's time is matrix products over B K rows, most of all the head's. So a sentence's
 keys and values are kept once for all of its beams, beams that change their parent move nothing, and the
 head's logits are made a part at a time, each read while it is in cache. Finished hypotheses stay on the
-device: a step asks it one thing, which sentences go on.
+device: the CPU waits for it once a step, to learn which sentences go on.
 """
 
 import math
@@ -21,10 +21,10 @@ from torch.nn.utils.rnn import pad_sequence
 
 from m2m100.network import M2M100
 
-HEAD_ROWS = 512        # rows of the head in one product on a CPU: their logits stay in the cores' caches
-CAST_ROWS = 1 << 14    # elsewhere: a head in less than fp32 is cast part by part
-BLOCK = 32             # tokens whose largest logit stands for them when the best are looked for
-SPARE_SLOTS = 48       # a cache begins with this many slots, and has as many free again when it is tidied
+HEAD_ROWS = 512        # of the head in one product on a CPU: their logits stay in the cores' caches
+CAST_ROWS = 1 << 14    # on other devices: rows of a bf16 head that are fp32 at one time
+BLOCK = 32             # tokens that are first compared by the largest of their logits alone
+SPARE_SLOTS = 48       # that are free in a new cache, and again once slots that nobody sees were dropped
 
 
 class Cache:
@@ -72,7 +72,7 @@ class Beams:
     history: Tensor    # (B, K, T) its tokens after the first
     visible: Tensor    # (B, K, slots) which of the cache's slots are ancestors of the hypothesis
     score: Tensor      # (B, K) sum of log-probs
-    finished: Tensor   # (B,) hypotheses that have ended; K are enough
+    finished: Tensor   # (B,) how many of its hypotheses have ended; from K on the sentence is done
     best: Tensor       # (B,) eq. 4 of the best of those
 
     @classmethod
@@ -185,7 +185,8 @@ def extend(state: Beams, logp: Tensor, token: Tensor, alpha: float, end: int, an
     with early_stopping=True.
 
     A sentence's 2K best extensions are looked at: those that end among the first K are finished hypotheses,
-    the best of which goes to `answers`; of the others K go on, and there are K, since a parent ends but once.
+    the best of which goes to `answers`. Of the others the best K go on. There are K: each parent has one
+    extension by the end token, so at most K of the 2K end.
     """
     B, parents, T = state.history.shape
     most = logp.shape[1]
@@ -212,7 +213,7 @@ def extend(state: Beams, logp: Tensor, token: Tensor, alpha: float, end: int, an
                    history=longer(state, parent, token, alive),
                    visible=follow(state.visible, parent.gather(1, alive)),
                    score=score,
-                   finished=state.finished + ends.sum(1) + K * last,
+                   finished=state.finished + ends.sum(1) + K * last,  # at its limit a sentence is done
                    best=torch.maximum(state.best, best))
 
 
@@ -323,13 +324,15 @@ def beam_search(model: M2M100, sources: list[list[int]], language: int, limits: 
         going = (search.state.finished < beams).nonzero()[:, 0]  # waits for the device, once a step
         if len(going) == 0:
             return answers.as_lists()
+        # To drop sentences copies the caches: that pays when an eighth of them is done, or no slot is free.
         few = 8 * len(going) <= 7 * len(search.mask)
-        if few or not search.caches[0].has_room(beams):  # else it does not pay: caches are copied
+        if few or not search.caches[0].has_room(beams):
             search.keep_(going)
 
 
 def used_slots(visible: Tensor) -> Tensor:
-    """The slots (B, n) that a sentence's hypotheses see by visible (B, K, slots), and others to fill up."""
+    """The slots (B, n) that the hypotheses of a sentence see by visible (B, K, slots). A sentence with fewer
+    of them than another gets some that it does not see."""
     used = visible.any(1)
     used_first = used.sort(descending=True, stable=True).indices
     most = int(used.sum(1).max())

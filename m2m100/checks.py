@@ -7,7 +7,9 @@ import re
 from formats.languages import letter_script, normal, script_of
 from formats.markup import prose
 
-LENGTH_RATIO = {"CJK": 0.35, "KANA": 0.45, "HANGUL": 0.55, "yo": 1.5, "en": 1.0}  # characters, English 1
+# Characters that a text has in a script or a language, for each one that it has in English.
+LENGTH_RATIO = {"CJK": 0.35, "KANA": 0.45, "HANGUL": 0.55, "yo": 1.5, "en": 1.0}
+OTHER_RATIO = 1.15                                      # in any other
 LETTER_WEIGHT = {"CJK": 3, "KANA": 2, "HANGUL": 2}      # Latin letters that say as much as one of these
 LONGEST_ACRONYM = 5
 WORDS = re.compile(r"[^\W\d_]+")
@@ -59,9 +61,9 @@ def copied(source: str, text: str) -> bool:
 
 
 def expansion(language: str) -> float | None:
-    """Characters of a text in a language, where the English one has 1; None if its script is unknown."""
+    """The length of a text in a language over its length in English; None if the script is unknown."""
     script = script_of(language)
-    usual = LENGTH_RATIO.get(script, 1.15)
+    usual = LENGTH_RATIO.get(script, OTHER_RATIO)
     return None if script is None else LENGTH_RATIO.get(normal(language), usual)
 
 

@@ -37,7 +37,7 @@ class Translator:
 def load(path, device="cpu", dtype: torch.dtype | None = None) -> Translator:
     """The translator of an M2M100 or NLLB directory or hub id; dtype: bf16 on CUDA and fp32 elsewhere if
     none is given. InputError says what is wrong with it."""
-    path = hub.local(path, hub.TRANSLATOR_SETTINGS, hub.TRANSLATOR_WEIGHTS)
+    path = hub.model_directory(path, hub.TRANSLATOR_SETTINGS, hub.TRANSLATOR_WEIGHTS)
     dtype = dtype or DTYPES[ranks.pick_dtype("auto", device)]
     if ranks.rank() == 0:
         print(f"{path}: loading the translator on {device} as {dtype}", file=sys.stderr)
@@ -51,4 +51,4 @@ def load(path, device="cpu", dtype: torch.dtype | None = None) -> Translator:
     for code in languages:
         if code not in known:
             raise InputError(f"{path}/config.json: clo_languages has {code!r}, the tokenizer has not")
-    return Translator(model, tokenizer, languages, directory_fingerprint(path))
+    return Translator(model, tokenizer, languages, directory_fingerprint(path, *hub.TRANSLATOR_FILES))

@@ -16,7 +16,7 @@ from formats.chat import load_tokenizer
 TEXTS = {"en": ["The lion eats meat.", "What is the capital of France?", "The river is long."],
          "sw": ["Simba anakula nyama.", "Mji mkuu wa Ufaransa ni upi?", "Mto ni mrefu."],
          "ko": ["사자는 고기를 먹어요.", "프랑스의 수도는 어디예요?", "강은 길어요."]}
-TOKENIZER = SimpleNamespace(fingerprint="0123456789abcdef0")
+TOKENIZER = SimpleNamespace(fingerprint="0123456789abcdef")
 
 
 # -------------------------------------------------------------------------------------------- correct replies

@@ -23,8 +23,8 @@ from translate import Translation
 
 
 @pytest.mark.parametrize("lines, told", [
-    (["{}"], ":1: damaged"), (["[]"], ":1: damaged"), (['{"settings": 5}'], ":1: dict expected"),
-    (['{"settings": {"a": 1}}', "{}"], ":2: damaged"), (['{"settings": {"a": 1}}', "5"], ":2: damaged"),
+    (["{}"], ':1: "settings" is missing'), (["[]"], ":1: damaged"), (['{"settings": 5}'], ":1: dict expected"),
+    (['{"settings": {"a": 1}}', "{}"], ':2: "question" is missing'), (['{"settings": {"a": 1}}', "5"], ":2: damaged"),
     (['{"settings": {"a": 1}}', '{"question": "\udcff"}'], ":2: damaged"),
     (['{"settings": {"a": 1}}', "[" * 100_000], ":2: damaged")])
 def test_a_damaged_journal_is_named_with_its_line(tmp_path, lines, told):

@@ -1,5 +1,7 @@
-"""engine/files.py: the lock that one process holds and a kill releases."""
+"""engine/files.py: the lock that one process holds and a kill releases, and the hash of a model."""
 
+import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -7,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from engine.files import InputError, locked
+from engine.files import InputError, directory_fingerprint, locked
+from formats.hub import MODEL_FILES
 
 ROOT = Path(__file__).parents[1]
 HOLDER = """import sys, time
@@ -51,3 +54,16 @@ def test_a_lock_is_let_go_after_an_error(tmp_path):
     for _ in range(2):
         with pytest.raises(ZeroDivisionError), locked(tmp_path / "run" / "sw"):
             1 / 0
+
+
+def test_a_copied_model_is_the_same_one_and_a_changed_weight_makes_another(tmp_path):
+    model, copy = tmp_path / "model", tmp_path / "copy"
+    model.mkdir()
+    (model / "config.json").write_text("{}")
+    (model / "model.safetensors").write_bytes(bytes(1000))
+    shutil.copytree(model, copy)
+    os.utime(copy / "model.safetensors", (0, 0))
+    (copy / "another program's.json").write_text("{}")
+    assert directory_fingerprint(copy, *MODEL_FILES) == directory_fingerprint(model, *MODEL_FILES)
+    (copy / "model.safetensors").write_bytes(bytes(999) + b"1")
+    assert directory_fingerprint(copy, *MODEL_FILES) != directory_fingerprint(model, *MODEL_FILES)

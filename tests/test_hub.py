@@ -129,7 +129,7 @@ import sys
 from engine.files import InputError
 from formats import hub
 try:
-    print(hub.local(sys.argv[1]))
+    print(hub.model_directory(sys.argv[1]))
 except InputError as error:
     print("error:", error)"""
 
@@ -177,7 +177,7 @@ def test_every_chat_template_comes_along(server, tmp_path, tiny):
 def test_an_adapter_may_lie_on_the_hub(server, tmp_path):
     server.models["some/adapter"] = {"adapter_config.json": b"{}", "adapter_model.safetensors": b"x",
                                      "README.md": b"y"}
-    result = call(server, tmp_path, "-c", LOCAL.replace("hub.local", "hub.local_adapter"), "some/adapter")
+    result = call(server, tmp_path, "-c", LOCAL.replace("hub.model_directory", "hub.adapter_directory"), "some/adapter")
     names = {path.name for path in Path(result.stdout.strip()).iterdir()}
     assert names == {"adapter_config.json", "adapter_model.safetensors"}
 
@@ -289,18 +289,18 @@ def elsewhere(tmp_path, monkeypatch) -> Path:
 
 
 def test_what_lies_here_comes_before_what_lies_beside_the_program(elsewhere):
-    assert hub.local("demo/llama") == elsewhere / "demo" / "llama"
+    assert hub.model_directory("demo/llama") == elsewhere / "demo" / "llama"
     assert hub.data_file("demo/english.jsonl") == elsewhere / "demo" / "english.jsonl"
     write_checkpoint(Path("demo/llama"))
-    assert hub.local("demo/llama") == Path("demo/llama")
-    assert hub.local(elsewhere / "demo" / "llama") == elsewhere / "demo" / "llama"
+    assert hub.model_directory("demo/llama") == Path("demo/llama")
+    assert hub.model_directory(elsewhere / "demo" / "llama") == elsewhere / "demo" / "llama"
 
 
 def test_a_path_found_beside_the_program_is_said_unless_it_is_a_default(elsewhere, capsys):
     write_checkpoint(elsewhere / "runs" / "base")
-    assert hub.local("runs/base") == elsewhere / "runs" / "base"
+    assert hub.model_directory("runs/base") == elsewhere / "runs" / "base"
     assert capsys.readouterr().out == f"runs/base: {elsewhere}/runs/base is taken, here there is none\n"
-    hub.local("demo/llama")
+    hub.model_directory("demo/llama")
     assert not capsys.readouterr().out
 
 
@@ -309,7 +309,7 @@ def test_a_path_found_beside_the_program_is_said_unless_it_is_a_default(elsewher
 def test_a_path_that_is_not_there_is_no_hub_id(elsewhere, name):
     assert not hub.is_id(name)
     with pytest.raises(InputError, match=f"^{re.escape(name)}: no such directory"):
-        hub.local(name)
+        hub.model_directory(name)
 
 
 def test_owner_and_name_are_a_hub_id_unless_there_is_such_a_directory(elsewhere):
@@ -330,20 +330,20 @@ def write_run(directory: Path, methods=("clo", "sft")) -> None:
 
 def test_the_adapter_of_a_method_is_taken_and_that_is_said(elsewhere, capsys):
     write_run(Path("runs/sw"))
-    assert hub.local_adapter("runs/sw/clo") == hub.local_adapter("runs/sw/clo/adapter")
+    assert hub.adapter_directory("runs/sw/clo") == hub.adapter_directory("runs/sw/clo/adapter")
     assert capsys.readouterr().out == "runs/sw/clo is no adapter, runs/sw/clo/adapter is one and is taken\n"
 
 
 @pytest.mark.parametrize("find, name, told", [
-    (hub.local_adapter, "runs/sw", "no adapter: there is no adapter_config.json; did you mean "
+    (hub.adapter_directory, "runs/sw", "no adapter: there is no adapter_config.json; did you mean "
      "--adapter runs/sw/clo/adapter or --adapter runs/sw/sft/adapter or --model"),
-    (hub.local_adapter, "runs/sw/clo/model", "no adapter: .*; did you mean --model runs/sw/clo/model[?]"),
-    (hub.local_adapter, "runs/sw/clo/adaptr", "no such directory.*; did you mean runs/sw/clo/adapter[?]"),
-    (hub.local, "runs/sw", "no model: there is no config.json with a model_type; did you mean --adapter"),
-    (hub.local, "runs/sw/clo/adapter", "no model: .*; did you mean --adapter runs/sw/clo/adapter[?]"),
-    (hub.local, "demo/lama", "no such directory.*; did you mean .*demo/llama[?]"),
-    (hub.local, "file", "is a file, a directory was expected"),
-    (hub.local_adapter, "nothing", "no such directory")])
+    (hub.adapter_directory, "runs/sw/clo/model", "no adapter: .*; did you mean --model runs/sw/clo/model[?]"),
+    (hub.adapter_directory, "runs/sw/clo/adaptr", "no such directory.*; did you mean runs/sw/clo/adapter[?]"),
+    (hub.model_directory, "runs/sw", "no model: there is no config.json with a model_type; did you mean --adapter"),
+    (hub.model_directory, "runs/sw/clo/adapter", "no model: .*; did you mean --adapter runs/sw/clo/adapter[?]"),
+    (hub.model_directory, "demo/lama", "no such directory.*; did you mean .*demo/llama[?]"),
+    (hub.model_directory, "file", "is a file, a directory was expected"),
+    (hub.adapter_directory, "nothing", "no such directory")])
 def test_a_near_miss_gets_a_hint(elsewhere, find, name, told):
     write_run(Path("runs/sw"))
     write_checkpoint(Path("demo/llama"))
@@ -359,7 +359,7 @@ def test_the_base_an_adapter_records_is_found_here_then_beside_the_program(elsew
     directory = write_checkpoint(elsewhere.parent / where)
     write_json(Path("adapter/adapter_config.json"),
                {"peft_type": "LORA", "base_model_name_or_path": recorded})
-    assert hub.local(adapter_base(hub.local_adapter("adapter"))).resolve() == directory
+    assert hub.model_directory(adapter_base(hub.adapter_directory("adapter"))).resolve() == directory
 
 
 def test_the_program_runs_from_any_directory(tmp_path):

@@ -6,7 +6,7 @@ import time
 
 import pytest
 
-from formats.markup import KEEP, TEXT, hide, parse, prose, show, split_edges, split_spans
+from formats.markup import KEEP, TEXT, hide, parse, prose, split_edges, split_spans, unhide
 from formats.records import read_rows
 
 
@@ -91,9 +91,9 @@ def test_spans_hide_behind_marks_and_come_back():
     segment = "use `ls` on https://a.example/x, [1] times"
     hidden, found = hide(segment)
     assert hidden == "use [0] on [1], [2] times" and found == ["`ls`", "https://a.example/x", "[1]"]
-    assert show("mara [2] kwa ［1］ tumia 【 0 】", found) == "mara [1] kwa https://a.example/x tumia `ls`"
-    assert show("use [0] on [1]", found) is None and show("[0] [0] [1] [2]", found) is None
-    assert show("[7] is text", []) == "[7] is text"
+    assert unhide("mara [2] kwa ［1］ tumia 【 0 】", found) == "mara [1] kwa https://a.example/x tumia `ls`"
+    assert unhide("use [0] on [1]", found) is None and unhide("[0] [0] [1] [2]", found) is None
+    assert unhide("[7] is text", []) == "[7] is text"
     assert split_edges(" (the page, ") == (" (", "the page", ", ") and split_edges(" . ") == (" . ", "", "")
 
 
@@ -203,7 +203,7 @@ def check_nothing_lost(text):
         assert "".join(string for _, string in parts) == text
         assert all(kind == KEEP or "\n" not in string for kind, string in parts)
     hidden, found = hide(text)
-    assert "[" in text or show(hidden, found) == text
+    assert "[" in text or unhide(hidden, found) == text
     assert prose(text).count("\n") <= text.count("\n")
 
 

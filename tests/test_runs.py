@@ -21,7 +21,7 @@ CHOSEN = {"dtype": "fp32", "micro_rows": 1}
 
 
 def begin(directory, fresh=False, inputs=None, chosen=CHOSEN, **flags):
-    return runs.open_run(directory, FLAGS | flags, inputs or {"data": "1"}, chosen, fresh)[0]
+    return runs.claim_run(directory, FLAGS | flags, inputs or {"data": "1"}, chosen, fresh)[0]
 
 
 def refused(*words, **keywords):
@@ -84,7 +84,7 @@ def test_a_changed_file_is_named_by_the_flag_and_the_file(tmp_path):
 def test_a_run_that_goes_on_keeps_what_it_chose_when_it_began(tmp_path):
     run = begin(tmp_path / "run", chosen={"dtype": "bf16", "micro_rows": 4})
     (run / "translated-sw.jsonl").write_text("")
-    assert runs.open_run(run, FLAGS, {"data": "1"}, CHOSEN)[1] == {"dtype": "bf16", "micro_rows": 4}
+    assert runs.claim_run(run, FLAGS, {"data": "1"}, CHOSEN)[1] == {"dtype": "bf16", "micro_rows": 4}
 
 
 FOREIGN = {"a model's": json.dumps({"model_type": "llama", "hidden_size": 16}), "a list": "[]",

@@ -76,7 +76,7 @@ def test_the_step_and_the_loop_stand_within_the_first_250_lines():
     assert max(ends["clo_loss"], ends["train_step"], ends["train"]) <= 250
 
 
-TAKE_ARGS = {"translate.py": {"print_translations"}, "data.py": {"show_forks"}, "clo.py": {"main", "run_method", "dry_run"}, "engine/job.py": {"make_job", "plan_of", "ending_lines"},
+TAKE_ARGS = {"clo.py": {"main", "run_method", "dry_run"}, "engine/job.py": {"make_job", "plan_of", "ending_lines"},
              "eval.py": {"ask", "mc", "perplexity", "alpaca", "judge_outputs", "count_wins", "compare"}}      # commands
 
 

@@ -17,20 +17,10 @@ from engine.files import InputError, locked
 from formats import markup, translated
 from formats.records import languages_of, read_rows, write_rows
 from m2m100.checks import loops
-from test_m2m100 import END, make_checkpoint, write_nllb_tokenizer
+from test_m2m100 import END, checkpoint, make_checkpoint, translator, write_nllb_tokenizer  # fixtures too
 
 ROOT = Path(__file__).parents[1]
 SHARED, DEMO = ROOT.parent / "shared" / "data", ROOT / "demo"
-
-
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory):
-    return make_checkpoint(tmp_path_factory.mktemp("m2m100"), clo_languages=["sw", "zh", "de", "id"])
-
-
-@pytest.fixture(scope="module")
-def translator(checkpoint):
-    return translate.load(checkpoint)
 
 
 @pytest.fixture
@@ -38,7 +28,7 @@ def echo(monkeypatch):
     """A translator that repeats what it is given; the list fills with the texts it saw."""
     seen = []
 
-    def translate_sentences(texts, job, beams, no_repeat=0):
+    def translate_sentences(texts, direction, beams, no_repeat=0):
         seen.extend(texts)
         return [(text, None) for text in texts]
 
@@ -72,9 +62,9 @@ def test_nllb_s_sources_equal_transformers(tmp_path):
     transformers = pytest.importorskip("transformers")
     make_checkpoint(tmp_path, tokenizer=write_nllb_tokenizer)
     theirs = transformers.NllbTokenizer(tokenizer_file=str(tmp_path / "tokenizer.json"), src_lang="eng_Latn")
-    job = translate.Job(translate.load(tmp_path), "en", "sw")
+    direction = translate.Direction(translate.load(tmp_path), "en", "sw")
     for text in ("the lion", "a [0] b, c?", "inner", ""):
-        assert job.source_ids(text) == theirs(text).input_ids
+        assert direction.source_ids(text) == theirs(text).input_ids
 
 
 # ---- documents ----
@@ -129,7 +119,7 @@ def test_real_conversations_go_through_the_demo_translator(tmp_path, capsys):
 
 def test_protected_spans_survive_a_translator_that_changes_everything(translator, monkeypatch):
     monkeypatch.setattr(translate, "translate_sentences",
-                        lambda texts, job, beams, no_repeat=0: [(text.upper(), None) for text in texts])
+                        lambda texts, direction, beams, no_repeat=0: [(text.upper(), None) for text in texts])
     out = translate.translate([DOCUMENT], "en", "sw", translator)[0]
     for kept in ("`code. Inside`", "https://a.example/x?y=z", 'print("do. Not. Touch")', "$x^2$",
                  "{placeholder}", "😀", "|:---|---|", "$$ E = mc^2. A $$"):
@@ -140,7 +130,7 @@ def test_protected_spans_survive_a_translator_that_changes_everything(translator
 def test_a_lost_mark_sends_the_texts_around_it_on_their_own(translator, monkeypatch):
     calls = []
 
-    def forgetful(texts, job, beams, no_repeat=0):
+    def forgetful(texts, direction, beams, no_repeat=0):
         calls.append(list(texts))
         return [(text.replace("[0]", "").upper(), None) for text in texts]
 
@@ -154,8 +144,8 @@ def test_a_lost_mark_sends_the_texts_around_it_on_their_own(translator, monkeypa
 def test_long_paragraphs_reach_the_model_in_parts_that_fit(translator, echo):
     text = "the inner heat in a `long. span` there, then " * 30 + "end. " + "antheninanther" * 20 + "."
     assert translate.translate([text], "en", "sw", translator) == [text]
-    job = translate.Job(translator, "en", "sw")
-    assert len(echo) > 4 and all(job.fits(markup.hide(segment)[0]) for segment in echo)
+    direction = translate.Direction(translator, "en", "sw")
+    assert len(echo) > 4 and all(direction.fits(markup.hide(segment)[0]) for segment in echo)
     assert all(segment.count("[") == segment.count("]") for segment in echo)
 
 
@@ -168,9 +158,9 @@ def test_languages_without_spaces_get_none_between_sentences(translator, echo):
 # ---- checks ----
 
 def judge(translator, source, text, target="sw", ids=None):
-    job = translate.Job(translator, "en", target)
+    direction = translate.Direction(translator, "en", target)
     ids = list(range(10, 10 + len(text.split()))) + [END] if ids is None else ids
-    return job.fault(source, [5, 6, 7], text, ids)
+    return direction.fault(source, [5, 6, 7], text, ids)
 
 
 LONG = "the quick brown fox jumps over the lazy dog and then it sleeps for a while"
@@ -216,12 +206,12 @@ def test_loops_are_seen_at_any_period_and_plain_text_is_not_one():
 
 
 def test_a_failed_segment_is_tried_again_and_then_marked(translator, monkeypatch):
-    def stubborn(texts, job, beams, no_repeat=0):
+    def stubborn(texts, direction, beams, no_repeat=0):
         return [("good" if no_repeat and "mend" in text else text,
                  None if no_repeat and "mend" in text else "length") for text in texts]
 
     monkeypatch.setattr(translate, "translate_sentences", stubborn)
-    known = translate.translate_segments(["mend me", "hopeless"], translate.Job(translator, "en", "sw"))
+    known = translate.translate_segments(["mend me", "hopeless"], translate.Direction(translator, "en", "sw"))
     assert known == {"mend me": ("good", None), "hopeless": ("hopeless", "length")}
 
 
@@ -237,9 +227,9 @@ def shout(monkeypatch):
     """A quick translator: upper case, "length" for what holds a 5. The list fills with what it translated."""
     seen = []
 
-    def translate_sentences(texts, job, beams, no_repeat=0):
+    def translate_sentences(texts, direction, beams, no_repeat=0):
         seen.extend(texts)
-        return [(f"{job.target} {text.upper()}", "length" if "5" in text else None) for text in texts]
+        return [(f"{direction.target} {text.upper()}", "length" if "5" in text else None) for text in texts]
 
     monkeypatch.setattr(translate, "translate_sentences", translate_sentences)
     return seen
@@ -282,11 +272,11 @@ def test_changed_rows_are_translated_again_and_the_old_file_is_kept(translator, 
     assert "another question?" in shout and "what is 1?" not in shout
     assert ids_in(path) == ["r0", "r1", "r2", "r3"]
     said = capsys.readouterr().out
-    assert "1 of 4 lines" in said and "out.jsonl.old1" in said and "holds 1 rows that this command" in said
-    assert (tmp_path / "out.jsonl.old1").read_bytes() == before
+    assert "1 of 4 lines" in said and "out.jsonl.old-1" in said and "holds 1 rows that this command" in said
+    assert (tmp_path / "out.jsonl.old-1").read_bytes() == before
     translate.translate_rows(rows, translator, "en", "sw", path, beams=3)
     assert "4 of 4 lines" in capsys.readouterr().out
-    assert ids_in(tmp_path / "out.jsonl.old2") == ids_in(path)
+    assert ids_in(tmp_path / "out.jsonl.old-2") == ids_in(path)
 
 
 def ids_in(path):

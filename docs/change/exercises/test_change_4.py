@@ -45,12 +45,12 @@ def test_1_memory_that_has_learned_more_makes_rows_anew(tmp_path):
 
 
 def test_2_numbers():
-    job = translate.Job(translate.load("demo/m2m100"), "en", "sw")
-    tokenizer, end = job.translator.tokenizer, job.translator.model.config.eos_token_id
+    direction = translate.Direction(translate.load("demo/m2m100"), "en", "sw")
+    tokenizer, end = direction.translator.tokenizer, direction.translator.model.config.eos_token_id
 
     def fault(source, text):
         ids = [tokenizer.languages["sw"], *tokenizer.encode(text), end]
-        return job.fault(source, job.source_ids("The lion is a mammal."), text, ids)
+        return direction.fault(source, direction.source_ids("The lion is a mammal."), text, ids)
 
     assert fault("The lion has 30 teeth.", "Simba ana meno 30.") is None
     assert fault("The lion has 30 teeth.", "Simba ana meno 13.") == "numbers"
