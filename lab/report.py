@@ -86,6 +86,7 @@ def same_questions(one: dict, other: dict) -> bool:
 
 CLO, SFT, EQUAL, ANCHOR = "clo", "sft", "sft, clo's compute", "clo, anchor 1"
 NOT_RUN = "Not run."
+HALF_THE_RATE = {"demo-rate": "demo"}           # plans that differ in it alone
 CURVES = (SFT, CLO, ANCHOR)         # methods whose figures are drawn by rows
 QUESTIONS = {                       # name of its plots: (question, pairs of methods)
     "target": ("1. Does CLO beat SFT in the target language, and does it keep English better? (paper: yes, "
@@ -103,6 +104,10 @@ QUESTIONS = {                       # name of its plots: (question, pairs of met
     "anchor": ("6. Beyond the paper: does the anchor cost the target anything, does it protect English?",
                [(ANCHOR, CLO)]),
     "two": ("6b. Two languages in one adapter, against one", [(CLO, CLO)]),
+    "rate": ("6c. LoRA at the learning rate that is the default, against half of it",
+             [(ANCHOR, ANCHOR), (CLO, CLO), (SFT, SFT)]),
+    "settings": ("6d. Another beta, lambda and rate, the best of a grid on the validation split, against the best "
+                 "rate alone", [(f"{ANCHOR}, beta and rate", ANCHOR), (f"{ANCHOR}, beta and lambda", ANCHOR)]),
     "content": ("7. Where CLO is better: language choice, or content? Here content, on questions to which "
                 "every reply of both is in the right language", [(ANCHOR, SFT), (CLO, SFT)])}
 # What the questions are decided by: (0 target or 1 source language, figure). All else explains or explores.
@@ -163,6 +168,8 @@ def elsewhere(target: str, place: Place, there: Place) -> str:
     """What of the other method, or of the figures, is not that of the place."""
     if there.rows != place.rows:
         return f" with {there.rows:,}"
+    if there.plan != place.plan:
+        return f" of {there.plan}"
     if there != place:
         return f" for {target} alone"
     return f", in {target}" if target != place.language else ""
@@ -185,12 +192,14 @@ def wanted_pairs(name: str, places) -> list[tuple]:
             twice = place._replace(rows=2 * place.rows)
             wanted += [(targets[0], place, CLO, twice, SFT), (targets[0], twice, CLO, place, CLO),
                        (targets[0], twice, SFT, place, SFT)]
+        there = place
+        if name == "rate":
+            there = place._replace(plan=HALF_THE_RATE.get(place.plan, ""))
         for (one, other), target in itertools.product(QUESTIONS[name][1], targets):
-            alone = place._replace(language=target)
-            if name != "two":
-                wanted.append((target, place, one, place, other))
-            elif alone != place:
-                wanted.append((target, place, one, alone, other))
+            if name == "two":
+                there = place._replace(language=target)
+            if name != "two" or there != place:
+                wanted.append((target, place, one, there, other))
     return wanted
 
 
