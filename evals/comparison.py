@@ -139,8 +139,14 @@ def label_methods_(runs: list[Run]) -> None:
         for method in run.methods:
             label = method
             for name in sorted(differing[method]):
-                label += f" {name.replace('_', '-')}={run.flags.get(name)}"
+                label += f" {name.replace('_', '-')}={shown_flag(run.flags.get(name))}"
             run.labels[method] = label
+
+
+def shown_flag(value) -> str:
+    if value is None:                   # what that stood for, the program of that run knows
+        return "default"
+    return f"{value:g}" if isinstance(value, float) else str(value)
 
 
 def unread_flags(method: str, flags: dict) -> set[str]:

@@ -144,7 +144,8 @@ def draw_curves(plt, rows: Rows):
             axis = axes[language, place]
             axis.plot(steps, means, **look)
             axis.xaxis.get_major_locator().set_params(integer=True)
-    add_legend(figure, "mean over seeds")
+    several = any(len(group) > 1 for group in rows.values())
+    add_legend(figure, "mean over seeds" if several else "one seed")
     return figure
 
 

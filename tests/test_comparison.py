@@ -101,6 +101,12 @@ def test_runs_that_differ_in_a_flag_are_told_apart_and_sft_does_not_read_beta(tm
         "base", "sft", "clo beta=0.1", "clo beta=0.5"]
 
 
+@pytest.mark.parametrize("value, shown", [
+    (None, "default"), (0.0, "0"), (1.0, "1"), (0.00071, "0.00071"), (4, "4"), ("en,tgt", "en,tgt"), (True, "True")])
+def test_a_flag_is_shown_as_it_is_typed(value, shown):
+    assert comparison.shown_flag(value) == shown
+
+
 @pytest.mark.parametrize("flag, values, split", [
     ("nll", ("tgt", "en,tgt"), {"clo"}), ("lam", (0.2, 0.5), {"clo"}),
     ("beta", (0.1, 0.5), {"clo", "dpo", "sft+dpo"}), ("anchor", (0.5, None), {"clo", "dpo", "sft+dpo"}),
