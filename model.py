@@ -41,7 +41,7 @@ import kernels
 from formats import hub
 from formats.configs import Config, read_config
 from formats.weights import Weights, check_depth, match_names, read_tensors
-from kernels.layers import ForkAttention, RMSNormFunction, Rotate, SwiGLU, pieces_of
+from kernels.layers import ForkAttention, RMSNormFunction, Rotate, SwiGLU, fork_predicate, pieces_of
 
 # ----------------------------------------------------------------------------------------------------- layers
 
@@ -212,21 +212,6 @@ def attend_causal(q, k, v, window=None):
     distance = query - key
     seen = (distance >= 0) & (distance < (window or math.inf))
     return sdpa(q, k, v, mask=seen[None, None])
-
-
-def fork_predicate(fork, branch, positions, window=None):
-    """Eq. 1 in the form FlexAttention asks: (row, head, query, key) -> may see. On grids of indices it is the
-    dense mask. Padding sees itself, so that no softmax is empty."""
-    def sees(b, _, q, k):
-        same_fork = fork[b, q] == fork[b, k]
-        in_prompt = branch[b, k] == 0
-        same_branch = branch[b, k] == branch[b, q]
-        padding = fork[b, q] < 0
-        seen = same_fork & (k <= q) & (in_prompt | same_branch) & (~padding | (q == k))
-        if window is not None:
-            seen = seen & (positions[b, q] - positions[b, k] < window)
-        return seen
-    return sees
 
 
 def dense_mask(fork, branch, positions, window=None, header: int = 0):

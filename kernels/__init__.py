@@ -12,7 +12,8 @@ Read in this order:
     layers.py      what a block computes between its products on a CPU: attention, RoPE, RMSNorm, SwiGLU
     aot.py, bench.py   what the compiler made of the kernel; how fast, how large, how exact it is
 
-Imports nothing else of the program. Exercises: docs/lessons/4-logsoftmax.md. Numbers: docs/benchmarks.md.
+Nothing else of the program is imported, but for bench.py. Exercises: docs/lessons/4-logsoftmax.md.
+Numbers: docs/benchmarks.md.
 """
 
 from . import reference

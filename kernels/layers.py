@@ -105,16 +105,32 @@ def long_pieces(span: Span, behind: int) -> list[Piece]:
     return pieces
 
 
+def fork_predicate(fork, branch, positions=None, window=None):
+    """Eq. 1 of model.py in the form FlexAttention asks: (row, head, query, key) -> may see. On grids of
+    indices it is the dense mask. Padding sees itself, so that no softmax is empty."""
+    def sees(b, _, q, k):
+        same_fork = fork[b, q] == fork[b, k]
+        in_prompt = branch[b, k] == 0
+        same_branch = branch[b, k] == branch[b, q]
+        padding = fork[b, q] < 0
+        seen = same_fork & (k <= q) & (in_prompt | same_branch) & (~padding | (q == k))
+        if window is not None:
+            seen = seen & (positions[b, q] - positions[b, k] < window)
+        return seen
+    return sees
+
+
 def group_mask(group: list[Span]) -> Tensor:
     """0 where a token of these forks sees another one, else -inf; fp32."""
     lengths, branches = [], []
     for fork, (_, prompt, continuations) in enumerate(group):
         lengths += [prompt, *continuations]
         branches += [(fork, branch) for branch in range(1 + len(continuations))]
-    fork, branch = torch.tensor(branches).repeat_interleave(torch.tensor(lengths), dim=0).T
-    seen = (branch == 0) | (branch == branch[:, None])
-    seen &= fork == fork[:, None]
-    return torch.zeros(seen.shape).masked_fill(~seen.tril(), -torch.inf)
+    tokens = torch.tensor(branches).repeat_interleave(torch.tensor(lengths), dim=0)
+    fork, branch = tokens.T[:, None]                                             # (1, T) each
+    order = torch.arange(fork.shape[1])
+    seen = fork_predicate(fork, branch)(0, None, order[:, None], order)
+    return torch.zeros(seen.shape).masked_fill(~seen, -torch.inf)
 
 
 def shifted(places: slice, by: int) -> slice:
