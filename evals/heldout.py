@@ -139,7 +139,7 @@ class Validation:
         if untrained:
             self.untrained = answers
         figures = pair_figures(self.batches, self.policy, before, self.beta, self.targets)
-        tqdm.write(describe(step, figures, answers))
+        tqdm.write(validation_text(step, figures, answers))
         return figures | {"answers": answers}
 
     def score(self, model) -> Metrics:
@@ -172,7 +172,7 @@ def pair_figures(batches: list, policy: Sums, reference: Sums, beta: float,
     return metrics
 
 
-def describe(step: int, metrics: dict, answers: list[dict]) -> str:
+def validation_text(step: int, metrics: dict, answers: list[dict]) -> str:
     """What the loop prints of a validation: a line of figures by side, a line for each sample answer."""
     parts = []
     for name, start in SHOWN.items():
