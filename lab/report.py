@@ -365,7 +365,7 @@ def grid_section(lines: list[dict]) -> str:
     header.append("like base, source")
     for (plan, language, method), tried in by_method(lines).items():
         varied = varied_flags(tried)
-        for line in tried:
+        for line in sorted(tried, key=lambda line: [str(line["flags"].get(flag)) for flag in varied]):
             settings = ", ".join(f"{flag} {line['flags'].get(flag, '-')}" for flag in varied) or "-"
             cells = []
             for languages in (language.split(","), [source_of(line)]):
@@ -406,34 +406,36 @@ def varied_flags(lines: list[dict]) -> list[str]:
 README = hub.ROOT / "README.md"
 BETWEEN = "<!-- drawn by python -m lab report -->\n", "<!-- to here -->"
 SHOWN_PLOT = "replication-real.png"
-SHOWN_PLACE = Place("portuguese-first", "pt", 50)
-SHOWN_PAIRS = ((ANCHOR, SFT), (CLO, SFT), (ANCHOR, EQUAL))
-SHOWN_WORDS = {ANCHOR: "clo", CLO: "paper's loss", SFT: "sft", EQUAL: "sft as long"}
+FIRST, TUNED = Place("portuguese-first", "pt", 50), Place("portuguese", "pt", 200)
+SHOWN = {"clo - sft": (FIRST, ANCHOR, SFT),                             # name of the column: what is compared
+         "clo - sft as long": (FIRST, ANCHOR, EQUAL),
+         "200 rows: clo - sft": (TUNED, ANCHOR, SFT)}
 SHOWN_FIGURES = {"pt": ("language", "usable", "chrf each", "bits", "confused"),
                  "en": ("usable", "chrf each", "bits", "kept")}
 
 
 def shown_comparisons(lines: list[dict]) -> list[Comparison]:
     """CLO less SFT, and less SFT with as many tokens."""
-    methods, found = by_place(lines)[SHOWN_PLACE], []
-    for method, other in SHOWN_PAIRS:
-        pairs = line_pairs(methods[method], methods[other])
+    places, found = by_place(lines), []
+    for label, (place, method, other) in SHOWN.items():
+        pairs = line_pairs(places[place][method], places[place][other])
         told = tuple(differences(pairs, language, content=False) for language in SHOWN_FIGURES)
-        label = f"{SHOWN_WORDS[method]} - {SHOWN_WORDS[other]}"
-        found.append(Comparison(SHOWN_PLACE.plan, label, other, len(pairs), tuple(SHOWN_FIGURES), told))
+        found.append(Comparison(place.plan, label, other, len(pairs), tuple(SHOWN_FIGURES), told))
     return found
 
 
 def summary(lines: list[dict], compared: list[Comparison]) -> str:
-    """README's table: a row for every figure, the values of base and SFT, and the differences of CLO to SFT."""
-    methods, rows = by_place(lines)[SHOWN_PLACE], []
+    """README's table: a row for every figure, the values of base, SFT and CLO, and the differences."""
+    methods, rows = by_place(lines)[FIRST], []
+    valued = {"base": BASE, "sft": SFT, "clo": ANCHOR}
     for side, (language, names) in enumerate(SHOWN_FIGURES.items()):
         for figure in [figure for figure in FIGURES if figure.name in names]:
-            values = [mean_cell(figure, list(methods[method].values()), language) for method in (BASE, SFT)]
+            values = [mean_cell(figure, list(methods[method].values()), language) for method in valued.values()]
             cells = [one.cell((side, figure.name)) for one in compared]
             rows.append([f"{language}: {figure.title}", *values, *cells])
-    rows.append(["seeds", "-", str(len(methods[SFT])), *(str(one.seeds) for one in compared)])
-    return table(["", BASE, SFT, *(one.label for one in compared)], rows)
+    seeds = [str(len(methods[method])) for method in (SFT, ANCHOR)]
+    rows.append(["seeds", "-", *seeds, *(str(one.seeds) for one in compared)])
+    return table(["", *valued, *SHOWN], rows)
 
 
 def mean_cell(figure: Figure, lines: list[dict], language: str) -> str:
