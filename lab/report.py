@@ -224,15 +224,14 @@ def section(name: str, compared: list[Comparison]) -> str:
     return "\n\n".join(text)
 
 
-def primary_section(lines: list[dict]) -> str:
+def primary_section(compared: list[Comparison]) -> str:
     """CLO against SFT at every place in the figures that decide."""
     titles = {figure.name: figure.title for figure in FIGURES}
     header = [f"{SIDES[side]}: {titles[name]}" for side, name in PRIMARY]
     rows = []
-    for name in ("target", "compute"):
-        for one in compare(name, lines):
-            if one.other in (SFT, EQUAL):
-                rows.append([one.label, str(one.seeds), *map(one.cell, PRIMARY)])
+    for one in compared:
+        if one.other in (SFT, EQUAL):
+            rows.append([one.label, str(one.seeds), *map(one.cell, PRIMARY)])
     if not rows:
         return f"## In short\n\n{NOT_RUN}"
     return "\n\n".join(["## In short", IN_SHORT, table(["", "seeds", *header], rows)])
@@ -305,13 +304,15 @@ machine translations, so chrF and bits reward their style in every method alike.
 
 def page(lines: list[dict]) -> str:
     """The text of docs/replication.md."""
+    compared = {name: compare(name, lines) for name in QUESTIONS}
     questions = []
     for name in QUESTIONS:
-        questions.append(section(name, compare(name, lines)))
+        questions.append(section(name, compared[name]))
         if name == "sizes":
             questions += [f"![Figures by rows, {key}]({curves_name(key)})" for key in curves(lines)]
     figures = [figure_section(place, methods) for place, methods in by_place(lines).items()]
-    parts = [INTRODUCTION, primary_section(lines), *questions, settings_section(lines), grid_section(lines),
+    short = primary_section(compared["target"] + compared["compute"])
+    parts = [INTRODUCTION, short, *questions, settings_section(lines), grid_section(lines),
              *figures]
     return "\n\n".join(parts) + "\n"
 
