@@ -63,7 +63,7 @@ METHODS = {
 CLO_ANCHOR = 1.0                # not in the paper; what it gives and costs: docs/replication.md, question 6
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 SIMPO_GAMMA = 0.5               # nats a token by which simpo wants the right response ahead
-# Peak learning rates at this hidden width; they scale with its inverse (muP). lora: docs/log.md, 27 November.
+# Peak learning rates at this hidden width; they scale with its inverse (muP). lora: docs/replication.md, 6c.
 REFERENCE_WIDTH = 4096
 LEARNING_RATES = {"lora": 2e-4, "attention": 3e-5, "full": 1.5e-5}
 

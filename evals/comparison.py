@@ -15,7 +15,6 @@ from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path
 
-from clo import METHODS
 from engine.files import InputError, need, read_json
 from evals.answers import read_lines
 from evals.figures import ANSWER_KEYS, MEAN, RESAMPLES, SHARE, Sample, measure, paired_difference
@@ -150,17 +149,18 @@ def shown_flag(value) -> str:
 
 
 def unread_flags(method: str, flags: dict) -> set[str]:
-    """Flags in which runs of a method may differ and be the same: none of its stages reads them."""
+    """Flags in which runs of a method may differ and be the same: none of its stages reads them. A stage is
+    called by what it minimises: sft, dpo, or clo, which at a lambda of 1 is sft."""
     if method == "base":
         return set(flags)
     unread = set(SAME_METHOD)
-    own = [lam for lam, _ in METHODS.get(method, METHODS["clo"])]
-    if None not in own:
+    stages = method.split("+")
+    if "clo" not in stages:
         unread |= {"lam", "nll"}
-    weights = {flags.get("lam") if lam is None else lam for lam in own}
-    if weights == {1}:                  # no stage has a preference term
+    plain = [stage.startswith("sft") or (stage == "clo" and flags.get("lam") == 1) for stage in stages]
+    if all(plain):
         unread |= {"beta", "preference", "anchor"}
-    elif 1 not in weights:              # every stage has one
+    elif not any(plain):
         unread.add("baseline_epochs")
     return unread
 

@@ -104,6 +104,10 @@ def imports_of(path: Path) -> set[str]:
     return found
 
 
+def test_nothing_of_the_program_imports_the_page_on_top():
+    assert [name for name in NAMES if "clo.py" in imports_of(ROOT / name)] == []
+
+
 def test_no_module_imports_what_imports_it():
     below = {name: imports_of(ROOT / name) - {name} for name in NAMES if not name.endswith("__init__.py")}
     while below:
