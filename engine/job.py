@@ -1,8 +1,7 @@
 """What all methods of a run share: rows read, translated and made into forks, and the directory they go to.
 
 A run is what its flags (IDENTITY) and the content of the files it reads make it. `make_job` takes them from
-the command line; what stands below it, but for the first and the last word (`plan_of`, `ending_lines`), gets
-what it needs by name.
+the command line, as `plan_of` and `ending_lines` do; all else here gets what it needs by name.
 """
 
 import importlib.util
@@ -70,7 +69,9 @@ def make_job(args, device: torch.device, plan: scale.Plan, methods: dict[str, li
 
     languages = args.source, *args.targets
     print(f"\n1. Rows: {args.source} and {', '.join(args.targets)}")
-    eval_data = ranks.on_first(lambda: args.eval_data or evaluation_file(args.data, languages))
+    eval_data = args.eval_data
+    if eval_data is None:
+        eval_data = ranks.on_first(lambda: evaluation_file(args.data, languages))
     split = ranks.on_first(lambda: read_split(              # the other ranks get the rows from the first
         args.data, eval_data, languages, args.turns, args.samples, args.holdout, args.eval_split, args.seed))
     count = len(split.rows) - split.apart
