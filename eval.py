@@ -17,6 +17,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 import model as llama
+import translate
 from data import print_notes
 from engine import flags, ranks
 from engine.files import InputError, Journal, check_unicode, fingerprint, run, write_json
@@ -183,8 +184,9 @@ def alpaca(args) -> None:
     items = read_instructions(args.instructions, language)[:args.limit]
     check_system(args.model, args.adapter)
     if args.translator:
+        translator = translate.load(args.translator, args.device)
         items = translate_instructions(
-            items, args.translator, args.device,
+            items, translate.translate, translator,
             args.source, args.lang, args.beams)
     model, tokenizer, settings = open_model(
         args.model, args.adapter, args.device,

@@ -46,7 +46,7 @@ CONTEXT_BYTES = 1.5 * GB                 # a CUDA context, cuBLAS's workspace, w
 class Plan:
     """How a model is trained, and on what. tflops: TFLOP/s a device achieves; link_gb: GB/s it sends."""
     train: str = "lora"
-    rank: int = 16
+    lora_rank: int = 16
     dtype: str = "bf16"                  # "auto", until `choose`
     row_tokens: int = 1024
     micro_rows: int | None = 1           # None, until `choose`
@@ -92,11 +92,11 @@ def parameters(c: Config) -> dict[str, int]:
             "norms": L * (2 * H + c.qk_norm * 2 * c.head_dim) + H}
 
 
-def trainable_parameters(c: Config, train: str = "lora", rank: int = 16) -> int:
+def trainable_parameters(c: Config, train: str = "lora", lora_rank: int = 16) -> int:
     """lora: R (in + out) for each projection, whose B is out x R and A is R x in; attention: the projections;
     full: all."""
     if train == "lora":
-        return c.num_hidden_layers * rank * sum(map(sum, attention_shapes(c).values()))
+        return c.num_hidden_layers * lora_rank * sum(map(sum, attention_shapes(c).values()))
     counts = parameters(c)
     return counts["attention"] if train == "attention" else sum(counts.values())
 
@@ -123,7 +123,7 @@ def block_bytes(c: Config, plan: Plan, first: bool = False) -> float:
     if plan.device != "cpu":
         kept += QD * b                                 # input of o, where it isn't attention's result itself
     if plan.train == "lora":
-        kept += 4 * plan.rank * b                      # A x, for the gradient of B
+        kept += 4 * plan.lora_rank * b                 # A x, for the gradient of B
     if c.qk_norm:
         kept += (QD + GD) * b + (heads + c.num_key_value_heads) * wide
     kept += 2 * (QD + GD) * b + heads * wide           # q, k, v, the result, its log-sum-exp
@@ -151,7 +151,7 @@ def memory(c: Config, plan: Plan) -> dict[str, float]:
     b = plan.itemsize
     cuda = plan.device == "cuda"
     counts = parameters(c)
-    learned = trainable_parameters(c, plan.train, plan.rank)
+    learned = trainable_parameters(c, plan.train, plan.lora_rank)
     frozen = sum(counts.values()) - (0 if plan.train == "lora" else learned)
     parts = plan.gpus if plan.shard else 1                       # FSDP2 splits every tensor evenly
     root = counts["embedding"] + counts["head"]
@@ -245,7 +245,7 @@ def token_flops(c: Config, plan: Plan) -> tuple[float, float]:
     counts = parameters(c)
     body = counts["attention"] + counts["mlp"]
     head = c.vocab_size * c.hidden_size
-    learned = body if plan.train == "full" else trainable_parameters(c, plan.train, plan.rank)
+    learned = body if plan.train == "full" else trainable_parameters(c, plan.train, plan.lora_rank)
     forward = 2 * (body + learned if plan.train == "lora" else body)     # LoRA's come beside the frozen ones
     backward = forward + 2 * learned
     step = (1 + plan.recompute) * forward + backward + (6 if plan.train == "full" else 4) * head
@@ -261,7 +261,7 @@ def step_seconds(c: Config, plan: Plan, tokens: float) -> dict[str, float]:
     micros = max(1, each / plan.tokens)
     share = (plan.gpus - 1) / plan.gpus                               # what a ring sends from each device
     weights = 2 * plan.itemsize * sum(parameters(c).values())         # gathered in forward and backward
-    gradients = 2 * 4 * trainable_parameters(c, plan.train, plan.rank)     # reduced, and sent back
+    gradients = 2 * 4 * trainable_parameters(c, plan.train, plan.lora_rank)     # reduced, and sent back
     sent = (plan.shard * micros * weights + gradients) * share / (plan.link_gb * GB)
     rate = plan.tflops * 1e12
     return {"step": max(each * step / rate, sent), "reference": each * reference / rate}
@@ -362,7 +362,7 @@ def describe(c: Config, plan: Plan, available: float = DEVICE_BYTES) -> str:
     if plan.gpus > 1:
         where = f"each of {plan.gpus} devices, {'sharded' if plan.shard else 'all alike'}"
     lines = [f"parameters {sum(counts.values()):,}: {by_part}",
-             f"trainable ({plan.train}) {trainable_parameters(c, plan.train, plan.rank):,}",
+             f"trainable ({plan.train}) {trainable_parameters(c, plan.train, plan.lora_rank):,}",
              f"memory of {where}:"]
     lines += [f"  {name:30}{size / GB:9.3f} GB" for name, size in parts.items() if size]
     verdict = "" if total < available else ": too much for the device"

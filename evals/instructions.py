@@ -1,9 +1,10 @@
 """Instructions in alpaca_eval's format, and a model's answers to them."""
 
 from collections import Counter
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
-import translate
 from engine.files import InputError, Journal, as_kind, check_unicode, fingerprint, need, read_records
 from evals.answers import Decoding
 from evals.systems import keep
@@ -31,12 +32,11 @@ def read_instructions(path, language: str) -> list[dict]:
     return [item for _, item in found]
 
 
-def translate_instructions(items: list[dict], model: str, device: str, source: str, language: str,
+def translate_instructions(items: list[dict], translate: Callable, translator, source: str, language: str,
                            beams: int) -> list[dict]:
     """The items in a language, but for those whose translation failed a check, is empty or equals an earlier
     one, which are counted. The translation is kept under a hash of what made it, so that every system gets
-    the same strings, byte for byte: alpaca_eval joins answers on them."""
-    translator = translate.load(model, device)
+    the same strings, byte for byte: alpaca_eval joins answers on them. translate: the page's function."""
     translator.check(source, [language])
     settings = {
         "translator": translator.fingerprint,
@@ -47,7 +47,8 @@ def translate_instructions(items: list[dict], model: str, device: str, source: s
     path = Path("runs/eval") / f"instructions-{language}-{fingerprint(texts, settings)}.jsonl"
     with Journal(path, settings, ("source", "instruction", "faults")) as journal:
         left = texts[len(journal.done):]
-        lines = translated_lines(left, translator, source, language, beams)
+        lines = translated_lines(left, partial(translate, source=source, target=language,
+                                               translator=translator, beams=beams))
         keep(journal, lines, len(items), f"translate to {language}", "instruction")
     print(f"translated instructions, the same for every system: {path}")
     kept, left_out = {}, Counter()
@@ -70,11 +71,10 @@ def translate_instructions(items: list[dict], model: str, device: str, source: s
     return list(kept.values())
 
 
-def translated_lines(texts: list[str], translator, source: str, language: str, beams: int):
+def translated_lines(texts: list[str], translate: Callable):
     for first in range(0, len(texts), TRANSLATED_AT_ONCE):
         asked = texts[first:first + TRANSLATED_AT_ONCE]
-        translations = translate.translate(asked, source, language, translator, beams)
-        for text, found in zip(asked, translations):
+        for text, found in zip(asked, translate(asked)):
             yield {
                 "source": text,
                 "instruction": found,

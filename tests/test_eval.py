@@ -111,7 +111,7 @@ def test_help_has_an_example_and_no_flag_without_words(command):
 
 def test_alpaca_misses_the_model_before_it_translates(tmp_path, monkeypatch):
     (tmp_path / "i.json").write_text('[{"instruction": "a"}]')
-    monkeypatch.setattr(instructions.translate, "load", lambda *_: pytest.fail("hours of translation"))
+    monkeypatch.setattr(evaluation.translate, "load", lambda *_: pytest.fail("hours of translation"))
     for flags in (["--adapter", tmp_path / "none", "--model", write_checkpoint(tmp_path / "base")],
                   ["--model", tmp_path / "none"]):
         result = run("alpaca", "--instructions", tmp_path / "i.json", "--lang", "sw",
@@ -233,10 +233,9 @@ def test_translated_instructions_are_the_same_for_every_system_and_what_failed_a
         tmp_path, monkeypatch, capsys):
     calls = []
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(instructions.translate, "load", lambda *_: SimpleNamespace(
-        fingerprint="abc", check=lambda *_: None))
+    translator = SimpleNamespace(fingerprint="abc", check=lambda *_: None)
 
-    def translate(texts, *_):
+    def translate(texts, **_):
         calls.append(len(texts))
         odd = {"Say 3": " ", "Say 5": "Say 1 1"}
         faults = {"Say 7": Counter(length=2)}
@@ -245,8 +244,7 @@ def test_translated_instructions_are_the_same_for_every_system_and_what_failed_a
             translation.faults = faults.get(text, Counter())
         return translations
 
-    monkeypatch.setattr(instructions.translate, "translate", translate)
-    how = ("t", "cpu", "en", "sw", 2)
+    how = (translate, translator, "en", "sw", 2)
     items = [{"instruction": f"Say {i}", "dataset": None} for i in range(20)]
     first = instructions.translate_instructions(items, *how)
     assert instructions.translate_instructions(items, *how) == first and calls == [16, 4]
