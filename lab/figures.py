@@ -38,13 +38,12 @@ def byte_counts(columns: dict, name: str) -> list:
     return list(zip(columns["bits"], columns["bytes"]))
 
 
-def ngram_counts(columns: dict, name: str) -> list:
-    return list(map(long_counts, columns[name]))
+def ngram_counts(columns: dict, name: str) -> np.ndarray:
+    return long_counts(columns[name])
 
 
 def each_chrf(columns: dict, name: str) -> list:
-    counts = np.array(ngram_counts(columns, "chrf"), dtype=float)
-    return [(value, 1) for value in chrf(counts)]
+    return [(value, 1) for value in chrf(ngram_counts(columns, "chrf"))]
 
 
 @dataclass(frozen=True)
@@ -137,8 +136,8 @@ def bootstrap(figure: Figure, counts: np.ndarray) -> tuple[float, float]:
         other = with_questions(counts[:, 1], (0, 1), (half, 1))
         counts = np.stack((one, other), 1)
     drawn, weights = resamples(counts.shape[2], len(counts))
-    gaps = [np.subtract(*figure.of_sums(drawn @ pair)) for pair in counts]              # seeds * (RESAMPLES,)
-    draws = (weights.T * gaps).sum(0)
+    values = figure.of_sums(np.tensordot(drawn, counts, (1, 2)))                        # (RESAMPLES, seeds, 2)
+    draws = (weights * (values[..., 0] - values[..., 1])).sum(1)
     outside = (1 - CERTAINTY) / 2
     low, high = np.quantile(draws, (outside, 1 - outside)).tolist()
     return low, high

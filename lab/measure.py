@@ -18,6 +18,7 @@ import math
 from itertools import islice
 from pathlib import Path
 
+import numpy as np
 import torch
 
 import data
@@ -114,11 +115,11 @@ def short_counts(text: str, expected: str) -> list[int]:
     return [letters, counts[1], *counts[2::3]]
 
 
-def long_counts(counts: list[int]) -> list[int]:
-    """evals.figures.chrf_counts from short_counts."""
-    own, wanted, *common = counts
-    found = []
-    for n in range(CHRF_ORDER):
-        expected = max(wanted - n, 0)
-        found += [max(own - n, 0) if expected else 0, expected, common[n]]
-    return found
+def long_counts(counts: list[list[int]]) -> np.ndarray:
+    """evals.figures.chrf_counts of each question, (questions, 3 CHRF_ORDER), from their short_counts."""
+    short = np.array(counts, dtype=float)
+    own, wanted, common = short[:, :1], short[:, 1:2], short[:, 2:]
+    shorter = np.arange(CHRF_ORDER)                     # than the letters by so many are the n-grams
+    wanted = np.maximum(wanted - shorter, 0)
+    own = np.where(wanted > 0, np.maximum(own - shorter, 0), 0)
+    return np.stack((own, wanted, common), axis=-1).reshape(len(short), -1)
