@@ -47,9 +47,22 @@ class Run:
 
     @property
     def name(self) -> str:
-        """Of its directory and its line; other flags make another name."""
-        own = fingerprint(self.flags)[:6]
-        parts = self.language, self.method, self.size or "all", f"s{self.seed}", self.split, own
+        """Of its line and its replies; other flags make another name."""
+        return self.named(self.split, self.flags)
+
+    @property
+    def training(self) -> dict:
+        """The flags that it trains by: a point of a grid and the run on the test split for which it is chosen
+        are one training."""
+        return {flag: value for flag, value in self.flags.items() if flag != "eval-split"}
+
+    @property
+    def directory(self) -> str:
+        """Of its training."""
+        return self.named("trained", self.training)
+
+    def named(self, what: str, flags: dict) -> str:
+        parts = self.language, self.method, self.size or "all", f"s{self.seed}", what, fingerprint(flags)[:6]
         return re.sub(r"[^\w.]+", "-", "-".join(map(str, parts)))
 
     @property

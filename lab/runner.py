@@ -1,7 +1,8 @@
 """Runs what is missing of a plan, one after the other, and leaves a line for each. Several processes may work
 at one plan: each takes a run that no other holds.
 
-A run is the ordinary `python clo.py` in a directory of its own. The lab scores the trained model itself: the
+A run is the ordinary `python clo.py` in a directory of its own, which a grid's point shares with the run on the
+test split for which it is chosen: what is trained is trained once. The lab scores the trained model itself: the
 base model is answered and scored once for all, and one classifier judges the language of every reply, however
 few rows a run has trained on. A killed lab goes on where it stopped, inside of a run too.
 """
@@ -119,8 +120,8 @@ def perform(plan: dict, run: Run, runs: Path) -> dict:
     told, before = {"epochs": 0, "rows": 0, "seconds": 0, "tokens": 0}, None
     rows = translated(run, runs)
     if run.method != BASE:
-        flags = {flag: value for flag, value in run.flags.items() if flag != "translator"}
-        directory = runs / run.name
+        flags = {flag: value for flag, value in run.training.items() if flag != "translator"}
+        directory = runs / run.directory
         call("clo.py", flags | ONE_ANSWER | {"data": rows, "out": directory}, directory)
         told = training_facts(directory, run.flags["method"])
         before = base_replies(base_run(plan, run.language, run.split), runs, rows)
@@ -166,7 +167,7 @@ def score(run: Run, runs: Path, data_file: Path, before: list[dict] | None) -> t
     if not rows:
         raise InputError(f"{flags['eval-data']}: no row of split {run.split!r} holds {', '.join(languages)}")
     tokenizer = data.load_tokenizer(hub.model_directory(flags["model"]))
-    model = open_model(run, runs / run.name)
+    model = open_model(run, runs / run.directory)
     columns = measure.answer_columns(model, tokenizer, rows, languages)
     known = data.read_rows(data_file, languages[0], targets=languages[1:])
     lines = measure.reply(model, tokenizer, rows, languages, known, flags["max-new-tokens"],

@@ -114,6 +114,15 @@ def test_a_plan_that_cannot_be_run_is_refused_in_one_line(tmp_path, change, told
     assert "\n" not in str(error.value)
 
 
+def test_a_grid_s_point_and_the_run_it_is_chosen_for_are_one_training(tmp_path):
+    table = write_plan(tmp_path / "p.json")
+    runs = [plan.make_runs(table, ("sw", 8, seed, "sft"), split, [{"lr": 1e-3}], [])[0]
+            for seed, split in ((0, "validation"), (0, "test"), (1, "test"))]
+    point, chosen, other = runs
+    assert point.directory == chosen.directory != other.directory and len({run.name for run in runs}) == 3
+    assert point.training == chosen.training and "eval-split" not in point.training
+
+
 def test_the_plans_of_the_project_can_be_read_and_begun():
     names = [path.stem for path in plan.PLANS.glob("*.json")]
     assert {"demo", "portuguese", "chinese"} <= set(names)
