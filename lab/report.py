@@ -190,8 +190,8 @@ def wanted_pairs(name: str, places) -> list[tuple]:
         targets = place.language.split(",")
         if name == "sizes":
             twice = place._replace(rows=2 * place.rows)
-            wanted += [(targets[0], place, CLO, twice, SFT), (targets[0], twice, CLO, place, CLO),
-                       (targets[0], twice, SFT, place, SFT)]
+            wanted += [(targets[0], place, method, twice, SFT) for method in (ANCHOR, CLO)]
+            wanted += [(targets[0], twice, method, place, method) for method in CURVES]
         there = place
         if name == "rate":
             there = place._replace(plan=HALF_THE_RATE.get(place.plan, ""))
