@@ -11,9 +11,11 @@ chosen, y_l the rejected response to x, log-probs summed over their tokens, and 
     L_SFT  = -(sum of log pi(y_t|x_t)) / (number of tokens), t: the target language's                  (eq. 3)
     L_CLO  = lambda * L_SFT + (1 - lambda) * L_CL                                                      (eq. 4)
 
-Means are over an optimiser step, however it is cut into micro-batches. By default a penalty on English
-answers that fall is added, which is not the paper's (`anchor_loss`), and only attention is trained, as LoRA:
-    W' = W + (alpha / R) B A                                                                           (eq. 5)
+Means are over an optimiser step, however it is cut into micro-batches. By default an anchor is added, which
+is not the paper's, T being the step's tokens of English responses, and only attention is trained, as LoRA:
+
+    L      = L_CLO + anchor * sum of max(0, log ref(y_en|x_en) - log pi(y_en|x_en)) / T                (eq. 5)
+    W'     = W + (alpha / R) B A                                                                       (eq. 6)
 
 References: CLO (ACL 2025, arXiv 2505.14297), DPO (arXiv 2305.18290), LoRA (arXiv 2106.09685).
 """
@@ -50,8 +52,8 @@ from formats.configs import read_config
 from formats.languages import language_list, normal
 from formats.weights import DTYPES, add_update, lora_product
 
-# Every method is a list of stages, and a stage a lambda (None: --lambda) and the prompts whose right
-# responses count in eq. 3: "en" those in the source language, "tgt" those in the targets.
+# Every method is a list of stages, and a stage a lambda and the prompts whose right responses count in eq. 3:
+# "en" those in the source language, "tgt" those in the targets. lambda None: --lambda and --nll say both.
 METHODS = {
     "clo": [(None, ("tgt",))],
     "sft": [(1.0, ("en", "tgt"))],
@@ -63,7 +65,7 @@ METHODS = {
 CLO_ANCHOR = 1.0                # not in the paper; what it gives and costs: docs/replication.md, question 6
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 SIMPO_GAMMA = 0.5               # nats a token by which simpo wants the right response ahead
-# Peak learning rates at this hidden width; they scale with its inverse (muP). lora: docs/replication.md, 6c.
+# Peak learning rates at this hidden width; they scale with its inverse (muP). Tuned: lora's (docs/log.md).
 REFERENCE_WIDTH = 4096
 LEARNING_RATES = {"lora": 2e-4, "attention": 3e-5, "full": 1.5e-5}
 
@@ -80,7 +82,7 @@ def preference_losses(margin: Tensor, kind: str = "sigmoid", beta: float = 0.5) 
     """The preference term of each pair, (P,), from its margin (P,).
 
     sigmoid: -log sigmoid(beta * margin), DPO's (arXiv 2305.18290, eq. 7): the paper's, and the default.
-    ipo: (margin - 1 / (2 beta))^2, which stops pulling once the margin is there (arXiv 2310.12036, eq. 17).
+    ipo: (margin - 1 / (2 beta))^2, which pulls it to 1 / (2 beta) from both sides (arXiv 2310.12036, eq. 17).
     simpo: -log sigmoid(beta * (margin - gamma)) over the margin of *mean* log-probs without a reference,
     gamma being SIMPO_GAMMA nats a token (arXiv 2405.14734, eq. 6, whose gamma is beta times ours).
     """
@@ -109,11 +111,11 @@ def clo_loss(policy_chosen_logp: Tensor, policy_rejected_logp: Tensor, ref_chose
 
 
 def anchor_loss(policy_logp: Tensor, ref_logp: Tensor, tokens) -> Tensor:
-    """How far right responses fell below the reference, nats per token: sum of max(0, ref - policy) / tokens.
+    """How far right responses fell below the reference, nats per token: eq. 5 without its weight.
 
     A margin also grows when both responses fall; this term keeps the English one from it. The penalty is that
-    of DPO-Positive (arXiv 2402.13228, eq. 3), added to the loss instead of to the margin.
-    Inputs (S',) are summed log-probs.
+    of DPO-Positive (arXiv 2402.13228, eq. 3), added to the loss instead of to the margin. Inputs: log-probs
+    summed over a response, one for each; a response that rose makes up for none that fell.
     """
     return F.relu(ref_logp - policy_logp).sum() / max(tokens, 1)
 
@@ -133,7 +135,8 @@ class Objective:
 
     def loss(self, logp: Tensor, batch: data.Batch, step: "Counts") -> Tensor:
         """A micro-batch's part of the step's loss, from the summed log-probs (S,) of its continuations."""
-        ref = logp.detach() if batch.ref_logp is None else batch.ref_logp      # None: lambda is 1
+        # None: lambda is 1, or the policy is its own reference, as it is before the first step.
+        ref = logp.detach() if batch.ref_logp is None else batch.ref_logp
         scores, base = logp, ref
         if self.kind == "simpo":
             scores, base = logp / batch.length, torch.zeros_like(ref)
@@ -171,8 +174,8 @@ def train_step(model: llama.Llama, batches: list[data.Batch], objective: Objecti
     for i, counted in ranks.deal(len(batches)):                        # gradient accumulation
         batch = batches[i].to(model.head.device)
         logp = llama.continuation_logps(model, batch)                  # (S,)
-        loss = objective.loss(logp, batch, step)                       # eq. 4
-        (loss * counted).backward()         # 0: a batch that is another rank's too, so that all do as many
+        loss = objective.loss(logp, batch, step)                       # eq. 4, 5
+        (loss * counted).backward()         # * 0: another rank counts it, run so that all ranks do as many
         if counted:
             figures.append(batch_figures(loss.detach(), logp.detach(), batch, objective, step))
     parameters = optimizer.param_groups[0]["params"]
@@ -201,8 +204,8 @@ class Stage:
     eval_every: int                 # steps between validations; 0: once an epoch
     save_every: int                 # steps between checkpoints
 
-    def steps(self, packed: int) -> int:
-        return max(1, round(self.epochs * packed))
+    def steps(self, per_epoch: int) -> int:
+        return max(1, round(self.epochs * per_epoch))
 
 
 def train(model: llama.Llama, parameters: dict, stage: Stage, packed: list, validate: Callable,
@@ -222,15 +225,15 @@ def train(model: llama.Llama, parameters: dict, stage: Stage, packed: list, vali
             bar.write(f"{stage.name}: resuming at step {done} of {len(order)}")
         for i in range(done, len(order)):
             started = time.perf_counter()
-            rate = stage.rate * learning_rate(i, len(order), stage.warmup)
+            rate = stage.rate * rate_factor(i, len(order), stage.warmup)
             optimizer.param_groups[0]["lr"] = rate
             batches = packed[order[i]]
             last = i + 1 == len(order)
             result = train_step(model, batches, stage.objective, optimizer, stage.clip)
+            metrics = {"step": i + 1, "lr": rate} | heldout.step_metrics(result, batches, targets, started)
+            runs.stop_unless_finite(metrics, stage.name, stage.rate)
             if i == 0 and stage.objective.prefers:
                 check_first_rewards(result["rewards"])
-            metrics = {"step": i + 1, "lr": rate} | heldout.step_metrics(result, batches, targets, started)
-            stop_unless_finite(metrics, stage)
             if last or (i + 1) % (stage.eval_every or len(packed)) == 0:
                 metrics |= validate(i + 1)
             log.write(metrics)
@@ -241,11 +244,12 @@ def train(model: llama.Llama, parameters: dict, stage: Stage, packed: list, vali
                 runs.save_checkpoint(directory / "checkpoint", i + 1, parameters, optimizer)
             if signalled:
                 bar.close()
-                sys.exit(stop.goodbye(signalled, i + 1))
+                sys.exit(runs.say_stopped(signalled, i + 1))
 
 
 def batch_figures(loss: Tensor, logp: Tensor, batch: data.Batch, objective: Objective, step: Counts):
-    """What is logged of a micro-batch: loss, NLL, and rewards and log-probs (2, P): chosen, rejected."""
+    """What is logged of a micro-batch: loss, NLL, and rewards and log-probs (2, P): chosen, rejected. Rewards
+    are DPO's whatever the preference: of sums, against the reference."""
     ref = logp if batch.ref_logp is None else batch.ref_logp
     pair = torch.stack((batch.chosen, batch.rejected))
     nll = -logp[batch.nll].sum() / max(step.nll_tokens, 1)
@@ -262,19 +266,12 @@ def step_order(per_epoch: int, steps: int, seed: int) -> list[int]:
     return order[:steps]
 
 
-def learning_rate(step: int, steps: int, warmup: float) -> float:
-    """Factor on the peak rate at 0-based `step`: linear up over warmup * steps, then down towards 0."""
+def rate_factor(step: int, steps: int, warmup: float) -> float:
+    """Of the peak rate at 0-based `step`: linear up over warmup * steps, then down towards 0."""
     rising = max(1, round(warmup * steps))
     if step < rising:
         return (step + 1) / rising
     return (steps - step) / max(1, steps - rising)
-
-
-def stop_unless_finite(metrics: dict, stage: Stage) -> None:
-    if not math.isfinite(metrics["loss"]) or not math.isfinite(metrics["grad_norm"]):
-        raise InputError(f"{stage.name}: loss {metrics['loss']}, gradient norm {metrics['grad_norm']} "
-                         f"at step {metrics['step']}: stopped, the last checkpoint is kept; "
-                         f"try a lower --lr than {stage.rate:.2g}")
 
 
 def check_first_rewards(rewards: Tensor) -> None:
@@ -292,7 +289,7 @@ def check_first_rewards(rewards: Tensor) -> None:
 # ------------------------------------------------------------------------------------------------------- LoRA
 
 class LoraLinear(llama.Linear):
-    """A frozen Linear plus a trainable product of rank R, eq. 5. B starts at zero: nothing changes yet."""
+    """A frozen Linear plus a trainable product of rank R, eq. 6. B starts at zero: nothing changes yet."""
 
     def __init__(self, base: llama.Linear, rank: int, alpha: float, generator: torch.Generator, device=None):
         nn.Module.__init__(self)                     # not Linear's: the base's weight is taken over
@@ -309,7 +306,7 @@ class LoraLinear(llama.Linear):
         rows = x.flatten(0, -2)
         low = F.linear(rows, self.lora_A.to(x.dtype))
         y = super().forward(rows)
-        y.addmm_(low, self.lora_B.to(x.dtype).T, alpha=self.scale)   # no pass to scale, none to add
+        y.addmm_(low, self.lora_B.to(x.dtype).T, alpha=self.scale)   # scaled and added in one pass
         return y.unflatten(0, x.shape[:-1])
 
 
@@ -364,8 +361,8 @@ def trainable(model: llama.Llama) -> dict[str, nn.Parameter]:
 # -------------------------------------------------------------------------------------------------------- job
 
 def stages_of(method: str, asked: Stage, anchor: float, baseline_epochs: float) -> list[Stage]:
-    """The stages of a method; none for the untrained base. asked: clo's own stage, as the flags describe it;
-    anchor, baseline_epochs: of methods with a lambda of their own, of stages without a preference."""
+    """The stages of a method; none for the untrained base. asked: clo's own stage, as the flags describe it.
+    anchor: of methods whose lambda stands in METHODS. baseline_epochs: of stages without a preference."""
     stages = []
     for name, (lam, nll) in zip(method.split("+"), METHODS.get(method, [])):
         objective = asked.objective
@@ -451,16 +448,17 @@ def main(argv=None) -> None:
     with scale.memory_advice(device.type), contextlib.ExitStack() as lock:
         ranks.on_first(lambda: lock.enter_context(locked(args.out)))
         job = make_job(args, device, plan, methods)
-        # Packed as for a preference alone, lambda 0: every pair, and with it every right response.
-        every_pair = data.make_steps(job.heldout, Objective(0.0, ("tgt",)), job.packing, None)
-        validation = heldout.Validation(every_pair, job.heldout, job.tokenizer, args.max_new_tokens,
+        # What a preference and an NLL in all languages read: every pair, and every right response.
+        everything = data.make_steps(job.heldout, Objective(0.0, ("en", "tgt")), job.packing, None)
+        validation = heldout.Validation(sum(everything, []), job.heldout, job.tokenizer, args.max_new_tokens,
                                         args.beta, args.targets)
         scores, answers = {}, {}
         for number, (name, stages) in enumerate(methods.items(), 3):
             print(f"\n{number}. {'Train ' + name if stages else 'Base model'}")
             scores[name] = run_method(name, stages, args, job, validation)
             answers[name] = read_answers(job.run / name / "answers.jsonl", scores[name])
-        report = {"lang": args.lang, "samples": len(job.groups), "seed": args.seed, "methods": scores}
+        report = {"lang": args.lang, "rows": job.rows, "samples": len(job.groups), "seed": args.seed,
+                  "methods": scores}
         text = report_text(report, answers, args.source)
         ranks.on_first(lambda: (write_json(job.run / "report.json", report),
                                 write_text(job.run / "report.md", text)))
@@ -493,7 +491,7 @@ def dry_run(args, device, config, plan: scale.Plan, methods: dict[str, list[Stag
             passes = per_epoch * stage.objective.prefers
             tokens = job.rows / per_epoch * data.mean_tokens(packed, len(job.groups))
             took = scale.step_seconds(config, job.plan, tokens)
-            if not elsewhere:
+            if packed and not elsewhere:               # no pair among the rows looked at: a guess on paper
                 took = scale.measured_seconds(config, job.plan, packed, tokens, device, partial(begin, stage))
             seconds = steps * took["step"] + passes * took["reference"]
             total += seconds
@@ -550,7 +548,7 @@ def add_flags(parser) -> None:
     add("--nll", ["tgt", "en,tgt"], "tgt", "responses under clo's NLL; en,tgt is the paper's ablation")
     add("--preference", ["sigmoid", "ipo", "simpo"], "sigmoid", "its form; simpo wants --beta 2 or more")
     add("--beta", flags.positive, 0.5, "strength of the preference term")
-    add("--anchor", flags.not_negative, None, "weight of a penalty on English answers that fall; else clo 1")
+    add("--anchor", flags.not_negative, None, "a penalty on English answers that fall; else 1 for clo")
     add("--train", list(LEARNING_RATES), "lora", "LoRA on attention, attention itself, or everything")
     add("--lora-rank", flags.positive_int, 16, "rank R")
     add("--lora-alpha", flags.positive, 32.0, "scale: the product counts alpha / R")

@@ -120,9 +120,9 @@ def mc(args) -> None:
         lines = (line | {"scores": {figure: 100.0 * line["correct"]}} for _, line in scored)
         keep(journal, lines, len(benchmark.questions), figure, "question")
     summary = choice.summarise(benchmark, {line["question"]: line for line in journal.done})
-    categories = {f"all of {name}": part for name, part in summary["categories"].items()}
+    categories = {f"all of {category}": found for category, found in summary["categories"].items()}
     parts = {**summary["subjects"], **categories, "all": summary["all"]}
-    cells = [[name, shown(part), str(part["n"])] for name, part in parts.items()]
+    cells = [[part, shown(found), str(found["n"])] for part, found in parts.items()]
     print(table([figure, "accuracy %", "questions"], cells))
     finish(out, settings, {figure: summary["all"]}, **summary, cut=count_cut(journal))
 
@@ -184,9 +184,8 @@ def alpaca(args) -> None:
     items = read_instructions(args.instructions, language)[:args.limit]
     check_system(args.model, args.adapter)
     if args.translator:
-        translator = translate.load(args.translator, args.device)
-        items = translate_instructions(
-            items, translate.translate, translator,
+        items = translate_instructions(         # the translator is gone before the model comes
+            items, translate.translate, translate.load(args.translator, args.device),
             args.source, args.lang, args.beams)
     model, tokenizer, settings = open_model(
         args.model, args.adapter, args.device,
@@ -307,10 +306,14 @@ def add_output_flags(parser) -> None:
     add("--fresh", bool, False, "start over instead of going on behind the answers that are there")
 
 
-def add_answer_flags(parser, max_tokens: int) -> None:
-    add = flags.group(parser, "answers")
+def add_prompt_flags(add) -> None:
     add("--system-prompt", str, None, "put before every question, in the model's chat template")
     add("--template-args", str, None, "variables of the chat template: '{\"enable_thinking\": false}'")
+
+
+def add_answer_flags(parser, max_tokens: int) -> None:
+    add = flags.group(parser, "answers")
+    add_prompt_flags(add)
     add("--temperature", flags.temperature, 0.0, "0 is greedy; higher is more varied")
     add("--top-p", flags.share, 1.0, "sample from the likeliest tokens that hold this probability")
     add("--max-tokens", flags.positive_int, max_tokens, "longest answer, in tokens")
@@ -344,8 +347,7 @@ def add_perplexity(parser) -> None:
     add("--lang", normal, REQUIRED, "target language")
     add("--source", normal, "en", "source language")
     add("--split", str, "test", 'rows of this split, and rows without one; "" takes all')
-    add("--system-prompt", str, None, "put before every question, in the model's chat template")
-    add("--template-args", str, None, "variables of the chat template: '{\"enable_thinking\": false}'")
+    add_prompt_flags(add)
     add("--batch-tokens", flags.positive_int, 2048, "tokens of one forward pass")
     add_model_flags(parser)
     add_output_flags(parser)

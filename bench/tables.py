@@ -36,7 +36,7 @@ def table(train: str, plan: scale.Plan, device_bytes: float, step_tokens: int) -
             fits = size <= device_bytes
             seconds = f"{scale.step_seconds(c, used, step_tokens)['step']:.2g}" if fits else "does not fit"
             cells += [f"{size / scale.GB:.0f}", seconds]
-        total, learned = sum(scale.parameters(c).values()), scale.trainable_parameters(c, train, plan.lora_rank)
+        total, learned = sum(scale.parameters(c).values()), scale.trainable_parameters(c, used)
         cells = [f"| {name}", f"{total / 1e9:.2f} B", f"{learned / 1e6:,.1f} M", *cells]
         lines.append(" | ".join(cells) + " |")
     return "\n".join(lines)

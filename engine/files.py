@@ -107,6 +107,11 @@ def as_kind(value, kind, where):
     return value
 
 
+def first_line(error: Exception) -> str:
+    """Of what an error says; its name where it says nothing."""
+    return next(iter(str(error).splitlines()), type(error).__name__)
+
+
 def need(record, key, where):
     """record[key], or an error that names the place and the keys that are there."""
     if key not in as_kind(record, dict, where):
@@ -114,9 +119,14 @@ def need(record, key, where):
     return record[key]
 
 
+def is_unicode(value) -> bool:
+    """Whether no string anywhere in it holds half of a character, which no file can hold."""
+    return not re.search(HALF_A_CHARACTER, json.dumps(value, ensure_ascii=False))
+
+
 def check_unicode(value, where):
-    """The value, or an error if a string anywhere in it holds half of a character: no file can hold that."""
-    if re.search(HALF_A_CHARACTER, json.dumps(value, ensure_ascii=False)):
+    """The value, or an error where it is not."""
+    if not is_unicode(value):
         raise InputError(f"{where}: broken Unicode (half of a character): "
                          f"write the whole one, or take it out")
     return value

@@ -80,7 +80,7 @@ def group(parser: argparse.ArgumentParser, title: str):
         elif kind is list:
             how = {"action": "append"}
         elif isinstance(kind, list):
-            how = {"choices": kind}
+            how = {"choices": kind, "metavar": "|".join(kind)}      # argparse's commas would be ambiguous
         else:
             how = {"type": kind}
         section.add_argument(name, default=default, required=default is REQUIRED, help=text, **how)

@@ -1,13 +1,14 @@
 """What all methods of a run share: rows read, translated and made into forks, and the directory they go to.
 
-A run is what its flags (IDENTITY) and the content of the files it reads make it. `make_job` takes them from
-the command line, as `plan_of` and `ending_lines` do; all else here gets what it needs by name.
+A run is what its flags (IDENTITY) and the content of the files it reads make it. Only `make_job`, `plan_of`
+and `ending_lines` see `args`.
 """
 
 import importlib.util
 import os
 import shlex
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -44,7 +45,7 @@ class Job:
     plan: scale.Plan                    # what "auto" stood for when the run began
     packing: data.Packing
     tokenizer: Tokenizer
-    rows: int                           # how many train; a dry run has forks of fewer
+    rows: int                           # to train on, if a translation's checks drop none
     groups: list[list[data.Fork]]       # a group of forks for every training row
     heldout: list[list[data.Fork]]      # and for every held-out one
     answered: list[dict]                # rows that are answered at the end
@@ -55,11 +56,7 @@ def make_job(args, device: torch.device, plan: scale.Plan, methods: dict[str, li
     """Read, translate and tokenise all that a run of these methods (lists of clo.Stage) needs. Its directory
     is claimed once the input is usable; a dry run claims nothing and translates the first rows alone."""
     stages = sum(methods.values(), [])
-    if args.anchor and not any(stage.objective.prefers for stage in stages):
-        raise InputError(f"--anchor {args.anchor:g}: no stage of this run has a preference term, and so none "
-                         f"has a reference to hold answers to; leave it out, or give a --lambda below 1")
-    if args.tensorboard and importlib.util.find_spec("tensorboard") is None:
-        raise InputError("--tensorboard needs the tensorboard package: pip install tensorboard")
+    refuse_unused(args.anchor, args.tensorboard, stages)
     print(f"reading the tokenizer of {args.base}")
     tokenizer = data.load_tokenizer(args.model, args.template_args)
     config = read_config(args.model)
@@ -76,15 +73,13 @@ def make_job(args, device: torch.device, plan: scale.Plan, methods: dict[str, li
         args.data, eval_data, languages, args.turns, args.samples, args.holdout, args.eval_split, args.seed))
     count = len(split.rows) - split.apart
 
-    def claim():
-        """The run directory, a hash of what the run is, and its plan as it was when it began."""
-        if args.dry_run:
-            return None, "", plan
-        identity = {name: getattr(args, name) for name in IDENTITY}
-        # The model as it was named: where it lies differs when the command is given in another directory.
-        identity |= {"model": args.base, "eval_data": eval_data, "row_tokens": plan.row_tokens,
-                     "device": device.type}
-        return open_run(args.out, identity, args.model, tokenizer, plan, args.fresh)
+    described = {name: getattr(args, name) for name in IDENTITY}
+    # The model as it was named: where it lies differs when the command is given in another directory.
+    described |= {"model": args.base, "eval_data": eval_data, "row_tokens": plan.row_tokens,
+                  "device": device.type}
+    # Claimed last, so that input that is refused leaves no directory; a translation goes there, and needs it.
+    out = None if args.dry_run else args.out
+    claim = partial(open_run, out, described, args.model, tokenizer, plan, args.fresh)
     missing = data.missing_targets(split.rows, args.targets)
     if missing:
         translator = translate.translator_for(split.rows, missing, args.translator, device)
@@ -100,15 +95,11 @@ def make_job(args, device: torch.device, plan: scale.Plan, methods: dict[str, li
     print(describe_counts(counts))
     with data.naming(eval_data if split.heldout else args.data):
         heldout_groups, _ = data.make_forks(heldout_rows, *options)
-    if len(rows) == count:                             # else the rows not looked at may have pairs
+    if not (args.dry_run and missing):                 # else the rows not looked at may have pairs
         check_pairs(groups, args.data, methods)
     if not missing:
         run, identity, plan = claim()
-    print(f"compute type {plan.dtype} ({plan.dtype_why}), at most {plan.micro_rows} packed rows a pass")
-    for stage in stages:
-        if stage.objective.prefers and stage.objective.anchor:
-            print(f"{stage.name}: --anchor {stage.objective.anchor:g} holds English answers up; "
-                  f"the paper's loss is --anchor 0")
+    print_choices(plan, stages)
     packing = data.packing_for(plan.device, args.batch_size, plan.row_tokens, plan.micro_rows, ranks.size())
     classifier = None
     if not args.dry_run:
@@ -118,13 +109,31 @@ def make_job(args, device: torch.device, plan: scale.Plan, methods: dict[str, li
                classifier)
 
 
+def refuse_unused(anchor: float | None, tensorboard: bool, stages: list) -> None:
+    """InputError for a flag that could do nothing here."""
+    if anchor and not any(stage.objective.prefers for stage in stages):
+        raise InputError(f"--anchor {anchor:g}: no stage of this run has a preference term, and so none "
+                         f"has a reference to hold answers to; leave it out, or give a --lambda below 1")
+    if tensorboard and importlib.util.find_spec("tensorboard") is None:
+        raise InputError("--tensorboard needs the tensorboard package: pip install tensorboard")
+
+
+def print_choices(plan: scale.Plan, stages: list) -> None:
+    """What was chosen where the flags leave it open."""
+    print(f"compute type {plan.dtype} ({plan.dtype_why}), at most {plan.micro_rows} packed rows a pass")
+    for stage in stages:
+        if stage.objective.prefers and stage.objective.anchor:
+            print(f"{stage.name}: --anchor {stage.objective.anchor:g} holds English answers up; "
+                  f"the paper's loss is --anchor 0")
+
+
 def plan_of(args, config: Config, device: torch.device) -> scale.Plan:
     """How the model is trained, on this machine or with --gpus on others."""
     row_tokens = min(args.row_tokens, config.max_position_embeddings)
     where = device.type if args.gpus is None else "cuda"
     plan = scale.Plan(args.train, args.lora_rank, args.dtype, row_tokens, args.micro_rows, args.recompute,
                       args.gpus or 1, args.shard, device=where)
-    return scale.choose(config, plan, device)
+    return scale.choose(config, plan, scale.DEVICE_BYTES if args.gpus else scale.device_bytes(device))
 
 
 def evaluation_file(rows: str, languages: tuple[str, ...]) -> str | None:
@@ -172,9 +181,12 @@ def check_pairs(groups: list[list[data.Fork]], path: str, methods: dict[str, lis
                          f"nothing to prefer: give other rows, or --method sft")
 
 
-def open_run(out: str, identity: dict, model: str, tokenizer: Tokenizer, plan: scale.Plan,
-             fresh: bool) -> tuple[Path, str, scale.Plan]:
-    """The run directory, a hash of what the run is, and its plan as it was when it began."""
+def open_run(out: str | None, identity: dict, model: str, tokenizer: Tokenizer, plan: scale.Plan,
+             fresh: bool) -> tuple[Path | None, str, scale.Plan]:
+    """The run directory, a hash of what the run is, and its plan as it was when it began; of a dry run, which
+    has no directory, the plan alone."""
+    if out is None:
+        return None, "", plan
     inputs = {"model": directory_fingerprint(Path(model), *hub.MODEL_FILES),
               "tokenizer": tokenizer.fingerprint}
     for flag in ("data", "eval_data"):

@@ -24,7 +24,7 @@ from torch import Tensor
 
 import model as llama
 from engine import files
-from engine.files import InputError
+from engine.files import InputError, first_line
 from formats.weights import read_tensors
 
 LONGEST_WAIT = timedelta(days=1)             # ranks wait while the first one reads and writes
@@ -43,8 +43,7 @@ def pick_device(name: str) -> str:
     try:
         torch.empty(1, device=own_device(name))  # not every rank on the first GPU: half a GB there for each
     except (RuntimeError, AssertionError) as error:
-        why = str(error).splitlines()[0]
-        raise InputError(f"--device {name} cannot be used ({why}): try --device auto") from None
+        raise InputError(f"--device {name} cannot be used ({first_line(error)}): try --device auto") from None
     return name
 
 

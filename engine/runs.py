@@ -1,7 +1,7 @@
 """The run directory: what a run is, what it has done, and how a killed one goes on where it stopped.
 
     runs/NAME/config.json            flags, versions, hashes of the inputs
-             translated-LANG.jsonl   machine-translated rows, appended one by one
+             translated-LANG.jsonl   machine-translated rows, appended some at a time
              reference/HASH.safetensors    reference log-probs, keyed by everything they depend on
              report.json, report.md
              METHOD/metrics.jsonl    one line a step
@@ -9,10 +9,12 @@
              METHOD/adapter/ | model/      PEFT layout | Hugging Face layout
              METHOD/result.json      scores of the finished method
 
-Everything is written under a temporary name and renamed, so a file that is there is whole.
+What is appended to (.jsonl) may end in half a line after a kill, which is dropped. All else is written under
+a temporary name and renamed: a file that is there is whole.
 """
 
 import itertools
+import math
 import os
 import platform
 import re
@@ -137,14 +139,15 @@ class StopSignal:
             os.write(2, f"signal {number}: stopping after the running step{again}\n".encode())
         self.number = number
 
-    def goodbye(self, number: int, step: int) -> int:
-        """Says what was kept; the exit code of a process that a signal ended."""
-        print(f"stopped by signal {number} after step {step}, saved; the same command goes on from there")
-        return 128 + number
-
     def __exit__(self, *_):
         for number, handler in self.before.items():
             signal.signal(number, handler)
+
+
+def say_stopped(number: int, step: int) -> int:
+    """Says what was kept; the exit code of a process that a signal ended."""
+    print(f"stopped by signal {number} after step {step}, saved; the same command goes on from there")
+    return 128 + number
 
 
 # ---------------------------------------------------------------------------------------- reference log-probs
@@ -278,6 +281,17 @@ def restore_(parameters: dict[str, Tensor], optimizer, tensors: dict[str, Tensor
         for moment in ("exp_avg", "exp_avg_sq"):
             state[moment] = torch.zeros_like(parameter)
             ranks.local_part(state[moment]).copy_(tensors[f"{moment}.{name}"])
+
+
+def stop_unless_finite(metrics: dict, stage: str, rate: float) -> None:
+    """InputError for a step whose loss or gradient is no number."""
+    if math.isfinite(metrics["loss"]) and math.isfinite(metrics["grad_norm"]):
+        return
+    remedy = f"try a lower --lr than {rate:.2g}"
+    if metrics["step"] == 1:                        # before any update: no rate had a part in it
+        remedy = "the model itself gives that in this compute type: try another --dtype"
+    raise InputError(f"{stage}: loss {metrics['loss']}, gradient norm {metrics['grad_norm']} at step "
+                     f"{metrics['step']}: stopped, the last checkpoint is kept; {remedy}")
 
 
 class MetricsLog:

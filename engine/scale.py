@@ -21,7 +21,7 @@ from pathlib import Path
 import torch
 
 import model as llama
-from engine.files import InputError
+from engine.files import InputError, first_line
 from formats.configs import Config
 from formats.weights import DTYPES
 from kernels.chunks import CPU_CHUNK_ROWS, CPU_TILE_WORDS, GPU_CHUNK_BYTES, cpu_multiplies_bf16
@@ -38,6 +38,7 @@ MEASURED_FROM = 50_000_000               # parameters from which a CPU's compute
 MEASURED_ROWS = 128
 MEASURED_WIDTH = 2048
 TIMED_LAYERS = (1, 4)                    # of the models that a dry run times
+TIMED_ROUNDS = 2
 MEMORY_FLAGS = "--micro-rows 1, --recompute, half of --row-tokens, --dtype bf16, --train lora, --shard"
 CONTEXT_BYTES = 1.5 * GB                 # a CUDA context, cuBLAS's workspace, what the allocator rounds up
 
@@ -92,13 +93,13 @@ def parameters(c: Config) -> dict[str, int]:
             "norms": L * (2 * H + c.qk_norm * 2 * c.head_dim) + H}
 
 
-def trainable_parameters(c: Config, train: str = "lora", lora_rank: int = 16) -> int:
+def trainable_parameters(c: Config, plan: Plan) -> int:
     """lora: R (in + out) for each projection, whose B is out x R and A is R x in; attention: the projections;
     full: all."""
-    if train == "lora":
-        return c.num_hidden_layers * lora_rank * sum(map(sum, attention_shapes(c).values()))
+    if plan.train == "lora":
+        return c.num_hidden_layers * plan.lora_rank * sum(map(sum, attention_shapes(c).values()))
     counts = parameters(c)
-    return counts["attention"] if train == "attention" else sum(counts.values())
+    return counts["attention"] if plan.train == "attention" else sum(counts.values())
 
 
 # ------------------------------------------------------------------------------------------------ activations
@@ -151,7 +152,7 @@ def memory(c: Config, plan: Plan) -> dict[str, float]:
     b = plan.itemsize
     cuda = plan.device == "cuda"
     counts = parameters(c)
-    learned = trainable_parameters(c, plan.train, plan.lora_rank)
+    learned = trainable_parameters(c, plan)
     frozen = sum(counts.values()) - (0 if plan.train == "lora" else learned)
     parts = plan.gpus if plan.shard else 1                       # FSDP2 splits every tensor evenly
     root = counts["embedding"] + counts["head"]
@@ -174,20 +175,20 @@ def memory(c: Config, plan: Plan) -> dict[str, float]:
             "the program itself": CONTEXT_BYTES if cuda else HOST_BYTES}
 
 
-def fitting_micro_rows(c: Config, plan: Plan, device_bytes: float, most: int = MOST_MICRO_ROWS) -> int:
+def fitting_micro_rows(c: Config, plan: Plan, available: float, most: int = MOST_MICRO_ROWS) -> int:
     """The largest power of two of packed rows a micro-batch whose predicted memory leaves MARGIN of the
     device free, at most `most`; 1 where not even that fits (`describe` says so)."""
     rows = 1
     while rows < most:
         needed = sum(memory(c, replace(plan, micro_rows=2 * rows)).values())
-        if needed > (1 - MARGIN) * device_bytes:
+        if needed > (1 - MARGIN) * available:
             break
         rows *= 2
     return rows
 
 
-def choose(c: Config, plan: Plan, device: torch.device) -> Plan:
-    """The plan with what "auto" stands for. device: this machine's, which the plan's may not be."""
+def choose(c: Config, plan: Plan, available: float) -> Plan:
+    """The plan with what "auto" stands for on a device of so many bytes."""
     if plan.dtype == "auto":
         dtype, why = fastest_dtype(c, plan.device)
         plan = replace(plan, dtype=dtype, dtype_why=why)
@@ -195,11 +196,11 @@ def choose(c: Config, plan: Plan, device: torch.device) -> Plan:
         return plan
     most = 1
     windowed = (c.sliding_window or plan.row_tokens) < plan.row_tokens                # needs a mask of a row
-    if device.type == "cuda":
+    if plan.device == "cuda":
         most = MOST_MICRO_ROWS
     elif plan.device == "cpu" and plan.dtype == "bf16" and not windowed:
         most = MOST_BF16_ROWS
-    return replace(plan, micro_rows=fitting_micro_rows(c, plan, device_bytes(device), most))
+    return replace(plan, micro_rows=fitting_micro_rows(c, plan, available, most))
 
 
 def fastest_dtype(c: Config, device: str) -> tuple[str, str]:
@@ -245,7 +246,7 @@ def token_flops(c: Config, plan: Plan) -> tuple[float, float]:
     counts = parameters(c)
     body = counts["attention"] + counts["mlp"]
     head = c.vocab_size * c.hidden_size
-    learned = body if plan.train == "full" else trainable_parameters(c, plan.train, plan.lora_rank)
+    learned = body if plan.train == "full" else trainable_parameters(c, plan)
     forward = 2 * (body + learned if plan.train == "lora" else body)     # LoRA's come beside the frozen ones
     backward = forward + 2 * learned
     step = (1 + plan.recompute) * forward + backward + (6 if plan.train == "full" else 4) * head
@@ -261,7 +262,7 @@ def step_seconds(c: Config, plan: Plan, tokens: float) -> dict[str, float]:
     micros = max(1, each / plan.tokens)
     share = (plan.gpus - 1) / plan.gpus                               # what a ring sends from each device
     weights = 2 * plan.itemsize * sum(parameters(c).values())         # gathered in forward and backward
-    gradients = 2 * 4 * trainable_parameters(c, plan.train, plan.lora_rank)     # reduced, and sent back
+    gradients = 2 * 4 * trainable_parameters(c, plan)     # reduced, and sent back
     sent = (plan.shard * micros * weights + gradients) * share / (plan.link_gb * GB)
     rate = plan.tflops * 1e12
     return {"step": max(each * step / rate, sent), "reference": each * reference / rate}
@@ -302,11 +303,11 @@ def stand_in(c: Config, layers: int, device: torch.device, dtype: torch.dtype) -
     return model
 
 
-def seconds_of(work: Callable, device: torch.device, rounds: int = 2) -> float:
-    """Least wall-clock seconds of work() over some rounds, after one that warms up."""
+def seconds_of(work: Callable, device: torch.device) -> float:
+    """Least wall-clock seconds of work() over TIMED_ROUNDS, after one that warms up."""
     wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
     times = []
-    for _ in range(rounds + 1):
+    for _ in range(TIMED_ROUNDS + 1):
         started = time.perf_counter()
         work()
         wait()
@@ -341,7 +342,7 @@ def memory_advice(device: str):
     try:
         yield
     except (MemoryError, RuntimeError) as error:                 # torch.OutOfMemoryError is a RuntimeError
-        text = next(iter(str(error).splitlines()), "no memory")
+        text = first_line(error)
         full = isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in text
         if not full:
             raise
@@ -352,7 +353,7 @@ def memory_advice(device: str):
 
 # ------------------------------------------------------------------------------------------------------ print
 
-def describe(c: Config, plan: Plan, available: float = DEVICE_BYTES) -> str:
+def describe(c: Config, plan: Plan, available: float) -> str:
     """Parameters and memory of a device, as text; available: bytes a device has."""
     counts = parameters(c)
     parts = memory(c, plan)
@@ -362,8 +363,8 @@ def describe(c: Config, plan: Plan, available: float = DEVICE_BYTES) -> str:
     if plan.gpus > 1:
         where = f"each of {plan.gpus} devices, {'sharded' if plan.shard else 'all alike'}"
     lines = [f"parameters {sum(counts.values()):,}: {by_part}",
-             f"trainable ({plan.train}) {trainable_parameters(c, plan.train, plan.lora_rank):,}",
-             f"memory of {where}:"]
+             f"trainable ({plan.train}) {trainable_parameters(c, plan):,}",
+             f"memory of {where}, for {plan.micro_rows} x {plan.row_tokens:,} tokens at once:"]
     lines += [f"  {name:30}{size / GB:9.3f} GB" for name, size in parts.items() if size]
     verdict = "" if total < available else ": too much for the device"
     lines.append(f"  {'sum':30}{total / GB:9.3f} GB{verdict}")

@@ -84,9 +84,9 @@ class Decoding:
     seed: int = 0
 
     def replies(self, model, tokenizer, questions: list[str], first: int = 0, batch_size: int = 64,
-                progress=None) -> list[tuple[str, int]]:
+                on_replies=None) -> list[tuple[str, int]]:
         """(text, number of tokens) for each question; max_tokens of them are a reply that was cut.
-        first: place of the first question, which the seed depends on."""
+        first: place of the first question, which the seed depends on. on_replies(n): n more are done."""
         prompts = [tokenizer.prompt_ids(question, self.system_prompt) for question in questions]
         room = model.config.max_position_embeddings - self.max_tokens
         long = sum(len(prompt) > room for prompt in prompts)
@@ -95,7 +95,7 @@ class Decoding:
                        f"{model.config.max_position_embeddings} tokens that the model was made for",
                        file=sys.stderr)
         replies = llama.generate(model, prompts, self.max_tokens, tokenizer.stop_ids, self.temperature,
-                                 self.top_p, self.seed + first, batch_size, progress)
+                                 self.top_p, self.seed + first, batch_size, on_replies)
         return [(tokenizer.decode(reply).strip(), len(reply)) for reply in replies]
 
 
@@ -112,7 +112,7 @@ def answer_and_score(model, tokenizer, rows: list[dict], languages: tuple[str, .
     for language in languages:
         questions = [row[language]["prompt"] for row in asked]
         with progress(total=len(asked), desc=f"answer {language}", unit="reply") as bar:
-            replies = how.replies(model, tokenizer, questions, progress=bar.update)
+            replies = how.replies(model, tokenizer, questions, on_replies=bar.update)
         own = [answer_line(row, language, languages, text, tokens < max_tokens, classifier)
                for row, (text, tokens) in zip(asked, replies)]
         for line, cost in zip(own, nats[language] if nats else []):
@@ -134,11 +134,7 @@ def expected_nll(model, tokenizer, rows: list[dict], languages: tuple[str, ...],
     """Nats of the expected answer, stop token included, to each question, by language."""
     nats = {}
     for language in languages:
-        forks = []
-        for row in rows:
-            prompt = tokenizer.prompt_ids(row[language]["prompt"], system)
-            expected = tokenizer.response_ids(row[language]["response"])
-            forks.append(data.Fork(prompt, [expected], language, row["row_id"]))
+        forks = [data.row_forks(row, tokenizer, (language,), system)[0] for row in rows]
         longest = max(fork.length for fork in forks)
         if longest > model.config.max_position_embeddings:
             print(f"a question with its answer in {language} has {longest} tokens, the model was made for "

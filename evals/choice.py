@@ -293,6 +293,8 @@ def read_benchmark(name: str, path, shots: int = 0, language: str = "", subjects
     """
     if name in ("mmmlu", "belebele") and not language:
         raise InputError(f"{name} comes in many languages: choose one with --lang")
+    if name in ("mmlu", "cmmlu") and language:
+        raise InputError(f"{name} is in one language, {language!r} would choose nothing: leave --lang out")
     task, root = TASKS[name], Path(path)
     if hub.is_id(path):
         names = file_names(task, language, split)

@@ -17,7 +17,7 @@ from pathlib import Path
 
 from engine.files import InputError, need, read_json
 from evals.answers import read_lines
-from evals.figures import ANSWER_KEYS, MEAN, RESAMPLES, SHARE, Sample, measure, paired_difference
+from evals.figures import ANSWER_KEYS, RESAMPLES, SCORE, SHARE, Sample, measure, paired_difference
 from evals.report import in_language, shown, shown_difference, side, table
 
 # ------------------------------------------------------------------------------------------ results on disk
@@ -25,7 +25,7 @@ from evals.report import in_language, shown, shown_difference, side, table
 # Runs that differ in these alone are the same, or have rows and columns of the table that say so.
 SAME_METHOD = {"seed", "lang", "samples", "method", "baseline", "device", "save_every", "eval_every", "merge",
                "shard"}
-RESULTS = ("report.json", "result.json", "config.json", "answers.jsonl")
+WRITTEN = ("report.json", "result.json", "config.json", "answers.jsonl")
 SOURCE, TARGET = "source", "target"     # figures carry these in place of language codes, to fit one column
 
 
@@ -75,7 +75,7 @@ def find_results(paths: list) -> tuple[list[Path], list[Path]]:
                          f"directories of mc, perplexity, judge are compared")
     found, left_out = {}, []
     for path in map(Path, paths):
-        below = {file.parent for name in RESULTS for file in path.rglob(name)}
+        below = {file.parent for name in WRITTEN for file in path.rglob(name)}
         owners = [path, path.parent, path.parent.parent]
         finished = sorted(filter(is_finished, below))
         if not finished:
@@ -120,6 +120,7 @@ def read_report(directory: Path) -> Run:
     path = directory / "report.json"
     report = read_json(path)
     known = [need(report, key, path) for key in ("lang", "samples", "seed", "methods")]
+    known[1] = report.get("rows", known[1])         # before a translation's checks: the same for all seeds
     path = directory / "config.json"
     flags = need(read_json(path), "flags", path)
     return Run(directory, *known, flags)
@@ -240,7 +241,7 @@ def scored_samples(lines: list[dict]) -> dict[str, Sample]:
             scores.setdefault(name, {})[line["question"]] = score
     samples = {}
     for name, found in scores.items():
-        kind = SHARE if set(found.values()) <= {0, 100} else MEAN
+        kind = SHARE if set(found.values()) <= {0, 100} else SCORE
         counts = {question: kind.of_line(score) for question, score in found.items()}
         samples[name] = Sample(kind, counts)
     return samples

@@ -13,7 +13,7 @@ References: chrF (Popović 2015, W15-3049; Post 2018, W18-6319, whose numbers th
 import math
 import unicodedata
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Callable
 
@@ -128,6 +128,7 @@ FIGURES = (
 
 # what other evaluations score question by question, in %
 SHARE = Figure("share", "share", percentage, lambda score: (score / 100, 1), is_share=True, digits=2)
+SCORE = replace(SHARE, is_share=False)          # not all of them 0 or 100
 MEAN = Figure("mean", "mean", ratio, lambda score: (score, 1), digits=2)
 
 

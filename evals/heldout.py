@@ -16,8 +16,8 @@ from tqdm import tqdm
 import model as llama
 from engine import ranks, scale
 from engine.progress import progress
+from evals.report import HELD_OUT
 
-SHOWN = {"nll": "nll_", "accuracy": "rewards/accuracies_", "margin": "rewards/margins_"}
 SAMPLE_ROWS = 2                 # held-out rows whose questions every validation asks
 
 Metrics = dict[str, float]
@@ -75,7 +75,7 @@ def summed_logps(model, batches: list, label: str) -> Sums:
     """continuation_logps of every batch in order, on the CPU: the code path of training without gradient."""
     shares = ranks.deal(len(batches))
     sums = []
-    for i, counted in progress(shares, desc=label, unit="batch", disable=not label):
+    for i, counted in progress(shares, desc=label, unit="batch"):
         batch = batches[i].to(model.head.device)
         logp = llama.continuation_logps(model, batch)
         if counted:
@@ -103,7 +103,7 @@ def sample_answers(model, forks: list, tokenizer, max_tokens: int) -> list[dict]
 @dataclass
 class Validation:
     """The held-out rows of a run, and how the model that is being trained stands on them."""
-    steps: list                     # packed steps of batches, every pair among them
+    batches: list                   # every pair and every right response
     groups: list                    # their forks, a group a row
     tokenizer: object
     max_tokens: int                 # of a sample answer
@@ -112,10 +112,6 @@ class Validation:
     untrained: list | None = field(default=None, init=False)      # the untrained model's answers, once known
     base: Sums | None = field(default=None, init=False)           # under the untrained model
     policy: Sums | None = field(default=None, init=False)         # under the model as it is; None: not known
-
-    @property
-    def batches(self) -> list:
-        return [batch for step in self.steps for batch in step]
 
     def begin(self, base: Sums) -> None:
         """With an untrained model."""
@@ -175,7 +171,8 @@ def pair_figures(batches: list, policy: Sums, reference: Sums, beta: float,
 def validation_text(step: int, metrics: dict, answers: list[dict]) -> str:
     """What the loop prints of a validation: a line of figures by side, a line for each sample answer."""
     parts = []
-    for name, start in SHOWN.items():
+    for name, figure in HELD_OUT.items():
+        start = f"{figure}_"
         figures = []
         for key, value in metrics.items():
             if key.startswith(start):

@@ -151,10 +151,10 @@ def fit_languages(texts: dict[str, list[str]]) -> LanguageModel:
         rest = {}
         for language, parts in folds.items():
             rest[language] = sum(parts[:fold] + parts[fold + 1:], [])
-        rest = fit_words(rest)
+        others = fit_words(rest)
         for language, parts in folds.items():
             for line in parts[fold]:
-                found, size = total_gains(without_names(line), rest)
+                found, size = total_gains(without_names(line), others)
                 brought[language].append((found[language] + TOLERANCE) / size)
     for language, own in brought.items():
         own = sorted(own)[int(REFUSED * len(own)) + 1:]        # one line at least may be in any language

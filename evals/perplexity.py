@@ -1,24 +1,21 @@
 """NLL of held-out responses per UTF-8 byte, which models with other tokenizers can be compared with."""
 
 import math
-from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
+import data
 from engine.files import InputError
 from evals import choice
-from evals.figures import MEAN, Sample
-from formats.records import describe_counts, read_rows, require_languages
+from evals.figures import MEAN, Sample, ratio
 
-PER_BYTE = replace(MEAN, digits=4)
+NATS = replace(MEAN, digits=4)                 # of counts (nats, bytes)
+BITS = replace(NATS, of_sums=lambda sums: ratio(sums) / math.log(2))
 
 
 def scored_rows(path: Path, source: str, target: str, split: str) -> list[dict]:
     """The rows of a file in both languages and of a split."""
-    counts = Counter()
-    rows = read_rows(path, source, counts=counts, targets=[target], unique=True)
-    rows = require_languages(rows, source, target)
-    print(f"{path}: {describe_counts(counts)}")
+    rows = data.evaluation_rows(path, source, [target], trained=())
     if split:
         rows = [row for row in rows if row.get("split", split) == split]
     if not rows:
@@ -53,13 +50,8 @@ def response_lines(model, tokenizer, rows: list[dict], places: dict[str, str], d
 
 def byte_figures(place: str, lines: list[dict]) -> dict[str, dict]:
     """Bits, nats and their exponential per byte of one language's responses."""
-    nats, bits = {}, {}
-    for line in lines:
-        name, size = line["question"], line["bytes"]
-        nats[name] = line["nll"], size
-        bits[name] = line["nll"] / math.log(2), size
-    nats = Sample(PER_BYTE, nats).summary()
-    bits = Sample(PER_BYTE, bits).summary()
+    counts = {line["question"]: (line["nll"], line["bytes"]) for line in lines}
+    nats, bits = (Sample(figure, counts).summary() for figure in (NATS, BITS))
     perplexity = nats | {
         "value": math.exp(nats["value"]),
         "stderr": None}

@@ -38,7 +38,8 @@ def shown(figure: dict | None) -> str:
 
 # ----------------------------------------------------------------------------------------- report of one run
 
-EXAMPLE_WIDTH = 300                 # characters shown of an example reply
+EXAMPLES = 2                        # questions shown in each language, with every method's reply
+EXAMPLE_WIDTH = 300                 # characters shown of one
 EXPLAINED = {
     "correct": "% equal to the expected answer but for case, spaces and final punctuation; told where every "
                f"expected answer is at most {SHORT_ANSWER} letters wide",
@@ -61,7 +62,7 @@ def side(language: str, source: str, lang: str) -> str:
     return "tgt" if language == lang else f"tgt_{language}"
 
 
-def report_text(report: dict, answers: Answers, source: str, examples: int = 2) -> str:
+def report_text(report: dict, answers: Answers, source: str) -> str:
     """report.md: what changed, figures of the answers, held-out log-probs, and the first few answers of every
     method side by side. The report's "lang" is the target language, or several joined by commas."""
     lang, methods = report["lang"], report["methods"]
@@ -79,9 +80,9 @@ def report_text(report: dict, answers: Answers, source: str, examples: int = 2) 
         *cut_section(rows),
         *language_section(rows),
         *heldout_section(methods, languages, lang),
-        f"Training took {', '.join(training) or 'no time'}. Decoding: "
-        f"{json.dumps(any_method.get('decoding'))}; hashes of model and data: config.json.",
-        *example_sections(rows, examples)]
+        f"Training took {', '.join(training) or 'no time'}, reference passes and validations included. "
+        f"Decoding: {json.dumps(any_method.get('decoding'))}; hashes of model and data: config.json.",
+        *example_sections(rows)]
     return "\n\n".join(sections) + "\n"
 
 
@@ -100,7 +101,7 @@ def answer_section(rows: Rows, questions: int | None) -> list[str]:
         results = {key: sample.summary() for key, sample in found.items()}
         values = [shown(results.get(figure.name)) for figure in figures]
         cells.append([language, name, *values])
-    asked = len(lines)
+    asked = len(rows[0][2])
     which = f"the first {asked} of {questions}" if questions and asked < questions else str(asked)
     legend = [f"Answers to {which} questions in each language, ± standard error over questions:"]
     legend += [f"- {figure.title}: {EXPLAINED[figure.name]}" for figure in figures]
@@ -155,11 +156,11 @@ def heldout_section(methods: dict, languages: list[str], lang: str) -> list[str]
             table(["language", "method", *HELD_OUT], lines)]
 
 
-def example_sections(rows: Rows, examples: int) -> list[str]:
+def example_sections(rows: Rows) -> list[str]:
     """The first few questions in each language, with the expected answer and every method's reply below."""
     sections = {}
     for language, name, lines in rows:
-        for number, line in enumerate(lines[:examples]):
+        for number, line in enumerate(lines[:EXAMPLES]):
             start = on_one_line(line["prompt"]) + "\n- expected: " + on_one_line(line["expected"])
             text = sections.get((language, number), start)
             sections[language, number] = text + f"\n- {name}: " + on_one_line(line["reply"])

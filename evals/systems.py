@@ -42,12 +42,13 @@ def open_model(model: str | None, adapter: str | None, device: str, dtype: str,
     and the settings that stand beside its numbers."""
     base, adapter = locate(model, adapter)
     dtype = pick_dtype(dtype, device)
-    tokenizer = load_tokenizer(hub.model_directory(base), template_args)
+    directory = hub.model_directory(base)              # once: on the hub a branch may move meanwhile
+    tokenizer = load_tokenizer(directory, template_args)
     print(f"loading {base}{f' with {adapter}' if adapter else ''}: {dtype} on {device}", flush=True)
-    loaded = llama.load(base, device, DTYPES[dtype], adapter)
+    loaded = llama.load(directory, device, DTYPES[dtype], adapter)
     return loaded, tokenizer, {
         "model": base,
-        "model hash": directory_fingerprint(hub.model_directory(base), *hub.MODEL_FILES),
+        "model hash": directory_fingerprint(directory, *hub.MODEL_FILES),
         "adapter": adapter,
         "adapter hash": adapter and directory_fingerprint(Path(adapter), ADAPTER_CONFIG, ADAPTER_WEIGHTS),
         "tokenizer and template": tokenizer.fingerprint,

@@ -74,12 +74,11 @@ class Template:
         texts = [node.data for node in tree.find_all(jinja2.nodes.TemplateData)]
         texts += [node.value for node in tree.find_all(jinja2.nodes.Const) if isinstance(node.value, str)]
         self.literals = "\n".join(texts)
-        self.takes_parts = False
-        if not self.writes_question():
-            self.takes_parts = True
-            self.takes_parts = self.writes_question()
+        self.takes_parts = not self.writes_question(parts=False) and self.writes_question(parts=True)
 
-    def writes_question(self):
+    def writes_question(self, parts):
+        """Whether a question appears in what is rendered, given as text or as a list of parts."""
+        self.takes_parts = parts
         try:
             text = self.render(question(USER), asking=True)
         except InputError:

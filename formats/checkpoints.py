@@ -57,16 +57,11 @@ def save_adapter(model, directory: Path, base: str, targets: tuple[str, ...], ra
     write_text(directory / "chat_template.jinja", template)
 
 
-def save_model(directory: Path | None, base, tokenizer, change) -> None:
+def save_model(directory: Path, base, tokenizer, change) -> None:
     """The base checkpoint (its directory) with change(parameter name, tensor) in the place of every tensor,
     as a whole Hugging Face directory. A tensor keeps the dtype it has in the base, and one that is
-    not changed its bits. Without a directory change() is called alone: a rank takes part in gathering what
-    another one writes."""
+    not changed its bits."""
     _, weights, names = open_checkpoint(base)
-    if directory is None:
-        for name in names:
-            change(name, weights[names[name]])
-        return
 
     def tensor(name: str) -> Tensor:
         old = weights[names[name]]
@@ -174,7 +169,9 @@ def export(model, parameters: dict[str, Tensor], directory: Path, path: str, bas
     print(f"writing the results to {directory}")
     if lora is None:
         if shard and ranks.rank() > 0:           # all ranks gather a sharded parameter, the first one writes
-            save_model(None, path, tokenizer, trained)
+            _, _, names = open_checkpoint(path)
+            for name in names:
+                trained(name, None)
         write(merged, lambda at: save_model(at, path, tokenizer, trained))
         outputs = {merged: {"path": merged}}
     else:

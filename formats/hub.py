@@ -14,12 +14,13 @@ import difflib
 import re
 from pathlib import Path
 
-from engine.files import InputError, read_json, say_once
+from engine.files import InputError, first_line, read_json, say_once
 from formats.weights import ADAPTER_CONFIG, ADAPTER_WEIGHTS, INDEX, WHOLE, read_index
 
 ROOT = Path(__file__).parents[1]       # where clo.py and demo/ lie
 SETTINGS = ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json",
-            "special_tokens_map.json", "chat_template.jinja", "additional_chat_templates/*.jinja")
+            "special_tokens_map.json", "added_tokens.json", "chat_template.jinja",
+            "additional_chat_templates/*.jinja")
 WEIGHTS = (WHOLE, INDEX)
 TRANSLATOR_SETTINGS = (*SETTINGS, "vocab.json", "sentencepiece.bpe.model")
 TRANSLATOR_WEIGHTS = (*WEIGHTS, "pytorch_model.bin")
@@ -132,5 +133,5 @@ def fetch(repository: str, names: tuple[str, ...], revision: str | None = None, 
         raise InputError(f"{repository} is not (wholly) in the cache and the hub cannot be reached "
                        f"({type(error.__cause__ or error).__name__}): connect, or give a directory") from None
     except broken as error:
-        raise InputError(f"the download of {repository} broke off ({str(error).splitlines()[0]}): "
+        raise InputError(f"the download of {repository} broke off ({first_line(error)}): "
                        f"run the same command again, finished files are kept") from None

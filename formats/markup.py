@@ -104,10 +104,10 @@ def fence_end(opener: re.Match) -> int:
     """The end of the line that closes a fence: a fence of the same character, at least as long. One in a
     quote ends with the quote."""
     mark = opener["mark"]
-    closing = rf"^[ \t>]*{mark[0]}{{{len(mark)},}}[ \t\r]*$"
+    closers = rf"^[ \t>]*{mark[0]}{{{len(mark)},}}[ \t\r]*$"
     if opener[0].lstrip().startswith(">"):
-        closing += r"|\n(?![ \t]*>)"
-    found = re.compile(closing, re.MULTILINE).search(opener.string, opener.end())
+        closers += r"|\n(?![ \t]*>)"
+    found = re.compile(closers, re.MULTILINE).search(opener.string, opener.end())
     return found.end() if found else len(opener.string)
 
 

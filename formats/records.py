@@ -30,7 +30,7 @@ from collections import Counter, defaultdict
 from dataclasses import dataclass
 from pathlib import Path
 
-from engine.files import HALF_A_CHARACTER, InputError, parse_json, read_records, read_text, write_jsonl
+from engine.files import InputError, is_unicode, parse_json, read_records, read_text, write_jsonl
 from formats import hub
 from formats.conversations import (FORMATS, UNKNOWN, OddRecord, Skip, as_text, find_format, is_blank, named,
                                    read_conversation)
@@ -66,6 +66,8 @@ def read_data(path):
 def single_object(path):
     """The one object that a file is, on one line or several; None if it is anything else."""
     text = read_text(path)
+    if not text.lstrip().startswith("{"):
+        return None
     try:
         value = parse_json(text, path, "one object is wanted")
     except InputError:
@@ -307,9 +309,7 @@ def row_fault(row):
         for part in PARTS:
             if is_blank(row[language][part]):
                 return f"empty {part}"
-    if re.search(HALF_A_CHARACTER, json.dumps(row, ensure_ascii=False)):
-        return "broken Unicode (half of a character)"
-    return None
+    return None if is_unicode(row) else "broken Unicode (half of a character)"
 
 
 def read_rows(path, language="en", turns="first", counts=None, targets=(), unique=False):

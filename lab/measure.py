@@ -23,8 +23,7 @@ import torch
 
 import data
 import model as llama
-from engine.files import read_records
-from evals.answers import answer_and_score
+from evals.answers import answer_and_score, read_lines
 from evals.figures import CHRF_ORDER, chrf_counts, is_loop, is_short
 from evals.language import fit_languages, texts_by_language
 
@@ -72,10 +71,6 @@ def reply(model: llama.Llama, tokenizer, rows: list[dict], languages: list[str],
     texts = texts_by_language(known[:CLASSIFIER_ROWS], tuple(languages))
     answer_and_score(model, tokenizer, rows, tuple(languages), fit_languages(texts), max_tokens, None, path)
     return read_lines(path)
-
-
-def read_lines(path: Path) -> list[dict]:
-    return [line for _, line in read_records(path)]
 
 
 def reply_columns(lines: list[dict], base: list[dict] | None) -> dict[str, dict]:

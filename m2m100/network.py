@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from engine.files import InputError, as_kind, need, read_json
+from engine.files import InputError, as_kind, first_line, need, read_json
 from formats.weights import Weights
 from model import Embedding
 
@@ -220,8 +220,7 @@ def read_weights(path: Path):
     try:
         return torch.load(old, map_location="cpu", weights_only=True, mmap=True)
     except (RuntimeError, ValueError, pickle.UnpicklingError) as error:
-        reason = str(error).splitlines()[0]
-        raise InputError(f"{old} cannot be read ({reason}): download it again") from None
+        raise InputError(f"{old} cannot be read ({first_line(error)}): download it again") from None
 
 
 def load_model(path, device="cpu", dtype: torch.dtype = torch.float32) -> M2M100:

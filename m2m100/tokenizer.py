@@ -20,6 +20,7 @@ from tokenizers import decoders, models
 
 from engine.files import InputError, read_json
 from formats.languages import M2M100_LANGUAGES, normal
+from formats.tokens import read_tokenizer, read_tokenizer_config
 
 NORMAL, UNKNOWN, USER_DEFINED, BYTE = 1, 2, 4, 6  # kinds of SentencePiece's pieces
 FIXED_BYTES = {1: 8, 5: 4}  # of protobuf's wire types with a fixed size
@@ -202,8 +203,7 @@ def load_tokenizer(path: Path) -> Tokenizer:
         return Tokenizer(inner, languages, unknown, to_model, normalize)
     if not fast.exists():
         raise InputError(f"{path} has no tokenizer: {spm.name} and {vocab.name}, or {fast.name}")
-    read_json(fast)  # for its error messages
-    inner = tokenizers.Tokenizer.from_file(str(fast))
+    inner, _, _ = read_tokenizer(path, read_tokenizer_config(path))
     inner.encode_special_tokens = True  # "</s>" or "eng_Latn" in a text is text
     languages = {}
     for i, token in inner.get_added_tokens_decoder().items():

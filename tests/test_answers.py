@@ -79,7 +79,7 @@ def rows_of(*texts):
 
 
 def reply_with(monkeypatch, replies, tokens=7):
-    monkeypatch.setattr(Decoding, "replies", lambda self, model, tokenizer, questions, progress: [
+    monkeypatch.setattr(Decoding, "replies", lambda self, model, tokenizer, questions, on_replies: [
         (replies(question), tokens) for question in questions])
 
 

@@ -224,7 +224,7 @@ def test_with_several_targets_an_english_fork_rejects_every_translation_and_metr
         others = [language for language in ("en", "sw", "yo") if language != fork.language]
         assert wrong == [tokenizer.response_ids(rows[int(fork.row)][language]["response"])
                          for language in others]
-    sums = heldout.summed_logps(model, [batch], "")
+    sums = heldout.summed_logps(model, [batch], "pairs")
     found = heldout.pair_figures([batch], sums, sums, 0.5, ["sw", "yo"])
     for number, side in enumerate(["en", "tgt_sw", "tgt_yo"]):
         right = batch.right[batch.side[batch.right] == number]
@@ -275,7 +275,7 @@ def test_order_is_a_pure_function_of_the_seed_and_every_epoch_sees_every_step():
 
 
 def test_learning_rate_rises_then_falls_to_nearly_0():
-    rates = [clo.learning_rate(i, 50, 0.1) for i in range(50)]
+    rates = [clo.rate_factor(i, 50, 0.1) for i in range(50)]
     assert rates[:5] == pytest.approx([0.2, 0.4, 0.6, 0.8, 1.0]) and rates[5] == 1.0
     assert all(a > b > 0 for a, b in zip(rates[5:], rates[6:])) and rates[-1] < 0.03
 

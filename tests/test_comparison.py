@@ -156,6 +156,21 @@ def test_evaluations_of_an_adapter_join_the_row_of_its_run(tmp_path):
             and '"max_tokens": 64' in comparison.settings_text([run]))
 
 
+def test_scores_that_are_all_0_or_100_are_compared_with_scores_that_are_not(tmp_path):
+    run = write_run(tmp_path, "r0")
+    given = {"clo": [100.0, 0.0, 100.0, 100.0, 0.0] * 4, "sft": [0.0, 50.0, 100.0, 0.0, 50.0] * 4}
+    for method, scores in given.items():
+        out = tmp_path / f"judge-{method}"
+        lines = [{"question": str(i), "scores": {"win rate": score}} for i, score in enumerate(scores)]
+        write_jsonl(out / "answers.jsonl", [{"settings": {}}, *lines])
+        write_json(out / "result.json", {"figures": {"win rate": {"value": sum(scores) / 20}},
+                                         "settings": {"adapter": str(run / method / "adapter")}})
+    results = comparison.read_results([run, *tmp_path.glob("judge-*")])
+    for baseline, expected in (("sft", "+20.00"), ("clo", "-20.00")):
+        text = comparison.comparison_text(results, baseline)
+        assert any("win rate" in line and expected in line for line in text.splitlines())
+
+
 def test_a_run_on_several_targets_has_rows_for_each(tmp_path):
     run = write_run(tmp_path, "both", "sw,yo")
     written = json.loads((run / "report.json").read_text())

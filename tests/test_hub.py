@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from conftest import write_checkpoint
-from engine.files import InputError, write_json
+from engine.files import InputError, first_line, write_json
 from formats import hub
 from formats.weights import adapter_base
 
@@ -194,6 +194,10 @@ def test_what_cannot_be_had_is_told_in_one_line(server, tmp_path, repository, en
     result = call(server, tmp_path, "-c", LOCAL, repository, **environment)
     assert (result.stdout.startswith("error: ") and told in result.stdout
             and result.stdout.count("\n") == 1), result.stderr
+
+
+def test_an_error_without_words_is_told_by_its_name():
+    assert first_line(ConnectionError()) == "ConnectionError" and first_line(ValueError("a\nb")) == "a"
 
 
 @pytest.mark.slow

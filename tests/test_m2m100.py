@@ -460,6 +460,24 @@ def test_llama2_ids_equal_the_golden_ones():
                 == case["ids"]), case["text"]
 
 
+def test_what_a_training_left_in_a_tokenizer_file_cuts_and_pads_no_text(tmp_path):
+    write_nllb_tokenizer(tmp_path)
+    expected = spm.load_tokenizer(tmp_path).encode("the inner lion")
+    inner = tokenizers.Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
+    inner.enable_truncation(3)
+    inner.enable_padding(length=40)
+    inner.save(str(tmp_path / "tokenizer.json"))
+    assert spm.load_tokenizer(tmp_path).encode("the inner lion") == expected
+
+
+def test_a_damaged_tokenizer_file_is_told_in_one_line(tmp_path):
+    write_nllb_tokenizer(tmp_path)
+    damaged = json.loads((tmp_path / "tokenizer.json").read_text()) | {"model": {"type": "BPE"}}
+    (tmp_path / "tokenizer.json").write_text(json.dumps(damaged))
+    with pytest.raises(InputError, match="tokenizer.json: not a usable tokenizer"):
+        spm.load_tokenizer(tmp_path)
+
+
 def test_the_languages_of_nllb_go_by_their_normal_codes(tmp_path):
     write_nllb_tokenizer(tmp_path)
     tokenizer = spm.load_tokenizer(tmp_path)

@@ -398,7 +398,7 @@ def test_predicted_parameter_counts_are_those_of_the_model(shape):
         assert scale.parameters(c)[name] == found
     for train in TRAIN:
         trainable = clo.make_trainable(llama.initialise_(llama.Llama(c)), train, 3, 6, 0)
-        assert (scale.trainable_parameters(c, train, 3)
+        assert (scale.trainable_parameters(c, scale.Plan(train, 3))
                 == sum(parameter.numel() for parameter in trainable.values()))
 
 
@@ -434,17 +434,20 @@ def test_micro_batches_are_the_largest_power_of_two_that_fits_with_a_margin(name
 
 @pytest.mark.parametrize("dtype, device_gb, rows", [
     ("fp32", 1000, 1), ("bf16", 9, 4), ("bf16", 8, 2), ("bf16", 5, 1)])
-def test_on_a_cpu_bf16_takes_the_micro_batches_that_fit_up_to_four_rows(monkeypatch, dtype, device_gb, rows):
-    monkeypatch.setattr(scale, "device_bytes", lambda device: device_gb * scale.GB)
+def test_on_a_cpu_bf16_takes_the_micro_batches_that_fit_up_to_four_rows(dtype, device_gb, rows):
     plan = scale.Plan(dtype=dtype, device="cpu", micro_rows=None)
-    assert scale.choose(tables.MODELS["Llama-3.2-1B"], plan, torch.device("cpu")).micro_rows == rows
+    assert scale.choose(tables.MODELS["Llama-3.2-1B"], plan, device_gb * scale.GB).micro_rows == rows
 
 
-def test_a_window_shorter_than_a_row_keeps_rows_apart_on_a_cpu(monkeypatch):
-    monkeypatch.setattr(scale, "device_bytes", lambda device: 1000 * scale.GB)
+def test_a_plan_for_gpus_takes_what_fits_them_whatever_this_machine_is():
+    plan = scale.Plan(dtype="bf16", micro_rows=None)
+    assert scale.choose(tables.MODELS["Llama-3.2-1B"], plan, scale.DEVICE_BYTES).micro_rows > 4
+
+
+def test_a_window_shorter_than_a_row_keeps_rows_apart_on_a_cpu():
     c, plan = tables.MODELS["Llama-3.2-1B"], scale.Plan(dtype="bf16", device="cpu", micro_rows=None)
     for window, rows in ((1023, 1), (1024, 4)):
-        assert scale.choose(replace(c, sliding_window=window), plan, torch.device("cpu")).micro_rows == rows
+        assert scale.choose(replace(c, sliding_window=window), plan, 1e12).micro_rows == rows
 
 
 def test_a_process_counts_on_its_part_of_what_the_container_may_take(monkeypatch, tmp_path):
@@ -465,7 +468,7 @@ def test_a_process_counts_on_its_part_of_what_the_container_may_take(monkeypatch
 def test_auto_on_a_cpu_is_bf16_where_a_measurement_says_faster(monkeypatch, units, seconds, dtype):
     monkeypatch.setattr(scale, "cpu_multiplies_bf16", lambda: units)
     monkeypatch.setattr(scale, "products_seconds", lambda c, type: seconds[str(type).split(".")[1]])
-    plan = scale.choose(tables.MODELS["Llama-3.2-1B"], scale.Plan(dtype="auto", device="cpu"), torch.device("cpu"))
+    plan = scale.choose(tables.MODELS["Llama-3.2-1B"], scale.Plan(dtype="auto", device="cpu"), 1e12)
     assert plan.dtype == dtype
     assert ("measured" in plan.dtype_why) == units
 
@@ -473,12 +476,12 @@ def test_auto_on_a_cpu_is_bf16_where_a_measurement_says_faster(monkeypatch, unit
 def test_auto_measures_nothing_for_a_small_model_on_another_device_or_when_a_type_is_asked_for(monkeypatch):
     monkeypatch.setattr(scale, "products_seconds", None)                     # calling it would be an error
     monkeypatch.setattr(scale, "cpu_multiplies_bf16", lambda: True)
-    cpu, large = torch.device("cpu"), tables.MODELS["Llama-3.2-1B"]
+    large = tables.MODELS["Llama-3.2-1B"]
     small = make_model().config
-    assert scale.choose(small, scale.Plan(dtype="auto", device="cpu"), cpu).dtype == "fp32"
-    assert scale.choose(large, scale.Plan(dtype="auto", device="mps"), cpu).dtype == "fp32"
-    assert scale.choose(large, scale.Plan(dtype="auto", device="cuda"), cpu).dtype == "bf16"
-    assert scale.choose(large, scale.Plan(dtype="fp32", device="cpu"), cpu).dtype == "fp32"
+    assert scale.choose(small, scale.Plan(dtype="auto", device="cpu"), 1e12).dtype == "fp32"
+    assert scale.choose(large, scale.Plan(dtype="auto", device="mps"), 1e12).dtype == "fp32"
+    assert scale.choose(large, scale.Plan(dtype="auto", device="cuda"), 1e12).dtype == "bf16"
+    assert scale.choose(large, scale.Plan(dtype="fp32", device="cpu"), 1e12).dtype == "fp32"
 
 
 def test_what_is_measured_are_products_of_the_models_shapes():
@@ -496,7 +499,7 @@ def test_sharding_divides_weights_and_leaves_activations():
 
 def test_the_calculator_says_what_does_not_fit_and_what_recomputing_saves(capsys):
     c = tables.MODELS["Llama-3-70B"]
-    text = scale.describe(c, scale.Plan(row_tokens=4096))
+    text = scale.describe(c, scale.Plan(row_tokens=4096), scale.DEVICE_BYTES)
     assert ("too much for the device" in text and "--recompute would save" in text
             and f"{70_553_706_496:,}" in text)
     tables.main([])

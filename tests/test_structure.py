@@ -142,11 +142,11 @@ def test_a_file_imports_its_own_floor_and_those_below(name):
 
 
 def test_the_map_in_the_readme_gives_true_line_counts():
-    """`place` (N lines): to the nearest ten."""
+    """`place` (N lines): nearly, so that a reader may try something without counting."""
     told = re.findall(r"`([\w./]+)` \((\d[\d,]*) lines\)", (ROOT / "README.md").read_text())
     assert {place.rstrip("/") for place, _ in told} >= {*PAGES, *ROOMS}
     for place, number in told:
         path = ROOT / place
         files = [path] if path.is_file() else sorted(path.glob("*.py"))
         count = sum(len(lines_of(file)) for file in files)
-        assert int(number.replace(",", "")) == round(count, -1), f"{place} has {count} lines"
+        assert int(number.replace(",", "")) == pytest.approx(count, rel=0.03), f"{place} has {count} lines"
