@@ -14,15 +14,17 @@ returns hidden states, not logits: training needs the head on few of the rows, a
 log-probs from them directly.
 
 Packed forks. A row may hold several *forks*: a prompt followed by alternative continuations, which share the
-prompt and do not see each other. With `fork` and `branch` (both (B, T)), token q sees token k iff     (eq. 1)
+prompt and do not see each other. With `fork` and `branch` (both (B, T)), token q sees token k of its row
+iff                                                                                                    (eq. 1)
 
     fork[q] == fork[k]  and  k <= q  and  (branch[k] == 0 or branch[k] == branch[q])
 
-and, for a sliding window of w (Mistral), positions[q] - positions[k] < w. A header that all forks begin with
-(few-shot examples) is left out of them and given as `prefix`, its keys and values: every token sees them too.
-Three ways to compute that attention, and one place that chooses (`fork_attention`): on CUDA FlexAttention,
-which skips what the predicate hides; on a CPU the forks one by one, where the batch says where they lie
-(`spans`); and the dense mask for what neither takes.
+and, for a sliding window of w (Mistral), positions[q] - positions[k] < w; padding sees itself alone. A header
+that all forks begin with (few-shot examples) is left out of them and given as `prefix`, its keys and values:
+every token sees them too. Three ways to compute that attention, and one place that chooses
+(`fork_attention`): on CUDA FlexAttention, which skips what the predicate hides; on a CPU piece by piece where
+the batch says where the forks lie (`spans`): long ones without a mask, short neighbours together under a
+small one; and the dense mask for what neither takes.
 
 References: LLaMA (arXiv 2302.13971), RoPE (arXiv 2104.09864), GQA (arXiv 2305.13245),
 RMSNorm (arXiv 1910.07467), FlexAttention (arXiv 2412.05496), LoRA (arXiv 2106.09685).
@@ -88,6 +90,8 @@ class RMSNorm(nn.Module):
 
 
 class Attention(nn.Module):
+    """x (B, T, H) -> (B, T, H); cos and sin of `rotation`; attend(q, k, v): one of the functions below."""
+
     def __init__(self, c: Config):
         super().__init__()
         self.head_dim = c.head_dim
@@ -101,7 +105,7 @@ class Attention(nn.Module):
         self.k_norm = RMSNorm(c.head_dim, c.rms_norm_eps) if c.qk_norm else None
 
     def forward(self, x, cos, sin, attend, cache=None):
-        B, T, H = x.shape
+        B, T, _ = x.shape
         q = self.q_proj(x).view(B, T, -1, self.head_dim)                         # (B, T, Q, D)
         k = self.k_proj(x).view(B, T, -1, self.head_dim)                         # (B, T, G, D)
         v = self.v_proj(x).view(B, T, -1, self.head_dim)
@@ -117,6 +121,8 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
+    """SwiGLU (arXiv 2002.05202) of x (B, T, H) -> (B, T, H)."""
+
     def __init__(self, c: Config):
         super().__init__()
         self.gate_proj = Linear(c.hidden_size, c.intermediate_size, c.mlp_bias)
@@ -130,6 +136,8 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
+    """Attention and MLP, each on a normed x (B, T, H) and added to it."""
+
     def __init__(self, c: Config):
         super().__init__()
         self.input_layernorm = RMSNorm(c.hidden_size, c.rms_norm_eps)
@@ -210,8 +218,8 @@ def attend_causal(q, k, v, window=None):
     query = torch.arange(K - T, K, device=q.device)[:, None]
     key = torch.arange(K, device=q.device)
     distance = query - key
-    seen = (distance >= 0) & (distance < (window or math.inf))
-    return sdpa(q, k, v, mask=seen[None, None])
+    visible = (distance >= 0) & (distance < (window or math.inf))
+    return sdpa(q, k, v, mask=visible[None, None])
 
 
 def dense_mask(fork, branch, positions, window=None, header: int = 0):
@@ -219,14 +227,14 @@ def dense_mask(fork, branch, positions, window=None, header: int = 0):
     B, T = fork.shape
     rows = torch.arange(B, device=fork.device)[:, None, None]
     order = torch.arange(T, device=fork.device)
-    seen = fork_predicate(fork, branch, positions, window)(rows, None, order[:, None], order)
+    visible = fork_predicate(fork, branch, positions, window)(rows, None, order[:, None], order)
     distance = positions[:, :, None] - torch.arange(header, device=fork.device)
-    header_seen = distance < (window or math.inf)
-    return torch.cat((header_seen, seen), dim=-1)[:, None]
+    header_visible = distance < (window or math.inf)
+    return torch.cat((header_visible, visible), dim=-1)[:, None]
 
 
 def attend_spans(q, k, v, pieces):
-    """Packed forks on a CPU, by pieces of the flattened rows (kernels.layers.pieces_of): no mask, no copy."""
+    """Packed forks on a CPU, by pieces of the flattened rows (kernels.layers.pieces_of): no copy."""
     q_flat = q.flatten(0, 1)                                                   # (B T, Q, D)
     k_flat = k.flatten(0, 1)
     v_flat = v.flatten(0, 1)
@@ -320,12 +328,12 @@ class Cache:
         device = self.start.device
         query = past + torch.arange(T, device=device)[:, None]
         key = torch.arange(past + T, device=device)[None, :]
-        seen = (key <= query) & (key >= self.start[:, None, None])
+        visible = (key <= query) & (key >= self.start[:, None, None])
         if self.window is not None:
-            seen &= query - key < self.window
-        seen |= key == query            # a padding query sees itself: an empty softmax row would be NaN
-        bias = torch.zeros(seen.shape, dtype=self.layers[0].k.dtype, device=device)
-        bias.masked_fill_(~seen, -math.inf)
+            visible &= query - key < self.window
+        visible |= key == query         # a padding query sees itself: an empty softmax row would be NaN
+        bias = torch.zeros(visible.shape, dtype=self.layers[0].k.dtype, device=device)
+        bias.masked_fill_(~visible, -math.inf)
         return partial(sdpa, mask=bias[:, None])   # made once for all layers
 
     def keep_(self, rows) -> None:
@@ -430,7 +438,7 @@ class Llama(nn.Module):
         with torch.set_grad_enabled(gradient or compiled):
             for block, layer in zip(self.model["layers"], layers):
                 x = run(block, x, cos, sin, attend, layer)
-                if not gradient:        # what this block kept goes now, and not after the last one
+                if not gradient:        # what this block kept goes now; the next runs as for a gradient, too
                     x = x.detach().requires_grad_(x.requires_grad)
         return x
 

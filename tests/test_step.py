@@ -4,8 +4,10 @@ and what scale.py predicts of it."""
 import math
 import os
 import random
+import re
 import shutil
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -497,13 +499,15 @@ def test_sharding_divides_weights_and_leaves_activations():
     assert sum(eight.values()) < sum(one.values())
 
 
-def test_the_calculator_says_what_does_not_fit_and_what_recomputing_saves(capsys):
+def test_the_calculator_says_what_does_not_fit_what_recomputing_saves_and_the_committed_tables(capsys):
     c = tables.MODELS["Llama-3-70B"]
     text = scale.describe(c, scale.Plan(row_tokens=4096), scale.DEVICE_BYTES)
     assert ("too much for the device" in text and "--recompute would save" in text
             and f"{70_553_706_496:,}" in text)
     tables.main([])
-    assert capsys.readouterr().out.count("Llama-3-8B") == 3
+    shown = re.findall(r"(?:\|.*\n)+", capsys.readouterr().out)
+    told = (Path(clo.__file__).parent / "docs/scale.md").read_text(encoding="utf-8")
+    assert len(shown) == 3 and all(table in told for table in shown)
 
 
 def test_the_stand_in_of_a_dry_run_has_the_shape_of_the_model_with_fewer_layers():
