@@ -158,6 +158,9 @@ def read_split(path: str, eval_data: str | None, languages: tuple[str, ...], tur
         evaluated = data.evaluation_rows(eval_data, source, targets, rows)
     with data.naming(eval_data):
         split = data.split_rows(rows, evaluated, samples, holdout, eval_split, seed)
+    left = len(split.rows) - split.apart
+    if samples and left < samples:
+        print(f"--samples {samples:,}: there are {left:,} rows to train on, all of them are taken")
     split.parts(path)                                  # which refuses too few
     return split
 

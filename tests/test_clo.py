@@ -565,6 +565,23 @@ def test_a_tokenizer_of_another_model_is_refused(world, capsys):
     fails(capsys, flags, "do not belong together")
 
 
+def test_fewer_rows_than_were_asked_for_are_told(world, capsys):
+    clo.main([*world[1], "--samples", "99", "--dry-run"])
+    assert "--samples 99: there are 16 rows to train on, all of them are taken" in capsys.readouterr().out
+    clo.main([*world[1], "--samples", "16", "--dry-run"])
+    assert "--samples" not in capsys.readouterr().out
+
+
+def test_a_dry_run_whose_first_rows_have_no_pair_ends_with_a_guess(world, capsys, monkeypatch):
+    path, flags = world
+    rows = [row | {"sw": row["sw"] | {"response": row["en"]["response"]}} for row in parallel_rows(3)]
+    write_rows(path / "rows.jsonl", [{key: row[key] for key in ("row_id", "en")} for row in rows])
+    monkeypatch.setattr(job.translate, "translator_for", lambda *_: None)
+    monkeypatch.setattr(job.translate, "translate_rows", lambda *_, **__: rows)
+    clo.main([*flags, "--method", "dpo", "--baseline", "none", "--dry-run"])
+    assert "dpo, stage dpo: 3 rows" in capsys.readouterr().out
+
+
 def test_a_run_directory_of_another_run_is_refused_by_its_first_difference(world, capsys):
     path, flags = world
     clo.main(flags + ["--baseline", "none"])
