@@ -407,27 +407,28 @@ def varied_flags(lines: list[dict]) -> list[str]:
 README = hub.ROOT / "README.md"
 BETWEEN = "<!-- drawn by python -m lab report -->\n", "<!-- to here -->"
 SHOWN_PLOT = "replication-real.png"
-FIRST, TUNED = Place("portuguese-first", "pt", 50), Place("portuguese", "pt", 200)
-SHOWN = {"clo - sft": (FIRST, ANCHOR, SFT),                             # name of the column: what is compared
-         "clo - sft as long": (FIRST, ANCHOR, EQUAL),
-         "200 rows: clo - sft": (TUNED, ANCHOR, SFT)}
+SHOWN_PLACE = Place("portuguese", "pt", 200)
+SHOWN = {"clo - sft": (ANCHOR, SFT),                                    # name of the column: what is compared
+         "clo - sft as long": (ANCHOR, EQUAL),
+         "clo - base": (ANCHOR, BASE)}
 SHOWN_FIGURES = {"pt": ("language", "usable", "chrf each", "bits", "confused"),
                  "en": ("usable", "chrf each", "bits", "kept")}
 
 
 def shown_comparisons(lines: list[dict]) -> list[Comparison]:
-    """CLO less SFT, and less SFT with as many tokens."""
-    places, found = by_place(lines), []
-    for label, (place, method, other) in SHOWN.items():
-        pairs = line_pairs(places[place][method], places[place][other])
-        told = tuple(differences(pairs, language, content=False) for language in SHOWN_FIGURES)
-        found.append(Comparison(place.plan, label, other, len(pairs), tuple(SHOWN_FIGURES), told))
+    """CLO less SFT, less SFT with as many tokens, and less the base, as far as they were run."""
+    methods, found = by_place(lines)[SHOWN_PLACE], []
+    for label, (method, other) in SHOWN.items():
+        pairs = line_pairs(methods[method], methods.get(other, {}))
+        if pairs:
+            told = tuple(differences(pairs, language, content=False) for language in SHOWN_FIGURES)
+            found.append(Comparison(SHOWN_PLACE.plan, label, other, len(pairs), tuple(SHOWN_FIGURES), told))
     return found
 
 
 def summary(lines: list[dict], compared: list[Comparison]) -> str:
     """README's table: a row for every figure, the values of base, SFT and CLO, and the differences."""
-    methods, rows = by_place(lines)[FIRST], []
+    methods, rows = by_place(lines)[SHOWN_PLACE], []
     valued = {"base": BASE, "sft": SFT, "clo": ANCHOR}
     for side, (language, names) in enumerate(SHOWN_FIGURES.items()):
         for figure in [figure for figure in FIGURES if figure.name in names]:
@@ -436,7 +437,7 @@ def summary(lines: list[dict], compared: list[Comparison]) -> str:
             rows.append([f"{language}: {figure.title}", *values, *cells])
     seeds = [str(len(methods[method])) for method in (SFT, ANCHOR)]
     rows.append(["seeds", "-", *seeds, *(str(one.seeds) for one in compared)])
-    return table(["", *valued, *SHOWN], rows)
+    return table(["", *valued, *(one.label for one in compared)], rows)
 
 
 def mean_cell(figure: Figure, lines: list[dict], language: str) -> str:
