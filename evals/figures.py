@@ -139,21 +139,21 @@ class Sample:
     counts: dict[Key, Counts]
 
     @property
-    def table(self) -> np.ndarray:
+    def matrix(self) -> np.ndarray:
         """(questions, K)"""
         return np.array(list(self.counts.values()), dtype=float)
 
     @property
     def value(self) -> float:
-        return float(self.figure.of_sums(self.table.sum(0)))
+        return float(self.figure.of_sums(self.matrix.sum(0)))
 
     @property
     def error(self) -> float | None:
         """Standard error over questions: binomial for a share, else the jackknife's; None for one."""
-        n, table = len(self.counts), self.table
+        n, matrix = len(self.counts), self.matrix
         if self.figure.is_share:
             return binomial_error(self.value, n)
-        without = self.figure.of_sums(table.sum(0) - table)        # (questions,): the figure without each
+        without = self.figure.of_sums(matrix.sum(0) - matrix)        # (questions,): the figure without each
         error = math.sqrt(n - 1) * float(without.std())
         return error if n > 1 and math.isfinite(error) else None
 

@@ -10,7 +10,7 @@ from evals.figures import (FIGURES, SHORT_ANSWER, SHORT_REPLY, Difference, Sampl
                            measure, paired_difference)
 
 Answers = dict[str, list[dict]]     # {method: lines of its answers.jsonl}
-Rows = list[tuple[str, str, list[dict]]]        # of every table: (language, method, its answers)
+Answered = list[tuple[str, str, list[dict]]]        # of every table: (language, method, its answers)
 
 
 def table(header: list[str], lines: list[list[str]]) -> str:
@@ -90,7 +90,7 @@ def in_language(lines: list[dict], language: str) -> list[dict]:
     return [line for line in lines if line["language"] == language]
 
 
-def answer_section(rows: Rows, questions: int | None) -> list[str]:
+def answer_section(rows: Answered, questions: int | None) -> list[str]:
     """A row for each language and method, a column for each figure that one of them has. questions: how many
     there were to answer, if that is known."""
     samples = [measure(lines) for _, _, lines in rows]
@@ -109,7 +109,7 @@ def answer_section(rows: Rows, questions: int | None) -> list[str]:
     return ["\n".join(legend), table(["language", "method", *titles], cells)]
 
 
-def cut_section(rows: Rows) -> list[str]:
+def cut_section(rows: Answered) -> list[str]:
     """How many replies were cut, and how many of these would not end at any length."""
     counts = []
     for language, name, lines in rows:
@@ -122,7 +122,7 @@ def cut_section(rows: Rows) -> list[str]:
             f"a larger limit would hardly end: {', '.join(counts)}."]
 
 
-def language_section(rows: Rows) -> list[str]:
+def language_section(rows: Answered) -> list[str]:
     """In which languages the replies are that are not in the right one, counted; and the very short ones
     apart, whose language is hard to tell."""
     cells, left_out, parts = [], {}, []
@@ -156,7 +156,7 @@ def heldout_section(methods: dict, languages: list[str], lang: str) -> list[str]
             table(["language", "method", *HELD_OUT], lines)]
 
 
-def example_sections(rows: Rows) -> list[str]:
+def example_sections(rows: Answered) -> list[str]:
     """The first few questions in each language, with the expected answer and every method's reply below."""
     sections = {}
     for language, name, lines in rows:

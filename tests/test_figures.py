@@ -94,7 +94,7 @@ def test_the_jackknife_error_agrees_with_the_bootstrap(name):
     lines = [answer_line(i, " ".join(chance.sample(words, chance.randint(1, 8))), " ".join(words[:5]),
                          reference_nll=chance.uniform(1, 30)) for i in range(150)]
     sample = measure(lines)[name]
-    draws = figures.drawn_questions(len(lines)) @ sample.table
+    draws = figures.drawn_questions(len(lines)) @ sample.matrix
     assert sample.error == pytest.approx(float(sample.figure.of_sums(draws).std()), rel=0.1)
 
 
