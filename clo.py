@@ -62,7 +62,8 @@ METHODS = {
     "dpo": [(0.0, ())],
     "sft+dpo": [(1.0, ("en", "tgt")), (0.0, ())],
 }
-CLO_ANCHOR = 1.0                # not in the paper; what it gives and costs: docs/replication.md, question 6
+LAMBDA, BETA = 0.5, 0.5         # left open by the paper; what others gave: docs/replication.md, question 6d
+CLO_ANCHOR = 1.0                # not in the paper; what it gives and costs: question 6 there
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 SIMPO_GAMMA = 0.5               # nats a token by which simpo wants the right response ahead
 # Peak learning rates at this hidden width; they scale with its inverse (muP). Tuned: lora's (docs/log.md).
@@ -78,7 +79,7 @@ def margins(policy_chosen_logp: Tensor, policy_rejected_logp: Tensor, ref_chosen
     return (policy_chosen_logp - ref_chosen_logp) - (policy_rejected_logp - ref_rejected_logp)
 
 
-def preference_losses(margin: Tensor, kind: str = "sigmoid", beta: float = 0.5) -> Tensor:
+def preference_losses(margin: Tensor, kind: str = "sigmoid", beta: float = BETA) -> Tensor:
     """The preference term of each pair, (P,), from its margin (P,).
 
     sigmoid: -log sigmoid(beta * margin), DPO's (arXiv 2305.18290, eq. 7): the paper's, and the default.
@@ -95,8 +96,8 @@ def preference_losses(margin: Tensor, kind: str = "sigmoid", beta: float = 0.5) 
 
 
 def clo_loss(policy_chosen_logp: Tensor, policy_rejected_logp: Tensor, ref_chosen_logp: Tensor,
-             ref_rejected_logp: Tensor, tgt_logp: Tensor, tgt_tokens, pairs=None, beta: float = 0.5,
-             lam: float = 0.5, kind: str = "sigmoid") -> Tensor:
+             ref_rejected_logp: Tensor, tgt_logp: Tensor, tgt_tokens, pairs=None, beta: float = BETA,
+             lam: float = LAMBDA, kind: str = "sigmoid") -> Tensor:
     """Eq. 4, a scalar, from sums of log-probs (for simpo: means in the first two, zeros for the reference).
 
     The four (P,) tensors are the pairs of both directions. tgt_logp (any shape) holds the summed log-probs of
@@ -125,7 +126,7 @@ class Objective:
     """What a stage minimises: all that the loss needs to know of the flags."""
     lam: float                      # weight of the NLL: 1 is plain fine-tuning, 0 preference alone
     nll: tuple[str, ...]            # prompts whose right responses are under the NLL: of "en" and "tgt"
-    beta: float = 0.5
+    beta: float = BETA
     kind: str = "sigmoid"
     anchor: float = 0.0
 
@@ -544,10 +545,10 @@ def add_flags(parser) -> None:
     add = flags.group(parser, "method")
     add("--method", list(METHODS), "clo", "what to train")
     add("--baseline", [*METHODS, "none"], "sft", "trained too, for the comparison")
-    add("--lambda", flags.fraction, 0.5, "weight of the NLL, 0 to 1")
+    add("--lambda", flags.fraction, LAMBDA, "weight of the NLL, 0 to 1")
     add("--nll", ["tgt", "en,tgt"], "tgt", "responses under clo's NLL; en,tgt is the paper's ablation")
     add("--preference", ["sigmoid", "ipo", "simpo"], "sigmoid", "its form; simpo wants --beta 2 or more")
-    add("--beta", flags.positive, 0.5, "strength of the preference term")
+    add("--beta", flags.positive, BETA, "strength of the preference term")
     add("--anchor", flags.not_negative, None, "a penalty on English answers that fall; else 1 for clo")
     add("--train", list(LEARNING_RATES), "lora", "LoRA on attention, attention itself, or everything")
     add("--lora-rank", flags.positive_int, 16, "rank R")

@@ -586,7 +586,7 @@ def test_a_run_directory_of_another_run_is_refused_by_its_first_difference(world
     path, flags = world
     clo.main(flags + ["--baseline", "none"])
     report = (path / "run" / "report.json").read_bytes()
-    fails(capsys, flags + ["--baseline", "none", "--beta", "0.25"], "beta", "0.5", "0.25", "--fresh")
+    fails(capsys, flags + ["--baseline", "none", "--beta", "0.25"], "beta", str(clo.BETA), "0.25", "--fresh")
     write_rows(path / "rows.jsonl", parallel_rows(12))
     fails(capsys, flags + ["--baseline", "none"], "data", "--fresh")
     assert (path / "run" / "report.json").read_bytes() == report
