@@ -241,7 +241,6 @@ def judge_outputs(args) -> None:
     name = [                              # whatever is not the default has a directory of its own
         unusual(args.judge_model, JUDGE),
         unusual(args.judge_tokens, 1, "{} tokens"),
-        args.lang,
         unusual(args.order, "random"),
         unusual(args.seed, 0, "seed {}"),
         unusual(args.limit, None, "first {}")]
