@@ -287,11 +287,11 @@ def stop_unless_finite(metrics: dict, stage: str, rate: float) -> None:
     """InputError for a step whose loss or gradient is no number."""
     if math.isfinite(metrics["loss"]) and math.isfinite(metrics["grad_norm"]):
         return
-    remedy = f"try a lower --lr than {rate:.2g}"
+    remedy = f"the last checkpoint is kept; try a lower --lr than {rate:.2g}"
     if metrics["step"] == 1:                        # before any update: no rate had a part in it
         remedy = "the model itself gives that in this compute type: try another --dtype"
     raise InputError(f"{stage}: loss {metrics['loss']}, gradient norm {metrics['grad_norm']} at step "
-                     f"{metrics['step']}: stopped, the last checkpoint is kept; {remedy}")
+                     f"{metrics['step']}: stopped; {remedy}")
 
 
 class MetricsLog:

@@ -24,8 +24,6 @@ What is kept of public data (every decision is counted, `describe_counts` prints
 import csv
 import io
 import itertools
-import json
-import re
 from collections import Counter, defaultdict
 from dataclasses import dataclass
 from pathlib import Path

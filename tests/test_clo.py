@@ -20,7 +20,7 @@ import clo
 import data
 import model as llama
 from conftest import Recorder, write_checkpoint
-from engine import job, scale
+from engine import job, runs, scale
 from engine.files import InputError, fill_directory, run
 from evals import heldout
 from formats.chat import load_tokenizer
@@ -597,6 +597,15 @@ def test_a_loss_that_is_not_a_number_stops_and_names_the_step(world, capsys):
     fails(capsys, changed(flags, "--lr", "1e30") + ["--baseline", "none", "--epochs", "30"],
           "at step", "--lr")
     assert not (path / "run" / "clo" / "adapter").exists()
+
+
+def test_a_first_step_without_numbers_is_no_rate_s_fault():
+    metrics = {"step": 1, "loss": math.nan, "grad_norm": 1.0}
+    with pytest.raises(InputError, match="at step 1: stopped; .*--dtype"):
+        runs.stop_unless_finite(metrics, "clo", 1e-3)
+    with pytest.raises(InputError, match="at step 2: stopped; the last checkpoint is kept; .*--lr"):
+        runs.stop_unless_finite(metrics | {"step": 2}, "clo", 1e-3)
+    runs.stop_unless_finite(metrics | {"loss": 0.5}, "clo", 1e-3)
 
 
 # ---- real data
