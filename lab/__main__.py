@@ -1,4 +1,4 @@
-"""python -m lab PLAN runs what is missing of a plan; python -m lab report draws docs/replication.md
+"""python -m lab PLAN runs what is missing of a plan; python -m lab report draws docs/replication*.md
 and README's table."""
 
 import os

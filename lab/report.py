@@ -1,4 +1,5 @@
-"""docs/replication.md and README's table, drawn from the lines in lab/results/ and nothing else."""
+"""docs/replication.md, docs/replication-tables.md and README's table, drawn from the lines in lab/results/ and
+nothing else. The first page answers the questions, the second has every figure of every comparison."""
 
 import itertools
 import statistics
@@ -15,7 +16,7 @@ from lab.plan import BASE
 from lab.runner import read_results
 
 DOCS = hub.ROOT / "docs"
-PAGE = "replication.md"
+PAGE, TABLES = "replication.md", "replication-tables.md"
 
 
 # ------------------------------------------------------------------------------------------------------ lines
@@ -114,6 +115,9 @@ QUESTIONS = {                       # name of its plots: (question, pairs of met
 # What the questions are decided by: (0 target or 1 source language, figure). All else explains or explores.
 PRIMARY = ((0, "language"), (0, "usable"), (0, "chrf each"), (0, "bits"),
            (1, "usable"), (1, "chrf each"), (1, "bits"))
+EARLIER = ("portuguese-first", "demo", "demo-settings")        # plans at rates neither chosen nor the default
+# And what the answers' tables show: confusion, too.
+SHOWN_IN_ANSWERS = (*PRIMARY[:4], (0, "confused"), *PRIMARY[4:], (1, "confused"))
 SIDES = ("target", "source")
 
 
@@ -146,8 +150,11 @@ def verdicts(told: dict[str, Difference]) -> str:
     for found in told.values():
         kinds[found.verdict].append(found.figure.words)
         questions = found.questions
-    parts = [f"{kind if kind == TIE else f'**{kind}**'} in {', '.join(words)}"
-             for kind, words in kinds.items() if words]
+    ties = kinds.pop(TIE)
+    parts = [f"**{kind}** in {', '.join(words)}" for kind, words in kinds.items() if words]
+    if ties:
+        rest = f"the other {len(ties)}" if parts else f"all {len(ties)}"
+        parts.append(f"{TIE} in {rest if len(ties) > 1 else ties[0]}")
     return f"({questions} questions) {'; '.join(parts)}"
 
 
@@ -209,33 +216,43 @@ def source_of(line: dict) -> str:
 
 
 def section(name: str, compared: list[Comparison]) -> str:
-    """A question, and its answer in sentences, in tables and in a plot for each plan."""
+    """A question, and for each plan its answer: in sentences, in a table of the figures that decide and of
+    confusion, and in a plot."""
     text = [f"## {QUESTIONS[name][0]}"]
     if not compared:
         text.append(NOT_RUN)
     for plan, own in by_plan(compared).items():
         text.append(f"### {plan}")
         text.append("\n".join(one.sentence for one in own))
-        for side, title in enumerate(SIDES):
-            shown = [figure for figure in FIGURES if any(figure.name in one.told[side] for one in own)]
-            keys = [(side, figure.name) for figure in shown]
-            rows = [[one.label, *map(one.cell, keys)] for one in own]
-            text.append(table([f"{title} language", *(figure.title for figure in shown)], rows))
+        text.append(comparison_table(own, SHOWN_IN_ANSWERS))
         text.append(f"![Differences and their intervals, {plan}]({plot_name(name, plan)})")
     return "\n\n".join(text)
 
 
-def primary_section(compared: list[Comparison]) -> str:
-    """CLO against SFT at every place in the figures that decide."""
+def comparison_table(compared: list[Comparison], keys: tuple) -> str:
+    """A line for each comparison. keys: (side, name of a figure); columns that would be empty are left out."""
     titles = {figure.name: figure.title for figure in FIGURES}
-    header = [f"{SIDES[side]}: {titles[name]}" for side, name in PRIMARY]
-    rows = []
-    for one in compared:
-        if one.other in (SFT, EQUAL):
-            rows.append([one.label, str(one.seeds), *map(one.cell, PRIMARY)])
-    if not rows:
+    known = [(side, name) for side, name in keys if any(name in one.told[side] for one in compared)]
+    header = [f"{SIDES[side]}: {titles[name]}" for side, name in known]
+    rows = [[one.label, str(one.seeds), *map(one.cell, known)] for one in compared]
+    return table(["", "seeds", *header], rows)
+
+
+def every_figure(name: str, compared: list[Comparison]) -> str:
+    """The same comparisons in all figures, a table for each side."""
+    text = [f"## {QUESTIONS[name][0]}"]
+    for side, title in enumerate(SIDES):
+        keys = tuple((side, figure.name) for figure in FIGURES)
+        text += [f"### {title} language", comparison_table(compared, keys)]
+    return "\n\n".join(text)
+
+
+def primary_section(compared: list[Comparison]) -> str:
+    """CLO against SFT in the figures that decide, without EARLIER plans."""
+    shown = [one for one in compared if one.other in (SFT, EQUAL) and one.plan not in EARLIER]
+    if not shown:
         return f"## In short\n\n{NOT_RUN}"
-    return "\n\n".join(["## In short", IN_SHORT, table(["", "seeds", *header], rows)])
+    return "\n\n".join(["## In short", IN_SHORT, comparison_table(shown, PRIMARY)])
 
 
 def plot_name(question: str, plan: str) -> str:
@@ -283,7 +300,8 @@ called better or worse where its 95 % interval leaves out 0 (bold), and a tie ot
 paired bootstrap over questions and seeds and, of several seeds, Student's t of their differences: three seeds
 tell little of what a fourth would give, and with one the interval knows of questions alone. Of a hundred
 comparisons without any effect some five may still be called one, and there are hundreds here: the figures
-under "In short" are those that decide, the rest explains and explores.
+under "In short" are those that decide, the rest explains and explores. Tables here show those and confusion;
+every figure of every comparison, and each seed's value, is in [replication-tables.md](replication-tables.md).
 
 Figures, on the test questions. *in language*: % of replies in the language of the question; *usable*: % that
 are in it, end by themselves and do not begin by repeating the question; *correct*: % equal to the expected
@@ -295,29 +313,36 @@ trains on, and no reply is looked at); *like base*: chrF of replies against thos
 the base has 100; SFT trains on English answers too and moves to their style, so this is change, and not
 harm; *ends*: % of replies that end by themselves; *loops*: % that were cut while they repeated one text
 again and again, which a larger limit would hardly end (the rest to 100 was cut at the limit in the middle of
-something); *echo*: % that begin with the question's own words; *tokens* that went through the model in
-training, a reference pass counted like one more epoch though it has no backward; *seconds* of all training
-steps, which other work on the machine lengthens. Of several seeds the mean stands before their values."""
+something); *echo*: % that begin with the question's own words."""
+EVERY_FIGURE = """# Every figure
+
+What [replication.md](replication.md) draws its answers from: differences of methods in all figures, question by
+question (bold where the 95 % interval leaves out 0), then the figures of each method at each place. Of several
+seeds the mean stands before their values. *tokens* went through the model in training, a reference pass counted
+like one more epoch though it has no backward; *seconds* of all training steps, which other work on the machine
+lengthens. All other figures are explained there."""
 IN_SHORT = """Each difference is CLO less SFT at one place: a method "anchor 1" is clo's default, "beta and lambda"
 the same with beta 0.1 and lambda 0.8 in the place of 0.5 both (in demo-settings the best of a grid), "clo" the
 paper's loss with the default's beta and lambda, "sft, clo's compute" SFT with as many tokens through the model
-as CLO. The expected answers are machine translations, so chrF and bits reward their style in every method
-alike."""
+as CLO. Here are the plans whose learning rates were chosen on a validation split (portuguese) or are the default
+(demo-rate); earlier ones stand under the questions alone. The expected answers are machine translations, so
+chrF and bits reward their style in every method alike."""
 
 
-def page(lines: list[dict]) -> str:
-    """The text of docs/replication.md."""
+def pages(lines: list[dict]) -> dict[str, str]:
+    """{name of a file in docs/: its text}"""
     compared = {name: compare(name, lines) for name in QUESTIONS}
-    questions = []
+    answers = []
     for name in QUESTIONS:
-        questions.append(section(name, compared[name]))
+        answers.append(section(name, compared[name]))
         if name == "sizes":
-            questions += [f"![Figures by rows, {key}]({curves_name(key)})" for key in curves(lines)]
-    figures = [figure_section(place, methods) for place, methods in by_place(lines).items()]
+            answers += [f"![Figures by rows, {key}]({curves_name(key)})" for key in curves(lines)]
     short = primary_section(compared["target"] + compared["compute"])
-    parts = [INTRODUCTION, short, *questions, settings_section(lines), grid_section(lines),
-             *figures]
-    return "\n\n".join(parts) + "\n"
+    tables = [every_figure(name, own) for name, own in compared.items() if own]
+    figures = [figure_section(place, methods) for place, methods in by_place(lines).items()]
+    parts = {PAGE: [INTRODUCTION, short, *answers, settings_section(lines), grid_section(lines)],
+             TABLES: [EVERY_FIGURE, *tables, *figures]}
+    return {name: "\n\n".join(text) + "\n" for name, text in parts.items()}
 
 
 def settings_section(lines: list[dict]) -> str:
@@ -473,9 +498,10 @@ def write_readme(lines: list[dict]) -> None:
 
 
 def write(lines: list[dict], directory: Path) -> None:
-    """The page and its plots; without matplotlib the page alone."""
-    write_text(directory / PAGE, page(lines))
-    print(directory / PAGE)
+    """The pages and the plots; without matplotlib the pages alone."""
+    for name, text in pages(lines).items():
+        write_text(directory / name, text)
+        print(directory / name)
     if not plots.can_plot():
         print("no plots: they need matplotlib (pip install matplotlib)")
         return
