@@ -16,6 +16,7 @@ ACROSS = 4
 LABEL_WIDTH = 34                        # letters
 TICKS = 4                               # of an axis at most, and one: their labels must not meet
 WIDTH, LABELS, ROW = 2.4, 3.0, 0.5      # inches: of a panel, of the labels, of a comparison
+STYLES = ((0, (1, 4)), "-", "--", ":", "-.")            # of lines, one for each of report.CURVES
 LEGEND = "hollow: a tie; a square: one seed; line: 95 % interval; ticks: each seed"
 
 
@@ -79,9 +80,11 @@ def plot_curves(told: dict, path: Path) -> None:
         axis.set_visible(False)
     for axis, ((side, title), methods) in zip(axes.flat, told.items()):
         sizes = sorted(set().union(*methods.values()))
-        for (method, by_rows), style in zip(methods.items(), ("-", "--", ":")):
+        assert len(methods) <= len(STYLES), f"{len(methods)} methods, {len(STYLES)} kinds of lines"
+        for (method, by_rows), style in zip(methods.items(), STYLES):
             rows = sorted(by_rows)
-            line, = axis.plot(rows, [statistics.fmean(by_rows[size]) for size in rows], style, label=method)
+            line, = axis.plot(rows, [statistics.fmean(by_rows[size]) for size in rows],
+                              linestyle=style, label=method)
             for size in rows:
                 axis.plot([size] * len(by_rows[size]), by_rows[size], ".", color=line.get_color(), alpha=0.5)
         axis.set_xscale("log")
@@ -89,7 +92,10 @@ def plot_curves(told: dict, path: Path) -> None:
         axis.minorticks_off()
         axis.set_title(f"{title}, {SIDES[side]} language", fontsize=9)
         axis.grid(alpha=0.3)
-    axes[0, 0].legend(fontsize=8)
+    lines = {}                                          # {method: one of its lines}
+    for axis in axes.flat[:len(told)]:
+        lines |= {label: line for line, label in zip(*axis.get_legend_handles_labels())}
+    figure.legend(lines.values(), lines, loc="outside upper center", ncols=len(lines), fontsize=9)
     figure.supxlabel("training rows", fontsize=9)
     figure.savefig(path, dpi=110)
     plt.close(figure)

@@ -89,7 +89,7 @@ CLO, SFT, EQUAL, ANCHOR = "clo", "sft", "sft, clo's compute", "clo, anchor 1"
 WEIGHED = f"{ANCHOR}, beta and lambda"          # 0.1 and 0.8, clo's defaults; without that name both are 0.5
 NOT_RUN = "Not run."
 HALF_THE_RATE = {"demo-rate": "demo"}           # plans that differ in it alone
-CURVES = (SFT, CLO, ANCHOR, WEIGHED)            # methods whose figures are drawn by rows
+CURVES = (BASE, SFT, CLO, ANCHOR, WEIGHED)      # methods whose figures are drawn by rows, the base's a level
 QUESTIONS = {                       # name of its plots: (question, pairs of methods)
     "target": ("1. Does CLO beat SFT in the target language, and does it keep English better? (paper: yes, "
                "both)", [(WEIGHED, SFT), (ANCHOR, SFT), (CLO, SFT), (CLO, "sft-tgt"), (CLO, "sft+dpo")]),
@@ -199,7 +199,7 @@ def wanted_pairs(name: str, places) -> list[tuple]:
         if name == "sizes":
             twice = place._replace(rows=2 * place.rows)
             wanted += [(targets[0], place, method, twice, SFT) for method in (WEIGHED, ANCHOR, CLO)]
-            wanted += [(targets[0], twice, method, place, method) for method in CURVES]
+            wanted += [(targets[0], twice, method, place, method) for method in CURVES if method != BASE]
         there = place
         if name == "rate":
             there = place._replace(plan=HALF_THE_RATE.get(place.plan, ""))
@@ -268,7 +268,7 @@ def curves(lines: list[dict]) -> dict[str, Curves]:
     alone = {place: methods for place, methods in by_place(lines).items() if "," not in place.language}
     for place, methods in alone.items():
         key = f"{place.plan}-{place.language}"
-        for side, name in PRIMARY:
+        for side, name in SHOWN_IN_ANSWERS[:-1]:
             figure = next(figure for figure in FIGURES if figure.name == name)
             for method in CURVES:
                 own = list(methods.get(method, {}).values())

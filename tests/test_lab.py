@@ -458,7 +458,8 @@ def test_figures_are_drawn_by_rows_where_there_are_three_sizes(tmp_path):
     lines += [made_up(method, rows, seed) for method in ("sft", "clo") for rows in (10, 20, 40) for seed in (0, 1)]
     told = report.curves(lines)["p-sw"]
     assert {method: sorted(by_rows) for method, by_rows in told[0, "bits/byte"].items()} == {
-        "sft": [10, 20, 40], "clo": [10, 20, 40]}
+        "base": [10, 20, 40], "sft": [10, 20, 40], "clo": [10, 20, 40]}
+    assert len({value for values in told[0, "bits/byte"]["base"].values() for value in values}) == 1
     assert all(len(values) == 2 for values in told[0, "bits/byte"]["clo"].values())
     report.write(lines, tmp_path)
     assert (tmp_path / "replication-curves-p-sw.png").is_file()
