@@ -16,7 +16,7 @@ ACROSS = 4
 LABEL_WIDTH = 34                        # letters
 TICKS = 4                               # of an axis at most, and one: their labels must not meet
 WIDTH, LABELS, ROW = 2.4, 3.0, 0.5      # inches: of a panel, of the labels, of a comparison
-STYLES = ((0, (1, 4)), "-", "--", ":", "-.")            # of lines, one for each of report.CURVES
+STYLES = ((0, (1, 4)), "-", ":", "-.", "--")            # of lines: a method has one in all pictures
 LEGEND = "hollow: a tie; a square: one seed; line: 95 % interval; ticks: each seed"
 
 
@@ -69,24 +69,27 @@ def draw_panel(axis, told: list, side: str) -> None:
     axis.grid(axis="x", alpha=0.3)
 
 
-def plot_curves(told: dict, path: Path) -> None:
+def plot_curves(told: dict, methods: tuple, path: Path) -> None:
     """A panel for each figure, a line for each method: the mean over seeds by rows, each seed a dot. told:
-    report.Curves."""
+    report.Curves. methods: all that may be in it, each with its own kind of line."""
+    assert len(methods) <= len(STYLES), f"{len(methods)} methods, {len(STYLES)} kinds of lines"
     plt = import_pyplot()
     down = math.ceil(len(told) / ACROSS)
     figure, axes = plt.subplots(down, ACROSS, figsize=(3 * ACROSS, 2.6 * down), squeeze=False)
     figure.set_layout_engine("constrained")
     for axis in axes.flat[len(told):]:
         axis.set_visible(False)
-    for axis, ((side, title), methods) in zip(axes.flat, told.items()):
-        sizes = sorted(set().union(*methods.values()))
-        assert len(methods) <= len(STYLES), f"{len(methods)} methods, {len(STYLES)} kinds of lines"
-        for (method, by_rows), style in zip(methods.items(), STYLES):
+    for axis, ((side, title), drawn) in zip(axes.flat, told.items()):
+        sizes = sorted(set().union(*drawn.values()))
+        for i, method in enumerate(methods):
+            by_rows = drawn.get(method, {})
             rows = sorted(by_rows)
-            line, = axis.plot(rows, [statistics.fmean(by_rows[size]) for size in rows],
-                              linestyle=style, label=method)
+            means = [statistics.fmean(by_rows[size]) for size in rows]
+            look = {"color": f"C{i}", "linestyle": STYLES[i], "marker": "x" if len(rows) == 1 else None}
+            if rows:
+                axis.plot(rows, means, label=method, **look)
             for size in rows:
-                axis.plot([size] * len(by_rows[size]), by_rows[size], ".", color=line.get_color(), alpha=0.5)
+                axis.plot([size] * len(by_rows[size]), by_rows[size], ".", color=f"C{i}", alpha=0.5)
         axis.set_xscale("log")
         axis.set_xticks(sizes, sizes)
         axis.minorticks_off()

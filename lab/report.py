@@ -514,7 +514,7 @@ def write(lines: list[dict], directory: Path) -> None:
             plots.plot_differences(compared, directory / plot_name(name, plan))
     for key, told in curves(lines).items():
         drawn.add(curves_name(key))
-        plots.plot_curves(told, directory / curves_name(key))
+        plots.plot_curves(told, CURVES, directory / curves_name(key))
     print(f"{directory}: {len(drawn) - 1} plots")
     for path in directory.glob("replication-*.png"):
         if path.name not in drawn:

@@ -420,6 +420,7 @@ def test_of_two_lines_of_a_run_the_later_one_counts(tmp_path):
     assert report.read_all(tmp_path)[1]["questions"] == lines[2]["questions"]
 
 
+@pytest.mark.slow                       # the more is measured the longer it takes: 12 s
 def test_the_committed_pages_are_what_the_committed_lines_say():
     drawn_again = report.pages(report.read_all(runner.RESULTS))
     for name, text in drawn_again.items():
