@@ -285,7 +285,9 @@ def curves(lines: list[dict]) -> dict[str, Curves]:
 
 
 def most_sizes(told: Curves) -> int:
-    return max(len(by_rows) for methods in told.values() for by_rows in methods.values())
+    """Of a trained method; the base has every place's."""
+    sizes = [len(by_rows) for methods in told.values() for method, by_rows in methods.items() if method != BASE]
+    return max(sizes, default=0)
 
 
 def curves_name(key: str) -> str:
@@ -331,9 +333,12 @@ the others stand under the questions alone. The expected answers are machine tra
 reward their style in every method alike."""
 
 
-def pages(lines: list[dict]) -> dict[str, str]:
+def compare_all(lines: list[dict]) -> dict[str, list[Comparison]]:
+    return {name: compare(name, lines) for name in QUESTIONS}
+
+
+def pages(lines: list[dict], compared: dict[str, list[Comparison]]) -> dict[str, str]:
     """{name of a file in docs/: its text}"""
-    compared = {name: compare(name, lines) for name in QUESTIONS}
     answers = []
     for name in QUESTIONS:
         answers.append(section(name, compared[name]))
@@ -501,17 +506,18 @@ def write_readme(lines: list[dict]) -> None:
 
 def write(lines: list[dict], directory: Path) -> None:
     """The pages and the plots; without matplotlib the pages alone."""
-    for name, text in pages(lines).items():
+    compared = compare_all(lines)
+    for name, text in pages(lines, compared).items():
         write_text(directory / name, text)
         print(directory / name)
     if not plots.can_plot():
         print("no plots: they need matplotlib (pip install matplotlib)")
         return
     drawn = {SHOWN_PLOT}
-    for name in QUESTIONS:
-        for plan, compared in by_plan(compare(name, lines)).items():
+    for name, own in compared.items():
+        for plan, of_plan in by_plan(own).items():
             drawn.add(plot_name(name, plan))
-            plots.plot_differences(compared, directory / plot_name(name, plan))
+            plots.plot_differences(of_plan, directory / plot_name(name, plan))
     for key, told in curves(lines).items():
         drawn.add(curves_name(key))
         plots.plot_curves(told, CURVES, directory / curves_name(key))

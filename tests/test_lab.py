@@ -347,7 +347,7 @@ def made_up(method, rows=100, seed=0, right=0.5, asked="x", n=40):
 
 
 def page_of(lines):
-    return report.pages(lines)[report.PAGE]
+    return report.pages(lines, report.compare_all(lines))[report.PAGE]
 
 
 def section_of(text, number):
@@ -422,7 +422,8 @@ def test_of_two_lines_of_a_run_the_later_one_counts(tmp_path):
 
 @pytest.mark.slow                       # the more is measured the longer it takes: 12 s
 def test_the_committed_pages_are_what_the_committed_lines_say():
-    drawn_again = report.pages(report.read_all(runner.RESULTS))
+    lines = report.read_all(runner.RESULTS)
+    drawn_again = report.pages(lines, report.compare_all(lines))
     for name, text in drawn_again.items():
         assert (report.DOCS / name).read_text(encoding="utf-8") == text
     text = drawn_again[report.PAGE]
