@@ -23,6 +23,7 @@ ROLE_KEYS = ("role", "from")
 TEXT_KEYS = ("content", "value", "text")
 SIDES = ("user", "assistant")
 TURN_KEYS = (("input", "output"), ("human", "assistant"))     # of an object that holds a whole turn
+LABELLED = ("completion", "messages", "conversations")    # where "label" tells good from bad replies
 UNKNOWN = "unknown format"
 # Letters and symbols that print nothing: fillers of Hangul syllables, the empty Braille pattern.
 BLANK_LETTERS = "\u115f\u1160\u3164\uffa0\u2800"
@@ -110,6 +111,8 @@ def messages_of(value, role, key, counts):
     """[(role, text)] of what a key holds: the text of one message, or a list of messages."""
     if isinstance(value, dict) and "messages" in value:
         value = value["messages"]
+    if has_role(value):
+        value = [value]
     if isinstance(value, list) and any(map(has_role, value)):
         return [message_of(message, counts) for message in value]
     text = as_text(value, key, counts)
@@ -150,8 +153,6 @@ def columns(record, keys, counts):
     asked, answered = keys
     if record.get("choices") or record.get("options"):
         raise OddRecord("a multiple-choice question, which is for a benchmark")
-    if answered == "completion" and record.get("label") is False:
-        raise Skip("a completion labelled as a bad one")       # TRL, "Unpaired preference"
     prompt = messages_of(record[asked], "user", asked, counts)
     reply = messages_of(record[answered], "assistant", answered, counts)
     if any(role == "user" for role, _ in reply):
@@ -189,6 +190,9 @@ def implicit_prompt(record, keys, counts):
 
 # Name, keys that tell the format, reader. The first line whose keys a record has is taken.
 READERS = (
+    ("preferences", ("messages", "chosen"), columns),           # Axolotl
+    ("preferences", ("conversations", "chosen"), columns),      # LLaMA-Factory
+    ("preferences", ("input", "preferred_output"), columns),    # OpenAI
     ("messages", ("messages",), listed),
     ("ShareGPT", ("conversations",), listed),
     ("ShareGPT", ("conversation",), listed),
@@ -196,6 +200,7 @@ READERS = (
     ("Dolly", ("instruction", "response"), columns),
     ("preferences", ("prompt", "chosen"), columns),
     ("preferences", ("question", "chosen"), columns),
+    ("preferences", ("instruction", "chosen"), columns),
     ("preferences", ("chosen", "rejected"), implicit_prompt),
     ("prompt and response", ("prompt", "response"), columns),
     ("prompt and completion", ("prompt", "completion"), columns),
@@ -226,5 +231,8 @@ def read_conversation(record, counts):
     """[(role, text)] of a record. OddRecord."""
     if found := find_format(record):
         keys, reader = found
+        labels = ("kto_tag", "label") if keys[-1] in LABELLED else ("kto_tag",)
+        if any(record.get(label) is False for label in labels):
+            raise Skip("a completion labelled as a bad one")
         return reader(record, keys, counts)
     raise OddRecord(f"{UNKNOWN} (keys: {named(record)})")

@@ -44,11 +44,14 @@ def test_a_completion_labelled_as_a_bad_one_is_not_trained_on(tmp_path):
     """TRL's "Unpaired preference", plain and conversational."""
     path = write_lines(tmp_path / "kto.jsonl", {"prompt": "q", "completion": "bad", "label": False},
                        {"prompt": say("q"), "completion": [say("q", "bad")[1]], "label": False},
+                       {"messages": say("q", "bad"), "label": False},                  # LLaMA-Factory
+                       {"instruction": "q", "output": "bad", "kto_tag": False},
                        {"prompt": "q", "completion": "r", "label": True},
-                       {"prompt": "q", "completion": "s", "label": 0})
+                       {"prompt": "q", "completion": "s", "label": 0},
+                       {"question": "q", "answer": "t", "label": False})               # of something else
     pairs, counts = read_pairs(path)
-    assert pairs == [("q", "r"), ("q", "s")]
-    assert counts["skipped: a completion labelled as a bad one (first: kto.jsonl:1)"] == 2
+    assert pairs == [("q", "r"), ("q", "s"), ("q", "t")]
+    assert counts["skipped: a completion labelled as a bad one (first: kto.jsonl:1)"] == 4
 
 
 # ---- our own format ----
@@ -107,6 +110,9 @@ TWO_TURNS = [
     {"prompt": CHAT[:4], "chosen": CHAT[4:], "rejected": say("", "no")[1:]},
     {"prompt": {"messages": CHAT[:4]}, "chosen": "r2", "rejected": "no"},
     {"chosen": CHAT, "rejected": [*CHAT[:4], say("", "no")[1]]},
+    {"messages": CHAT[:4], "chosen": CHAT[4], "rejected": say("", "no")[1]},               # Axolotl
+    {"conversations": SHAREGPT[:4], "chosen": SHAREGPT[4], "rejected": SHAREGPT[2]},       # LLaMA-Factory
+    {"input": {"messages": CHAT[:4]}, "preferred_output": CHAT[4:], "non_preferred_output": CHAT[2:3]},     # OpenAI
     {"prompt": "q", "chosen": CHAT[1:], "rejected": []},                                   # UltraFeedback
     {"chosen": HH + " r2", "rejected": HH + " no"}, {"prompt": HH, "chosen": "r2", "rejected": "no"}]
 ONE_TURN = [
@@ -115,6 +121,7 @@ ONE_TURN = [
     {"prompt": "q", "response": "r"}, {"prompt": "q", "completion": "r"},
     {"prompt": "q", "chosen": "r", "rejected": "no"},
     {"system": "be kind", "question": "q", "chosen": "r", "rejected": "no"},
+    {"instruction": "q", "input": "", "chosen": "r", "rejected": "no"},                    # LLaMA-Factory
     {"inputs": "q", "targets": "r", "language": "eng", "annotation_type": "original-annotations"},
     {"inputs": "q", "targets": "r", "task": "flan"}, {"question": "q", "answer": "r"},
     {"system_prompt": "be kind", "question": "q", "response": "r"},                        # OpenOrca
