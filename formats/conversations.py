@@ -1,8 +1,9 @@
 """One record of a public data set -> its messages.
 
 To add a format, add a line to READERS: its name, the keys that tell it, and a reader, which is
-`reader(record, keys, counts) -> [(role, text)]` with the roles user, assistant, system and tool. A format of
-two plain columns needs no reader of its own: `columns` takes the first key for the prompt's.
+`reader(record, keys, counts) -> [(role, text)]` with the roles user, assistant, system, tool, and untrained for
+a reply that is marked as not to be learned. A format of two plain columns needs no reader of its own: `columns`
+takes the first key for the prompt's.
 
 Null is empty. What cannot be read raises OddRecord, which costs that record alone; parts of messages that are
 no text are counted.
@@ -21,6 +22,7 @@ ROLES = {name: role for role, names in {
 }.items() for name in names.split()}
 ROLE_KEYS = ("role", "from")
 TEXT_KEYS = ("content", "value", "text")
+MARKS = ("weight", "train", "training")         # 0 or false: no reply to learn from (OpenAI, Axolotl)
 SIDES = ("user", "assistant")
 TURN_KEYS = (("input", "output"), ("human", "assistant"))     # of an object that holds a whole turn
 LABELLED = ("completion", "messages", "conversations")    # where "label" tells good from bad replies
@@ -102,6 +104,8 @@ def message_of(message, counts):
         raise OddRecord(f'a message whose "{role_key}" is {name!r:.40}, an unknown role')
     if role == "tool" or message.get("tool_calls") or message.get("function_call"):
         return "tool", ""
+    if role == "assistant" and any(message.get(mark) in (0, False) for mark in MARKS):
+        return "untrained", ""
     if key is None:
         raise OddRecord(f'a message of role {name!r:.40} without "content" (keys: {named(message)})')
     return role, as_text(message[key], key, counts)

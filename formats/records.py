@@ -157,6 +157,7 @@ def conversation_rows(record, where, asked, counts):
     messages = read_conversation(record, counts)
     counts["system prompts left out"] += sum(role == "system" for role, _ in messages)
     counts["messages of tools left out"] += sum(role == "tool" for role, _ in messages)
+    counts["replies marked as not for training left out"] += sum(role == "untrained" for role, _ in messages)
     messages = [message for message in messages if message[0] != "system"]
     pairs = [(question, reply) for (role, question), (other, reply) in zip(messages, messages[1:])
              if (role, other) == ("user", "assistant")]

@@ -262,6 +262,17 @@ def test_calls_of_tools_are_no_replies(tmp_path, call):
     assert counts["skipped: no user message followed by a reply (first: f:1)"] == 1
 
 
+@pytest.mark.parametrize("mark", [{"weight": 0}, {"weight": 0.0}, {"train": False}, {"training": False}])
+def test_a_reply_marked_as_not_for_training_is_none(tmp_path, mark):
+    """OpenAI's fine-tuning files, Axolotl's."""
+    messages = [*say("q", "bad", "q2", "r2")]
+    messages[1] |= mark
+    messages[3] |= dict.fromkeys(mark, 1)
+    pairs, counts = read_pairs(write_lines(tmp_path / "f", {"messages": messages}, {"messages": say("q", "r")}), "all")
+    assert pairs == [("q2", "r2"), ("q", "r")]
+    assert counts["replies marked as not for training left out"] == 1
+
+
 # ---- what is left out ----
 
 def test_what_is_left_out_is_counted_by_reason_with_its_first_place(tmp_path):
