@@ -1,9 +1,9 @@
 """One record of a public data set -> its messages.
 
 To add a format, add a line to READERS: its name, the keys that tell it, and a reader, which is
-`reader(record, keys, counts) -> [(role, text)]` with the roles user, assistant, system, tool, and untrained for
-a reply that is marked as not to be learned. A format of two plain columns needs no reader of its own: `columns`
-takes the first key for the prompt's.
+`reader(record, keys, counts) -> [(role, text)]` with the roles user, assistant, system, tool, and untrained
+for a reply that is marked as not to be learned. A format of two plain columns needs no reader of its own:
+`columns` takes the first key for the prompt's.
 
 Null is empty. What cannot be read raises OddRecord, which costs that record alone; parts of messages that are
 no text are counted.
@@ -25,6 +25,8 @@ TEXT_KEYS = ("content", "value", "text")
 MARKS = ("weight", "train", "training")         # 0 or false: no reply to learn from (OpenAI, Axolotl)
 SIDES = ("user", "assistant")
 TURN_KEYS = (("input", "output"), ("human", "assistant"))     # of an object that holds a whole turn
+CASES = ("inputs", "input", "question", "query", "problem")   # prompts that may be a case of a task
+TASKS = ("definition", "instruction")
 LABELLED = ("completion", "messages", "conversations")    # where "label" tells good from bad replies
 UNKNOWN = "unknown format"
 # Letters and symbols that print nothing: fillers of Hangul syllables, the empty Braille pattern.
@@ -153,7 +155,7 @@ def listed(record, keys, counts):
 
 def columns(record, keys, counts):
     """Messages of a record with a column for the prompt and one for the response, and perhaps others for a
-    system prompt, earlier turns and what the prompt speaks about."""
+    system prompt, earlier turns, the task that the prompt is a case of, and what it speaks about."""
     asked, answered = keys
     if record.get("choices") or record.get("options"):
         raise OddRecord("a multiple-choice question, which is for a benchmark")
@@ -162,7 +164,10 @@ def columns(record, keys, counts):
     if any(role == "user" for role, _ in reply):
         return reply                                  # UltraFeedback: `chosen` begins with the prompt
     *before, (role, text) = prompt
-    texts = [text, *(as_text(record.get(key), key, counts) for key in ("input", "context") if key != asked)]
+    tasks = TASKS if asked in CASES else ()
+    before_it, after_it = ([as_text(record.get(key), key, counts) for key in others if key != asked]
+                           for others in (tasks, ("input", "context")))
+    texts = [*before_it, text, *after_it]
     question = role, "\n".join(text for text in texts if not is_blank(text))
     system = [("system", as_text(record[key], key, counts))
               for key in ("system", "system_prompt") if record.get(key)]
@@ -205,6 +210,7 @@ READERS = (
     ("preferences", ("prompt", "chosen"), columns),
     ("preferences", ("question", "chosen"), columns),
     ("preferences", ("instruction", "chosen"), columns),
+    ("preferences", ("input", "chosen"), columns),
     ("preferences", ("chosen", "rejected"), implicit_prompt),
     ("prompt and response", ("prompt", "response"), columns),
     ("prompt and completion", ("prompt", "completion"), columns),

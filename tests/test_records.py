@@ -123,6 +123,7 @@ ONE_TURN = [
     {"system": "be kind", "question": "q", "chosen": "r", "rejected": "no"},
     {"instruction": "q", "input": "", "chosen": "r", "rejected": "no"},                    # LLaMA-Factory
     {"inputs": "q", "targets": "r", "language": "eng", "annotation_type": "original-annotations"},
+    {"system": "be kind", "input": "q", "chosen": "r", "rejected": "no"},                  # Distilabel
     {"inputs": "q", "targets": "r", "task": "flan"}, {"question": "q", "answer": "r"},
     {"system_prompt": "be kind", "question": "q", "response": "r"},                        # OpenOrca
     {"query": "q", "response": "r"}, {"problem": "q", "solution": "r"}, {"input": "q", "output": "r"},
@@ -271,6 +272,17 @@ def test_a_reply_marked_as_not_for_training_is_none(tmp_path, mark):
     pairs, counts = read_pairs(write_lines(tmp_path / "f", {"messages": messages}, {"messages": say("q", "r")}), "all")
     assert pairs == [("q2", "r2"), ("q", "r")]
     assert counts["replies marked as not for training left out"] == 1
+
+
+@pytest.mark.parametrize("record, prompt", [
+    ({"instruction": "Name the mood.", "inputs": "Nina furaha", "targets": "happy"}, "Name the mood.\nNina furaha"),
+    ({"definition": "Add.", "inputs": "1 and 1", "targets": "2"}, "Add.\n1 and 1"),
+    ({"instruction": "Answer.", "question": "Who?", "context": "Ada.", "answer": "Ada"}, "Answer.\nWho?\nAda."),
+    ({"instruction": "a", "prompt": "Who?", "chosen": "Ada", "rejected": "Bo"}, "Who?")])
+def test_the_task_that_a_prompt_is_a_case_of_stands_before_it(tmp_path, record, prompt):
+    """Inkuba-Instruct, Super-NaturalInstructions; an "instruction" beside a "prompt" is most often the same."""
+    (asked, _), = read_pairs(write_lines(tmp_path / "f", record))[0]
+    assert asked == prompt
 
 
 # ---- what is left out ----
