@@ -27,6 +27,9 @@ SIDES = ("user", "assistant")
 TURN_KEYS = (("input", "output"), ("human", "assistant"))     # of an object that holds a whole turn
 CASES = ("inputs", "input", "question", "query", "problem")   # prompts that may be a case of a task
 TASKS = ("definition", "instruction")
+ABOUT = ("input", "context")                                # what a prompt speaks about
+CHOICES = ("choices", "options", "option_a", "A")           # what a question chooses from
+BESIDE = (*ABOUT, "system", "system_prompt", "history")
 LABELLED = ("completion", "messages", "conversations")    # where "label" tells good from bad replies
 UNKNOWN = "unknown format"
 # Letters and symbols that print nothing: fillers of Hangul syllables, the empty Braille pattern.
@@ -157,7 +160,7 @@ def columns(record, keys, counts):
     """Messages of a record with a column for the prompt and one for the response, and perhaps others for a
     system prompt, earlier turns, the task that the prompt is a case of, and what it speaks about."""
     asked, answered = keys
-    if record.get("choices") or record.get("options"):
+    if any(map(record.get, CHOICES)):
         raise OddRecord("a multiple-choice question, which is for a benchmark")
     prompt = messages_of(record[asked], "user", asked, counts)
     reply = messages_of(record[answered], "assistant", answered, counts)
@@ -166,7 +169,7 @@ def columns(record, keys, counts):
     *before, (role, text) = prompt
     tasks = TASKS if asked in CASES else ()
     before_it, after_it = ([as_text(record.get(key), key, counts) for key in others if key != asked]
-                           for others in (tasks, ("input", "context")))
+                           for others in (tasks, ABOUT))
     texts = [*before_it, text, *after_it]
     question = role, "\n".join(text for text in texts if not is_blank(text))
     system = [("system", as_text(record[key], key, counts))
@@ -235,6 +238,19 @@ def find_format(record):
             if {*keys} <= held:
                 return keys, reader
     return None
+
+
+def unread(record):
+    """The columns of a record that hold text, or lists, and that its reader does not look at."""
+    found = find_format(record)
+    if found is None:
+        return []
+    keys, reader = found
+    read = {*keys, "rejected"}
+    if reader is columns:
+        read |= {*BESIDE, *(TASKS if keys[0] in CASES else ())}
+    held = [key for key, value in record.items() if value and isinstance(value, (str, list))]
+    return [key for key in held if key not in read]
 
 
 def read_conversation(record, counts):

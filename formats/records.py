@@ -31,7 +31,7 @@ from pathlib import Path
 from engine.files import InputError, is_unicode, parse_json, read_records, read_text, write_jsonl
 from formats import hub
 from formats.conversations import (FORMATS, UNKNOWN, OddRecord, Skip, as_text, find_format, is_blank, named,
-                                   read_conversation)
+                                   read_conversation, unread)
 from formats.languages import normal, script_of, suggestion
 
 PARTS = ("prompt", "response")
@@ -358,6 +358,16 @@ def refuse_mostly_odd(odd, read):
         reason, places = next(iter(odd.items()))
         known = f"; known: {FORMATS}" if reason.startswith(UNKNOWN) else ""
         raise InputError(f"{places[0]}: {reason} ({number:,} of {read:,} records cannot be read){known}")
+
+
+def unread_columns(path):
+    """The columns that hold text at which no reader looks, but for what names a record, its language or its
+    part of the data."""
+    found = {}
+    for _, record in read_data(path):
+        if isinstance(record, dict) and not is_message(record):
+            found |= dict.fromkeys(unread(record))
+    return [key for key in found if key not in ("row_id", "id", "split", *LANGUAGE_KEYS)]
 
 
 def refuse_duplicates(identified):

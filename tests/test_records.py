@@ -308,6 +308,8 @@ ODD = [
     ({"question": "q", "answer": ["a", "b"]}, '"answer" holds 2 texts where one is wanted'),
     ({"question": "q", "choices": ["a", "b"], "answer": 0},
      "a multiple-choice question, which is for a benchmark"),
+    ({"question": "q", "option_a": "a", "option_b": "b", "answer": "B"},                   # Global-MMLU
+     "a multiple-choice question, which is for a benchmark"),
     ({"messages": "q"}, '"messages" holds no list'), ({"messages": [3]}, "a message that is no object"),
     ({"messages": [{"content": "q"}]}, "a message without \"role\" or \"from\" (keys: 'content')"),
     ({"messages": [{"role": "narrator", "content": "q"}]},
@@ -519,6 +521,16 @@ def test_the_command_line_counts_what_a_file_holds(tmp_path, capsys):
     assert capsys.readouterr().out == (
         f"{tmp_path}/f: 3 read, 2 kept, 1 system prompts left out, 1 later turns left out, "
         "1 skipped: unknown format (keys: 'text') (first: f:3)\nlanguages: 2 en, 1 yo\n")
+
+
+def test_the_command_line_names_columns_that_are_not_read(tmp_path, capsys):
+    data.main([str(write_lines(
+        tmp_path / "f", {"id": "7", "prompt": "q", "response": "r", "system": "s", "note": "", "source": "web"},
+        {"instruction": "a", "input": "b", "output": "r", "category": "c", "instruction_en": "d"}, GOOD[0],
+        {"instruction": "a", "inputs": "b", "targets": "r", "rank": 3, "references": ["e"]},
+        {"messages": CHAT, "instruction": "a"}))])
+    told = capsys.readouterr().out.splitlines()[-1]
+    assert told == "columns that are not read: source, category, instruction_en, references, instruction"
 
 
 def test_the_public_files_are_read_and_explained(shared):
