@@ -177,7 +177,8 @@ def compare(name: str, lines: list[dict]) -> list[Comparison]:
         if pairs:
             languages = target, source_of(pairs[0][0])
             told = tuple(differences(pairs, language, name == "content") for language in languages)
-            label = f"{place}: {one} against {other}{elsewhere(target, place, there)}"
+            where = f"{place.language}, {place.rows:,} rows"
+            label = f"{where}: {one} against {other}{elsewhere(target, place, there)}"
             found.append(Comparison(place.plan, label, one, other, len(pairs), languages, told))
     return found
 
@@ -239,12 +240,16 @@ def section(name: str, compared: list[Comparison]) -> str:
     return "\n\n".join(text)
 
 
-def comparison_table(compared: list[Comparison], keys: tuple) -> str:
-    """A line for each comparison. keys: (side, name of a figure); columns that would be empty are left out."""
+def comparison_table(compared: list[Comparison], keys: tuple, several_plans: bool = False) -> str:
+    """A line for each comparison. keys: (side, name of a figure); columns that would be empty are left out.
+    several_plans: each line names its own."""
     titles = {figure.name: figure.title for figure in FIGURES}
     known = [(side, name) for side, name in keys if any(name in one.told[side] for one in compared)]
     header = [f"{SIDES[side]}: {titles[name]}" for side, name in known]
-    rows = [[one.label, str(one.seeds), *map(one.cell, known)] for one in compared]
+    rows = []
+    for one in compared:
+        label = f"{one.plan}, {one.label}" if several_plans else one.label
+        rows.append([label, str(one.seeds), *map(one.cell, known)])
     return table(["", "seeds", *header], rows)
 
 
@@ -253,7 +258,7 @@ def every_figure(name: str, compared: list[Comparison]) -> str:
     text = [f"## {QUESTIONS[name][0]}"]
     for side, title in enumerate(SIDES):
         keys = tuple((side, figure.name) for figure in FIGURES)
-        text += [f"### {title} language", comparison_table(compared, keys)]
+        text += [f"### {title} language", comparison_table(compared, keys, several_plans=True)]
     return "\n\n".join(text)
 
 
@@ -263,7 +268,7 @@ def primary_section(compared: list[Comparison]) -> str:
              and one.plan not in LEFT_OUT]
     if not shown:
         return f"## In short\n\n{NOT_RUN}"
-    return "\n\n".join(["## In short", IN_SHORT, comparison_table(shown, PRIMARY)])
+    return "\n\n".join(["## In short", IN_SHORT, comparison_table(shown, PRIMARY, several_plans=True)])
 
 
 def plot_name(question: str, plan: str) -> str:

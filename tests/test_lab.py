@@ -372,8 +372,8 @@ def test_twice_the_rows_are_compared_where_both_sizes_were_run():
     lines = [made_up("base", rows=0, right=0.1)]
     lines += [made_up(method, rows, right=rows / 100) for method in ("sft", "clo") for rows in (20, 40)]
     answer = section_of(page_of(lines), 2)
-    assert "p, sw, 20 rows: clo against sft with 40" in answer
-    assert "p, sw, 40 rows: sft against sft with 20" in answer
+    assert "- sw, 20 rows: clo against sft with 40" in answer
+    assert "- sw, 40 rows: sft against sft with 20" in answer
 
 
 def test_an_adapter_of_two_languages_is_compared_with_each_ones_own_on_the_same_questions():
@@ -383,7 +383,7 @@ def test_an_adapter_of_two_languages_is_compared_with_each_ones_own_on_the_same_
     alone[1]["questions"] = {"de": two["questions"]["de"], "en": two["questions"]["en"]}
     answer = section_of(page_of([two, *alone]), "6b")
     for language in ("sw", "de"):
-        assert f"p, sw,de, 100 rows: clo against clo for {language} alone (1 seed): in {language}" in answer
+        assert f"- sw,de, 100 rows: clo against clo for {language} alone (1 seed): in {language}" in answer
     alone[0]["questions"]["sw"] = alone[0]["questions"]["sw"] | {"bytes": [11] * 40}
     with pytest.raises(InputError, match="different questions"):
         page_of([two, *alone])
