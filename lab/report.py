@@ -98,7 +98,7 @@ QUESTIONS = {                       # name of its plots: (question, pairs of met
                "both)", [(CLO, SFT), (UNANCHORED, SFT), (HALF, SFT), (PAPER, SFT), (TUNED, SFT), (CLO, "sft-tgt"),
                          (CLO, "sft+dpo"), (PAPER, "sft-tgt"), (PAPER, "sft+dpo")]),
     "base": ("1b. What does each of them change of the untrained model?",
-             [(CLO, BASE), (UNANCHORED, BASE), (HALF, BASE), (PAPER, BASE), (SFT, BASE), (EQUAL, BASE)]),
+             [(CLO, BASE), (UNANCHORED, BASE), (SFT, BASE), (EQUAL, BASE)]),
     "sizes": ("2. Data efficiency: does CLO with n rows reach SFT with 2n? What do twice the rows bring to "
               "each?", []),
     "nll": ("3. NLL on the target alone, or on target and English? (paper: English brings the bias back)",
@@ -107,7 +107,7 @@ QUESTIONS = {                       # name of its plots: (question, pairs of met
               [(f"{CLO}, attention", CLO), (f"{CLO}, full", CLO),
                (f"{PAPER}, attention", PAPER), (f"{PAPER}, full", PAPER)]),
     "compute": ("5. What is left against SFT with CLO's compute, that is with as many tokens?",
-                [(CLO, EQUAL), (UNANCHORED, EQUAL), (HALF, EQUAL), (PAPER, EQUAL)]),
+                [(CLO, EQUAL), (UNANCHORED, EQUAL), (PAPER, EQUAL)]),
     "anchor": ("6. Beyond the paper: does the anchor cost the target anything, does it protect English?",
                [(CLO, UNANCHORED), (HALF, PAPER)]),
     "two": ("6b. Two languages in one adapter, against one", [(CLO, CLO), (PAPER, PAPER)]),
@@ -117,14 +117,15 @@ QUESTIONS = {                       # name of its plots: (question, pairs of met
                  [(CLO, HALF), (TUNED, HALF), (f"{HALF}, beta and rate", HALF)]),
     "content": ("7. Where CLO is better: language choice, or content? Here content, on questions to which "
                 "every reply of both is in the right language",
-                [(CLO, SFT), (UNANCHORED, SFT), (HALF, SFT), (PAPER, SFT), (TUNED, SFT)])}
+                [(CLO, SFT), (UNANCHORED, SFT), (PAPER, SFT)])}
 # What the questions are decided by: (0 target or 1 source language, figure). All else explains or explores.
 PRIMARY = ((0, "language"), (0, "usable"), (0, "chrf each"), (0, "bits"),
            (1, "usable"), (1, "chrf each"), (1, "bits"))
-# What is shown in short: the default and the paper's loss, against SFT; not plans with one seed, or with rates
-# that are neither chosen nor the default.
+# Plans with one seed, or with rates that are neither chosen nor the default: answers show them where there are
+# no others.
+ASIDE = ("portuguese-first", "demo", "demo-languages", "demo-settings")
+# What is shown in short: the default and the paper's loss, against SFT.
 SHORT_METHODS, SHORT_OTHERS = (CLO, UNANCHORED), (SFT, EQUAL)
-LEFT_OUT = ("portuguese-first", "demo", "demo-languages", "demo-settings")
 # And what the answers' tables show: confusion, too.
 SHOWN_IN_ANSWERS = (*PRIMARY[:4], (0, "confused"), *PRIMARY[4:], (1, "confused"))
 SIDES = ("target", "source")
@@ -227,17 +228,25 @@ def source_of(line: dict) -> str:
 
 
 def section(name: str, compared: list[Comparison]) -> str:
-    """A question, and for each plan its answer: in sentences, in a table of the figures that decide and of
-    confusion, and in a plot."""
+    """A question, and for each plan that answers it its answer: in sentences, in a table of the figures that
+    decide and of confusion, and in a plot."""
     text = [f"## {QUESTIONS[name][0]}"]
     if not compared:
         text.append(NOT_RUN)
-    for plan, own in by_plan(compared).items():
+    shown = by_plan(answering(compared))
+    for plan, own in shown.items():
         text.append(f"### {plan}")
         text.append("\n".join(one.sentence for one in own))
         text.append(comparison_table(own, SHOWN_IN_ANSWERS))
         text.append(f"![Differences and their intervals, {plan}]({plot_name(name, plan)})")
+    if aside := [plan for plan in by_plan(compared) if plan not in shown]:
+        text.append(f"Figures of {', '.join(aside)}: [{TABLES}]({TABLES}).")
     return "\n\n".join(text)
+
+
+def answering(compared: list[Comparison]) -> list[Comparison]:
+    """Those of the plans that answer a question."""
+    return [one for one in compared if one.plan not in ASIDE] or compared
 
 
 def comparison_table(compared: list[Comparison], keys: tuple, several_plans: bool = False) -> str:
@@ -265,7 +274,7 @@ def every_figure(name: str, compared: list[Comparison]) -> str:
 def primary_section(compared: list[Comparison]) -> str:
     """CLO against SFT in the figures that decide."""
     shown = [one for one in compared if one.method in SHORT_METHODS and one.other in SHORT_OTHERS
-             and one.plan not in LEFT_OUT]
+             and one.plan not in ASIDE]
     if not shown:
         return f"## In short\n\n{NOT_RUN}"
     return "\n\n".join(["## In short", IN_SHORT, comparison_table(shown, PRIMARY, several_plans=True)])
@@ -281,8 +290,9 @@ Curves = dict[tuple[int, str], dict[str, dict[int, list[float]]]]     # {panel: 
 def curves(lines: list[dict]) -> dict[str, Curves]:
     """{"plan-language": figures by rows} where methods were run with several numbers of rows."""
     found = {}
-    alone = {place: methods for place, methods in by_place(lines).items() if "," not in place.language}
-    for place, methods in alone.items():
+    for place, methods in by_place(lines).items():
+        if "," in place.language or place.plan in ASIDE:
+            continue
         key = f"{place.plan}-{place.language}"
         for side, name in SHOWN_IN_ANSWERS[:-1]:
             figure = next(figure for figure in FIGURES if figure.name == name)
@@ -343,8 +353,8 @@ IN_SHORT = """Each difference is CLO less SFT at one place. "clo" is this progra
 lambda 0.8; "clo, anchor 0" is the paper's loss, with the same beta and lambda, which the paper leaves open; in "clo,
 lambda 0.5", further down, beta is 0.5 too. "sft, clo's compute" is SFT with as many tokens through the model as CLO.
 Here are the plans whose learning rates were chosen on a validation split (portuguese; chinese takes its rates) or are
-the default (demo-rate); the others stand under the questions alone. The expected answers are machine translations,
-so chrF and bits reward their style in every method alike."""
+the default (demo-rate); the others stand in the tables, and here where these leave a question open. The expected
+answers are machine translations, so chrF and bits reward their style in every method alike."""
 
 
 def compare_all(lines: list[dict]) -> dict[str, list[Comparison]]:
@@ -529,7 +539,7 @@ def write(lines: list[dict], directory: Path) -> None:
         return
     drawn = {SHOWN_PLOT}
     for name, own in compared.items():
-        for plan, of_plan in by_plan(own).items():
+        for plan, of_plan in by_plan(answering(own)).items():
             drawn.add(plot_name(name, plan))
             plots.plot_differences(of_plan, directory / plot_name(name, plan))
     for key, told in curves(lines).items():
