@@ -25,7 +25,7 @@ from engine.progress import progress
 from formats.chat import load_tokenizer
 from formats.languages import language_list, normal
 from formats.records import (FORMATS, describe_counts, languages_of, read_rows, require_languages,
-                             unread_columns, write_preferences)
+                             write_preferences)
 from kernels.layers import Span
 
 # ---- which rows train, validate and answer ----
@@ -469,8 +469,6 @@ def main(argv=None):
     rows = read_counted(args.file, args.source, args.turns, targets)
     held = Counter(language for row in rows for language in languages_of(row))
     print(f"languages: {describe_counts(held)}")
-    if columns := unread_columns(args.file):
-        print(f"columns that are not read: {', '.join(columns)}")
     if args.trl:
         pairs = write_preferences(args.trl, rows, args.source, *targets)
         print(f"{args.trl}: {pairs:,} preference rows")

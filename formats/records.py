@@ -25,7 +25,7 @@ import csv
 import io
 import itertools
 from collections import Counter, defaultdict
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from engine.files import InputError, is_unicode, parse_json, read_records, read_text, write_jsonl
@@ -36,6 +36,7 @@ from formats.languages import normal, script_of, suggestion
 
 PARTS = ("prompt", "response")
 LANGUAGE_KEYS = ("language_code", "lang", "language")
+NAMES = ("row_id", "id", "split", *LANGUAGE_KEYS)       # what a record says about itself
 PARQUET = ("parquet files, which are not read here; with pandas and pyarrow installed, convert each: "
            "python -c \"import sys, pandas; pandas.read_parquet(sys.argv[1])"
            ".to_json(sys.argv[2], orient='records', lines=True)\" X.parquet X.jsonl")
@@ -155,6 +156,7 @@ def conversation_rows(record, where, asked, counts):
     """One row (the first exchange), or with turns="all" one for each user message with a reply."""
     refuse_other_language(record, asked.language, counts)
     messages = read_conversation(record, counts)
+    asked.unread.update(dict.fromkeys(key for key in unread(record) if key not in NAMES))
     counts["system prompts left out"] += sum(role == "system" for role, _ in messages)
     counts["messages of tools left out"] += sum(role == "tool" for role, _ in messages)
     counts["replies marked as not for training left out"] += sum(role == "untrained" for role, _ in messages)
@@ -284,11 +286,12 @@ def language_side(value, language, counts):
 @dataclass(frozen=True)
 class Asked:
     """What is wanted of a file; see read_rows. codes: the languages that its parallel rows are in.
-    spellings: {normal code: code} of the languages asked for."""
+    spellings: {normal code: code} of the languages asked for. unread: the columns found that are not read."""
     language: str
     turns: str
     codes: set
     spellings: dict
+    unread: dict = field(default_factory=dict)
 
 
 def record_rows(record, where, asked, counts):
@@ -343,6 +346,8 @@ def read_rows(path, language="en", turns="first", counts=None, targets=(), uniqu
     counts["kept"] = len(found)
     for reason, places in [*skipped.items(), *odd.items()]:
         counts[f"skipped: {reason} (first: {Path(places[0]).name})"] = len(places)
+    if asked.unread:
+        counts[f"columns not read ({named(asked.unread)})"] = len(asked.unread)
     if not found:
         raise InputError(f"{path}: no usable row ({describe_counts(counts)})")
     if unique:
@@ -358,16 +363,6 @@ def refuse_mostly_odd(odd, read):
         reason, places = next(iter(odd.items()))
         known = f"; known: {FORMATS}" if reason.startswith(UNKNOWN) else ""
         raise InputError(f"{places[0]}: {reason} ({number:,} of {read:,} records cannot be read){known}")
-
-
-def unread_columns(path):
-    """The columns that hold text at which no reader looks, but for what names a record, its language or its
-    part of the data."""
-    found = {}
-    for _, record in read_data(path):
-        if isinstance(record, dict) and not is_message(record):
-            found |= dict.fromkeys(unread(record))
-    return [key for key in found if key not in ("row_id", "id", "split", *LANGUAGE_KEYS)]
 
 
 def refuse_duplicates(identified):
