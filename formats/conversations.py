@@ -241,13 +241,14 @@ def find_format(record):
 
 
 def unread(record):
-    """The columns of a record that hold text, or lists, and that its reader does not look at."""
+    """The columns of a record that hold text, or lists, and that its reader does not look at. A reader of
+    somebody's own is taken to look at what `columns` does."""
     found = find_format(record)
     if found is None:
         return []
     keys, reader = found
     read = {*keys, "rejected"}
-    if reader is columns:
+    if reader not in (listed, implicit_prompt):
         read |= {*BESIDE, *(TASKS if keys[0] in CASES else ())}
     held = [key for key, value in record.items() if value and isinstance(value, (str, list))]
     return [key for key in held if key not in read]
