@@ -167,10 +167,10 @@ def columns(record, keys, counts):
     if any(role == "user" for role, _ in reply):
         return reply                                  # UltraFeedback: `chosen` begins with the prompt
     *before, (role, text) = prompt
-    tasks = TASKS if asked in CASES else ()
-    before_it, after_it = ([as_text(record.get(key), key, counts) for key in others if key != asked]
-                           for others in (tasks, ABOUT))
-    texts = [*before_it, text, *after_it]
+    ahead = TASKS if asked in CASES else ()
+    behind = [key for key in ABOUT if key != asked]
+    texts = [as_text(record.get(key), key, counts) for key in (*ahead, *behind)]
+    texts.insert(len(ahead), text)
     question = role, "\n".join(text for text in texts if not is_blank(text))
     system = [("system", as_text(record[key], key, counts))
               for key in ("system", "system_prompt") if record.get(key)]

@@ -87,37 +87,37 @@ def same_questions(one: dict, other: dict) -> bool:
 
 CLO, SFT, EQUAL = "clo", "sft", "sft, clo's compute"
 HALF = "clo, lambda 0.5"                        # and beta 0.5; clo's defaults are 0.8, 0.1 and an anchor
-UNANCHORED = "clo, anchor 0"
-PAPER = "clo, anchor 0, lambda 0.5"             # the paper leaves both weights open
+BARE = "clo, anchor 0"                          # the paper's loss
+BARE_HALF = f"{BARE}, lambda 0.5"
 TUNED = "clo, beta and lambda"                  # the best of a grid
 NOT_RUN = "Not run."
 HALF_THE_RATE = {"demo-rate": "demo"}           # plans that differ in it alone
-CURVES = (BASE, SFT, PAPER, HALF, CLO)          # methods whose figures are drawn by rows, the base's a level
+CURVES = (BASE, SFT, BARE, HALF, CLO)           # methods whose figures are drawn by rows, the base's a level
 QUESTIONS = {                       # name of its plots: (question, pairs of methods)
     "target": ("1. Does CLO beat SFT in the target language, and does it keep English better? (paper: yes, "
-               "both)", [(CLO, SFT), (UNANCHORED, SFT), (HALF, SFT), (PAPER, SFT), (TUNED, SFT), (CLO, "sft-tgt"),
-                         (CLO, "sft+dpo"), (PAPER, "sft-tgt"), (PAPER, "sft+dpo")]),
+               "both)", [(CLO, SFT), (BARE, SFT), (HALF, SFT), (BARE_HALF, SFT), (TUNED, SFT), (CLO, "sft-tgt"),
+                         (CLO, "sft+dpo"), (BARE_HALF, "sft-tgt"), (BARE_HALF, "sft+dpo")]),
     "base": ("1b. What does each of them change of the untrained model?",
-             [(CLO, BASE), (UNANCHORED, BASE), (SFT, BASE), (EQUAL, BASE)]),
+             [(CLO, BASE), (BARE, BASE), (SFT, BASE), (EQUAL, BASE)]),
     "sizes": ("2. Data efficiency: does CLO with n rows reach SFT with 2n? What do twice the rows bring to "
               "each?", []),
     "nll": ("3. NLL on the target alone, or on target and English? (paper: English brings the bias back)",
-            [(f"{CLO}, nll en,tgt", CLO), (f"{PAPER}, nll en,tgt", PAPER)]),
+            [(f"{CLO}, nll en,tgt", CLO), (f"{BARE_HALF}, nll en,tgt", BARE_HALF)]),
     "train": ("4. Attention, LoRA, or full training? (paper: full helps in Swahili)",
               [(f"{CLO}, attention", CLO), (f"{CLO}, full", CLO),
-               (f"{PAPER}, attention", PAPER), (f"{PAPER}, full", PAPER)]),
+               (f"{BARE_HALF}, attention", BARE_HALF), (f"{BARE_HALF}, full", BARE_HALF)]),
     "compute": ("5. What is left against SFT with CLO's compute, that is with as many tokens?",
-                [(CLO, EQUAL), (UNANCHORED, EQUAL), (PAPER, EQUAL)]),
+                [(CLO, EQUAL), (BARE, EQUAL), (BARE_HALF, EQUAL)]),
     "anchor": ("6. Beyond the paper: does the anchor cost the target anything, does it protect English?",
-               [(CLO, UNANCHORED), (HALF, PAPER)]),
-    "two": ("6b. Two languages in one adapter, against one", [(CLO, CLO), (PAPER, PAPER)]),
+               [(CLO, BARE), (HALF, BARE_HALF)]),
+    "two": ("6b. Two languages in one adapter, against one", [(CLO, CLO), (BARE_HALF, BARE_HALF)]),
     "rate": ("6c. LoRA at the learning rate that is the default, against half of it",
-             [(HALF, HALF), (PAPER, PAPER), (SFT, SFT)]),
+             [(HALF, HALF), (BARE_HALF, BARE_HALF), (SFT, SFT)]),
     "settings": ("6d. Another beta and lambda, or beta and rate, against 0.5 and 0.5",
                  [(CLO, HALF), (TUNED, HALF), (f"{HALF}, beta and rate", HALF)]),
     "content": ("7. Where CLO is better: language choice, or content? Here content, on questions to which "
                 "every reply of both is in the right language",
-                [(CLO, SFT), (UNANCHORED, SFT), (PAPER, SFT)])}
+                [(CLO, SFT), (BARE, SFT), (BARE_HALF, SFT)])}
 # What the questions are decided by: (0 target or 1 source language, figure). All else explains or explores.
 PRIMARY = ((0, "language"), (0, "usable"), (0, "chrf each"), (0, "bits"),
            (1, "usable"), (1, "chrf each"), (1, "bits"))
@@ -125,7 +125,7 @@ PRIMARY = ((0, "language"), (0, "usable"), (0, "chrf each"), (0, "bits"),
 # no others.
 ASIDE = ("portuguese-first", "demo", "demo-languages", "demo-settings")
 # What is shown in short: the default and the paper's loss, against SFT.
-SHORT_METHODS, SHORT_OTHERS = (CLO, UNANCHORED), (SFT, EQUAL)
+SHORT_METHODS, SHORT_OTHERS = (CLO, BARE), (SFT, EQUAL)
 # And what the answers' tables show: confusion, too.
 SHOWN_IN_ANSWERS = (*PRIMARY[:4], (0, "confused"), *PRIMARY[4:], (1, "confused"))
 SIDES = ("target", "source")
@@ -210,8 +210,9 @@ def wanted_pairs(name: str, places) -> list[tuple]:
         targets = place.language.split(",")
         if name == "sizes":
             twice = place._replace(rows=2 * place.rows)
-            wanted += [(targets[0], place, method, twice, SFT) for method in (CLO, HALF, PAPER)]
-            wanted += [(targets[0], twice, method, place, method) for method in CURVES if method != BASE]
+            kinds = CLO, BARE, HALF, BARE_HALF
+            wanted += [(targets[0], place, method, twice, SFT) for method in kinds]
+            wanted += [(targets[0], twice, method, place, method) for method in (SFT, *kinds)]
         there = place
         if name == "rate":
             there = place._replace(plan=HALF_THE_RATE.get(place.plan, ""))
