@@ -1,4 +1,4 @@
-"""engine/files.py: the lock that one process holds and a kill releases, and the hash of a model."""
+"""engine/files.py: the lock that one process holds and a kill releases, the hash of a model, and the pipe that closes."""
 
 import os
 import shutil
@@ -67,3 +67,12 @@ def test_a_copied_model_is_the_same_one_and_a_changed_weight_makes_another(tmp_p
     assert directory_fingerprint(copy, *MODEL_FILES) == directory_fingerprint(model, *MODEL_FILES)
     (copy / "model.safetensors").write_bytes(bytes(999) + b"1")
     assert directory_fingerprint(copy, *MODEL_FILES) != directory_fingerprint(model, *MODEL_FILES)
+
+
+def test_a_reader_who_has_read_enough_ends_the_program_without_a_word():
+    program = "from engine.files import run; run(lambda: [print('line') for _ in range(100_000)])"
+    process = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                               cwd=ROOT)
+    assert process.stdout.readline() == b"line\n"
+    process.stdout.close()
+    assert process.stderr.read() == b"" and process.wait() == 128 + signal.SIGPIPE
