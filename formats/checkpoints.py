@@ -15,7 +15,10 @@ from model import Llama, load, open_checkpoint
 
 COPIED = (".json", ".jinja", ".model", ".txt")        # a base's tokenizer and generation files, its licence
 MORE_TEMPLATES = "additional_chat_templates"          # transformers' folder of those beside the default one
+# How far logits may be from the trained model's, by dtype, and where that has 16 bits, as a part of the way
+# that training went: LoRA's product is rounded with the weight it is added to, and beside it is not.
 TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
+TOLERATED_PART = 0.25
 
 
 def save(model: Llama, directory, dtype: torch.dtype = torch.float32) -> None:
@@ -131,21 +134,33 @@ def logits_of(model, tokens: Tensor) -> Tensor:
     return (hidden @ model.head.to(hidden.dtype).T).float().cpu()
 
 
-def check_outputs(model, outputs: dict[Path, dict], ids: list[int], load=load) -> None:
+def distance(logits: Tensor, expected: Tensor) -> float:
+    return ((logits - expected).norm() / expected.norm()).item()
+
+
+@torch.no_grad()
+def check_outputs(model, outputs: dict[Path, dict], ids: list[int], added=(), load=load) -> None:
     """Load what was written (`outputs`: path -> arguments of `load`, model's or ranks') and compare its
     logits of a text with the trained model's, on the same device in the same dtype. The model gives up its
-    memory for that: it ends on the meta device."""
+    memory for that: it ends on the meta device. added: parameters without which it is the untrained one."""
     device = model.head.device
     dtype = model.compute_dtype
     tokens = torch.tensor([ids], device=device)
     expected = logits_of(model, tokens)
+    for parameter in added:
+        parameter.zero_()
+    way = distance(logits_of(model, tokens), expected)
     model.to("meta")
     for path, arguments in outputs.items():
-        found = logits_of(load(device=device, dtype=dtype, **arguments), tokens)
-        difference = ((found - expected).norm() / expected.norm()).item()
+        difference = distance(logits_of(load(device=device, dtype=dtype, **arguments), tokens), expected)
         stored = next(iter(Weights(arguments["path"]).values())).dtype
+        allowed = max(TOLERANCE[dtype], TOLERANCE[stored])
+        if dtype.itemsize == 2:
+            allowed = max(allowed, TOLERATED_PART * way)
         finding = f"its logits differ from the trained model's by {difference:.1e} of their size"
-        if not difference < max(TOLERANCE[dtype], TOLERANCE[stored]):
+        if way:
+            finding += f" (the untrained model's by {way:.1e})"
+        if not difference < allowed:
             raise InputError(f"{path} was written, but {finding}: do not use it, and report this")
         print(f"{path}: written, loaded again; {finding}")
 
@@ -180,7 +195,8 @@ def export(model, parameters: dict[str, Tensor], directory: Path, path: str, bas
         if merge:
             write(merged, lambda at: save_merged(at, path, adapter, tokenizer))
             outputs[merged] = {"path": merged}
+    added = [parameter for name, parameter in parameters.items() if ".lora_B" in name]
     if shard:
-        check_outputs(model, outputs, ids, ranks.load)
+        check_outputs(model, outputs, ids, added, ranks.load)
     else:
-        ranks.on_first(lambda: check_outputs(model, outputs, ids))
+        ranks.on_first(lambda: check_outputs(model, outputs, ids, added))

@@ -49,9 +49,9 @@ def write_checkpoint(directory: Path, seed: int = 0, **shape) -> Path:
     return directory
 
 
-def with_lora(checkpoint, rank=4, alpha=12) -> llama.Llama:
-    """The checkpoint in fp32 with LoRA factors that are not at their start."""
-    model = clo.add_lora(llama.load(checkpoint), rank, alpha)
+def with_lora(checkpoint, rank=4, alpha=12, dtype=torch.float32) -> llama.Llama:
+    """The checkpoint with LoRA factors that are not at their start."""
+    model = clo.add_lora(llama.load(checkpoint, dtype=dtype), rank, alpha)
     generator = torch.Generator().manual_seed(2)
     for name, parameter in model.named_parameters():
         if ".lora_B" in name:

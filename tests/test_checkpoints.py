@@ -307,6 +307,30 @@ def test_an_output_that_is_not_the_trained_model_stops_the_program(checkpoint, t
         check_outputs(model, {adapter: {"path": checkpoint, "adapter": adapter}}, [5, 6, 7])
 
 
+def test_what_16_bits_round_of_a_long_way_is_no_fault_and_half_of_the_way_is_one(tmp_path, capsys):
+    checkpoint = write_checkpoint(tmp_path / "base", num_hidden_layers=8)
+
+    def check(with_added):
+        """Of a model in bf16 that LoRA took a long way."""
+        model = with_lora(checkpoint, dtype=torch.bfloat16)
+        added = [parameter for name, parameter in model.named_parameters() if ".lora_B" in name]
+        for parameter in added:
+            parameter.data *= 20
+        if not adapter.exists():
+            write_adapter(model, checkpoint, adapter)
+        check_outputs(model, {adapter: {"path": checkpoint, "adapter": adapter}}, list(range(5, 12)),
+                      added if with_added else ())
+    adapter = tmp_path / "adapter"
+    check(True)
+    assert "(the untrained model's by 1." in capsys.readouterr().out
+    with pytest.raises(InputError, match="do not use it"):      # by what 16 bits round of any model
+        check(False)
+    config = json.loads((adapter / "adapter_config.json").read_text())
+    write_json(adapter / "adapter_config.json", config | {"lora_alpha": config["lora_alpha"] / 2})
+    with pytest.raises(InputError, match="do not use it"):
+        check(True)
+
+
 def tiny_run(tmp_path: Path, base: Path, flags: list[str]) -> None:
     rows = [{"row_id": str(i), "en": {"prompt": f"What is {i}?", "response": f"It is {i}."},
              "sw": {"prompt": f"{i} ni nini?", "response": f"Ni {i}."}} for i in range(12)]
