@@ -56,6 +56,7 @@ class Figure:
     of_columns: Callable = share                # (questions, K)
     digits: int = 1
     needs: tuple[str, ...] = ()                 # columns, where its own is not one
+    most: float = 100.0                         # that a difference can be
 
     def is_share(self) -> bool:
         return self.of_columns in (share, usable_share)
@@ -75,7 +76,7 @@ FIGURES = (
     Figure("correct", "correct", "exact answers", 1),
     Figure("chrf", "chrF", "chrF", 1, chrf, ngram_counts),
     Figure("chrf each", "chrF/question", "chrF per question", 1, ratio, each_chrf, needs=("chrf",)),
-    Figure("bits", "bits/byte", "bits per byte", -1, ratio, byte_counts, 3),
+    Figure("bits", "bits/byte", "bits per byte", -1, ratio, byte_counts, 3, most=math.inf),
     Figure("confused", "confused", "language confusion", -1),
     Figure("kept", "like base", "likeness to the base's replies", 1, chrf, ngram_counts),
     Figure("ends", "ends", "replies that end", 1),
@@ -144,11 +145,14 @@ def bootstrap(figure: Figure, counts: np.ndarray) -> tuple[float, float]:
 
 
 def difference(figure: Figure, counts: np.ndarray) -> Difference:
-    """counts as in `bootstrap`. The interval covers the bootstrap's and that of the seeds."""
+    """counts as in `bootstrap`. The interval covers the bootstrap's and that of the seeds, and ends where the
+    figure does: t of two seeds knows nothing of that."""
     by_seed = np.subtract(*figure.of_sums(counts.sum(2)).T).tolist()                    # (seeds,)
     low, high = bootstrap(figure, counts)
     middle, half = seed_interval(by_seed)
-    return Difference(figure, counts.shape[2], middle, min(low, middle - half), max(high, middle + half), by_seed)
+    low = max(-figure.most, min(low, middle - half))
+    high = min(figure.most, max(high, middle + half))
+    return Difference(figure, counts.shape[2], middle, low, high, by_seed)
 
 
 def seed_interval(values: list[float]) -> tuple[float, float]:

@@ -333,8 +333,8 @@ under "In short" are those that decide, the rest explains and explores. Tables h
 every figure of every comparison, and each seed's value, is in [replication-tables.md](replication-tables.md).
 
 Figures, on the test questions. *in language*: % of replies in the language of the question; *usable*: % that
-are in it, end by themselves and do not begin by repeating the question; *correct*: % equal to the expected
-answer, where all expected answers are short; *chrF* of all replies together against the expected answers, to
+are in it, end by themselves and do not begin by repeating the question (words that are none pass, and cost
+chrF and bits); *correct*: % equal to the expected answer, where all expected answers are short; *chrF* of all replies together against the expected answers, to
 which a reply caught in a loop counts by its length; *chrF/question*: the mean of each reply's own;
 *bits/byte*: what the expected answers cost the model (less is better); *confused*: % of questions whose
 answer in the other language is likelier per byte than the right one (less is better; nearest to what CLO
