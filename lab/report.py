@@ -334,8 +334,9 @@ every figure of every comparison, and each seed's value, is in [replication-tabl
 
 Figures, on the test questions. *in language*: % of replies in the language of the question; *usable*: % that
 are in it, end by themselves and do not begin by repeating the question (words that are none pass, and cost
-chrF and bits); *correct*: % equal to the expected answer, where all expected answers are short; *chrF* of all replies together against the expected answers, to
-which a reply caught in a loop counts by its length; *chrF/question*: the mean of each reply's own;
+chrF and bits); *correct*: % equal to the expected answer, where all expected answers are short; *chrF* of all
+replies together against the expected answers, to which a reply caught in a loop counts by its length;
+*chrF/question*: the mean of each reply's own;
 *bits/byte*: what the expected answers cost the model (less is better); *confused*: % of questions whose
 answer in the other language is likelier per byte than the right one (less is better; nearest to what CLO
 trains on, and no reply is looked at); *like base*: chrF of replies against those of the base model, of which

@@ -1,4 +1,4 @@
-"""engine/files.py: the lock that one process holds and a kill releases, the hash of a model, and the pipe that closes."""
+"""engine/files.py: the lock that a kill releases, the hash of a model, and the pipe that closes."""
 
 import os
 import shutil
