@@ -361,16 +361,18 @@ def trainable(model: llama.Llama) -> dict[str, nn.Parameter]:
 
 # -------------------------------------------------------------------------------------------------------- job
 
-def stages_of(method: str, asked: Stage, anchor: float, baseline_epochs: float) -> list[Stage]:
+def stages_of(method: str, asked: Stage, anchor: float, baseline_epochs: float, rates=()) -> list[Stage]:
     """The stages of a method; none for the untrained base. asked: clo's own stage, as the flags describe it.
-    anchor: of methods whose lambda stands in METHODS. baseline_epochs: of stages without a preference."""
+    anchor: of methods whose lambda stands in METHODS. baseline_epochs: of stages without a preference.
+    rates: of each stage, the last one of those that follow, too; without any, all have that of `asked`."""
     stages = []
-    for name, (lam, nll) in zip(method.split("+"), METHODS.get(method, [])):
+    for number, (name, (lam, nll)) in enumerate(zip(method.split("+"), METHODS.get(method, []))):
         objective = asked.objective
         if lam is not None:
             objective = replace(objective, lam=lam, nll=nll, anchor=anchor)
         epochs = asked.epochs if objective.prefers else baseline_epochs
-        stages.append(replace(asked, name=name, objective=objective, epochs=epochs))
+        rate = rates[min(number, len(rates) - 1)] if rates else asked.rate
+        stages.append(replace(asked, name=name, objective=objective, epochs=epochs, rate=rate))
     return stages
 
 
@@ -435,13 +437,14 @@ def main(argv=None) -> None:
     config = read_config(args.model)
     anchor = CLO_ANCHOR if args.anchor is None else args.anchor
     objective = Objective(args.lam, tuple(args.nll.split(",")), args.beta, args.preference, anchor)
-    rate = args.lr or LEARNING_RATES[args.train] * REFERENCE_WIDTH / config.hidden_size
+    rate = LEARNING_RATES[args.train] * REFERENCE_WIDTH / config.hidden_size
     asked = Stage("clo", objective, args.epochs, rate, args.warmup, args.weight_decay, args.clip, args.seed,
                   args.eval_every, args.save_every)
+    rates, baseline_epochs = flags.numbers(args.lr), args.baseline_epochs or args.epochs
     methods = {}
     for name in ("base", args.baseline, args.method):
         if name != "none":
-            methods[name] = stages_of(name, asked, args.anchor or 0.0, args.baseline_epochs or args.epochs)
+            methods[name] = stages_of(name, asked, args.anchor or 0.0, baseline_epochs, rates)
     plan = plan_of(args, config, device)
     if args.dry_run:
         dry_run(args, device, config, plan, methods)
@@ -522,6 +525,9 @@ def parse_args(argv=None) -> argparse.Namespace:
         parser.error("--shard needs several processes: torchrun --nproc-per-node N clo.py ... starts them")
     if runs_now and args.gpus is not None:
         parser.error(f"--gpus {args.gpus}: only --dry-run takes it; torchrun starts a run on several")
+    stages = max(len(METHODS.get(name, [])) for name in (args.method, args.baseline))
+    if len(flags.numbers(args.lr)) > stages:
+        parser.error(f"--lr {args.lr}: one rate, or one for each stage, was expected; the most is {stages}")
     args.targets = [] if args.lang is None else language_list(args.lang)
     args.lang = None if args.lang is None else ",".join(args.targets)
     if len({args.source, *args.targets}) < 1 + len(args.targets):      # a language twice
@@ -565,7 +571,7 @@ def add_flags(parser) -> None:
     add("--row-tokens", flags.positive_int, 1024, "tokens of a packed row; longer responses are cut")
     add = flags.group(parser, "optimisation")
     rates = ", ".join(f"{mode} {rate:g}" for mode, rate in LEARNING_RATES.items())
-    add("--lr", flags.positive, None, f"peak learning rate; without it {rates}, times 4096 / hidden width")
+    add("--lr", flags.positives, None, f"peak rate, or one a stage: 1e-3,3e-5; else {rates}, x 4096 / width")
     add("--epochs", flags.positive, 2.0, "passes over the rows; 0.5 is half of one")
     add("--baseline-epochs", flags.positive, None, "of stages without a preference; else --epochs")
     add("--batch-size", flags.positive_int, 8, "rows (samples) per optimiser step")

@@ -43,6 +43,17 @@ temperature = number(float, SMALLEST_TEMPERATURE, LARGEST,
                      f"0 (greedy) or a number of {SMALLEST_TEMPERATURE} or more", or_zero=True)
 
 
+def positives(text: str):
+    """An argparse `type`: a number above 0; or several joined by commas, which stay a text for `numbers`."""
+    each = [positive(part) for part in text.split(",")]
+    return each[0] if len(each) == 1 else ",".join(map(str, each))
+
+
+def numbers(value) -> list[float]:
+    """Those of a flag of `positives`; none of None."""
+    return [] if value is None else [float(part) for part in str(value).split(",")]
+
+
 class Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
     """One line a flag where it fits, defaults that say something, examples as they were written."""
 

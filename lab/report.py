@@ -96,7 +96,8 @@ CURVES = (BASE, SFT, BARE, HALF, CLO)           # methods whose figures are draw
 QUESTIONS = {                       # name of its plots: (question, pairs of methods)
     "target": ("1. Does CLO beat SFT in the target language, and does it keep English better? (paper: yes, "
                "both)", [(CLO, SFT), (BARE, SFT), (HALF, SFT), (BARE_HALF, SFT), (TUNED, SFT), (CLO, "sft-tgt"),
-                         (CLO, "sft+dpo"), (BARE_HALF, "sft-tgt"), (BARE_HALF, "sft+dpo")]),
+                         (CLO, "sft+dpo"), (CLO, "sft+dpo, one rate"), (BARE_HALF, "sft-tgt"),
+                         (BARE_HALF, "sft+dpo")]),
     "base": ("1b. What does each of them change of the untrained model?",
              [(CLO, BASE), (BARE, BASE), (SFT, BASE), (EQUAL, BASE)]),
     "sizes": ("2. Data efficiency: does CLO with n rows reach SFT with 2n? What do twice the rows bring to "

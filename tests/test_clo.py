@@ -520,6 +520,13 @@ def test_a_data_set_known_by_name_takes_no_eval_file_of_the_working_directory(tm
     assert clo.parse_args(["--lang", "sw", "--data", "oasst1"]).eval_data is None
 
 
+def test_more_rates_than_a_method_has_stages_are_refused(capsys):
+    assert clo.parse_args(["--lang", "sw", "--method", "sft+dpo", "--lr", "1e-3,1e-5"]).lr == "0.001,1e-05"
+    with pytest.raises(SystemExit):
+        clo.parse_args(["--lang", "sw", "--lr", "1e-3,1e-5"])
+    assert "--lr 0.001,1e-05: one rate, or one for each stage, was" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("question", ["--help", "\n\n- What `pwd` is"])
 def test_the_line_that_talks_to_the_result_runs_where_the_run_was_started(world, monkeypatch, capsys, question):
     path, flags = world

@@ -12,6 +12,7 @@ from engine import flags
     (flags.count, ["0", "7"], ["-1", "inf", "1e3", "x"]),
     (flags.seed, ["0", str(2 ** 63 - 1)], ["-1", str(2 ** 63), "nan"]),
     (flags.positive, ["1e-9", "3"], ["0", "-0.0", "nan", "inf", "1e999", "two"]),
+    (flags.positives, ["1e-9", "3"], ["0", "", ",", "1,", "1,0", "1,nan", "1;2"]),
     (flags.not_negative, ["0", "2.5"], ["-1e-9", "nan", "inf"]),
     (flags.fraction, ["0", "1", "0.5"], ["-0.1", "1.0001", "nan"]),
     (flags.share, ["1", "0.000001"], ["0", "1e-320", "1.1", "nan", "-1"]),
@@ -28,6 +29,12 @@ def test_numbers_out_of_range_are_refused_in_one_line_with_what_was_expected(kin
         told = capsys.readouterr().err
         assert ended.value.code == 2 and told.count("\n") == 1 and len(told) < 200
         assert told.startswith("error: argument --x: ") and "was expected" in told and "it --help" in told
+
+
+def test_a_single_number_stays_a_number_and_several_are_read_back():
+    assert flags.positives("1e-4") == 1e-4 and flags.numbers(1e-4) == [1e-4]
+    assert flags.numbers(flags.positives("3e-3, 1e-5")) == [3e-3, 1e-5]
+    assert flags.numbers(None) == []
 
 
 def test_help_is_one_line_a_flag_without_empty_defaults_and_keeps_the_example(capsys):

@@ -57,6 +57,7 @@ def make_forks(number: int = 6) -> list[list[data.Fork]]:
 
 
 CLO = clo.Objective(0.5, ("tgt",))
+ASKED = clo.Stage("clo", CLO, 1.0, 1e-3, 0.1, 0.0, 1.0, 0, 0, 100)
 SMALL = data.Packing(batch_size=3, row_tokens=40, micro_rows=2)
 
 
@@ -182,8 +183,17 @@ def test_methods_that_prefer_refuse_data_without_any_pair():
 
 
 def methods(*names: str) -> dict[str, list[clo.Stage]]:
-    asked = clo.Stage("clo", CLO, 1.0, 1e-3, 0.1, 0.0, 1.0, 0, 0, 100)
-    return {name: clo.stages_of(name, asked, 0.0, 1.0) for name in ("base", *names)}
+    return {name: clo.stages_of(name, ASKED, 0.0, 1.0) for name in ("base", *names)}
+
+
+def test_each_stage_has_its_own_rate_and_a_single_one_is_for_all():
+    def rates_of(*rates):
+        stages = clo.stages_of("sft+dpo", ASKED, 0.0, 1.0, rates)
+        return [stage.rate for stage in stages]
+    assert rates_of() == [ASKED.rate, ASKED.rate]
+    assert rates_of(0.3) == [0.3, 0.3]
+    assert rates_of(0.3, 0.01) == [0.3, 0.01]
+    assert [stage.rate for stage in clo.stages_of("sft", ASKED, 0.0, 1.0, (0.3, 0.01))] == [0.3]
 
 
 def test_our_adamw_is_torchs_bit_for_bit():
