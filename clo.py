@@ -592,7 +592,7 @@ def add_flags(parser) -> None:
     add("--device", str, "auto", "auto, cpu, cuda, cuda:1, mps")
     add("--dtype", ["auto", *DTYPES], "auto", "compute type; auto: bf16 on CUDA, on a CPU what is faster")
     add("--shard", bool, False, "spread the model over the processes torchrun starts, each holding a part")
-    add("--recompute", bool, False, "activation checkpointing: less memory for a third more time")
+    add("--recompute", bool, False, "activation checkpointing: less memory, a fifth to two fifths more time")
 
 
 if __name__ == "__main__":

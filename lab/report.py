@@ -89,6 +89,7 @@ CLO, SFT, EQUAL = "clo", "sft", "sft, clo's compute"
 HALF = "clo, lambda 0.5"                        # and beta 0.5; clo's defaults are 0.8, 0.1 and an anchor
 BARE = "clo, anchor 0"                          # the paper's loss
 BARE_HALF = f"{BARE}, lambda 0.5"
+FAST, FAST_SFT = "clo, rate 0.006", "sft, rate 0.006"      # twice the rate that was chosen
 TUNED = "clo, beta and lambda"                  # the best of a grid
 NOT_RUN = "Not run."
 HALF_THE_RATE = {"demo-rate": "demo"}           # plans that differ in it alone
@@ -97,7 +98,7 @@ QUESTIONS = {                       # name of its plots: (question, pairs of met
     "target": ("1. Does CLO beat SFT in the target language, and does it keep English better? (paper: yes, "
                "both)", [(CLO, SFT), (BARE, SFT), (HALF, SFT), (BARE_HALF, SFT), (TUNED, SFT), (CLO, "sft-tgt"),
                          (CLO, "sft+dpo"), (CLO, "sft+dpo, one rate"), (BARE_HALF, "sft-tgt"),
-                         (BARE_HALF, "sft+dpo")]),
+                         (BARE_HALF, "sft+dpo"), (FAST, SFT), (FAST, FAST_SFT), (FAST, CLO)]),
     "base": ("1b. What does each of them change of the untrained model?",
              [(CLO, BASE), (BARE, BASE), (SFT, BASE), (EQUAL, BASE)]),
     "sizes": ("2. Data efficiency: does CLO with n rows reach SFT with 2n? What do twice the rows bring to "
