@@ -9,6 +9,7 @@ Null is empty. What cannot be read raises OddRecord, which costs that record alo
 no text are counted.
 """
 
+import contextlib
 import json
 import os
 import re
@@ -22,15 +23,21 @@ ROLES = {name: role for role, names in {
 }.items() for name in names.split()}
 ROLE_KEYS = ("role", "from")
 TEXT_KEYS = ("content", "value", "text")
-MARKS = ("weight", "train", "training")         # 0 or false: no reply to learn from (OpenAI, Axolotl)
+MARKS = ("weight", "train", "training", "loss")     # 0 or false: no reply to learn from (OpenAI, Axolotl)
 SIDES = ("user", "assistant")
 TURN_KEYS = (("input", "output"), ("human", "assistant"))     # of an object that holds a whole turn
 CASES = ("inputs", "input", "question", "query", "problem")   # prompts that may be a case of a task
 TASKS = ("definition", "instruction")
-ABOUT = ("input", "context")                                # what a prompt speaks about
+ABOUT = ("input", "context", "passage", "document", "article")       # what a prompt speaks about
+NO_INPUT = ("<noinput>", "noinput", "no input")             # how Self-Instruct and Alpaca say so
+SYSTEM = ("system", "system_prompt")
+BESIDE = (*ABOUT, *SYSTEM, "history")
 CHOICES = ("choices", "options", "option_a", "A")           # what a question chooses from
-BESIDE = (*ABOUT, "system", "system_prompt", "history")
+A_CHOICE = r"(op|opt|option|choice|answer|alternative|ending|candidate)?s?[ _]?[a-e0-5]?"   # names of columns
+A_LETTER = r"\W*[a-e0-5]\W*"                                # a reply that names one
 LABELLED = ("completion", "messages", "conversations")    # where "label" tells good from bad replies
+LABELS = ("kto_tag", "is_safe", "is_correct")             # and these everywhere
+MEDIA = ("image", "images", "video", "videos", "audio", "audios")
 UNKNOWN = "unknown format"
 # Letters and symbols that print nothing: fillers of Hangul syllables, the empty Braille pattern.
 BLANK_LETTERS = "\u115f\u1160\u3164\uffa0\u2800"
@@ -78,9 +85,18 @@ def part_text(part, key, counts):
 
 
 def as_list(value, key):
+    """A list, or one written as JSON, as tables hold it."""
+    if isinstance(value, str) and value.lstrip().startswith("["):
+        with contextlib.suppress(ValueError):
+            value = json.loads(value)
     if not isinstance(value, list):
         raise OddRecord(f'"{key}" holds no list')
     return value
+
+
+def is_false(value):
+    """False, 0, or as a table writes it."""
+    return str(value).strip().lower() in ("false", "0", "0.0")
 
 
 def named(keys):
@@ -109,7 +125,7 @@ def message_of(message, counts):
         raise OddRecord(f'a message whose "{role_key}" is {name!r:.40}, an unknown role')
     if role == "tool" or message.get("tool_calls") or message.get("function_call"):
         return "tool", ""
-    if role == "assistant" and any(message.get(mark) in (0, False) for mark in MARKS):
+    if role == "assistant" and any(is_false(message.get(mark)) for mark in MARKS):
         return "untrained", ""
     if key is None:
         raise OddRecord(f'a message of role {name!r:.40} without "content" (keys: {named(message)})')
@@ -134,10 +150,15 @@ def has_role(item):
 
 
 def dialogue(text):
-    """[(role, text)] of a conversation written out as Anthropic's hh-rlhf does, else []."""
-    if not re.match(r"\s*Human:.*\n\nAssistant:", text, re.DOTALL):
+    """[(role, text)] of a conversation written out as Anthropic's hh-rlhf does, or with single line ends up
+    to an open "Assistant:", as BELLE does; else []."""
+    if re.match(r"\s*Human:.*\n\nAssistant:", text, re.DOTALL):
+        gap = r"\n\n"
+    elif re.match(r"\s*Human:.*\nAssistant:\s*$", text, re.DOTALL):
+        gap = r"\n"
+    else:
         return []
-    _, *turns = re.split(r"(?:^\s*|\n\n)(Human|Assistant):", text)
+    _, *turns = re.split(rf"(?:^\s*|{gap})(Human|Assistant):", text)
     messages = [(ROLES[name.lower()], text.strip()) for name, text in zip(turns[::2], turns[1::2])]
     return messages if messages[-1][1] else messages[:-1]         # a prompt ends with an open "Assistant:"
 
@@ -160,8 +181,7 @@ def columns(record, keys, counts):
     """Messages of a record with a column for the prompt and one for the response, and perhaps others for a
     system prompt, earlier turns, the task that the prompt is a case of, and what it speaks about."""
     asked, answered = keys
-    if any(map(record.get, CHOICES)):
-        raise OddRecord("a multiple-choice question, which is for a benchmark")
+    refuse_choices(record, keys)
     prompt = messages_of(record[asked], "user", asked, counts)
     reply = messages_of(record[answered], "assistant", answered, counts)
     if any(role == "user" for role, _ in reply):
@@ -171,10 +191,23 @@ def columns(record, keys, counts):
     behind = [key for key in ABOUT if key != asked]
     texts = [as_text(record.get(key), key, counts) for key in (*ahead, *behind)]
     texts.insert(len(ahead), text)
-    question = role, "\n".join(text for text in texts if not is_blank(text))
-    system = [("system", as_text(record[key], key, counts))
-              for key in ("system", "system_prompt") if record.get(key)]
+    texts = [text for text in texts if not is_blank(text) and text.strip().lower() not in NO_INPUT]
+    question = role, "\n".join(texts)
+    system = [("system", as_text(record[key], key, counts)) for key in SYSTEM if record.get(key)]
     return [*system, *earlier_turns(record, counts), *before, question, *reply]
+
+
+def refuse_choices(record, keys):
+    """OddRecord for a question with choices to choose from, and for a reply that is only the name, or the
+    number, of another column."""
+    asked, answered = keys
+    reply, others = record[answered], record.keys() - {*keys, *BESIDE}
+    choices = [key for key in others if record[key] and re.fullmatch(A_CHOICE, key, re.IGNORECASE)]
+    is_letter = re.fullmatch(A_LETTER, str(reply), re.IGNORECASE)
+    if any(map(record.get, CHOICES)) or choices and is_letter:
+        raise OddRecord("a multiple-choice question, which is for a benchmark")
+    if isinstance(reply, str) and reply in others or answered == "chosen" and isinstance(reply, int):
+        raise OddRecord(f'"{answered}" only names the reply')
 
 
 def earlier_turns(record, counts):
@@ -200,7 +233,8 @@ def implicit_prompt(record, keys, counts):
     return [("user", prompt.strip()), ("assistant", texts[0][len(prompt):].strip())]
 
 
-# Name, keys that tell the format, reader. The first line whose keys a record has is taken.
+# Name, keys that tell the format, reader. The first line whose keys a record has is taken; without one, the
+# first column of PROMPTS and the first of REPLIES that it has.
 READERS = (
     ("preferences", ("messages", "chosen"), columns),           # Axolotl
     ("preferences", ("conversations", "chosen"), columns),      # LLaMA-Factory
@@ -220,46 +254,56 @@ READERS = (
     ("Aya, FLAN", ("inputs", "targets"), columns),
     ("OpenOrca", ("question", "response"), columns),
     ("question and answer", ("question", "answer"), columns),
-    ("query and response", ("query", "response"), columns),
-    ("problem and solution", ("problem", "solution"), columns),
-    ("input and output", ("input", "output"), columns),
+    ("user and assistant", ("user", "assistant"), columns),
+    ("human and assistant", ("human", "assistant"), columns),
     ("UltraChat", ("data",), listed),
 )
+PROMPTS = ("instruction", "question", "prompt", "query", "problem", "inputs", "input")
+REPLIES = ("response", "completion", "output", "solution", "answer", "targets", "target")
 FORMATS = ", ".join(['parallel ({"en": {"prompt", "response"}, ...})', "OpenAssistant (trees or messages)",
-                     *dict.fromkeys(f"{name} ({', '.join(keys)})" for name, keys, _ in READERS)])
+                     *dict.fromkeys(f"{name} ({', '.join(keys)})" for name, keys, _ in READERS),
+                     f"a prompt ({', '.join(PROMPTS)}) and its reply ({', '.join(REPLIES)})"])
 
 
 def find_format(record):
     """(keys, reader) of the record's format, or None. Keys that hold null count where no others tell it:
     files joined from several have the columns of all."""
-    filled = {key for key, value in record.items() if value is not None}
+    filled = {key for key, value in record.items() if value not in (None, [])}
     for held in (filled, record.keys()):
         for _, keys, reader in READERS:
             if {*keys} <= held:
                 return keys, reader
+        asked, answered = [key for key in PROMPTS if key in held], [key for key in REPLIES if key in held]
+        if asked and answered:
+            return (asked[0], answered[0]), columns
     return None
 
 
 def unread(record):
-    """The columns of a record that hold text, or lists, and that its reader does not look at. A reader of
-    somebody's own is taken to look at what `columns` does."""
+    """The columns of a record that hold something and that its reader does not look at. A reader of one's own
+    is taken to look at what `columns` does."""
     found = find_format(record)
     if found is None:
         return []
     keys, reader = found
-    read = {*keys, "rejected"}
+    read = {*keys, "rejected", *labels_of(keys)}
     if reader not in (listed, implicit_prompt):
         read |= {*BESIDE, *(TASKS if keys[0] in CASES else ())}
-    held = [key for key, value in record.items() if value and isinstance(value, (str, list))]
-    return [key for key in held if key not in read]
+    return [key for key, value in record.items() if value not in (None, "", [], {}) and key not in read]
+
+
+def labels_of(keys):
+    """The columns of a format that may call the reply a bad one."""
+    return (*LABELS, "label") if keys[-1] in LABELLED else LABELS
 
 
 def read_conversation(record, counts):
     """[(role, text)] of a record. OddRecord."""
     if found := find_format(record):
         keys, reader = found
-        labels = ("kto_tag", "label") if keys[-1] in LABELLED else ("kto_tag",)
-        if any(record.get(label) is False for label in labels):
+        if any(is_false(record.get(label)) for label in labels_of(keys)):
             raise Skip("a completion labelled as a bad one")
+        if any(map(record.get, MEDIA)):
+            raise Skip("about pictures or sound, which no text shows")
         return reader(record, keys, counts)
     raise OddRecord(f"{UNKNOWN} (keys: {named(record)})")

@@ -15,7 +15,8 @@ What is kept of public data (every decision is counted, `describe_counts` prints
   become a row of their own, without the turns before them.
 - OpenAssistant trees follow Open-Assistant's own top-1 rule (oasst_dataset.py): reviewed trees in the
   language, no deleted or synthetic message in the thread, replies of rank 0 or without a sibling.
-- System prompts, calls of tools and their results are left out, as nothing translates them; so are images.
+- System prompts, calls of tools, what is said before one, and its results are left out, as nothing translates
+  them; so are images, and records about images or sound. So are replies that are labelled as bad.
 - A record that names another language than the one asked for is left out.
 - Rows with an empty prompt or response are dropped. Null and NaN are empty.
 - A record that cannot be read is skipped; a file most of whose records cannot be read is refused.
@@ -30,8 +31,8 @@ from pathlib import Path
 
 from engine.files import InputError, is_unicode, parse_json, read_records, read_text, write_jsonl
 from formats import hub
-from formats.conversations import (FORMATS, UNKNOWN, OddRecord, Skip, as_text, find_format, is_blank, named,
-                                   read_conversation, unread)
+from formats.conversations import (BESIDE, CASES, FORMATS, SIDES, TASKS, UNKNOWN, OddRecord, Skip, as_text,
+                                   columns, find_format, is_blank, named, read_conversation, unread)
 from formats.languages import normal, script_of, suggestion
 
 PARTS = ("prompt", "response")
@@ -43,6 +44,9 @@ PARQUET = ("parquet files, which are not read here; with pandas and pyarrow inst
 
 
 # ---- files -> records ----
+
+csv.field_size_limit(2 ** 31 - 1)       # the default, 131,072, is less than a long document
+
 
 def read_data(path):
     """[(where, record)] of a data file; InputError with file and line, or when there is nothing."""
@@ -76,13 +80,19 @@ def single_object(path):
 
 def unwrap(path, record):
     """[(where, record)] of a file with this one record, which may stand around a list of them, as in
-    {"data": [...]} or {"train": [...]}."""
+    {"data": [...]} or {"train": [...]}. What it says of all of them is not read: InputError where that is
+    part of a prompt."""
     lists = [key for key, value in record.items() if is_list_of_records(value)]
     known = is_message(record) or find_format(record)
     if not lists or known and "data" not in lists:
         return [(f"{path}:1", record)]
     if len(lists) > 1:
         raise InputError(f"{path}: lists of records under {named(lists)}: write the one wanted to a file")
+    prompting = (*BESIDE, *TASKS, *CASES)
+    common = [key for key, value in record.items() if value and key.lower() in prompting and key not in lists]
+    if common:
+        raise InputError(f"{path}: {named(common)} stands once, beside the list of records under "
+                         f"{named(lists)}: write it into each of them")
     return [(f"{path}[{lists[0]}][{item}]", inner) for item, inner in enumerate(record[lists[0]])]
 
 
@@ -104,6 +114,8 @@ def read_table(path):
     records, columns = [], None
     for where, cells in table_cells(path):
         columns = columns or cells
+        if len(set(columns)) < len(columns):
+            raise InputError(f"{where}: a header with two columns of one name: {named(columns)}")
         if len(cells) != len(columns):
             raise InputError(f"{where}: {len(cells)} cells below a header of {len(columns)}: "
                              f"is a quotation mark missing?")
@@ -113,16 +125,22 @@ def read_table(path):
 
 def table_cells(path):
     """Yields ("file:line", cells) of a csv or tsv file; a record is named by its first line.
-    Blank lines are left out."""
+    Blank lines are left out. A csv whose first line has semicolons and no comma is split at those, as Excel
+    writes it where the comma is the decimal point."""
+    text, line = read_text(path), 1
+    first = text.lstrip().partition("\n")[0]
+    semicolons = ";" in first and "," not in first and first.count('"') % 2 == 0      # a cell may go on below
     tabs = path.name.removesuffix(".gz").endswith(".tsv")
-    reader, line = csv.reader(io.StringIO(read_text(path), newline=""), delimiter="\t" if tabs else ","), 1
+    delimiter = "\t" if tabs else ";" if semicolons else ","
+    reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
     try:
         for cells in reader:
             if len(cells) > 1 or "".join(cells).strip():
                 yield f"{path}:{line}", cells
             line = reader.line_num + 1
     except csv.Error as error:
-        raise InputError(f"{path}:{line}: not a table ({error}): is a quotation mark left open?") from None
+        raise InputError(f"{path}:{line}: not a table ({error}): is a quotation mark left open, or not "
+                         f"doubled inside a quoted cell?") from None
 
 
 # ---- what records say about themselves ----
@@ -142,7 +160,9 @@ def languages_of(row):
 
 def refuse_other_language(record, language, counts):
     """Skip a record that says it is in another language ("pt" takes "pt-BR")."""
-    label = next((record[key] for key in LANGUAGE_KEYS if isinstance(record.get(key), str)), language)
+    labels = [record[key] for key in LANGUAGE_KEYS if record.get(key)]
+    labels = [label[0] if isinstance(label, list) and len(label) == 1 else label for label in labels]
+    label = next((label for label in labels if isinstance(label, str)), language)
     if normal(label) == normal(language):
         return
     if script_of(label):
@@ -155,16 +175,17 @@ def refuse_other_language(record, language, counts):
 def conversation_rows(record, where, asked, counts):
     """One row (the first exchange), or with turns="all" one for each user message with a reply."""
     refuse_other_language(record, asked.language, counts)
+    record = known_spelling(record)
     messages = read_conversation(record, counts)
     asked.unread.update(dict.fromkeys(key for key in unread(record) if key not in NAMES))
     counts["system prompts left out"] += sum(role == "system" for role, _ in messages)
     counts["messages of tools left out"] += sum(role == "tool" for role, _ in messages)
     counts["replies marked as not for training left out"] += sum(role == "untrained" for role, _ in messages)
     messages = [message for message in messages if message[0] != "system"]
-    pairs = [(question, reply) for (role, question), (other, reply) in zip(messages, messages[1:])
-             if (role, other) == ("user", "assistant")]
+    pairs, opens = exchanges(messages)
+    said = sum(role in SIDES for role, _ in messages)
+    counts["messages without a question or a reply beside them left out"] += said - 2 * len(pairs)
     if asked.turns == "first":
-        opens = [role for role, _ in messages[:2]] == ["user", "assistant"]
         counts["later turns left out"] += len(pairs) - opens
         pairs = pairs[:opens]
     if not pairs:
@@ -174,10 +195,27 @@ def conversation_rows(record, where, asked, counts):
             for turn, pair in enumerate(pairs, 1)]
 
 
+def exchanges(messages):
+    """([(question, reply)], whether they begin with the first message). Words before a call of a tool are no
+    reply: the one that the call is for comes after it."""
+    roles = [role for role, _ in messages]
+    places = [number for number in range(len(roles) - 1)
+              if roles[number:number + 2] == [*SIDES] and roles[number + 2:number + 3] != ["tool"]]
+    pairs = [(messages[number][1], messages[number + 1][1]) for number in places]
+    return pairs, places[:1] == [0]
+
+
+def known_spelling(record):
+    """The record; or with its keys in small letters, where no format is known by them as they are."""
+    small = {key.strip().lower(): value for key, value in record.items()}
+    spelt_once = len(small) == len(record)
+    return small if spelt_once and not find_format(record) and find_format(small) else record
+
+
 # ---- OpenAssistant ----
 
 def is_message(record):
-    return (isinstance(record, dict) and isinstance(record.get("message_id"), str)
+    return (isinstance(record, dict) and isinstance(record.get("message_id"), str) and "text" in record
             and isinstance(record.get("replies") or [], list))
 
 
@@ -281,6 +319,24 @@ def language_side(value, language, counts):
     return value | {part: as_text(value[part], part, counts) for part in PARTS}
 
 
+def with_our_parts(record):
+    """The record; sides that name their parts otherwise, as in {"en": {"question": ..., "answer": ...}}, get
+    our names. One that cannot be read stays as it is."""
+    if not isinstance(record, dict):
+        return record
+    return {key: our_parts(value) if script_of(key) else value for key, value in record.items()}
+
+
+def our_parts(side):
+    if not isinstance(side, dict) or not side.keys().isdisjoint(PARTS) or not find_format(side):
+        return side
+    try:
+        pairs, _ = exchanges(read_conversation(side, Counter()))
+    except Skip:
+        return side
+    return side | dict(zip(PARTS, pairs[0])) if len(pairs) == 1 else side
+
+
 # ---- records -> rows ----
 
 @dataclass(frozen=True)
@@ -324,7 +380,7 @@ def read_rows(path, language="en", turns="first", counts=None, targets=(), uniqu
     Raises InputError with file and line.
     """
     counts = Counter() if counts is None else counts
-    records = read_data(path)
+    records = [(where, with_our_parts(record)) for where, record in read_data(path)]
     codes = {*targets}.union(*(languages_of(record) for _, record in records if isinstance(record, dict)))
     asked = Asked(language, turns, codes, {normal(code): code for code in (language, *targets)})
     counts.update({"read": len(records), "kept": 0})

@@ -8,7 +8,7 @@ import pytest
 
 import data
 from engine.files import InputError
-from formats.conversations import READERS, is_blank
+from formats.conversations import READERS, find_format, is_blank
 from formats.records import (describe_counts, languages_of, read_rows, refuse_duplicates, require_languages,
                              write_preferences, write_rows)
 
@@ -41,17 +41,20 @@ def read_pairs(path, turns="first", **options):
 
 
 def test_a_completion_labelled_as_a_bad_one_is_not_trained_on(tmp_path):
-    """TRL's "Unpaired preference", plain and conversational."""
+    """TRL's "Unpaired preference", plain and conversational; labels as tables and other tools write them."""
     path = write_lines(tmp_path / "kto.jsonl", {"prompt": "q", "completion": "bad", "label": False},
                        {"prompt": say("q"), "completion": [say("q", "bad")[1]], "label": False},
                        {"messages": say("q", "bad"), "label": False},                  # LLaMA-Factory
                        {"instruction": "q", "output": "bad", "kto_tag": False},
                        {"prompt": "q", "completion": "r", "label": True},
-                       {"prompt": "q", "completion": "s", "label": 0},
+                       {"prompt": "q", "completion": "bad", "label": 0},
+                       {"prompt": "q", "completion": "bad", "label": "False"},
+                       {"prompt": "q", "response": "bad", "is_safe": False},           # BeaverTails
+                       {"prompt": "q", "completion": "s", "label": 1},
                        {"question": "q", "answer": "t", "label": False})               # of something else
     pairs, counts = read_pairs(path)
     assert pairs == [("q", "r"), ("q", "s"), ("q", "t")]
-    assert counts["skipped: a completion labelled as a bad one (first: kto.jsonl:1)"] == 4
+    assert counts["skipped: a completion labelled as a bad one (first: kto.jsonl:1)"] == 7
 
 
 # ---- our own format ----
@@ -127,6 +130,10 @@ ONE_TURN = [
     {"inputs": "q", "targets": "r", "task": "flan"}, {"question": "q", "answer": "r"},
     {"system_prompt": "be kind", "question": "q", "response": "r"},                        # OpenOrca
     {"query": "q", "response": "r"}, {"problem": "q", "solution": "r"}, {"input": "q", "output": "r"},
+    {"user": "q", "assistant": "r"}, {"human": "q", "assistant": "r"}, {"Question": "q", " Answer": "r"},
+    {"input": "q", "target": "r"}, {"prompt": "q", "output": "r"}, {"instruction": "q", "answer": "r"},
+    {"messages": [], "prompt": "q", "response": "r", "images": []}, {"messages": json.dumps(say("q", "r"))},
+    {"instruction": "q", "input": "<noinput>", "output": "r", "history": "[]"},             # Self-Instruct
     {"messages": None, "instruction": "q", "output": "r", "prompt": float("nan"), "response": None}]
 
 
@@ -148,9 +155,8 @@ def test_every_one_language_format_is_told_by_its_keys(tmp_path, record, turns, 
 
 
 def test_every_line_of_the_table_of_formats_is_reached():
-    reached = {next(keys for _, keys, _ in READERS if {*keys} <= record.keys())
-               for record in TWO_TURNS + ONE_TURN}
-    assert reached == {keys for _, keys, _ in READERS}
+    reached = {find_format(record)[0] for record in TWO_TURNS + ONE_TURN if find_format(record)}
+    assert reached >= {keys for _, keys, _ in READERS}
 
 
 def test_one_file_may_mix_formats_and_trees_keep_their_place(tmp_path):
@@ -160,8 +166,19 @@ def test_one_file_may_mix_formats_and_trees_keep_their_place(tmp_path):
     assert read_pairs(path)[0] == [(f"q{i}", f"r{i}") for i in (1, 2, 3, 4)]
 
 
+def test_a_first_cell_of_several_lines_with_a_semicolon_is_split_at_commas(tmp_path):
+    (tmp_path / "t.csv").write_text('"a;\nb",response,prompt\nx,r,q\n')
+    assert read_pairs(tmp_path / "t.csv")[0] == [("q", "r")]
+
+
+def test_a_cell_may_be_as_long_as_a_document(tmp_path):
+    (tmp_path / "t.csv").write_text("prompt,response\nq," + "r" * 200_000 + "\n")
+    assert read_pairs(tmp_path / "t.csv")[0] == [("q", "r" * 200_000)]
+
+
 @pytest.mark.parametrize("name, text", [
     ("t.csv", '\ufeffprompt,response\r\n"q, ""a""\nline",r\r\n\r\nq2,r2\r\n'),
+    ("s.csv", 'prompt;response\n"q, ""a""\nline";r\nq2;r2\n'),
     ("t.tsv", 'response\tnote\tprompt\nr\t\t"q, ""a""\nline"\nr2\t\tq2\n')])
 def test_tables_with_a_header_are_read(tmp_path, name, text):
     (tmp_path / name).write_bytes(text.encode())
@@ -263,7 +280,48 @@ def test_calls_of_tools_are_no_replies(tmp_path, call):
     assert counts["skipped: no user message followed by a reply (first: f:1)"] == 1
 
 
-@pytest.mark.parametrize("mark", [{"weight": 0}, {"weight": 0.0}, {"train": False}, {"training": False}])
+def test_words_before_a_call_of_a_tool_are_no_reply(tmp_path):
+    call = [{"role": "tool_call", "content": "{}"}, {"role": "tool_response", "content": "11:00"}]
+    messages = [*say("What time is it?", "Let me look."), *call, say("", "11 o'clock.")[1], *say("q", "r")]
+    pairs, counts = read_pairs(write_lines(tmp_path / "f", {"messages": messages}), "all")
+    assert pairs == [("q", "r")]
+    assert counts["messages without a question or a reply beside them left out"] == 3
+
+
+@pytest.mark.parametrize("order, rows", [("uua", [("q2", "r")]), ("uaa", [("q", "r")]), ("uuaua", [("q2", "r"), ("q3", "r3")])])
+def test_messages_without_a_partner_are_counted(tmp_path, order, rows):
+    texts = {"uua": "q q2 r", "uaa": "q r r2", "uuaua": "q q2 r q3 r3"}[order].split()
+    messages = [{"role": {"u": "user", "a": "assistant"}[side], "content": text} for side, text in zip(order, texts)]
+    pairs, counts = read_pairs(write_lines(tmp_path / "f", {"messages": messages}), "all")
+    assert pairs == rows and counts["messages without a question or a reply beside them left out"] == 1
+
+
+@pytest.mark.parametrize("key, value", [("images", ["1.jpg"]), ("image", "1.jpg"), ("audios", [{"path": "a.wav"}])])
+def test_what_is_about_pictures_or_sound_is_left_out(tmp_path, key, value):
+    path = write_lines(tmp_path / "f", {"messages": say("<image>Who?", "Ada"), key: value}, {"messages": say("q", "r")})
+    pairs, counts = read_pairs(path)
+    assert pairs == [("q", "r")] and counts["skipped: about pictures or sound, which no text shows (first: f:1)"] == 1
+
+
+def test_turns_of_a_prompt_with_an_open_end_are_told_by_single_lines_too(tmp_path):
+    """BELLE's; a text that only quotes such a talk stays one text."""
+    path = write_lines(tmp_path / "f", {"instruction": "Human:q\nAssistant: r\nHuman: q2\nAssistant:", "output": "r2"},
+                       {"instruction": "Human: q\nAssistant: r\nWho is right?", "output": "r3"})
+    assert read_pairs(path, "all")[0] == [("q", "r"), ("q2", "r2"), ("Human: q\nAssistant: r\nWho is right?", "r3")]
+
+
+def test_sides_that_name_their_parts_otherwise_are_parallel_rows(tmp_path):
+    path = write_lines(tmp_path / "f", {"id": "7", "en": {"instruction": "q", "input": "x", "output": "r"},
+                                        "sw": {"instruction": "s", "input": "y", "output": "j"}},
+                       {"en": {"question": "q", "answer": "r"}, "sw": {"question": "s", "answer": ["j", "k"]}})
+    counts = Counter()
+    row, = read_rows(path, targets=["sw"], counts=counts)
+    assert {part: row["en"][part] for part in ("prompt", "response")} == sides("q\nx", "r") and row["row_id"] == "7"
+    assert {part: row["sw"][part] for part in ("prompt", "response")} == sides("s\ny", "j")
+    assert sum("language 'sw' (prompt and response, or null)" in reason for reason in counts) == 1
+
+
+@pytest.mark.parametrize("mark", [{"weight": 0}, {"weight": 0.0}, {"train": False}, {"training": False}, {"loss": False}])
 def test_a_reply_marked_as_not_for_training_is_none(tmp_path, mark):
     """OpenAI's fine-tuning files, Axolotl's."""
     messages = [*say("q", "bad", "q2", "r2")]
@@ -293,6 +351,7 @@ def test_what_is_left_out_is_counted_by_reason_with_its_first_place(tmp_path):
     counts = Counter()
     assert len(read_rows(path, counts=counts)) == 1
     assert +counts == {"read": 5, "kept": 1, "system prompts left out": 1, "later turns left out": 2,
+                       "messages without a question or a reply beside them left out": 1,
                        "skipped: no user message followed by a reply (first: m.jsonl:2)": 2,
                        "skipped: empty response (first: m.jsonl:4)": 1,
                        "skipped: broken Unicode (half of a character) (first: m.jsonl:5)": 1}
@@ -310,6 +369,10 @@ ODD = [
      "a multiple-choice question, which is for a benchmark"),
     ({"question": "q", "option_a": "a", "option_b": "b", "answer": "B"},                   # Global-MMLU
      "a multiple-choice question, which is for a benchmark"),
+    *[({"question": "q", "answer": "c"} | choices, "a multiple-choice question, which is for a benchmark")
+      for choices in ({"a": "x", "b": "y"}, {"opa": "x"}, {"Option 1": "x"}, {"alternatives": ["x"]}, {"ending0": "x", "ending1": "y"})],
+    ({"prompt": "q", "responses": ["a", "b"], "chosen": 0}, '"chosen" only names the reply'),
+    ({"prompt": "q", "response_a": "a", "chosen": "response_a"}, '"chosen" only names the reply'),
     ({"messages": "q"}, '"messages" holds no list'), ({"messages": [3]}, "a message that is no object"),
     ({"messages": [{"content": "q"}]}, "a message without \"role\" or \"from\" (keys: 'content')"),
     ({"messages": [{"role": "narrator", "content": "q"}]},
@@ -366,6 +429,12 @@ def test_a_bad_file_is_named_with_its_place(tmp_path, content, told):
 @pytest.mark.parametrize("name, content, told", [
     ("f.csv", "prompt,response\nq,r\nq,r,s\n", "f.csv:3: 3 cells below a header of 2"),
     ("f.csv", 'prompt,response\nq,"r' + "x" * 200_000, "f.csv:2: not a table"),
+    ("f.csv", 'prompt,response\nWho?,"Weird Al" Yankovic\n', "f.csv:2: not a table"),
+    ("f.csv", 'prompt,response\nq,"a \\"b\\" c"\n', "f.csv:2: not a table"),
+    ("f.tsv", 'prompt\tresponse\nWho?\t"To be\nq\tr\n', "f.tsv:2: not a table"),
+    ("f.csv", "prompt,response,response\nq,r,s\n", "f.csv:1: a header with two columns of one name"),
+    ("f.json", '{"Definition": "Add.", "Instances": [{"input": "1", "output": "2"}]}',
+     "f.json: 'Definition' stands once, beside the list of records under 'Instances'"),
     ("f.csv", "a,b\n1,2\n", "f.csv:2: unknown format (keys: 'a', 'b')"),
     ("f.csv", "prompt,response\n", "f.csv: the file is empty"),
     ("f.parquet", "PAR1", "f.parquet is one of the parquet files, which are not read here; with pandas")])
@@ -529,7 +598,7 @@ def test_columns_that_are_not_read_are_named(tmp_path):
         {"instruction": "a", "input": "b", "output": "r", "category": "c", "instruction_en": "d"}, GOOD[0],
         {"instruction": "a", "inputs": "b", "targets": "r", "rank": 3, "references": ["e"]},
         {"messages": CHAT, "instruction": "a"}))
-    assert counts["columns not read ('source', 'category', 'instruction_en', 'references', 'instruction')"] == 5
+    assert counts["columns not read ('source', 'category', 'instruction_en', 'rank', 'references', 'instruction')"] == 6
 
 
 def test_the_public_files_are_read_and_explained(shared):

@@ -17,9 +17,10 @@ def read(path, *records):
     return [(row["prompt"], row["response"]) for row in rows], counts
 
 
-def test_1_firefly(tmp_path):
-    record = {"kind": "QA", "input": "Which river?", "target": "The Tana."}
-    others = [{"input": "q", "output": "r", "target": "no"}, {"inputs": "q", "targets": "r"}]
+def test_1_natural_reasoning(tmp_path):
+    record = {"question": "Which river?", "reference_answer": "The Tana.", "responses": [{"response": "The Nile."}]}
+    others = [{"question": "q", "response": "r", "reference_answer": "no"},
+              {"question": "q", "answer": "r", "reference_answer": "no"}]
     texts, _ = read(tmp_path / "file.jsonl", record, *others)
     assert texts == [("Which river?", "The Tana."), ("q", "r"), ("q", "r")]
 
