@@ -25,10 +25,10 @@ from tqdm import tqdm
 
 from data import read_counted
 from engine import flags, ranks
-from engine.files import InputError, append_jsonl, fingerprint, locked, writing
+from engine.files import InputError, append_jsonl, check_unicode, fingerprint, locked, writing
 from engine.progress import progress
 from formats import hub
-from formats.languages import UNSPACED, language_list, normal, script_of, suggestion
+from formats.languages import DENSE, UNSPACED, language_list, normal, script_of, suggestion
 from formats.markup import KEEP, TEXT, WORD, hide, parse, split_edges, split_spans, unhide
 from formats.records import identifier, languages_of, require_languages
 from formats.translated import Key, describe_faults, file_failed_, read_done
@@ -75,10 +75,10 @@ class Direction:
         end = self.translator.model.config.eos_token_id
         faults = {"unknown words": unknown > UNKNOWN_SHARE * len(source_ids),
                   "cut at the limit": ids[-1] != end,
-                  "empty": not text,
+                  "empty": bool(WORD.search(source)) and not WORD.search(text),
                   "repetition": loops(ids) and not loops(source_ids),
                   "wrong script": wrong_script(text, self.target),
-                  "copied": copied(source, text),
+                  "copied": copied(source, text, self.source),
                   "length": odd_length(source, text, (self.source, self.target))}
         return next((name for name, found in faults.items() if found), None)
 
@@ -132,11 +132,19 @@ def translate_segments(segments: list[str], direction: Direction) -> dict[str, D
     drafts = translate_twice(texts, direction)
     done = {}
     for segment, (_, spans), (text, fault) in zip(segments, hidden, drafts):
-        done[segment] = unhide(text, spans), fault
+        done[segment] = unhide(without_half_marks(segment, text), spans), fault
     lost = [segment for segment, (text, _) in done.items() if text is None]
     if lost:
         done |= translate_around_spans(lost, direction)
     return done
+
+
+def without_half_marks(source: str, text: str) -> str:
+    """A translation in which ** for bold, or ~~, came back by halves, without them."""
+    for mark in ("**", "~~"):
+        if source.count(mark) % 2 == 0 and text.count(mark) % 2:
+            text = text.replace(mark, "")
+    return text
 
 
 def translate_around_spans(segments: list[str], direction: Direction) -> dict[str, Draft]:
@@ -179,9 +187,8 @@ def translate_documents(texts: list[str], direction: Direction) -> list[Translat
 
 def put_together(parts: list[tuple[str, str]], known: dict[str, Draft], direction: Direction) -> Translation:
     """A document of its parts (formats.markup.parse) and their translations."""
-    from_unspaced = script_of(direction.source) in UNSPACED
-    to_unspaced = script_of(direction.target) in UNSPACED
-    apart = from_unspaced and not to_unspaced
+    dense = script_of(direction.target) in DENSE
+    apart = script_of(direction.source) in UNSPACED and not dense
     out = []
     faults = Counter()
     before = KEEP
@@ -193,7 +200,7 @@ def put_together(parts: list[tuple[str, str]], known: dict[str, Draft], directio
             out.append(text)
             if fault:
                 faults[fault] += 1
-        elif kind == KEEP or not to_unspaced:
+        elif kind == KEEP or not dense:
             out.append(string)
         before = kind
     translation = Translation("".join(out))
@@ -391,6 +398,7 @@ def main():
     targets = [*dict.fromkeys(language_list(args.lang))]
     dtype = DTYPES.get(args.dtype)
     if args.text is not None:
+        check_unicode(args.text, "--text")
         translator = load(args.translator, device, dtype)
         print_translations(args.text, args.source, targets, translator, args.beams, args.batch_tokens)
         return

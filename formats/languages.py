@@ -107,7 +107,8 @@ SCRIPTS = dict(pair.split(":") for pair in (
 # First words that mean another one's script; Japanese is written in KANA and CJK.
 SAME_SCRIPT = {"HIRAGANA": "KANA", "KATAKANA": "KANA", "KATAKANA-HIRAGANA": "KANA", "IDEOGRAPHIC": "CJK",
                "KANGXI": "CJK"}
-UNSPACED = ("CJK", "KANA", "THAI", "LAO", "KHMER", "MYANMAR")  # scripts without spaces between sentences
+UNSPACED = ("CJK", "KANA", "THAI", "LAO", "KHMER", "MYANMAR")  # scripts without spaces between words
+DENSE = ("CJK", "KANA")                                        # and without any between sentences
 TRADITIONAL = ("TW", "HK", "MO")                               # regions whose Chinese is zh_Hant
 
 

@@ -9,7 +9,8 @@ stands for each, so that nothing below can cut one or find a mark in it: it is s
 and sentences, and then the spans go back to their places.
 Rules: CommonMark 0.31 for code, GitHub's for tables, pandoc's for $x$.
 
-Indented lines are prose, not code: of ten indented paragraphs in real replies nine are items of a list.
+Indented lines are prose, not code: of ten indented paragraphs in real replies nine are items of a list. Code
+without a fence is told by what its lines look like.
 
 Documents are written by strangers, so every step takes time linear in the text: no pattern reads the same
 stretch from many starts, and the places where a span may end are listed once, before any span begins.
@@ -33,6 +34,8 @@ PICTURE = (r"\u2190-\u21FF\u2300-\u23FF\u2460-\u24FF\u2500-\u27BF\u2900-\u297F\u
 LETTERLIKE = "©®‼⁉™ℹ〰〽㊗㊙"   # pictures only with U+FE0F behind them
 JOINED = "\uFE0E\uFE0F\u200D\u20E3\U000E0020-\U000E007F"   # what follows a picture and belongs to it
 MONEY = r"\d[\d.,]*[A-Za-z]{0,2}\s+[A-Za-z]{2}"              # behind a $: an amount and a word
+SUFFIX = ("com|org|net|edu|gov|io|py|js|ts|java|cpp|html|css|json|ya?ml|xml|csv|txt|md|sh|sql|pdf|jpe?g"
+          "|png|zip|exe")
 URL_STOP = r"\s<>()\[\]|\\\"`“”‘’«»、。，；：！？（）「」『』【】《》"
 
 # What begins a span. A named one lasts until a place that `span_end` looks up; the others are whole.
@@ -49,32 +52,57 @@ OPENER = re.compile(rf"""
   | (?<![A-Za-z0-9$\\])\$(?![\s$]|{MONEY})[^$\\\n]*(?:\\.[^$\\\n]*)*(?<!\s)\$(?![\d$])
   | (?<![A-Za-z0-9])(?i:https?://|ftp://|mailto:|www\.)
     [^{URL_STOP}]*(?:\([^\s<>()]*\)[^{URL_STOP}]*)*(?<![.,;:!?'*])        # no stop at its end, ( ) in pairs
-  | \]\((?:[^()\s]|\([^()\s]*\))+(?:[ \t]+"[^"\n]*")?\)               # the second half of [text](url "title")
+  | !?\[(?=[^\[\]\n]{{1,199}}\]\([^\s)])                               # the first half of [text](url "title")
+  | \]\((?:[^()\s]|\([^()\s]*\))+(?:[ \t]+"[^"\n]*")?\)               # and the second one
   | \]\[[^\[\]\n]{{0,99}}\]                                              # and of [text][label]
-  | ^[ ]{{0,3}}\[[^\[\]\n]{{1,99}}\]:(?=[ \t]) | \[\^[^\[\]\s]{{1,99}}\]:?     # [label]: url, footnotes[^1]
+  | ^[ ]{{0,3}}\[[^\[\]\n]{{1,99}}\]:(?=[ \t]+<?[\w.:-]{{0,99}}[/\#])        # [label]: url
+  | \[\^[^\[\]\s]{{1,99}}\]:?                                            # footnotes[^1]
   | (?<![A-Za-z0-9])[A-Za-z]:\\(?![\s\\])[^\s<>:"|?*`“”‘’,;，。；、]*(?<![.!)])     # a path on Windows
   | (?<![A-Za-z0-9_.+-])[A-Za-z0-9_.+-]+@[A-Za-z0-9-]+(?:\.[A-Za-z0-9-]+)+
-  | \{{\{{[^{{}}\n]*\}}\}} | \{{%[^{{}}\n]*%\}} | \$?\{{[\w .-]+\}} | \[\d{{1,6}}\] | %[sd]\b | \\\|
+  | \{{\{{[^{{}}\n]*\}}\}} | \{{%[^{{}}\n]*%\}} | \$?\{{[\w.-]*(?:[ ][\w.-]+){{0,2}}\}}
+  | \[\d{{1,6}}\] | %[sd]\b | \\\|
+  | (?<![\w.&/])[@\#][A-Za-z_]\w+ | _{{3,}}                              # @handles, #tags, blanks to fill in
+  | (?<![\w.-])(?:[\w-]{{1,63}}\.){{1,9}}(?:{SUFFIX})(?![\w.-]*\w)         # example.com, notes.txt
+  | (?<![A-Za-z0-9_])[A-Za-z0-9]+(?:_[A-Za-z0-9]+)+(?:\(\))?(?!\w)         # snake_case
+  | (?<!\w)[A-Za-z][\w.]*\(\)                                             # calls()
   | (?:[0-9\#*]\uFE0F?\u20E3|[{LETTERLIKE}]\uFE0F|[{PICTURE}][{JOINED}]*)+
 """, re.VERBOSE | re.MULTILINE)
 # What may end one.
 CLOSER = re.compile(rf"\n|`+|\$\$|\\[\])]|-->|\]\]>|\?>|\\end\{{(\w+\*?)\}}|</({RAW})\s*>", re.IGNORECASE)
+INFO = re.compile(r"[\w+#.-]*[ \t\r]*(?:\n|$)")     # behind the ticks of a fence: the language
 BLANK_LINE = re.compile(r"\n[ \t]*(?=\r?\n)")
 CLOSED_BY = {"$$": "$$", "\\[": "\\]", "\\(": "\\)", "<!--": "-->", "<![CDATA[": "]]>"}
+
+# What code without a fence begins with: an assignment, an import, SQL, an entry of JSON; words of languages.
+CODE_START = re.compile(r"""
+    [A-Za-z_][\w.]*(?:\[[^]]*])?\s*(?:[-+*/%|&]?=|:=|<-)\s*\S | "[^"]*"\s*:\s*\S
+  | import\s+[\w.]+(?:\s+as\s+\w+)?;?$ | from\s+[\w.]+\s+import\b | \#include\b | return(?:\s+\S+)?;?$
+  | (?:SELECT|INSERT\ INTO|UPDATE|DELETE\ FROM|CREATE\ TABLE|FROM|WHERE|ORDER\ BY|GROUP\ BY|SET|VALUES|LIMIT
+      |(?:(?:LEFT|RIGHT|INNER)\ )?JOIN)\b
+  | (?:else|try|finally|do)\s*[:{]?$""", re.VERBOSE)
+CODE_HEADS = set("def class for while if elif with switch catch except function fn func public private "
+                 "protected static void const let var int float double string String bool char auto using "
+                 "package export return print echo puts".split())
+CALL, COMMENT = re.compile(r"[A-Za-z_][\w.]*\("), re.compile(r"\s*(?:#|//|--|/\*|\*/)")
+MOSTLY_CODE = 0.7
 
 LINE_END, HIDDEN = re.compile(rf"(\r?\n|{BLOCK})"), re.compile(rf"[{SPAN}{BLOCK}]")
 QUOTE = " \t\r>"
 WORD, LETTER_OR_DIGIT = re.compile(r"[^\W\d_]"), re.compile(rf"[\w{SPAN}]")
+SOME_WORD = re.compile(r"[^\W\d_]{2}|[^\W\d_A-Za-z]")          # not "B" alone, nor "f(x) = 2x"
 TABLE_RULE = re.compile(r"[ \t>]*\|?[ \t]*:?-+:?[ \t]*(?:\|[ \t]*:?-+:?[ \t]*)*\|?[ \t\r]*")
 # Kept at the start of a line: indentation, quote marks, headings, list markers, check boxes, numbers.
-MARKER = re.compile(r"\s*(?:(?:[-*+•–>]|#{1,6}|\(?\d{1,3}[.):]|\(?[A-Za-z][.)]|\[[ xX]\])(?:\s+|$))*")
+MARKER = re.compile(r"\s*(?:(?:[-*+•·‣–>]|#{1,6}|\(?(?:\d{1,3}[.):]|[A-Za-z][.)]|[IVX]{1,5}[.)])|\[[ xX]\])"
+                    r"(?:\s+|$)|\d{1,3}、\s*|（\d{1,3}）\s*)*")
 # A run of stops is tried at its first one alone; the last stops need no space after them.
-SENTENCE_END = re.compile(r"(?:(?<![.!?…؟।۔።])[.!?…؟।۔።]+[\"'”’)\]*_]*(?=\s)"
+SENTENCE_END = re.compile(r"(?:(?<![.!?…؟।۔።])[.!?…؟।۔።]+[\"'”’»)\]*_]*(?=\s)"
                           r"|[。！？။។](?![。！？။។])[”’」』）]*)\s*(?=\S)")
 FIRST_LETTER = re.compile(r"[\"'“‘(\[*_¿¡]*(\S)")
-NOT_AN_END = set("Mr Mrs Ms Dr Prof St vs etc e.g i.e cf al No Fig Jr Sr Inc Ltd Co approx Vol pp".split())
+NOT_AN_END = set("Mr Mrs Ms Dr Prof St vs etc cf al No Fig Jr Sr Inc Ltd Co approx Vol pp "
+                 "Gen Sen Gov Rep Lt Col Capt Sgt Rev Hon Mt Sec Eq Ch Art Tel Ave".split())
+INITIALS = re.compile(r"(?:[A-Za-z]\.)*[A-Z]|(?:[A-Za-z]\.)+[a-z]|\d{1,2}")     # J, U.S, e.g, 3 in 3. Oktober
 LONGEST_ABBREVIATION = 12   # characters, with what may stand before one
-CLAUSE_END, SPACE = re.compile(r"[;:,，、；：]\s*"), re.compile(r"\s")
+CLAUSE_END, SPACE = re.compile(r"[;:,]\s+|[，、；：]\s*"), re.compile(r"\s")
 EDGES = (string.whitespace + string.punctuation
          + "\u00a0\u3000«»‘’‚‛“”„‟…、。〈〉《》「」『』【】〔〕！（），．：；？")
 MARK = re.compile(r"[\[［【]\s*(\d{1,6})\s*[\]］】]")
@@ -125,6 +153,8 @@ def span_end(match: re.Match, closers: dict[str, list[int]]) -> int | None:
         key = opener
         if len(opener) < 3:
             limit, unclosed = "\n", None
+        elif not INFO.match(text, start):
+            unclosed = None                         # "use ``` to begin code" begins none
     elif kind == "named":
         key = match["environment"] or match["tag"].lower()
         if match["environment"] or not text.startswith(("\n", "\r\n"), start):
@@ -134,18 +164,68 @@ def span_end(match: re.Match, closers: dict[str, list[int]]) -> int | None:
     return end if end < closing(closers[limit], start) else unclosed
 
 
+def united(spans: list[tuple[int, int]]) -> list[tuple[int, int]]:
+    """Those that touch or overlap are one."""
+    found = []
+    for start, end in sorted(spans):
+        if found and start <= found[-1][1]:
+            found[-1] = found[-1][0], max(end, found[-1][1])
+        else:
+            found.append((start, end))
+    return found
+
+
+def is_code(line: str) -> bool:
+    """Whether a line looks like a statement, a part of one, or an entry of JSON."""
+    line = line.strip()
+    if line.endswith(">") or '">' in line:  # of a tag
+        return False
+    if CODE_START.match(line) or not line.strip("{}()[];,"):
+        return True
+    symbols = set("=()[]{}+*/<>%") & set(line)
+    if line.endswith((";", "{")) or line.startswith("}"):
+        return bool(symbols)
+    if CALL.match(line):
+        return line.endswith((")", "):"))
+    head = line.split(maxsplit=1)[0]
+    return head in CODE_HEADS and (bool(symbols) or line.endswith(":"))
+
+
+def code_lines(lines: list[str]) -> tuple[int, int] | None:
+    """From which to which line a paragraph is code, where two lines at least look like code, and most between
+    the first and the last one do or are comments."""
+    code = [number for number, line in enumerate(lines) if is_code(line)]
+    comments = [number for number, line in enumerate(lines) if COMMENT.match(line)]
+    both = {*code, *comments}
+    if len(code) < 2 or len(both) < MOSTLY_CODE * (max(both) - min(both) + 1):
+        return None
+    return min(both), max(both)
+
+
+def code_blocks(text: str) -> Iterator[tuple[int, int]]:
+    """Where the code lies that has no fence: in paragraphs, whose prose above and below stays prose."""
+    at, paragraph = 0, []
+    for line in [*text.split("\n"), ""]:
+        if line.strip():
+            paragraph.append(line)
+        else:
+            if found := code_lines(paragraph):
+                first, last = found
+                start = at - len("".join(line + "\n" for line in paragraph[first:]))
+                yield start, start + len("\n".join(paragraph[first:last + 1]))
+            paragraph = []
+        at += len(line) + 1
+
+
 def flatten(text: str) -> tuple[str, list[str]]:
     """(flat text, its spans). Neighbours are one span."""
-    closers, spans, at = find_closers(text), [], 0
+    closers, spans, at = find_closers(text), [*code_blocks(text)], 0
     while match := OPENER.search(text, at):
         end, at = span_end(match, closers), match.end()
-        if end is None:
-            continue
-        if spans and spans[-1][1] == match.start():
-            spans[-1] = spans[-1][0], end
-        else:
+        if end is not None:
             spans.append((match.start(), end))
-        at = end
+            at = end
+    spans = united(spans)
     flat, found, at = [], [], 0
     for start, end in spans:
         found.append(text[start:end])
@@ -230,14 +310,14 @@ def find_rows(lines: list[str], ends: list[str]) -> set[int]:
 # ---- sentences ----
 
 def sentences(text: str) -> Iterator[str]:
-    """Each with the white space after it. None ends after an abbreviation or an initial, or before a small
-    letter."""
+    """Each with the white space after it. None ends after an abbreviation, an initial or the number of an
+    item, or before a small letter."""
     first = 0
     for match in SENTENCE_END.finditer(text):
         stop = match.end()
         window = text[max(first, match.start() - LONGEST_ABBREVIATION):match.start()]
         word = window.split()[-1].lstrip("\"'“‘([") if window.strip() else ""
-        initial = len(word) == 1 and word.isupper() and word != "I"
+        initial = INITIALS.fullmatch(word) and word != "I"
         short = match[0].strip() == "." and (initial or word in NOT_AN_END)
         after = FIRST_LETTER.match(text, stop)
         small = after and after[1].islower()
@@ -275,7 +355,7 @@ def pieces(flat: str, fits: Fits) -> Iterator[Piece]:
 
 def pieces_of_line(line: str, fits: Fits) -> Iterator[Piece]:
     """The same of a line or a table's cell: what it begins with, its sentences, the spaces behind them."""
-    if not WORD.search(line):
+    if not SOME_WORD.search(line):
         yield KEEP, line
         return
     first = MARKER.match(line).end()
@@ -286,7 +366,7 @@ def pieces_of_line(line: str, fits: Fits) -> Iterator[Piece]:
             core = part.strip()
             before, _, after = part.partition(core) if core else (part, "", "")
             yield GAP, before
-            yield TEXT if WORD.search(core) else KEEP, core
+            yield TEXT if SOME_WORD.search(core) else KEEP, core
             yield GAP, after
     yield KEEP, line[first + len(body):]
 

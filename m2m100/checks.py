@@ -12,6 +12,7 @@ LENGTH_RATIO = {"CJK": 0.35, "KANA": 0.45, "HANGUL": 0.55, "yo": 1.5, "en": 1.0}
 OTHER_RATIO = 1.15                                      # in any other
 LETTER_WEIGHT = {"CJK": 3, "KANA": 2, "HANGUL": 2}      # Latin letters that say as much as one of these
 LONGEST_ACRONYM = 5
+LONGEST_KANJI = 20                                      # letters of Japanese without kana: a name
 WORDS = re.compile(r"[^\W\d_]+")
 LONG_WORDS = re.compile(r"[^\W\d_]{3,}")
 LENGTH_BOUNDS = 0.4, 2.5  # of a translation over what is expected; people's go from 0.55 to 2.05 (NTREX)
@@ -41,6 +42,8 @@ def wrong_script(text: str, language: str) -> bool:
     if script is None:
         return False
     words = WORDS.findall(prose(text))
+    if script == "KANA" and without_kana("".join(words)):
+        return True
     own = ("KANA", "CJK") if script == "KANA" else (script,)
     right = wrong = 0
     for word in words:
@@ -52,12 +55,23 @@ def wrong_script(text: str, language: str) -> bool:
     return enough and right < 0.3 * (right + wrong)
 
 
-def copied(source: str, text: str) -> bool:
-    """Whether four in five of the source's words, names left out, came back as they were."""
-    words = [word for word in LONG_WORDS.findall(source) if word.islower()]
+def without_kana(letters: str) -> bool:
+    """Whether a text is too long for Japanese without any kana: it is Chinese."""
+    return len(letters) > LONGEST_KANJI and all(letter_script(char) == "CJK" for char in letters)
+
+
+def copied(source: str, text: str, language: str) -> bool:
+    """Whether four in five of the source's words, names left out, came back as they were, or all of a text
+    without names. Of a source in another script than Latin, Latin words are quotations."""
+    same = source.strip() == text.strip()
+    long_words = LONG_WORDS.findall(source)
+    latin = script_of(language) in ("LATIN", None)
+    words = [word for word in long_words if word.islower() and (latin or letter_script(word[0]) != "LATIN")]
     back = set(LONG_WORDS.findall(text))
     again = [word for word in words if word in back]
-    return len(words) > 3 and len(again) >= 0.8 * len(words)
+    shouted = source.isupper() and len(long_words) > 3
+    caseless = source.upper() == source.lower() and len("".join(WORDS.findall(source))) > 3
+    return len(words) > 3 and len(again) >= 0.8 * len(words) or same and (shouted or caseless)
 
 
 def expansion(language: str) -> float | None:

@@ -6,7 +6,7 @@ import time
 
 import pytest
 
-from formats.markup import KEEP, TEXT, hide, parse, prose, split_edges, split_spans, unhide
+from formats.markup import KEEP, SOME_WORD, TEXT, hide, parse, prose, split_edges, split_spans, unhide
 from formats.records import read_rows
 
 
@@ -40,7 +40,12 @@ def spans(segment):
     ("a\n`b\nc` d", []),
     ("text: ```python\nx = 1\n``` more", ["```python\nx = 1\n```"]),
     ("See [the page](https://a.example/x_(y)?z=1 \"A title\").",
-     ['](https://a.example/x_(y)?z=1 "A title")']),
+     ["[", '](https://a.example/x_(y)?z=1 "A title")']),
+    ("![a picture](a.png) and [a](b)", ["![", "](a.png)", "[", "](b)"]), ("[see this] (or that)", []),
+    ("@ada says #hello at example.com: see notes.txt, docker-compose.yml, No.5 and e.g.com",
+     ["@ada", "#hello", "example.com", "notes.txt", "docker-compose.yml", "e.g.com"]),
+    ("call max_num, getName() and np.mean() or _this_; fill in ____ a_", ["max_num", "getName()", "np.mean()", "____"]),
+    ("Use ``` to begin code. More", []), ("{a few words} and {a sentence of five words}", ["{a few words}"]),
     ("at https://en.wikipedia.org/wiki/Foo_(bar), and (www.a.example).",
      ["https://en.wikipedia.org/wiki/Foo_(bar)", "www.a.example"]),
     ("请看https://a.example/x。然后请联系a.b@c.example谢谢", ["https://a.example/x", "a.b@c.example"]),
@@ -67,7 +72,7 @@ def spans(segment):
     ("Hello {name}, {{ user.name }}, %s, [1] and [12]", ["{name}", "{{ user.name }}", "%s", "[1]", "[12]"]),
     ("$$\n\nis slang, so is $$", []), ("\\[\nx\n\\] y", ["\\[\nx\n\\]"]),
     ("[The guide][guide] says[^1] [so][].\n\n[guide]: /x\n[^1]: Indeed.\n[Note]: is a word, [a] too",
-     ["][guide]", "[^1]", "][]", "[guide]:", "[^1]:", "[Note]:"]),
+     ["][guide]", "[^1]", "][]", "[guide]:", "[^1]:"]),
     ("Open C:\\Users\\王\\a.txt, or 在D:\\数据。然后 (e:\\x). is:\\nnext, c:\\ x",
      ["C:\\Users\\王\\a.txt", "D:\\数据", "e:\\x"]),
 ])
@@ -97,6 +102,27 @@ def test_spans_hide_behind_marks_and_come_back():
     assert split_edges(" (the page, ") == (" (", "the page", ", ") and split_edges(" . ") == (" . ", "", "")
 
 
+CODE = """def add(a, b):
+    # the sum
+    return a + b"""
+
+
+@pytest.mark.parametrize("code", [
+    CODE, "SELECT name\nFROM users\nWHERE id = 1;", 'x = 2\nprint(x)', '{\n  "name": "Ada",\n  "age": 36\n}',
+    "if (a) {\n  go();\n} else {\n  stop();\n}", "import os\nfrom a import b", "int x = 1;\nfor (i = 0; i < 2; i++) {\n}"])
+def test_code_without_a_fence_is_kept_and_prose_around_it_is_not(code):
+    assert texts(f"Write it like this:\n{code}\nThat is all.") == ["Write it like this:", "That is all."]
+    assert texts(code) == [] and spans(f"First.\n\n{code}\n\nLast.") == [code]
+
+
+@pytest.mark.parametrize("text", [
+    "If you want to know more:\nask for it (or read on);\nthen go home", "Buy these:\napples;\npears;\nplums.",
+    "Roses are red,\nviolets are blue;\nsugar is sweet,\nand so are you.", "Dear Ms Lee,\nThank you (very much)!\nYours,\nAda",
+    "Price = what you pay\nis what they say", "# Title\n# Another", "From Nairobi\nto Mombasa", "x = 2"])
+def test_prose_is_no_code(text):
+    assert spans(text) == []
+
+
 # ---- tables ----
 
 @pytest.mark.parametrize("line", [
@@ -106,15 +132,16 @@ def test_spans_hide_behind_marks_and_come_back():
     "|x|·|y| = |xy|",
     "P(A|B) and P(B|A)", "either | or", "f :: a -> b | c -> d", "{ x | x in A | x > 0 }"])
 def test_a_line_with_pipes_is_no_table(line):
-    assert texts(line) == [line]
-    assert texts(f"first\n{line}\nlast") == ["first", line, "last"]
+    kept = [line] if SOME_WORD.search(line) else []
+    assert texts(line) == kept
+    assert texts(f"first\n{line}\nlast") == ["first", *kept, "last"]
 
 
 @pytest.mark.parametrize("table, cells", [
     ("| Name | The value |\n|:---|---:|\n| the lion | big |", ["Name", "The value", "the lion", "big"]),
     ("Name | The value\n--- | :-:\nthe lion | big\n\na | b",
-     ["Name", "The value", "the lion", "big", "a | b"]),
-    ("| a \\| b | c |\n|---|---|\n| `x|y` is | $P(A|B)$ |", ["a \\| b", "c", "`x|y` is"]),
+     ["Name", "The value", "the lion", "big"]),
+    ("| a \\| b | c |\n|---|---|\n| `x|y` is | $P(A|B)$ |", ["`x|y` is"]),
     ("> | one | two |\n> |---|---|\n> |three|four|", ["one", "two", "three", "four"]),
     ("before\n| one |\n|---|\n| two |\nafter", ["before", "one", "two", "after"]),
     ("| one | two |\n|---|---|\n|| three |\r\nafter", ["one", "two", "three", "after"]),
@@ -134,6 +161,12 @@ def test_tables_are_split_into_cells(table, cells):
 
 @pytest.mark.parametrize("text, expected", [
     ("One. Two! Three?", ["One.", "Two!", "Three?"]),
+    ("By J.R.R. Tolkien of the U.S. Navy at 9 a.m. EST. Then Gen. Lee",
+     ["By J.R.R. Tolkien of the U.S. Navy at 9 a.m. EST.", "Then Gen. Lee"]),
+    ("Am 3. Oktober 1990. Danach", ["Am 3. Oktober 1990.", "Danach"]),
+    ("1. Werewolf 2. Who Am I? 3. Charades", ["Werewolf 2. Who Am I?", "3. Charades"]),
+    ("IV. Four", ["Four"]), ("· one", ["one"]), ("1、一个", ["一个"]), ("（2）两个", ["两个"]),
+    ("B", []), ("f(x) = 2x", []), ("是", ["是"]),
     ("Dr. Smith met J. Doe in the U.S. army, e.g. here. Then left.",
      ["Dr. Smith met J. Doe in the U.S. army, e.g. here.", "Then left."]),
     ("It costs 3.5 and is v1.2.3 now", ["It costs 3.5 and is v1.2.3 now"]),
@@ -174,7 +207,7 @@ def test_prose_is_what_a_reader_reads():
     document = ("# Kichwa\n\nHabari `print(x)` ya [dunia](https://a.example) leo, $x^2$ na me@a.example "
                 "&amp; <b>wewe</b>.\n```python\nthe = code\n```\n| jina | thamani |\n|---|---|\n"
                 "| simba | 5 |\n<script>the = 1</script>\n")
-    assert prose(document).split() == "Kichwa Habari ya [dunia leo, na wewe . jina thamani simba".split()
+    assert prose(document).split() == "Kichwa Habari ya dunia leo, na wewe . jina thamani simba".split()
     assert prose("One. Two.\n\nThree") == "One. Two.\n\nThree"
     assert prose("") == "" and not prose("`a` 5").strip()
 

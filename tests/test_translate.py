@@ -174,7 +174,8 @@ LONG = "the quick brown fox jumps over the lazy dog and then it sleeps for a whi
     ("What is it?", "그것은 무엇인가요?", "ko", None, None),
     ("Paris", "Paris", "sw", None, None),
     (LONG, "Mbweha mwepesi", "sw", [10, 11], "cut at the limit"),
-    (LONG, "", "sw", None, "empty"),
+    (LONG, "", "sw", None, "empty"), ("Open the door.", "-", "sw", None, "empty"),
+    ("THE LION IS ONE BIG MAMMAL", "THE LION IS ONE BIG MAMMAL", "sw", None, "copied"),
     (LONG, "samahani " * 12, "sw", [9, 10] * 12 + [END], "repetition"),
     (LONG, "Der schnelle braune Fuchs springt", "zh", None, "wrong script"),
     (LONG, "敏捷的棕色狐狸跳过懒狗，然后睡了一会儿", "sw", None, "wrong script"),
@@ -184,6 +185,21 @@ LONG = "the quick brown fox jumps over the lazy dog and then it sleeps for a whi
 ])
 def test_every_fault_has_its_name_and_good_translations_none(translator, source, text, target, ids, reason):
     assert judge(translator, source, text, target, ids) == reason
+
+
+def test_bold_that_came_back_by_halves_is_left_out():
+    assert translate.without_half_marks("**Go** home", "**Nenda nyumbani") == "Nenda nyumbani"
+    assert translate.without_half_marks("**Go** home", "**Nenda** ~~nyumbani") == "**Nenda** nyumbani"
+    assert translate.without_half_marks("2**3 is 8", "2**3 ni 8") == "2**3 ni 8"
+
+
+def test_quoted_english_in_another_script_is_not_copied_and_chinese_is_not_japanese():
+    source = "将以下句子更改为主动语态：The presentation was given by our manager."
+    assert not translate.copied(source, "Make it active: The presentation was given by our manager.", "zh")
+    assert translate.copied("نهر طويل جدا", "نهر طويل جدا", "ar")
+    chinese = "敏捷的棕色狐狸跳过懒狗然后睡了一会儿又醒来看见了河流"
+    assert translate.wrong_script(chinese, "ja") and not translate.wrong_script(chinese + "です", "ja")
+    assert not translate.wrong_script("東京都知事選挙", "ja")
 
 
 def test_people_s_translations_raise_no_alarm(translator):
