@@ -29,10 +29,10 @@ from evals.instructions import answer_lines, model_outputs, read_instructions, t
 from evals.language import fit_languages, reply_language    # noqa: F401
 from evals.perplexity import byte_figures, response_lines, scored_rows
 from evals.report import shown, table
-from evals.systems import check_system, count_cut, finish, keep, locate, open_model, out_directory, unusual
+from evals.systems import (check_system, count_cut, finish, keep, locate, open_model, out_directory,
+                           tokenizer_for, unusual)
 from evals.verdict import VERDICT
 from formats import hub
-from formats.chat import load_tokenizer
 from formats.languages import normal, split_commas
 from formats.weights import DTYPES
 
@@ -52,23 +52,25 @@ def ask(args) -> None:
     systems = [None] if args.beside and first else []
     systems += [adapter for _, adapter in found]
     for system in systems:
-        check_system(base, system)
-    tokenizer = load_tokenizer(base, args.template_args)
+        check_system(args.model if system else base, system)
+    directory = hub.model_directory(base)
     dtype = DTYPES[ranks.pick_dtype(args.dtype, args.device)]
-    print_notes(tokenizer, sys.stderr)
     models = {}
     for system in systems:
+        tokenizer = tokenizer_for(directory, system, args.template_args)
+        if system == systems[0]:
+            print_notes(tokenizer, sys.stderr)
         print(f"loading {base}{f' with {system}' if system else ''}", file=sys.stderr, flush=True)
-        models[system or base] = llama.load(base, args.device, dtype, system)
+        models[system or base] = llama.load(directory, args.device, dtype, system), tokenizer
     how = Decoding(
         args.system_prompt, args.max_tokens,
         args.temperature, args.top_p, args.seed)
     if args.question is not None:
-        answer_with_all(models, tokenizer, args.question, how)
+        answer_with_all(models, args.question, how)
         return
     print(f"{', '.join(models)}. Ask; an empty line ends.")
     while question := next_question():
-        answer_with_all(models, tokenizer, question, how)
+        answer_with_all(models, question, how)
 
 
 def next_question() -> str:
@@ -78,10 +80,10 @@ def next_question() -> str:
         return ""
 
 
-def answer_with_all(models: dict, tokenizer, question: str, how: Decoding) -> None:
-    """Print every model's answer, under its name if there are several."""
+def answer_with_all(models: dict[str, tuple], question: str, how: Decoding) -> None:
+    """Print the answer of every (model, tokenizer), under its name if there are several."""
     check_unicode(question, "the question")
-    for name, model in models.items():
+    for name, (model, tokenizer) in models.items():
         if len(models) > 1:
             print(f"{name}:", flush=True)
         print(f"answering, at most {how.max_tokens} tokens", file=sys.stderr, flush=True)

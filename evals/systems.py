@@ -6,11 +6,12 @@ from pathlib import Path
 import torch
 
 import model as llama
-from engine.files import Journal, directory_fingerprint, fingerprint, write_json
+from engine.files import (InputError, Journal, directory_fingerprint, fingerprint, say_once, write_json)
 from engine.progress import progress
 from engine.ranks import pick_dtype
 from formats import hub
-from formats.chat import Tokenizer, load_tokenizer
+from formats.chat import Tokenizer, brings_tokenizer, load_tokenizer
+from formats.configs import read_config
 from formats.weights import ADAPTER_CONFIG, ADAPTER_WEIGHTS, DTYPES, adapter_base, read_adapter
 
 DEFAULT_MODEL = "demo/llama"
@@ -25,12 +26,33 @@ def locate(model: str | None, adapter: str | None) -> tuple[str, str | None]:
     return model or adapter_base(adapter), adapter
 
 
+def base_directory(base: str, model: str | None, adapter: str | None) -> Path:
+    """Where the checkpoint lies, downloaded if need be. Of one that an adapter names the error says so."""
+    try:
+        directory = hub.model_directory(base)
+        read_config(directory)
+        return directory
+    except InputError as error:
+        if model or not adapter:
+            raise
+        raise InputError(f"{error} ({adapter} names this base, --model would take another)") from None
+
+
+def tokenizer_for(directory: Path, adapter: str | None, template_args: str | None = None) -> Tokenizer:
+    """The base's tokenizer; or the adapter's, if it brings one with a chat template, as other tools write it:
+    that is what it was trained in."""
+    brings = adapter and brings_tokenizer(adapter)
+    if brings:
+        say_once(f"{adapter} brings a tokenizer and a chat template: they are used, not those of the base")
+    return load_tokenizer(adapter if brings else directory, template_args, directory)
+
+
 def check_system(model: str | None, adapter: str | None) -> None:
     """Fetch what is not on this machine, and refuse a checkpoint or an adapter that will not load, before
     hours of other work."""
     base, adapter = locate(model, adapter)
-    directory = hub.model_directory(base)
-    load_tokenizer(directory)
+    directory = base_directory(base, model, adapter)
+    tokenizer_for(directory, adapter)
     _, weights, names = llama.open_checkpoint(directory)
     if adapter:
         read_adapter(adapter, weights, names)
@@ -42,8 +64,8 @@ def open_model(model: str | None, adapter: str | None, device: str, dtype: str,
     and the settings that stand beside its numbers."""
     base, adapter = locate(model, adapter)
     dtype = pick_dtype(dtype, device)
-    directory = hub.model_directory(base)              # once: on the hub a branch may move meanwhile
-    tokenizer = load_tokenizer(directory, template_args)
+    directory = base_directory(base, model, adapter)   # once: on the hub a branch may move meanwhile
+    tokenizer = tokenizer_for(directory, adapter, template_args)
     print(f"loading {base}{f' with {adapter}' if adapter else ''}: {dtype} on {device}", flush=True)
     loaded = llama.load(directory, device, DTYPES[dtype], adapter)
     return loaded, tokenizer, {

@@ -164,7 +164,10 @@ class Chat:
         opening = self.template.render(messages, asking=True)
         head, _ = self.finished(messages, REPLY)
         only_space = head.startswith(opening) and not head[len(opening):].strip()
-        return opening if only_space else head.rstrip(" ")
+        # Mistral writes the system prompt only before the last message, so no finished conversation has it.
+        given = [message["content"] for message in messages]
+        forgets = any(text in opening and text not in head for text in given)
+        return opening if only_space or forgets else head.rstrip(" ")
 
     def _frame(self, before, after):
         """(text before, text after, stop id) of a reply between this white space, which a template may strip.
@@ -220,10 +223,12 @@ class Tokenizer:
     """A checkpoint's tokenizer, and its chat template from the first prompt or reply on (`chat`).
 
     names: the special tokens ("eos_token": "</s>"). full: the tokenizer as the checkpoint's files give it.
+    model: the directory of the model's config.json, if it is another one.
     """
 
-    def __init__(self, directory, template_args=None):
+    def __init__(self, directory, template_args=None, model=None):
         self.directory = Path(directory)
+        self.model = Path(model or directory)
         self.template_args = template_args or {}
         self.config = tokens.read_tokenizer_config(self.directory)
         self.full, self.names, self.special = tokens.read_tokenizer(self.directory, self.config)
@@ -233,14 +238,14 @@ class Tokenizer:
         self.misread = tokens.misread(self.full)
         self.vocab_size = 1 + max(self.full.get_vocab(with_added_tokens=True).values())
         # of the embedding: often more, never fewer
-        rows = read_json(self.directory / "config.json", missing={}).get("vocab_size")
+        rows = read_json(self.model / "config.json", missing={}).get("vocab_size")
         self.rows = rows if type(rows) is int else self.vocab_size
         self.config_stops = self._config_stops()
 
     def _config_stops(self):
         """Ids that config.json and generation_config.json say end a text, and the tokenizer's own."""
         stops = [self.eos_id]
-        for path in (self.directory / "config.json", self.directory / "generation_config.json"):
+        for path in (self.model / "config.json", self.model / "generation_config.json"):
             ids = read_json(path, missing={}).get("eos_token_id")
             stops += ids if isinstance(ids, list) else [ids]
             if not {*map(type, stops)} <= {int, type(None)}:
@@ -320,15 +325,25 @@ class Tokenizer:
                        else text * len(list(run)) for text, run in runs)
 
 
-def load_tokenizer(directory, template_args=None):
+def brings_tokenizer(directory):
+    """Whether an adapter's directory holds a tokenizer and a chat template."""
+    directory = Path(directory)
+    if not (directory / "tokenizer.json").is_file():
+        return False
+    configured = tokens.read_tokenizer_config(directory).get("chat_template")
+    return bool(configured) or (directory / "chat_template.jinja").is_file()
+
+
+def load_tokenizer(directory, template_args=None, model=None):
     """The tokenizer of a Hugging Face directory or hub id. Raises InputError.
 
-    template_args: variables for its chat template, {"enable_thinking": False}, or that as JSON.
+    template_args: variables for its chat template, {"enable_thinking": False}, or that as JSON. model: the
+    directory of the model that it is for, if it is another one: an adapter may bring a tokenizer.
     """
     if isinstance(template_args, str):
         template_args = as_kind(parse_json(template_args, "--template-args", TEMPLATE_ARGS), dict,
                                 "--template-args")
-    tokenizer = Tokenizer(hub.model_directory(directory, weights=()), template_args)
+    tokenizer = Tokenizer(hub.model_directory(directory, weights=()), template_args, model)
     if template_args:
         tokenizer.chat  # says at once which of them it does not read
     return tokenizer

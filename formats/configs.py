@@ -35,6 +35,7 @@ SLIDING, FULL = "sliding_attention", "full_attention"
 UNSUPPORTED = {
     **dict.fromkeys(("num_experts", "num_local_experts", "n_routed_experts"),
                     "mixture-of-experts models are not supported"),
+    "quantization": "use the unquantised checkpoint (fp32, bf16 or fp16)",
     "quantization_config": "use the unquantised checkpoint (fp32, bf16 or fp16)",
     "transformers_weights": "call the file model.safetensors, and take the key out",
 }
@@ -117,6 +118,10 @@ def refuse_unsupported(path, raw: dict, values: dict) -> None:
     for key, remedy in UNSUPPORTED.items():
         if raw.get(key):
             raise InputError(f"{path}: {key} = {raw[key]!r:.80}: {remedy}")
+    for name in raw.get("architectures") or ():
+        if not str(name).endswith("ForCausalLM"):
+            raise InputError(f"{path}: architectures has {name}: only language models (...ForCausalLM) are "
+                             f"read here")
     if values["hidden_act"] != "silu":
         raise InputError(f"{path}: hidden_act = {values['hidden_act']!r} is not supported, only silu")
 

@@ -15,6 +15,7 @@ import re
 from pathlib import Path
 
 from engine.files import InputError, first_line, read_json, say_once
+from formats.configs import read_config
 from formats.weights import ADAPTER_CONFIG, ADAPTER_WEIGHTS, INDEX, WHOLE, read_index
 
 ROOT = Path(__file__).parents[1]       # where clo.py and demo/ lie
@@ -53,6 +54,8 @@ def model_directory(name, settings=SETTINGS, weights=WEIGHTS) -> Path:
     if not is_id(name):
         return check_directory(name, find(name), "config.json" if weights else None)
     directory = fetch(name, settings)
+    if weights == WEIGHTS:
+        read_config(directory)              # before gigabytes of a model that is not read here
     for file in weights:
         if (fetch(name, (file,), directory.name) / file).is_file():
             if file == INDEX:
@@ -65,7 +68,7 @@ def model_directory(name, settings=SETTINGS, weights=WEIGHTS) -> Path:
 def adapter_directory(name) -> Path:
     """The directory of an adapter given as path, hub id, or directory that holds it as `adapter`."""
     if is_id(name):
-        return fetch(name, (ADAPTER_CONFIG, ADAPTER_WEIGHTS))
+        return fetch(name, (ADAPTER_CONFIG, ADAPTER_WEIGHTS, *SETTINGS))
     directory = find(name)
     if not (directory / ADAPTER_CONFIG).is_file() and (directory / "adapter" / ADAPTER_CONFIG).is_file():
         directory /= "adapter"

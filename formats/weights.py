@@ -40,7 +40,7 @@ class Weights(Mapping):
         is_whole, is_sharded = (self.directory / WHOLE).is_file(), index.is_file()
         if not is_whole and not is_sharded:
             raise InputError(f"{directory} holds neither {WHOLE} nor {INDEX}: "
-                             f"download the weights, or convert .bin files to safetensors")
+                             f"download the weights; {CONVERT}")
         if is_whole and is_sharded:                 # saving a model again whole leaves its old index behind
             say_once(f"{directory} holds {WHOLE} and an index of shards: "
                      f"{WHOLE} is read, as transformers does, and no shard")
@@ -83,18 +83,28 @@ def read_index(path: Path) -> dict[str, str]:
     return where
 
 
+CONVERT = "of a .bin file, load it with transformers or PEFT: save_pretrained() writes safetensors"
+
+
 def open_safetensors(path: Path):
     try:
         return safe_open(path, framework="pt", device="cpu")
     except (SafetensorError, OSError) as error:
+        if path.is_file() and path.open("rb").read(len(LFS)) == LFS:
+            raise InputError(f"{path} only tells Git LFS where the file is: "
+                             f"run `git lfs pull` there") from None
         raise InputError(f"{path} is missing, damaged or not a safetensors file ({error}): "
-                         f"download it again, or convert .bin files to safetensors") from None
+                         f"download it again; {CONVERT}") from None
 
 
 def check_depth(weights: Weights, layers: int) -> None:
     """InputError unless the last of so many layers is there."""
     last = f"model.layers.{layers - 1}.input_layernorm.weight"
-    check_none(weights, "is missing", [last] * (last not in weights))
+    if last in weights:
+        return
+    found = [key for key in weights if key.endswith(last) or last.endswith("." + key)]
+    also = f"; {found[0]} is there: save the model itself, not what is wrapped around it" if found else ""
+    raise InputError(f"{weights.directory}: tensor {last} is missing, the last layer's of config.json{also}")
 
 
 def match_names(weights: Weights, shapes: dict[str, tuple]) -> dict[str, str]:
@@ -166,6 +176,7 @@ def save_tensors(path: Path, tensors: dict[str, Tensor], **metadata: str) -> Non
 # --------------------------------------------------------------------------------------------------- adapters
 
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+LFS = b"version https://git-lfs"       # how a pointer of Git LFS begins
 PREFIX, LORA_A, LORA_B = "base_model.model.", ".lora_A.weight", ".lora_B.weight"
 # Keys of adapter_config.json with all they may say.
 # Anything else means more, or another base, than W + scale B A.
@@ -190,6 +201,8 @@ def read_adapter(directory, weights: Weights, names: dict[str, str]) -> dict[str
         name = module.removeprefix(PREFIX) + ".weight"
         if module == key:
             check_carried(file, key, weights, names, directory)
+        elif not key.startswith(PREFIX):                       # PEFT would leave it out
+            raise InputError(f"{directory}: {key} does not begin with {PREFIX}, as PEFT's tensors do")
         elif not {module + LORA_A, module + LORA_B} <= keys:
             raise InputError(f"{directory}: {key} is no factor of a pair lora_A, lora_B")
         elif name == HEAD and HEAD not in names:
@@ -228,6 +241,9 @@ def by_pattern(patterns: dict[str, float], layer: str, default: float) -> float:
 def check_carried(file, key: str, weights: Weights, names: dict[str, str], where) -> None:
     """InputError unless a tensor that is no factor is the base's own: PEFT writes the embedding and the head
     beside the factors when it thinks that they changed."""
+    if ".lora_A." in key or ".lora_B." in key:
+        raise InputError(f"{where}: {key} is no name that PEFT writes (…{LORA_A}, …{LORA_B}): "
+                         f"save the adapter with PEFT's save_pretrained()")
     name = key.removeprefix(PREFIX).replace(".base_layer.", ".")
     if name == HEAD and HEAD not in names:                     # a tied head
         name = EMBEDDING
@@ -270,10 +286,14 @@ def read_lora_config(path: Path) -> dict:
 
 def adapter_base(directory) -> str:
     """The base model an adapter names: a path or a hub id. InputError when it names none."""
-    base = read_json(Path(directory) / ADAPTER_CONFIG).get("base_model_name_or_path")
+    config = read_json(Path(directory) / ADAPTER_CONFIG)
+    base, revision = config.get("base_model_name_or_path"), config.get("revision")
     if not isinstance(base, str) or not base:
         raise InputError(f"{directory} names no base model (base_model_name_or_path is {base!r}): "
                          f"say which with --model")
+    if revision not in (None, "main"):
+        raise InputError(f"{directory} names {base} at its revision {revision!r}: download that one, and "
+                         f"give its directory with --model")
     return base
 
 

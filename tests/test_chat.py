@@ -636,6 +636,16 @@ def test_a_template_without_place_for_a_system_prompt_says_so(tmp_path, template
     assert "\n" not in str(error.value) and str(error.value).endswith("or ask without a system prompt")
 
 
+def test_a_system_prompt_that_only_an_open_conversation_has_is_kept(tmp_path):
+    """Mistral's: it stands in the last message, if that is the user's."""
+    ours = make_tokenizer(tmp_path, "{% set system = messages[0].content if messages[0].role == 'system' else '' %}"
+                          "{% for m in messages if m.role != 'system' %}{% if m.role == 'user' %}[INST] "
+                          "{{ system + '\n' if system and loop.last }}{{ m.content }} [/INST]"
+                          "{% else %}{{ ' ' + m.content + eos_token }}{% endif %}{% endfor %}")
+    assert ours.decode(ours.prompt_ids("q", "Be brief.")).strip() == "[INST] Be brief.\nq [/INST]"
+    assert ours.decode(ours.prompt_ids("q")).strip() == "[INST] q [/INST]"
+
+
 @pytest.mark.parametrize("chat", [[{"name": "default"}], ["text"], 7, [{"name": "default", "template": None}],
                                   {"a": "b"}, [{"name": "tool_use", "template": CHATML}]])
 def test_a_template_that_is_no_text_is_one_clear_line(tmp_path, chat):

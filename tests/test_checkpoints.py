@@ -17,6 +17,7 @@ import eval as evaluation
 import model as llama
 from conftest import with_lora, write_adapter, write_checkpoint
 from engine.files import InputError, fill_directory, read_json, write_json
+from evals.systems import tokenizer_for
 from formats import weights
 from formats.chat import load_tokenizer
 from formats.checkpoints import check_outputs, save, save_merged
@@ -278,6 +279,58 @@ def test_an_adapter_without_a_base_asks_for_one(checkpoint, tmp_path, base):
         evaluation.main(["ask", "--adapter", str(adapter), PROMPT])
     evaluation.main(["ask", "--adapter", str(adapter), "--model", str(checkpoint), "--max-tokens", "2",
                      PROMPT])
+
+
+@pytest.mark.parametrize("change, told", [
+    ({"base_model_name_or_path": "../nowhere/llama-7b-hf"}, "no such directory.* names this base, --model would take"),
+    ({"revision": "step1000"}, "at its revision 'step1000'.*--model")])
+def test_a_base_that_cannot_be_had_is_told_with_the_adapter_that_names_it(checkpoint, tmp_path, change, told):
+    adapter = write_adapter(with_lora(checkpoint), checkpoint, tmp_path / "adapter")
+    path = adapter / "adapter_config.json"
+    write_json(path, json.loads(path.read_text()) | change)
+    with pytest.raises(InputError, match=told):
+        evaluation.main(["ask", "--adapter", str(adapter), PROMPT])
+
+
+def test_an_adapter_is_asked_in_the_tokenizer_and_template_that_it_brings(checkpoint, tmp_path, capsys):
+    """As TRL, Axolotl, LLaMA-Factory and Unsloth save them; ours bring none."""
+    adapter = write_adapter(with_lora(checkpoint), checkpoint, tmp_path / "adapter")
+    base = load_tokenizer(checkpoint)
+    assert tokenizer_for(checkpoint, adapter).fingerprint == base.fingerprint
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(checkpoint / name, adapter / name)
+    (adapter / "chat_template.jinja").write_text("{% for m in messages %}Q {{ m.content }}{{ eos_token }}A {% endfor %}")
+    own = tokenizer_for(checkpoint, adapter)
+    assert own.decode(own.prompt_ids("Who")).startswith("Q Who") and own.rows == base.rows
+    assert base.config_stops <= own.stop_ids
+    assert f"{adapter} brings a tokenizer and a chat template" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("rename, told", [
+    (lambda key: key.removeprefix("base_model.model."), "does not begin with base_model.model."),
+    (lambda key: key.replace("lora_A.weight", "lora_A.default.weight"), "is no name that PEFT writes")])
+def test_factors_that_peft_would_leave_out_are_refused(checkpoint, tmp_path, rename, told):
+    adapter = write_adapter(with_lora(checkpoint), checkpoint, tmp_path / "adapter")
+    tensors = load_file(adapter / "adapter_model.safetensors")
+    save_file({rename(key): tensor for key, tensor in tensors.items()}, adapter / "adapter_model.safetensors")
+    with pytest.raises(InputError, match=told):
+        llama.load(checkpoint, adapter=adapter)
+
+
+def test_weights_of_another_kind_are_told_for_what_they_are(checkpoint, tmp_path):
+    copy = tmp_path / "copy"
+    shutil.copytree(checkpoint, copy)
+    file = copy / "model.safetensors"
+    tensors = load_file(file)
+    save_file({f"_orig_mod.{key}": tensor for key, tensor in tensors.items()}, file)
+    with pytest.raises(InputError, match="_orig_mod.model.layers.1.input_layernorm.weight is there: save the model"):
+        llama.load(copy)
+    file.write_bytes(b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n")
+    with pytest.raises(InputError, match="git lfs pull"):
+        llama.load(copy)
+    file.rename(copy / "pytorch_model.bin")
+    with pytest.raises(InputError, match="holds neither .*of a .bin file, load it with transformers"):
+        llama.load(copy)
 
 
 def test_an_adapter_of_another_model_is_refused(checkpoint, tmp_path):

@@ -193,7 +193,8 @@ def test_both_spellings_of_config_keys_mean_the_same(checkpoint):
 
 @pytest.mark.parametrize("change, match", [
     ({"model_type": "gemma"}, "model_type 'gemma'"), ({"num_local_experts": 8}, "num_local_experts"),
-    ({"quantization_config": {"bits": 4}}, "quantization_config"),
+    ({"quantization_config": {"bits": 4}}, "quantization_config"), ({"quantization": {"bits": 4}}, "quantization"),
+    ({"architectures": ["LlamaForSequenceClassification"]}, "LlamaForSequenceClassification: only language models"),
     ({"partial_rotary_factor": 0.5}, "partial_rotary"),
     ({"rope_scaling": {"type": "yarn", "factor": 4}}, "yarn"),
     ({"rope_scaling": {"rope_type": "longrope"}}, "longrope"),

@@ -153,6 +153,13 @@ def test_only_needed_files_are_fetched_and_the_cache_answers_offline(server, tmp
 
 
 @pytest.mark.slow
+def test_a_model_that_is_not_read_here_is_refused_before_its_weights_are_fetched(server, tmp_path, tiny):
+    server.models["some/gemma"] = tiny | {"config.json": b'{"model_type": "gemma2"}'}
+    told = call(server, tmp_path, "-c", LOCAL, "some/gemma").stdout
+    assert told.startswith("error: ") and "gemma2" in told and "model.safetensors" not in server.fetched()
+
+
+@pytest.mark.slow
 def test_shards_are_those_the_index_names(server, tmp_path, tiny):
     index = {"weight_map": {"a": "model-00001-of-00002.safetensors", "b": "model-00002-of-00002.safetensors"}}
     shards = {name: name.encode() for name in index["weight_map"].values()}
