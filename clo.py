@@ -67,7 +67,7 @@ CLO_ANCHOR = 1.0                # not in the paper; what it gives and costs: que
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 SIMPO_GAMMA = 0.5               # nats a token by which simpo wants the right response ahead
 # Peak learning rates at this hidden width; they scale with its inverse (muP). Tuned: lora's (docs/log.md).
-REFERENCE_WIDTH = 4096
+REFERENCE_WIDTH, PREFERENCE_PART = 4096, 1 / 30         # without an NLL a part of them: more breaks replies
 LEARNING_RATES = {"lora": 2e-4, "attention": 3e-5, "full": 1.5e-5}
 
 
@@ -364,14 +364,15 @@ def trainable(model: llama.Llama) -> dict[str, nn.Parameter]:
 def stages_of(method: str, asked: Stage, anchor: float, baseline_epochs: float, rates=()) -> list[Stage]:
     """The stages of a method; none for the untrained base. asked: clo's own stage, as the flags describe it.
     anchor: of methods whose lambda stands in METHODS. baseline_epochs: of stages without a preference.
-    rates: of each stage, the last one of those that follow, too; without any, all have that of `asked`."""
+    rates: of each stage, the last one of those that follow, too; without any they go by that of `asked`."""
     stages = []
     for number, (name, (lam, nll)) in enumerate(zip(method.split("+"), METHODS.get(method, []))):
         objective = asked.objective
         if lam is not None:
             objective = replace(objective, lam=lam, nll=nll, anchor=anchor)
         epochs = asked.epochs if objective.prefers else baseline_epochs
-        rate = rates[min(number, len(rates) - 1)] if rates else asked.rate
+        usual = asked.rate if objective.lam else asked.rate * PREFERENCE_PART
+        rate = rates[min(number, len(rates) - 1)] if rates else usual
         stages.append(replace(asked, name=name, objective=objective, epochs=epochs, rate=rate))
     return stages
 
@@ -570,8 +571,8 @@ def add_flags(parser) -> None:
     add("--keep-failed", bool, False, "train on rows of which a translated segment failed its checks, too")
     add("--row-tokens", flags.positive_int, 1024, "tokens of a packed row; longer responses are cut")
     add = flags.group(parser, "optimisation")
-    rates = ", ".join(f"{mode} {rate:g}" for mode, rate in LEARNING_RATES.items())
-    add("--lr", flags.positives, None, f"peak rate, or one a stage: 1e-3,3e-5; else {rates}, x 4096 / width")
+    rates = ", ".join(f"{mode} {rate:g}" for mode, rate in LEARNING_RATES.items()) + ", dpo a 30th"
+    add("--lr", flags.positives, None, f"peak rate, or one a stage: 3e-3,1e-4; else {rates}, x 4096 / width")
     add("--epochs", flags.positive, 2.0, "passes over the rows; 0.5 is half of one")
     add("--baseline-epochs", flags.positive, None, "of stages without a preference; else --epochs")
     add("--batch-size", flags.positive_int, 8, "rows (samples) per optimiser step")

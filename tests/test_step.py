@@ -190,7 +190,7 @@ def test_each_stage_has_its_own_rate_and_a_single_one_is_for_all():
     def rates_of(*rates):
         stages = clo.stages_of("sft+dpo", ASKED, 0.0, 1.0, rates)
         return [stage.rate for stage in stages]
-    assert rates_of() == [ASKED.rate, ASKED.rate]
+    assert rates_of() == [ASKED.rate, ASKED.rate * clo.PREFERENCE_PART]
     assert rates_of(0.3) == [0.3, 0.3]
     assert rates_of(0.3, 0.01) == [0.3, 0.01]
     assert [stage.rate for stage in clo.stages_of("sft", ASKED, 0.0, 1.0, (0.3, 0.01))] == [0.3]
