@@ -77,20 +77,20 @@ def test_a_reply_that_fits_two_languages_equally_abstains():
 
 def test_gains_are_those_of_the_equation_worked_by_hand(monkeypatch):
     monkeypatch.setattr(language, "CONTEXT", 1)
-    languages = fit_languages({"xx": ["ab ab", "ab ab"], "yy": ["b"]})
-    # in xx "ab" is said 4 times and weighs 2: the counts are a 2, b 2, " " 2; in yy b 1, " " 1
+    languages = fit_languages({"xx": ["aé aé", "aé aé"], "yy": ["é"]})
+    # in xx "aé" is said 4 times and weighs 2: the counts are a 2, é 2, " " 2; in yy é 1, " " 1
     def mixed(count, kinds, total, shorter):                        # Witten and Bell
         return (count + kinds * shorter) / (total + kinds)
 
-    p = {letter: mixed(2, 3, 6, NEW) for letter in "ab "}
-    after = {pair: mixed(2, 1, 2, p[pair[1]]) for pair in (" a", "ab", "b ")}
-    q_a = mixed(2, 3, 8, 1 / 3)                                     # of all: a 2, b 3, " " 3
+    p = {letter: mixed(2, 3, 6, NEW) for letter in "aé "}
+    after = {pair: mixed(2, 1, 2, p[pair[1]]) for pair in (" a", "aé", "é ")}
+    q_a = mixed(2, 3, 8, 1 / 3)                                     # of all: a 2, é 3, " " 3
     q_b = mixed(3, 3, 8, 1 / 3)
     script = mixed(4, 1, 4, NEW)
     expected = 2 * math.log(script) + sum(
         math.log((1 - BLEND) * found / usual + BLEND)
-        for found, usual in ((after[" a"], q_a), (after["ab"], q_b), (after["b "], q_b)))
-    assert gains("ab", languages)["xx"] == pytest.approx(expected)
+        for found, usual in ((after[" a"], q_a), (after["aé"], q_b), (after["é "], q_b)))
+    assert gains("aé", languages)["xx"] == pytest.approx(expected)
 
 
 def test_the_confidence_is_the_posterior_over_the_languages(two):
