@@ -89,6 +89,7 @@ CLO, SFT, EQUAL = "clo", "sft", "sft, clo's compute"
 HALF = "clo, lambda 0.5"                        # and beta 0.5; clo's defaults are 0.8, 0.1 and an anchor
 BARE = "clo, anchor 0"                          # the paper's loss
 BARE_HALF = f"{BARE}, lambda 0.5"
+SLOW_DPO = "sft+dpo, dpo at 0.0001"             # a thirtieth of SFT's rate
 FAST, FAST_SFT = "clo, rate 0.006", "sft, rate 0.006"      # twice the rate that was chosen
 TUNED = "clo, beta and lambda"                  # the best of a grid
 NOT_RUN = "Not run."
@@ -97,7 +98,8 @@ CURVES = (BASE, SFT, BARE, HALF, CLO)           # methods whose figures are draw
 QUESTIONS = {                       # name of its plots: (question, pairs of methods)
     "target": ("1. Does CLO beat SFT in the target language, and does it keep English better? (paper: yes, "
                "both)", [(CLO, SFT), (BARE, SFT), (HALF, SFT), (BARE_HALF, SFT), (TUNED, SFT), (CLO, "sft-tgt"),
-                         (CLO, "sft+dpo"), (CLO, "sft+dpo, one rate"), (BARE_HALF, "sft-tgt"),
+                         (CLO, "sft+dpo"), (CLO, SLOW_DPO), (SLOW_DPO, SFT), (CLO, "sft+dpo, one rate"),
+                         (BARE_HALF, "sft-tgt"),
                          (BARE_HALF, "sft+dpo"), (FAST, SFT), (FAST, FAST_SFT), (FAST, CLO)]),
     "base": ("1b. What does each of them change of the untrained model?",
              [(CLO, BASE), (BARE, BASE), (SFT, BASE), (EQUAL, BASE)]),
