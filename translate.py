@@ -131,8 +131,8 @@ def translate_segments(segments: list[str], direction: Direction) -> dict[str, D
     texts = [text for text, _ in hidden]
     drafts = translate_twice(texts, direction)
     done = {}
-    for segment, (_, spans), (text, fault) in zip(segments, hidden, drafts):
-        done[segment] = unhide(without_half_marks(segment, text), spans), fault
+    for segment, (asked, spans), (text, fault) in zip(segments, hidden, drafts):
+        done[segment] = unhide(without_half_marks(asked, text), spans), fault
     lost = [segment for segment, (text, _) in done.items() if text is None]
     if lost:
         done |= translate_around_spans(lost, direction)

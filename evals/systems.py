@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 
 import model as llama
-from engine.files import (InputError, Journal, directory_fingerprint, fingerprint, say_once, write_json)
+from engine.files import InputError, Journal, directory_fingerprint, fingerprint, say_once, write_json
 from engine.progress import progress
 from engine.ranks import pick_dtype
 from formats import hub

@@ -75,7 +75,8 @@ CLOSED_BY = {"$$": "$$", "\\[": "\\]", "\\(": "\\)", "<!--": "-->", "<![CDATA[":
 
 # What code without a fence begins with: an assignment, an import, SQL, an entry of JSON; words of languages.
 CODE_START = re.compile(r"""
-    [A-Za-z_][\w.]*(?:\[[^]]*])?\s*(?:[-+*/%|&]?=|:=|<-)\s*\S | "[^"]*"\s*:\s*\S
+    [A-Za-z_][\w.]*(?:\[[^]]*])?\s*(?:[-+*/%|&]?=|:=|<-)\s*\S
+  | "[^"]*"\s*:\s*(?:["\[{\d-]|(?:true|false|null)\b)
   | import\s+[\w.]+(?:\s+as\s+\w+)?;?$ | from\s+[\w.]+\s+import\b | \#include\b | return(?:\s+\S+)?;?$
   | (?:SELECT|INSERT\ INTO|UPDATE|DELETE\ FROM|CREATE\ TABLE|FROM|WHERE|ORDER\ BY|GROUP\ BY|SET|VALUES|LIMIT
       |(?:(?:LEFT|RIGHT|INNER)\ )?JOIN)\b

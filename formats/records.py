@@ -32,7 +32,7 @@ from pathlib import Path
 from engine.files import InputError, is_unicode, parse_json, read_records, read_text, write_jsonl
 from formats import hub
 from formats.conversations import (BESIDE, CASES, FORMATS, SIDES, TASKS, UNKNOWN, OddRecord, Skip, as_text,
-                                   columns, find_format, is_blank, named, read_conversation, unread)
+                                   find_format, is_blank, named, read_conversation, unread)
 from formats.languages import normal, script_of, suggestion
 
 PARTS = ("prompt", "response")
@@ -324,11 +324,12 @@ def with_our_parts(record):
     our names. One that cannot be read stays as it is."""
     if not isinstance(record, dict):
         return record
-    return {key: our_parts(value) if script_of(key) else value for key, value in record.items()}
+    return {key: our_parts(value) if isinstance(value, dict) and script_of(key) else value
+            for key, value in record.items()}
 
 
 def our_parts(side):
-    if not isinstance(side, dict) or not side.keys().isdisjoint(PARTS) or not find_format(side):
+    if not side.keys().isdisjoint(PARTS) or not find_format(side):
         return side
     try:
         pairs, _ = exchanges(read_conversation(side, Counter()))

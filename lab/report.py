@@ -99,8 +99,8 @@ QUESTIONS = {                       # name of its plots: (question, pairs of met
     "target": ("1. Does CLO beat SFT in the target language, and does it keep English better? (paper: yes, "
                "both)", [(CLO, SFT), (BARE, SFT), (HALF, SFT), (BARE_HALF, SFT), (TUNED, SFT), (CLO, "sft-tgt"),
                          (CLO, "sft+dpo"), (CLO, SLOW_DPO), (SLOW_DPO, SFT), (CLO, "sft+dpo, one rate"),
-                         (BARE_HALF, "sft-tgt"),
-                         (BARE_HALF, "sft+dpo"), (FAST, SFT), (FAST, FAST_SFT), (FAST, CLO)]),
+                         (BARE_HALF, "sft-tgt"), (BARE_HALF, "sft+dpo"),
+                         (FAST, SFT), (FAST, FAST_SFT), (FAST, CLO)]),
     "base": ("1b. What does each of them change of the untrained model?",
              [(CLO, BASE), (BARE, BASE), (SFT, BASE), (EQUAL, BASE)]),
     "sizes": ("2. Data efficiency: does CLO with n rows reach SFT with 2n? What do twice the rows bring to "

@@ -118,7 +118,7 @@ def test_code_without_a_fence_is_kept_and_prose_around_it_is_not(code):
 @pytest.mark.parametrize("text", [
     "If you want to know more:\nask for it (or read on);\nthen go home", "Buy these:\napples;\npears;\nplums.",
     "Roses are red,\nviolets are blue;\nsugar is sweet,\nand so are you.", "Dear Ms Lee,\nThank you (very much)!\nYours,\nAda",
-    "Price = what you pay\nis what they say", "# Title\n# Another", "From Nairobi\nto Mombasa", "x = 2"])
+    '"Abate": to become less\n"Benign": kind', "Price = what you pay\nis what they say", "# Title\n# Another", "From Nairobi\nto Mombasa", "x = 2"])
 def test_prose_is_no_code(text):
     assert spans(text) == []
 

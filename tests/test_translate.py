@@ -191,6 +191,8 @@ def test_bold_that_came_back_by_halves_is_left_out():
     assert translate.without_half_marks("**Go** home", "**Nenda nyumbani") == "Nenda nyumbani"
     assert translate.without_half_marks("**Go** home", "**Nenda** ~~nyumbani") == "**Nenda** nyumbani"
     assert translate.without_half_marks("2**3 is 8", "2**3 ni 8") == "2**3 ni 8"
+    # a span's own marks are hidden while it is translated
+    assert translate.without_half_marks("[0] is **bold**", "[0] ni **nzito") == "[0] ni nzito"
 
 
 def test_quoted_english_in_another_script_is_not_copied_and_chinese_is_not_japanese():
