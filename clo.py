@@ -556,7 +556,7 @@ def add_flags(parser) -> None:
     add("--nll", ["tgt", "en,tgt"], "tgt", "responses under clo's NLL; en,tgt is the paper's ablation")
     add("--preference", ["sigmoid", "ipo", "simpo"], "sigmoid", "its form; simpo wants --beta 2 or more")
     add("--beta", flags.positive, BETA, "strength of the preference term")
-    add("--anchor", flags.not_negative, None, "a penalty on English answers that fall; else 1 for clo")
+    add("--anchor", flags.not_negative, None, "penalty on English answers below the base's; else 1 for clo")
     add("--train", list(LEARNING_RATES), "lora", "LoRA on attention, attention itself, or everything")
     add("--lora-rank", flags.positive_int, 16, "rank R")
     add("--lora-alpha", flags.positive, 32.0, "scale: the product counts alpha / R")

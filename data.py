@@ -444,7 +444,7 @@ def show_forks(groups, counts, row_tokens, tokenizer, samples):
 
 def parse_args(argv=None):
     parser = flags.Parser(description="Count a data file and show what training would see of it.")
-    parser.add_argument("file", help=f"{FORMATS}; JSONL or one JSON list, .gz too")
+    parser.add_argument("file", help=f"{FORMATS}; JSONL, JSON or a table, .gz too")
     add = flags.group(parser, "rows")
     add("--source", normal, "en", "source language, and that of one-language files")
     add("--lang", str, None, "target language, or several: sw,yo; else each prompt has its own response")

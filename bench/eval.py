@@ -23,6 +23,7 @@ import numpy as np
 import torch
 
 import model as llama
+from engine.files import run
 from engine.progress import progress
 from evals import choice as benchmarks
 from evals.report import table
@@ -142,4 +143,4 @@ def prompt_tokens(questions: list, tokenizer: Path) -> float:
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

@@ -21,6 +21,7 @@ import transformers
 
 import model as llama
 from bench import tables
+from engine.files import run
 from formats.checkpoints import save
 from formats.configs import Config
 from formats.weights import DTYPES
@@ -135,4 +136,4 @@ def main(argv=None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

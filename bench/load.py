@@ -21,6 +21,7 @@ from safetensors.torch import load_file
 
 import model as llama
 from bench.generate import quartiles
+from engine.files import run
 from formats.checkpoints import save
 from formats.configs import Config
 from formats.weights import DTYPE_NAMES
@@ -91,4 +92,4 @@ def main(argv=None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

@@ -48,7 +48,7 @@ import data
 import model as llama
 from bench import tables
 from engine import ranks, scale
-from engine.files import write_json
+from engine.files import run, write_json
 from evals import heldout
 from formats.checkpoints import save
 from formats.configs import Config
@@ -472,4 +472,4 @@ def main(argv=None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

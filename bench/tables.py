@@ -9,6 +9,7 @@ Everything is computed from the models' shapes by engine/scale.py; nothing is me
 import argparse
 
 from engine import flags, scale
+from engine.files import run
 from formats.configs import Config
 from formats.weights import DTYPES
 
@@ -68,4 +69,4 @@ def main(argv=None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

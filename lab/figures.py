@@ -51,7 +51,7 @@ class Figure:
     name: str                                   # of its column
     title: str
     words: str                                  # in a sentence
-    better: int                                 # 1: more is better; -1: less
+    better: int                                 # 1: more is better; -1: less; 0: neither, it tells a change
     of_sums: Callable = percentage              # (..., K) sums over questions -> (...)
     of_columns: Callable = share                # (questions, K)
     digits: int = 1
@@ -78,7 +78,7 @@ FIGURES = (
     Figure("chrf each", "chrF/question", "chrF per question", 1, ratio, each_chrf, needs=("chrf",)),
     Figure("bits", "bits/byte", "bits per byte", -1, ratio, byte_counts, 3, most=math.inf),
     Figure("confused", "confused", "language confusion", -1),
-    Figure("kept", "like base", "likeness to the base's replies", 1, chrf, ngram_counts),
+    Figure("kept", "like base", "likeness to the base's replies", 0, chrf, ngram_counts),
     Figure("ends", "ends", "replies that end", 1),
     Figure("loops", "loops", "replies caught in a loop", -1),
     Figure("echo", "echo", "replies that repeat the question", -1))
@@ -111,6 +111,8 @@ class Difference:
         digits = self.figure.digits
         if round(self.low, digits) <= 0 <= round(self.high, digits):
             return TIE
+        if not self.figure.better:
+            return "higher" if self.value > 0 else "lower"
         return "better" if self.value * self.figure.better > 0 else "worse"
 
     @property

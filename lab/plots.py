@@ -17,6 +17,7 @@ LABEL_WIDTH = 34                        # letters
 TICKS = 4                               # of an axis at most, and one: their labels must not meet
 WIDTH, LABELS, ROW = 2.4, 3.0, 0.5      # inches: of a panel, of the labels, of a comparison
 STYLES = ((0, (1, 4)), "-", ":", "-.", "--")            # of lines: a method has one in all pictures
+BETTER = {1: "right of the line is better", -1: "left of the line is better", 0: "a change, no merit or harm"}
 LEGEND = "hollow: a tie; a square: one seed; line: 95 % interval; ticks: each seed"
 
 
@@ -61,9 +62,8 @@ def draw_panel(axis, told: list, side: str) -> None:
         axis.plot(found.value, place, mark, color="0", markerfacecolor=filling)
         for seed in found.seeds:
             axis.plot(seed, place + 0.25, "|", color="0.4")
-        better = "right" if found.figure.better > 0 else "left"
         title = f"{found.figure.title}, {side} language"
-        axis.set_title(f"{title}\n({better} of the line is better)", fontsize=9)
+        axis.set_title(f"{title}\n({BETTER[found.figure.better]})", fontsize=9)
     axis.margins(x=0.1)
     axis.locator_params("x", nbins=TICKS)
     axis.grid(axis="x", alpha=0.3)

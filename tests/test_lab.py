@@ -19,6 +19,7 @@ from evals.figures import chrf, chrf_counts
 from formats.records import write_rows
 from lab import data as lab_data
 from lab import figures, measure, plan, plots, report, runner
+from lab.__main__ import main
 
 SETTINGS = {"model": "m", "data": "d", "eval-data": "e", "dtype": "fp32", "max-new-tokens": 8}
 METHODS = {"sft": {"method": "sft"}, "clo": {"method": "clo", "beta": 0.5},
@@ -112,6 +113,13 @@ def test_a_plan_that_cannot_be_run_is_refused_in_one_line(tmp_path, change, told
     with pytest.raises(InputError, match=told) as error:
         write_plan(tmp_path / "p.json", change.pop("methods", METHODS), **change)
     assert "\n" not in str(error.value)
+
+
+def test_a_plan_whose_model_was_not_made_is_refused_before_any_run_fails(tmp_path):
+    settings = SETTINGS | {"model": "runs/no-such-model", "data": str(tmp_path / "d.jsonl")}
+    write_json(tmp_path / "p.json", {"settings": settings, "methods": METHODS, "runs": []})
+    with pytest.raises(InputError, match="runs/no-such-model: not there yet; lab/README.md"):
+        main([str(tmp_path / "p.json"), "--results", str(tmp_path)])
 
 
 def test_a_grid_s_point_and_the_run_it_is_chosen_for_are_one_training(tmp_path):
@@ -332,6 +340,13 @@ def test_a_difference_smaller_than_what_is_shown_is_a_tie():
     assert figures.Difference(figure, 9, 2e-2, 1e-2, 3e-2, [2e-2]).verdict == "worse"
 
 
+def test_a_reply_unlike_the_base_s_is_a_change_and_no_harm():
+    figure = next(figure for figure in figures.FIGURES if figure.name == "kept")
+    found = figures.Difference(figure, 9, -20.0, -30.0, -10.0, [-20.0])
+    assert found.verdict == "lower"
+    assert report.verdicts({"kept": found}) == "(9 questions) **lower** in likeness to the base's replies"
+
+
 # ------------------------------------------------------------------------------------------------------- page
 
 def made_up(method, rows=100, seed=0, right=0.5, asked="x", n=40):
@@ -366,6 +381,20 @@ def test_a_sentence_says_no_more_than_its_interval_and_a_question_without_runs_i
         assert report.NOT_RUN in section_of(text, number)
     short = text.split("## In short")[1].split("\n## ")[0]
     assert "p, sw, 100 rows: clo against sft" in short and "sft against" not in short
+
+
+def test_verdicts_are_counted_over_the_places_of_real_models_alone():
+    lines = [made_up("base", rows=0, right=0.1)]
+    for rows, right in ((50, 0.2), (100, 0.9)):
+        lines += [made_up("sft", rows, seed, right=0.2) for seed in (0, 1, 2)]
+        lines += [made_up("clo", rows, seed, right=right) for seed in (0, 1, 2)]
+    lines += [line | {"plan": "demo-rate"} for line in lines]
+    compared = report.compare("target", lines)
+    assert len({one.plan for one in compared}) == 2
+    header, _, row = report.verdict_table(compared).splitlines()
+    cells = dict(zip(header.split("|"), row.split("|")))
+    told = {title.strip(): cell.strip() for title, cell in cells.items()}
+    assert told["target: in language"] == "1 / 0 / 1"
 
 
 def test_twice_the_rows_are_compared_where_both_sizes_were_run():
