@@ -105,29 +105,6 @@ class Beams:
         self.visible = torch.cat([self.visible, own], dim=2)
 
 
-@dataclass
-class Answers:
-    """The best finished hypothesis of every sentence so far, on the device."""
-    ids: Tensor      # (sentences, longest)
-    length: Tensor   # (sentences,)
-
-    @classmethod
-    def start(cls, row: Tensor, longest: int) -> "Answers":
-        """Of as many sentences as row has."""
-        return cls(ids=row.new_zeros(len(row), longest), length=torch.zeros_like(row))
-
-    def replace_(self, row: Tensor, better: Tensor, ids: Tensor) -> None:
-        """ids (B, T) become the answers of sentences row (B,) where better (B,)."""
-        T = ids.shape[1]
-        before = self.ids[row, :T]
-        self.ids[row, :T] = torch.where(better[:, None], ids, before)
-        self.length[row] = self.length[row].masked_fill(better, T)
-
-    def as_lists(self) -> list[list[int]]:
-        pairs = zip(self.ids.tolist(), self.length.tolist())
-        return [ids[:length] for ids, length in pairs]
-
-
 # ---- a step ----
 
 def fill_logits_(logits: Tensor, hidden: Tensor, head: Tensor) -> Tensor:
@@ -180,13 +157,13 @@ def best_tokens(hidden: Tensor, head: Tensor, count: int, room: Tensor,
     return top - total[:, None], tokens.gather(1, which)
 
 
-def extend(state: Beams, logp: Tensor, token: Tensor, alpha: float, end: int, answers: Answers) -> Beams:
+def extend(state: Beams, logp: Tensor, token: Tensor, alpha: float, end: int, answers: Tensor) -> Beams:
     """Hypotheses one token longer, given the 2K best of each, logp and token (B K, 2K); as transformers does
     with early_stopping=True.
 
     A sentence's 2K best extensions are looked at: those that end among the first K are finished hypotheses,
-    the best of which goes to `answers`. Of the others the best K go on. There are K: each parent has one
-    extension by the end token, so at most K of the 2K end.
+    the best of which goes to its row of `answers` (sentences, longest), over a shorter one. Of the others the
+    best K go on. There are K: each parent has one extension by the end token, so at most K of the 2K end.
     """
     B, parents, T = state.history.shape
     most = logp.shape[1]
@@ -203,9 +180,9 @@ def extend(state: Beams, logp: Tensor, token: Tensor, alpha: float, end: int, an
     mean = total[:, :K] / (T + 1)**alpha  # eq. 4
     mean = mean.masked_fill(~ends, -math.inf)
     best, which = mean.max(1, keepdim=True)
-    best = best[:, 0]
     ended = longer(state, parent, token, which)[:, 0]
-    answers.replace_(state.row, best > state.best, ended)
+    before = answers[state.row, :T + 1]
+    answers[state.row, :T + 1] = torch.where(best > state.best[:, None], ended, before)
 
     unended = total.masked_fill(token == end, -math.inf)
     score, alive = unended.topk(K)
@@ -214,7 +191,7 @@ def extend(state: Beams, logp: Tensor, token: Tensor, alpha: float, end: int, an
                    visible=follow(state.visible, parent.gather(1, alive)),
                    score=score,
                    finished=state.finished + ends.sum(1) + K * last,  # at its limit a sentence is done
-                   best=torch.maximum(state.best, best))
+                   best=torch.maximum(state.best, best[:, 0]))
 
 
 def longer(state: Beams, parent: Tensor, token: Tensor, which: Tensor) -> Tensor:
@@ -311,7 +288,7 @@ def beam_search(model: M2M100, sources: list[list[int]], language: int, limits: 
     head = model.head
     exact = torch.promote_types(head.dtype, torch.float32)
     search = Search(model, sources, language, limits, exact)
-    answers = Answers.start(search.state.row, max(limits))
+    answers = search.state.row.new_full((len(sources), max(limits) + 1), -1)  # -1 behind their ends
     columns = len(sources) * beams
     room = head.new_empty(columns * (len(head) + BLOCK), dtype=exact)
     while True:
@@ -323,7 +300,7 @@ def beam_search(model: M2M100, sources: list[list[int]], language: int, limits: 
 
         going = (search.state.finished < beams).nonzero()[:, 0]  # waits for the device, once a step
         if len(going) == 0:
-            return answers.as_lists()
+            return [ids[:ids.index(-1)] for ids in answers.tolist()]
         # To drop sentences copies the caches: that pays when an eighth of them is done, or no slot is free.
         few = 8 * len(going) <= 7 * len(search.mask)
         if few or not search.caches[0].has_room(beams):
