@@ -68,7 +68,7 @@ class Attention(nn.Module):
         return self.split(self.k_proj(x)), self.split(self.v_proj(x))
 
     def forward(self, x: Tensor, key: Tensor, value: Tensor, mask=None, causal=False) -> Tensor:
-        """x (B, T, H) looks at key, value (B, heads, S, D); mask (B, 1, T or 1, S) is added to the scores."""
+        """x (B, T, H) looks at key, value (B, heads, S, D); mask (B, 1, T or 1, S) says at which."""
         query = self.split(self.q_proj(x))
         mixed = F.scaled_dot_product_attention(query, key, value, mask, is_causal=causal)
         mixed = mixed.transpose(1, 2).flatten(2)
@@ -155,18 +155,12 @@ class M2M100(nn.Module):
         scale = math.sqrt(c.d_model) if c.scale_embedding else 1.0
         return self.model.shared(tokens) * scale + waves
 
-    def bias(self, mask: Tensor) -> Tensor:
-        """What attention adds to its scores: 0 where mask is True, -inf elsewhere."""
-        added = self.head.new_zeros(mask.shape)
-        return added.masked_fill_(~mask, -math.inf)
-
     def encode(self, tokens: Tensor, mask: Tensor) -> Tensor:
         """The source (B, S) as (B, S, H); mask (B, S) is False on padding."""
         positions = mask.cumsum(1) * mask
         x = self.embed(tokens, self.config.pad_token_id + positions)
-        added = self.bias(mask[:, None, None, :])
         for layer in self.model.encoder.layers:
-            x = layer(x, added)
+            x = layer(x, mask[:, None, None, :])
         return self.model.encoder.layer_norm(x)
 
     def memory(self, encoded: Tensor) -> list[tuple[Tensor, Tensor]]:
@@ -183,8 +177,8 @@ class M2M100(nn.Module):
         first = self.config.pad_token_id + 1 + start
         places = torch.arange(first, first + T, device=tokens.device)
         x = self.embed(tokens, places[None])
-        source = self.bias(source_mask[:, None, None, :])
-        seen = None if visible is None else self.bias(visible[:, None])
+        source = source_mask[:, None, None, :]
+        seen = None if visible is None else visible[:, None]
         for i, layer in enumerate(self.model.decoder.layers):
             x = layer(x, memory[i], source, caches and caches[i], seen)
         return self.model.decoder.layer_norm(x)
