@@ -75,19 +75,6 @@ class Beams:
     finished: Tensor   # (B,) how many of its hypotheses have ended; from K on the sentence is done
     best: Tensor       # (B,) eq. 4 of the best of those
 
-    @classmethod
-    def start(cls, row: Tensor, language: int, limit: Tensor, score: Tensor) -> "Beams":
-        """score: zeros (B,), of the type that sums are kept in."""
-        history = torch.full_like(row, language)
-        visible = torch.ones_like(row, dtype=torch.bool)
-        return cls(row=row,
-                   limit=limit,
-                   history=history[:, None, None],
-                   visible=visible[:, None, None],
-                   score=score[:, None],
-                   finished=torch.zeros_like(row),
-                   best=score - math.inf)
-
     def keep(self, rows: Tensor, slots: Tensor) -> "Beams":
         """The hypotheses of some rows (B',), which see the cache through these of its slots (B', n)."""
         chosen = {field.name: getattr(self, field.name)[rows] for field in fields(self)}
@@ -249,10 +236,17 @@ class Search:
         self.model = model
         self.memory = model.memory(encoded)
         self.caches = [Cache(key) for key, _ in self.memory]
+        B = len(sources)
         row = torch.tensor(order, device=encoded.device)
         limit = torch.tensor(limits, device=encoded.device)
-        score = encoded.new_zeros(len(sources), dtype=exact)
-        self.state = Beams.start(row, language, limit[row], score)
+        score = encoded.new_zeros(B, 1, dtype=exact)
+        self.state = Beams(row=row,
+                           limit=limit[row],
+                           history=row.new_full((B, 1, 1), language),
+                           visible=row.new_ones(B, 1, 1, dtype=torch.bool),
+                           score=score,
+                           finished=torch.zeros_like(row),
+                           best=score[:, 0] - math.inf)
         start = torch.full_like(row, model.config.decoder_start_token_id)
         model.decode(start[:, None], 0, self.memory, self.mask, self.caches)
 
