@@ -71,6 +71,7 @@ OPENER = re.compile(rf"""
 CLOSER = re.compile(rf"\n|`+|\$\$|\\[\])]|-->|\]\]>|\?>|\\end\{{(\w+\*?)\}}|</({RAW})\s*>", re.IGNORECASE)
 INFO = re.compile(r"[\w+#.-]*[ \t\r]*(?:\n|$)")     # behind the ticks of a fence: the language
 BLANK_LINE = re.compile(r"\n[ \t]*(?=\r?\n)")
+PARAGRAPH = re.compile(r"(?:^[^\S\n]*\S.*\n?)+", re.MULTILINE)     # lines that are not blank
 CLOSED_BY = {"$$": "$$", "\\[": "\\]", "\\(": "\\)", "<!--": "-->", "<![CDATA[": "]]>"}
 
 # What code without a fence begins with: an assignment, an import, SQL, an entry of JSON; words of languages.
@@ -205,17 +206,12 @@ def code_lines(lines: list[str]) -> tuple[int, int] | None:
 
 def code_blocks(text: str) -> Iterator[tuple[int, int]]:
     """Where the code lies that has no fence: in paragraphs, whose prose above and below stays prose."""
-    at, paragraph = 0, []
-    for line in [*text.split("\n"), ""]:
-        if line.strip():
-            paragraph.append(line)
-        else:
-            if found := code_lines(paragraph):
-                first, last = found
-                start = at - len("".join(line + "\n" for line in paragraph[first:]))
-                yield start, start + len("\n".join(paragraph[first:last + 1]))
-            paragraph = []
-        at += len(line) + 1
+    for paragraph in PARAGRAPH.finditer(text):
+        lines = paragraph[0].removesuffix("\n").split("\n")
+        if found := code_lines(lines):
+            first, last = found
+            start = paragraph.start() + len("".join(line + "\n" for line in lines[:first]))
+            yield start, start + len("\n".join(lines[first:last + 1]))
 
 
 def flatten(text: str) -> tuple[str, list[str]]:
