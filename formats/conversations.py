@@ -280,12 +280,9 @@ def find_format(record):
 
 
 def unread(record):
-    """The columns of a record that hold something and that its reader does not look at. A reader of one's own
-    is taken to look at what `columns` does."""
-    found = find_format(record)
-    if found is None:
-        return []
-    keys, reader = found
+    """The columns of a record of a known format that hold something and that its reader does not look at. A
+    reader of one's own is taken to look at what `columns` does."""
+    keys, reader = find_format(record)
     read = {*keys, "rejected", *labels_of(keys)}
     if reader not in (listed, implicit_prompt):
         read |= {*BESIDE, *(TASKS if keys[0] in CASES else ())}

@@ -22,6 +22,7 @@ What is kept of public data (every decision is counted, `describe_counts` prints
 - A record that cannot be read is skipped; a file most of whose records cannot be read is refused.
 """
 
+import contextlib
 import csv
 import io
 import itertools
@@ -69,13 +70,10 @@ def read_data(path):
 def single_object(path):
     """The one object that a file is, on one line or several; None if it is anything else."""
     text = read_text(path)
-    if not text.lstrip().startswith("{"):
-        return None
-    try:
-        value = parse_json(text, path, "one object is wanted")
-    except InputError:
-        return None
-    return value if isinstance(value, dict) else None
+    if text.lstrip().startswith("{"):
+        with contextlib.suppress(InputError):
+            return parse_json(text, path, "one object is wanted")
+    return None
 
 
 def unwrap(path, record):
@@ -178,12 +176,12 @@ def conversation_rows(record, where, asked, counts):
     record = known_spelling(record)
     messages = read_conversation(record, counts)
     asked.unread.update(dict.fromkeys(key for key in unread(record) if key not in NAMES))
-    counts["system prompts left out"] += sum(role == "system" for role, _ in messages)
-    counts["messages of tools left out"] += sum(role == "tool" for role, _ in messages)
-    counts["replies marked as not for training left out"] += sum(role == "untrained" for role, _ in messages)
-    messages = [message for message in messages if message[0] != "system"]
-    pairs, opens = exchanges(messages)
-    said = sum(role in SIDES for role, _ in messages)
+    roles = Counter(role for role, _ in messages)
+    counts["system prompts left out"] += roles["system"]
+    counts["messages of tools left out"] += roles["tool"]
+    counts["replies marked as not for training left out"] += roles["untrained"]
+    pairs, opens = exchanges([message for message in messages if message[0] != "system"])
+    said = roles["user"] + roles["assistant"]
     counts["messages without a question or a reply beside them left out"] += said - 2 * len(pairs)
     if asked.turns == "first":
         counts["later turns left out"] += len(pairs) - opens
