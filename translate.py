@@ -42,6 +42,7 @@ LONGEST_TOKEN = 16    # characters; a text of more than MAX_SOURCE such tokens i
 MAX_LOGITS = 2**26    # elements of the largest logits matrix: bounds the batch when the vocabulary is large
 NO_REPEAT = 4         # the second try of a segment bans every repeated n-gram of this length
 UNKNOWN_SHARE = 0.1   # a source with more unknown tokens than this cannot be translated
+CHUNK = 32            # rows that a process translates before their lines are appended
 
 
 # ---- segments ----
@@ -252,13 +253,11 @@ def translate_records_(records: list[dict], targets: list[str], direction: Direc
                 record["clo"]["failed"][target] = dict(faults)
 
 
-def translated_chunks(todo: list[dict], targets: list[str], direction: Direction,
-                      chunk: int) -> Iterator[list[dict]]:
+def translated_chunks(todo: list[dict], targets: list[str], direction: Direction) -> Iterator[list[dict]]:
     """The records with their translations, a chunk a rank at a time, the same on every rank."""
-    together = chunk * ranks.size()
-    for first in range(0, len(todo), together):
-        own = first + chunk * ranks.rank()
-        part = todo[own:own + chunk]        # empty where the last round has fewer chunks than ranks
+    for first in range(0, len(todo), CHUNK * ranks.size()):
+        own = first + CHUNK * ranks.rank()
+        part = todo[own:own + CHUNK]        # empty where the last round has fewer chunks than ranks
         translate_records_(part, targets, direction)
         yield [*itertools.chain(*ranks.gather([part]))]
 
@@ -277,7 +276,7 @@ def speedometer(bar: tqdm) -> Callable[[int], None]:
 
 
 def complete_file(path: Path, records: list[dict], targets: list[str], direction: Direction,
-                  keep_failed: bool, chunk: int) -> list[dict]:
+                  keep_failed: bool) -> list[dict]:
     """The records as the file has them; those that it has not are made now, and appended."""
     keys = [(identifier(record, path), record["clo"]["hash"]) for record in records]
 
@@ -293,7 +292,7 @@ def complete_file(path: Path, records: list[dict], targets: list[str], direction
         made = []
         with progress(total=len(records), initial=finished, desc=title, unit="row") as bar:
             direction = replace(direction, on_tokens=speedometer(bar))
-            for found in translated_chunks([*todo.values()], targets, direction, chunk):
+            for found in translated_chunks([*todo.values()], targets, direction):
                 for record in found:
                     file_failed_(record, keep_failed)
                 if ranks.rank() == 0:
@@ -306,11 +305,10 @@ def complete_file(path: Path, records: list[dict], targets: list[str], direction
 
 
 def translate_rows(rows: list[dict], translator: Translator, source: str, target: str | list[str], path=None,
-                   beams: int = 5, batch_tokens: int = 2048, keep_failed: bool = False,
-                   chunk: int = 32) -> list[dict]:
+                   beams: int = 5, batch_tokens: int = 2048, keep_failed: bool = False) -> list[dict]:
     """The rows with their translation into `target` (a code or several), through the JSONL file `path`.
 
-    Every `chunk` rows their lines are appended; a run killed at any moment goes on from there. Ranks take a
+    Every CHUNK rows their lines are appended; a run killed at any moment goes on from there. Ranks take a
     chunk each and the first one writes: the file is that of one process. A row of which a segment failed is
     left out of the result, and its translation is filed under "clo", unless keep_failed.
 
@@ -326,7 +324,7 @@ def translate_rows(rows: list[dict], translator: Translator, source: str, target
     if path is None:
         translate_records_(records, targets, direction)
     else:
-        records = complete_file(Path(path), records, targets, direction, keep_failed, chunk)
+        records = complete_file(Path(path), records, targets, direction, keep_failed)
         print(describe_faults(records, targets, keep_failed))
     translated = []
     for row, record in zip(rows, records):

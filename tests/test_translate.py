@@ -253,15 +253,16 @@ def shout(monkeypatch):
     return seen
 
 
-def test_a_run_killed_after_any_byte_ends_with_the_same_file(translator, tmp_path, shout):
+def test_a_run_killed_after_any_byte_ends_with_the_same_file(translator, tmp_path, shout, monkeypatch):
+    monkeypatch.setattr(translate, "CHUNK", 2)
     rows, whole = make_rows(7), tmp_path / "whole.jsonl"
-    expected = translate.translate_rows(rows, translator, "en", "sw", whole, chunk=2)
+    expected = translate.translate_rows(rows, translator, "en", "sw", whole)
     raw = whole.read_bytes()
     for size in [*range(0, len(raw), 97), len(raw) - 1, len(raw)]:
         path = tmp_path / "cut.jsonl"
         path.write_bytes(raw[:size])
         shout.clear()
-        assert translate.translate_rows(rows, translator, "en", "sw", path, chunk=2) == expected
+        assert translate.translate_rows(rows, translator, "en", "sw", path) == expected
         assert path.read_bytes() == raw
         assert bool(shout) == (size < len(raw))
 
