@@ -12,6 +12,7 @@ Unigram: Kudo 2018 (arXiv:1804.10959).
 import io
 import re
 import struct
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -166,24 +167,21 @@ def read_sentencepiece(path: Path) -> tuple[tokenizers.Tokenizer, list[str], Nor
 
 @dataclass
 class Tokenizer:
-    """Text <-> model ids. to_model maps the tokenizer's own ids to the model's (None: they are the same)."""
+    """Text <-> model ids."""
     inner: tokenizers.Tokenizer
     languages: dict[str, int]  # normal code (formats/languages.py) -> id of its token
     unknown: int
-    to_model: list[int] | None = None
-    normalize: Normalizer | None = None  # a tokenizer.json has its own
+    to_model: Sequence[int]  # the tokenizer's own ids -> the model's
+    normalize: Callable[[str], str] = str  # nothing to do: a tokenizer.json does it itself
 
     def __post_init__(self):
-        own = range(self.inner.get_vocab_size()) if self.to_model is None else self.to_model
         special = {0, 1, 2, self.unknown, *self.languages.values()}  # <s>, <pad>, </s> come first everywhere
-        self.from_model = {known: i for i, known in enumerate(own) if known not in special}
+        self.from_model = {known: i for i, known in enumerate(self.to_model) if known not in special}
 
     def encode(self, text: str) -> list[int]:
         """Pieces of one line, without language and end tokens."""
-        if self.normalize is not None:
-            text = self.normalize(text)
-        ids = self.inner.encode(text, add_special_tokens=False).ids
-        return ids if self.to_model is None else [self.to_model[i] for i in ids]
+        ids = self.inner.encode(self.normalize(text), add_special_tokens=False).ids
+        return [self.to_model[i] for i in ids]
 
     def decode(self, ids: list[int]) -> str:
         return self.inner.decode([self.from_model[i] for i in ids if i in self.from_model]).strip()
@@ -212,4 +210,4 @@ def load_tokenizer(path: Path) -> Tokenizer:
             languages[normal(found[1] or found[2])] = i
     if not languages:
         raise InputError(f"{fast} has no language tokens such as __sw__ or swh_Latn: no translator")
-    return Tokenizer(inner, languages, inner.token_to_id("<unk>"))
+    return Tokenizer(inner, languages, inner.token_to_id("<unk>"), range(inner.get_vocab_size()))
