@@ -234,9 +234,7 @@ class Packing:
         """Rows of a micro-batch for steps of so many rows each: those with which the busiest rank computes
         the least, padding and what a pass costs by itself included."""
         def work(rows):
-            passes = 0
-            for step in steps:
-                passes += math.ceil(math.ceil(step / rows) / self.ranks)
+            passes = sum(math.ceil(step / (rows * self.ranks)) for step in steps)
             return passes * (rows + PASS_ROWS)
         return min(range(self.micro_rows, 0, -1), key=work)               # on a tie the most
 

@@ -232,10 +232,8 @@ def read_product(file, module: str, config: dict, where) -> Callable[[], Tensor]
 
 def by_pattern(patterns: dict[str, float], layer: str, default: float) -> float:
     """The value of the first pattern that matches the end of a layer's name (peft.utils.get_pattern_key)."""
-    for pattern, value in patterns.items():
-        if re.match(rf"(.*\.)?({pattern})$", layer):
-            return value
-    return default
+    found = (value for pattern, value in patterns.items() if re.match(rf"(.*\.)?({pattern})$", layer))
+    return next(found, default)
 
 
 def check_carried(file, key: str, weights: Weights, names: dict[str, str], where) -> None:
