@@ -23,7 +23,7 @@ import torch
 
 import data
 import model as llama
-from engine.files import InputError, as_kind, fingerprint, need, read_records
+from engine.files import InputError, as_kind, fingerprint, need, read_json, read_records
 from formats import hub
 from formats.languages import nllb_code, normal, suggestion
 from formats.records import PARQUET, read_table, refuse_duplicates, table_cells
@@ -36,60 +36,10 @@ CMMLU_DESCRIPTION = "以下是关于{subject}的单项选择题，请直接给�
 LETTERED = "{question}\nA. {A}\nB. {B}\nC. {C}\nD. {D}\nAnswer:"
 CMMLU_TEXT = "{question}\nA. {A}\nB. {B}\nC. {C}\nD. {D}\n答案："
 BELEBELE_TEXT = "P: {passage}\nQ: {question}\nA: {A}\nB: {B}\nC: {C}\nD: {D}\nAnswer:"
-MMLU_CATEGORIES = {
-    "stem": "abstract_algebra anatomy astronomy college_biology college_chemistry college_computer_science "
-            "college_mathematics college_physics computer_security conceptual_physics electrical_engineering "
-            "elementary_mathematics high_school_biology high_school_chemistry high_school_computer_science "
-            "high_school_mathematics high_school_physics high_school_statistics machine_learning",
-    "other": "business_ethics clinical_knowledge college_medicine global_facts human_aging management "
-             "marketing medical_genetics miscellaneous nutrition professional_accounting "
-             "professional_medicine virology",
-    "social_sciences": "econometrics high_school_geography high_school_government_and_politics "
-                       "high_school_macroeconomics high_school_microeconomics high_school_psychology "
-                       "human_sexuality professional_psychology public_relations security_studies "
-                       "sociology us_foreign_policy",
-    "humanities": "formal_logic high_school_european_history high_school_us_history "
-                  "high_school_world_history international_law jurisprudence logical_fallacies "
-                  "moral_disputes moral_scenarios philosophy prehistory professional_law world_religions"}
-# with the names the harness uses, in the categories of CMMLU's src/categories.py; some count in a fifth, too
-CMMLU_SUBJECTS = {
-    "stem":
-        "anatomy:解剖学 astronomy:天文学 college_actuarial_science:大学精算学 "
-        "college_engineering_hydrology:大学工程水文学 college_mathematics:大学数学 "
-        "college_medical_statistics:大学医学统计 computer_science:计算机科学 "
-        "conceptual_physics:概念物理学 electrical_engineering:电气工程 elementary_mathematics:初等数学 "
-        "genetics:遗传学 high_school_biology:高中生物 high_school_chemistry:高中化学 "
-        "high_school_mathematics:高中数学 high_school_physics:高中物理学 machine_learning:机器学习 "
-        "virology:病毒学",
-    "humanities":
-        "arts:艺术学 chinese_history:中国历史 chinese_literature:中国文学 college_law:大学法律 "
-        "global_facts:全球事实 international_law:国际法学 jurisprudence:法理学 logical:逻辑学 "
-        "marxist_theory:马克思主义理论 philosophy:哲学 professional_law:专业法学 world_history:世界历史 "
-        "world_religions:世界宗教",
-    "social_sciences":
-        "ancient_chinese:古汉语 business_ethics:商业伦理 chinese_civil_service_exam:中国公务员考试 "
-        "chinese_food_culture:中国饮食文化 chinese_foreign_policy:中国外交政策 "
-        "chinese_teacher_qualification:中国教师资格 college_education:大学教育学 economics:经济学 "
-        "education:教育学 elementary_chinese:小学语文 ethnology:民族学 high_school_geography:高中地理 "
-        "high_school_politics:高中政治 journalism:新闻学 management:管理学 marketing:市场营销 "
-        "modern_chinese:现代汉语 professional_accounting:专业会计 professional_psychology:专业心理学 "
-        "public_relations:公共关系 security_study:安全研究 sociology:社会学",
-    "other":
-        "agronomy:农学 chinese_driving_rule:中国驾驶规则 clinical_knowledge:临床知识 "
-        "college_medicine:大学医学 computer_security:计算机安全 "
-        "construction_project_management:建设工程管理 elementary_commonsense:小学常识 "
-        "elementary_information_and_technology:小学信息技术 food_science:食品科学 "
-        "human_sexuality:人类性行为 legal_and_moral_basis:法律与道德基础 nutrition:营养学 "
-        "professional_medicine:专业医学 sports_science:体育学 traditional_chinese_medicine:中医中药",
-    "china_specific":
-        "ancient_chinese construction_project_management elementary_chinese elementary_commonsense ethnology "
-        "high_school_politics modern_chinese traditional_chinese_medicine chinese_civil_service_exam "
-        "chinese_driving_rule chinese_food_culture chinese_foreign_policy chinese_history chinese_literature "
-        "chinese_teacher_qualification"}
-MMMLU_LANGUAGES = dict(pair.split(":") for pair in (
-    "AR-XY:Arabic,BN-BD:Bengali,DE-DE:German,ES-LA:Spanish,FR-FR:French,HI-IN:Hindi,ID-ID:Indonesian,"
-    "IT-IT:Italian,JA-JP:Japanese,KO-KR:Korean,PT-BR:Brazilian Portuguese,SW-KE:Swahili,YO-NG:Yoruba,"
-    "ZH-CN:Simplified Chinese").split(","))
+# Categories of subjects (CMMLU's are those of its src/categories.py, and some subjects count in a fifth, too),
+# the names of CMMLU's subjects in the harness, and the languages of MMMLU.
+TABLES = read_json(Path(__file__).with_name("subjects.json"))
+CMMLU_NAMES, MMMLU_LANGUAGES = TABLES["cmmlu names"], TABLES["mmmlu languages"]
 FIELDS = ("question", *LETTERS, "answer")
 CAPITALS = ("Question", *LETTERS, "Answer")
 
@@ -102,15 +52,15 @@ class Task:
     description: str
     text: str
     keys: tuple[str, ...]
-    categories: dict[str, str]
+    categories: dict[str, list[str]]
     examples: str = ""
     answers: tuple = LETTERS
 
 
 TASKS = {
-    "mmlu": Task("mmlu", MMLU_DESCRIPTION, LETTERED, FIELDS, MMLU_CATEGORIES, "dev"),
-    "mmmlu": Task("mmmlu", MMMLU_DESCRIPTION, LETTERED, CAPITALS, MMLU_CATEGORIES),
-    "cmmlu": Task("cmmlu", CMMLU_DESCRIPTION, CMMLU_TEXT, CAPITALS, CMMLU_SUBJECTS, "dev"),
+    "mmlu": Task("mmlu", MMLU_DESCRIPTION, LETTERED, FIELDS, TABLES["mmlu"], "dev"),
+    "mmmlu": Task("mmmlu", MMMLU_DESCRIPTION, LETTERED, CAPITALS, TABLES["mmlu"]),
+    "cmmlu": Task("cmmlu", CMMLU_DESCRIPTION, CMMLU_TEXT, CAPITALS, TABLES["cmmlu"], "dev"),
     "belebele": Task(
         "belebele", "", BELEBELE_TEXT,
         ("question", "mc_answer1", "mc_answer2", "mc_answer3", "mc_answer4", "correct_answer_num"),
@@ -135,7 +85,7 @@ class Benchmark:
     """Questions to ask, and what has to stand beside their score."""
     questions: list[Question]
     settings: dict
-    categories: dict[str, set[str]]    # subjects of each; {} where a benchmark has none
+    categories: dict[str, list[str]]   # subjects of each; {} where a benchmark has none
 
 
 # ---------------------------------------------------------------------------------------------- files -> rows
@@ -251,12 +201,10 @@ def description_of(task: Task, subject: str, language: str) -> str:
     """What stands before the examples, with the subject named in the benchmark's language."""
     spaced = subject.replace("_", " ")
     if task.name == "cmmlu":
-        words = " ".join(CMMLU_SUBJECTS.values()).split()
-        names = dict(word.split(":") for word in words if ":" in word)
-        if subject not in names:
+        if subject not in CMMLU_NAMES:
             raise InputError(f"CMMLU has no subject {subject!r}: "
-                             f"the file's name must be one of {', '.join(sorted(names))}")
-        spaced = names[subject]
+                             f"the file's name must be one of {', '.join(sorted(CMMLU_NAMES))}")
+        spaced = CMMLU_NAMES[subject]
     if task.name == "mmmlu":
         language = MMMLU_LANGUAGES[mmmlu_code(language)]
     return task.description.format(subject=spaced, language=language)
@@ -330,8 +278,7 @@ def read_benchmark(name: str, path, shots: int = 0, language: str = "", subjects
         "subjects": sorted({question.subject for question in asked}),
         "limit": limit,
         "files": used}
-    categories = {part: set(re.sub(r":\S+", "", text).split()) for part, text in task.categories.items()}
-    return Benchmark(asked, settings, categories)
+    return Benchmark(asked, settings, task.categories)
 
 
 # ----------------------------------------------------------------------------------------- questions -> forks

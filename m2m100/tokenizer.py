@@ -210,4 +210,5 @@ def load_tokenizer(path: Path) -> Tokenizer:
             languages[normal(found[1] or found[2])] = i
     if not languages:
         raise InputError(f"{fast} has no language tokens such as __sw__ or swh_Latn: no translator")
-    return Tokenizer(inner, languages, inner.token_to_id("<unk>"), range(inner.get_vocab_size()))
+    ids = range(max(inner.get_vocab().values()) + 1)
+    return Tokenizer(inner, languages, inner.token_to_id("<unk>"), to_model=ids)

@@ -296,11 +296,11 @@ def test_lines_are_counted_through_quoted_newlines(tmp_path):
 
 
 def test_maps_hold_every_subject_once():
-    mmlu = [subject for part in choice.MMLU_CATEGORIES.values() for subject in part.split()]
-    *parts, china = [part.split() for part in choice.CMMLU_SUBJECTS.values()]
-    cmmlu = [pair.split(":")[0] for part in parts for pair in part]
+    mmlu = [subject for part in choice.TABLES["mmlu"].values() for subject in part]
+    *parts, china = choice.TABLES["cmmlu"].values()
+    cmmlu = [subject for part in parts for subject in part]
     assert len(mmlu) == len(set(mmlu)) == 57 and len(cmmlu) == len(set(cmmlu)) == 67
-    assert len(china) == 15 and set(china) <= set(cmmlu)
+    assert len(china) == 15 and set(china) <= set(cmmlu) == set(choice.CMMLU_NAMES)
 
 
 def test_settings_tell_template_shots_and_file_hashes(tmp_path):
