@@ -211,14 +211,13 @@ def sdpa(q, k, v, mask=None, causal: bool = False):
 
 
 def attend_causal(q, k, v, window=None):
-    """Plain causal attention of T tokens, the last ones of K, each seeing at most the last `window`."""
-    T, K = q.shape[1], k.shape[1]
-    if T == K and (window is None or T <= window):
+    """Plain causal attention of T tokens, each seeing at most the last `window`."""
+    T = q.shape[1]
+    if window is None or T <= window:
         return sdpa(q, k, v, causal=True)
-    query = torch.arange(K - T, K, device=q.device)[:, None]
-    key = torch.arange(K, device=q.device)
-    distance = query - key
-    visible = (distance >= 0) & (distance < (window or math.inf))
+    order = torch.arange(T, device=q.device)
+    distance = order[:, None] - order
+    visible = (distance >= 0) & (distance < window)
     return sdpa(q, k, v, mask=visible[None, None])
 
 
