@@ -70,13 +70,6 @@ class Linear(nn.Module):
         return linear(x, self.weight.to(x.dtype), bias)
 
 
-class Embedding(nn.Embedding):
-    """nn.Embedding without its random start, which on the meta device would import torch's compiler."""
-
-    def reset_parameters(self) -> None:
-        pass
-
-
 class RMSNorm(nn.Module):
     """x / rms(x) * weight over the last axis."""
 
@@ -386,8 +379,10 @@ class Llama(nn.Module):
         self.run_forks = run_block
         if self.compiled:
             self.run_forks = torch.compile(run_block, dynamic=False, fullgraph=True, backend=compiler)
+        # Not nn.Embedding(V, H): its random start would import torch's compiler on the meta device.
+        table = torch.empty(config.vocab_size, config.hidden_size)
         self.model = nn.ModuleDict({
-            "embed_tokens": Embedding(config.vocab_size, config.hidden_size),
+            "embed_tokens": nn.Embedding.from_pretrained(table, freeze=False),
             "layers": nn.ModuleList(Block(config) for _ in range(config.num_hidden_layers)),
             "norm": RMSNorm(config.hidden_size, config.rms_norm_eps)})
         self.lm_head = None if config.tie_word_embeddings else Linear(config.hidden_size, config.vocab_size)

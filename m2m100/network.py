@@ -21,7 +21,6 @@ from torch import Tensor, nn
 
 from engine.files import InputError, as_kind, first_line, need, read_json
 from formats.weights import Weights
-from model import Embedding
 
 TIED = ("model.shared.weight", "lm_head.weight", "model.encoder.embed_tokens.weight",
         "model.decoder.embed_tokens.weight")
@@ -129,8 +128,9 @@ class M2M100(nn.Module):
         decoder = (c.d_model, c.decoder_attention_heads, c.decoder_ffn_dim)
         encoders = [EncoderLayer(*encoder) for _ in range(c.encoder_layers)]
         decoders = [DecoderLayer(*decoder) for _ in range(c.decoder_layers)]
+        table = torch.empty(c.vocab_size, c.d_model)
         self.model = nn.ModuleDict({
-            "shared": Embedding(c.vocab_size, c.d_model),
+            "shared": nn.Embedding.from_pretrained(table, freeze=False),
             "encoder": Stack(encoders, c.d_model),
             "decoder": Stack(decoders, c.d_model)})
         if not self.head.is_meta:  # random numbers on the meta device import half of torch's compiler
