@@ -11,12 +11,12 @@ multiple_choice, fit_languages, reply_language and answer_and_score.
 """
 
 import argparse
+import contextlib
 import json
 import sys
 from dataclasses import asdict, replace
 from pathlib import Path
 
-import model as llama
 import translate
 from data import print_notes
 from engine import flags, ranks
@@ -29,8 +29,7 @@ from evals.instructions import answer_lines, model_outputs, read_instructions, t
 from evals.language import fit_languages, reply_language    # noqa: F401
 from evals.perplexity import byte_figures, response_lines, scored_rows
 from evals.report import shown, table
-from evals.systems import (check_system, count_cut, finish, keep, locate, open_model, out_directory,
-                           tokenizer_for, unusual)
+from evals.systems import check_system, count_cut, finish, keep, locate, open_model, out_directory, unusual
 from evals.verdict import VERDICT
 from formats import hub
 from formats.languages import normal, split_commas
@@ -49,19 +48,17 @@ def ask(args) -> None:
         if own != base:
             raise InputError(f"{adapter} belongs to {own}, {first} to {base}: "
                              f"ask them one after the other, or name one base with --model")
-    systems = [None] if args.beside and first else []
-    systems += [adapter for _, adapter in found]
-    for system in systems:
-        check_system(args.model if system else base, system)
-    directory = hub.model_directory(base)
-    dtype = DTYPES[ranks.pick_dtype(args.dtype, args.device)]
+    systems = [(base, None)] if args.beside and first else []
+    systems += [(args.model, adapter) for _, adapter in found]
     models = {}
-    for system in systems:
-        tokenizer = tokenizer_for(directory, system, args.template_args)
-        if system == systems[0]:
-            print_notes(tokenizer, sys.stderr)
-        print(f"loading {base}{f' with {system}' if system else ''}", file=sys.stderr, flush=True)
-        models[system or base] = llama.load(directory, args.device, dtype, system), tokenizer
+    with contextlib.redirect_stdout(sys.stderr):            # answers alone go to standard output
+        for system in systems:
+            check_system(*system)
+        for system in systems:
+            model, tokenizer, settings = open_model(*system, args.device, args.dtype, args.template_args)
+            if not models:
+                print_notes(tokenizer)
+            models[settings["adapter"] or settings["model"]] = model, tokenizer
     how = Decoding(
         args.system_prompt, args.max_tokens,
         args.temperature, args.top_p, args.seed)

@@ -53,7 +53,7 @@ def run(*arguments, typed=""):
 def test_ask_answers_a_question_and_holds_a_conversation(tmp_path):
     path = write_checkpoint(tmp_path)
     one = run("ask", "--model", path, "--max-tokens", 5, "Where is the lion?")
-    assert one.returncode == 0 and one.stderr == f"loading {path}\nanswering, at most 5 tokens\n"
+    assert one.returncode == 0 and one.stderr == f"loading {path}: fp32 on cpu\nanswering, at most 5 tokens\n"
     assert one.stdout.endswith("\n(cut at --max-tokens 5)\n")
     talk = run("ask", "--model", path, "--max-tokens", 5, typed="Where is the lion?\n\nnever read\n")
     assert talk.returncode == 0 and talk.stdout.count("> ") == 2 and one.stdout.strip() in talk.stdout
