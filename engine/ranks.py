@@ -21,6 +21,7 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
 import model as llama
 from engine import files
@@ -136,20 +137,12 @@ def barrier() -> None:
 def sum_gradients_(parameters) -> None:
     """All-reduce: replace every gradient by its sum over ranks, in one message. Sharded ones were summed
     during the backward."""
-    replicated = [parameter for parameter in parameters if not is_sharded(parameter)]
-    if size() == 1 or not replicated:
+    gradients = [parameter.grad for parameter in parameters if not is_sharded(parameter)]
+    if size() == 1 or not gradients:
         return
-    flat = torch.cat([flat_gradient(parameter) for parameter in replicated])
+    flat = parameters_to_vector(gradients)
     dist.all_reduce(flat)
-    parts = flat.split([parameter.numel() for parameter in replicated])
-    for parameter, part in zip(replicated, parts):
-        parameter.grad = part.view_as(parameter)
-
-
-def flat_gradient(parameter: Tensor) -> Tensor:
-    """Zeros where this rank had nothing to learn it from."""
-    gradient = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
-    return gradient.reshape(-1)
+    vector_to_parameters(flat, gradients)
 
 
 def largest(number: int, device: torch.device) -> int:
