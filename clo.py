@@ -413,8 +413,8 @@ def run_method(name: str, stages: list[Stage], args, job: Job, validation: heldo
     languages = (args.source, *args.targets)
     nats = expected_nll(model, job.tokenizer, asked, languages, job.packing, args.system_prompt)
     scores = answer_and_score(model, job.tokenizer, job.answered, languages, job.classifier,
-                              args.max_new_tokens, args.system_prompt,
-                              directory / "answers.jsonl" if ranks.rank() == 0 else None, args.answers, nats)
+                              args.max_new_tokens, args.system_prompt, directory / "answers.jsonl",
+                              args.answers, nats)
     scores["heldout"] = validation.score(model)
     scores["train_seconds"] = round(seconds, 2)
     if stages:

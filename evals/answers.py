@@ -15,6 +15,7 @@ from tqdm import tqdm
 
 import data
 import model as llama
+from engine import ranks
 from engine.files import InputError, need, read_records, write_jsonl
 from engine.progress import progress
 from evals.figures import ANSWER_KEYS, languages_told, measure
@@ -119,8 +120,8 @@ def answer_and_score(model, tokenizer, rows: list[dict], languages: tuple[str, .
             line["reference_nll"] = round(cost, 6)      # ranks add in other orders
         scores[language] = score(own)
         lines += own
-    if path is not None:                     # of several processes the first writes
-        write_jsonl(path, lines)
+    if path is not None:
+        ranks.on_first(lambda: write_jsonl(path, lines))
     decoding = {
         "temperature": 0,
         "max_tokens": max_tokens,
