@@ -12,7 +12,6 @@ from torch.optim.adamw import adamw
 
 class AdamW:
     def __init__(self, parameters: Iterable[nn.Parameter], lr: float, weight_decay: float = 0.0):
-        self.defaults = {"fused": False}
         self.param_groups = [{"params": list(parameters), "lr": lr, "weight_decay": weight_decay}]
         self.state = {}
 

@@ -275,7 +275,7 @@ def restore_(parameters: dict[str, Tensor], optimizer, tensors: dict[str, Tensor
     for name, parameter in parameters.items():
         ranks.local_part(parameter).copy_(tensors[f"weight.{name}"])
         step = tensors[f"step.{name}"]
-        if optimizer.defaults["fused"]:                            # else AdamW has it on the CPU
+        if parameter.is_cuda:                                      # elsewhere AdamW has it on the CPU
             step = step.to(parameter.device)
         state = optimizer.state[parameter] = {"step": step}
         for moment in ("exp_avg", "exp_avg_sq"):
