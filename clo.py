@@ -249,12 +249,10 @@ def train(model: llama.Llama, parameters: dict, stage: Stage, packed: list, vali
 
 
 def batch_figures(loss: Tensor, logp: Tensor, batch: data.Batch, objective: Objective, step: Counts):
-    """What is logged of a micro-batch: loss, NLL, and rewards and log-probs (2, P): chosen, rejected. Rewards
-    are DPO's whatever the preference: of sums, against the reference."""
+    """What is logged of a micro-batch: loss, NLL, and rewards and log-probs (2, P) of its pairs."""
     ref = logp if batch.ref_logp is None else batch.ref_logp
-    pair = torch.stack((batch.chosen, batch.rejected))
     nll = -logp[batch.nll].sum() / max(step.nll_tokens, 1)
-    return loss, nll, objective.beta * (logp - ref)[pair], logp[pair]
+    return loss, nll, *heldout.rewards_and_logps(batch, logp, ref, objective.beta)
 
 
 def step_order(per_epoch: int, steps: int, seed: int) -> list[int]:

@@ -34,6 +34,13 @@ def sides(side: Tensor, targets: list[str]) -> dict[str, Tensor]:
     return {name: mask for name, mask in masks.items() if mask.any()}
 
 
+def rewards_and_logps(batch, logp: Tensor, ref: Tensor, beta: float) -> tuple[Tensor, Tensor]:
+    """Of the pairs of a data.Batch, (2, P): chosen, rejected; from log-probs (S,) of its continuations.
+    Rewards are DPO's whatever the preference: of sums, against the reference."""
+    pair = torch.stack((batch.chosen, batch.rejected))
+    return beta * (logp - ref)[pair], logp[pair]
+
+
 def pair_metrics(rewards: Tensor, logps: Tensor, side: Tensor, targets: list[str]) -> Metrics:
     """Means over the pairs of each direction. rewards, logps (2, P): chosen, rejected; side (P,)."""
     values = {
@@ -148,18 +155,12 @@ class Validation:
 def pair_figures(batches: list, policy: Sums, reference: Sums, beta: float,
                  targets: list[str]) -> Metrics:
     """Metrics of held-out batches from their sums under the policy and the reference."""
-    rewards, logps, nll = [], [], []
-    for batch, now, before in zip(batches, policy, reference):
-        pair = torch.stack((batch.chosen, batch.rejected))
-        gained = now - before
-        logps.append(now[pair])
-        rewards.append(beta * gained[pair])
-        nll.append(-now[batch.right])
-    rewards = torch.cat(rewards, 1)
-    logps = torch.cat(logps, 1)
+    pairs = [rewards_and_logps(batch, now, before, beta)
+             for batch, now, before in zip(batches, policy, reference)]
+    rewards, logps = (torch.cat(parts, 1) for parts in zip(*pairs))
     side = torch.cat([batch.side[batch.chosen] for batch in batches])
     metrics = pair_metrics(rewards, logps, side, targets)
-    nll = torch.cat(nll)
+    nll = torch.cat([-now[batch.right] for batch, now in zip(batches, policy)])
     tokens = torch.cat([batch.length[batch.right] for batch in batches])
     side = torch.cat([batch.side[batch.right] for batch in batches])
     for name, mask in sides(side, targets).items():
