@@ -381,7 +381,7 @@ def run_method(name: str, stages: list[Stage], args, job: Job, validation: heldo
     directory, result = job.run / name, job.run / name / "result.json"
     if ranks.on_first(result.exists):
         print(f"{name}: done before, read from {result}")
-        return ranks.on_first(lambda: runs.read_result(result))
+        return ranks.on_first(lambda: runs.read_result(result, trained=bool(stages)))
 
     def prepare(model):
         if stages:
@@ -532,7 +532,7 @@ def parse_args(argv=None) -> argparse.Namespace:
     if len({args.source, *args.targets}) < 1 + len(args.targets):      # a language twice
         parser.error(f"--lang {args.lang}: different languages joined by commas were expected, "
                      f"{args.source} not among them")
-    args.out = args.out or f"runs/{args.lang}"
+    args.out = str(args.out or f"runs/{args.lang}")
     return args
 
 
@@ -543,7 +543,7 @@ def add_flags(parser) -> None:
     add("--data", str, "demo/english.jsonl", "training rows, in any format data.py reads, or oasst1")
     add("--eval-data", str, None, "questions in all languages; else eval.jsonl beside --data, or rows of it")
     add("--translator", str, "demo/m2m100", "M2M100 or NLLB, directory or hub id, for rows without a target")
-    add("--out", str, None, "run directory; without it runs/LANG")
+    add("--out", flags.directory, None, "run directory; without it runs/LANG")
     add("--dry-run", bool, False, "tell memory and time, show samples; without --lang from config.json alone")
     add("--gpus", flags.positive_int, None, "with --dry-run: so many H200 instead of this machine")
     add("--fresh", bool, False, "start over; the run that is there is renamed aside")

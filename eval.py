@@ -302,7 +302,7 @@ def add_model_flags(parser, adapter_kind=str, more: str = ""):
 
 def add_output_flags(parser) -> None:
     add = flags.group(parser, "files")
-    add("--out", Path, None, "directory of the answers; default: named after what is evaluated")
+    add("--out", flags.directory, None, "of the answers; default: named after what is evaluated")
     add("--fresh", bool, False, "start over instead of going on behind the answers that are there")
 
 

@@ -17,7 +17,9 @@ import sys
 import time
 import zlib
 from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from safetensors import SafetensorError
 
@@ -326,10 +328,9 @@ class Journal:
         for where, answer in answers:
             for key in self.keys:
                 need(answer, key, where)
-        key = first_difference(before, settings)
-        if key is not None:
-            raise InputError(f"{self.path} was begun with {key} = {before.get(key)!r}, now it is "
-                             f"{settings.get(key)!r}: choose another --out, or start over with --fresh")
+        if difference := first_difference(before, settings):
+            raise InputError(f"{self.path} was begun with {difference}: choose another --out, or start over "
+                             f"with --fresh")
         if answers:
             print(f"{self.path} holds {len(answers)} answers: going on behind them")
         return [answer for _, answer in answers]
@@ -345,6 +346,23 @@ class Journal:
         self.file.close()
 
 
-def first_difference(before: dict, now: dict) -> str | None:
-    """The first key under which two dictionaries differ."""
-    return next((key for key in [*before, *now] if before.get(key) != now.get(key)), None)
+@dataclass(frozen=True)
+class Difference:
+    key: str
+    before: Any
+    now: Any
+
+    def __str__(self) -> str:
+        return f"{self.key} = {self.before!r}, now it is {self.now!r}"
+
+
+def first_difference(before: dict, now: dict) -> Difference | None:
+    """The first key under which two dictionaries differ, in a dictionary in them too: "files anatomy.csv"."""
+    for key in [*before, *now]:
+        old, new = before.get(key), now.get(key)
+        if isinstance(old, dict) and isinstance(new, dict):
+            if inner := first_difference(old, new):
+                return replace(inner, key=f"{key} {inner.key}")
+        elif old != new:
+            return Difference(key, old, new)
+    return None

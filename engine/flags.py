@@ -8,6 +8,7 @@ NaN and infinity are never numbers here.
 import argparse
 import math
 import sys
+from pathlib import Path
 
 LARGEST = sys.float_info.max
 LARGEST_COUNT = 2 ** 31 - 1      # what 32-bit sizes hold
@@ -52,6 +53,13 @@ def positives(text: str):
 def numbers(value) -> list[float]:
     """Those of a flag of `positives`; none of None."""
     return [] if value is None else [float(part) for part in str(value).split(",")]
+
+
+def directory(text: str) -> Path:
+    """An argparse `type`: where a directory is or can be made."""
+    if Path(text).exists() and not Path(text).is_dir():
+        raise argparse.ArgumentTypeError(f"{text[:400]} is a file, a directory was expected")
+    return Path(text)
 
 
 class Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):

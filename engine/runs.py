@@ -22,7 +22,7 @@ import signal
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -80,12 +80,11 @@ def read_run_config(path: Path) -> dict | None:
 
 def compare_runs(directory: Path, before: dict, flags: dict, inputs: dict) -> None:
     """InputError that names the first difference between two runs."""
-    key = first_difference(before["flags"], flags)
-    if key is not None:
-        raise InputError(f"{directory} belongs to a run with {key} = {before['flags'].get(key)!r}, now it is "
-                         f"{flags.get(key)!r}: choose another --out, or start over with --fresh")
-    key = first_difference(before["inputs"], inputs)
-    if key is not None:
+    if found := first_difference(before["flags"], flags):
+        raise InputError(f"{directory} belongs to a run with {found}: choose another --out, or start over "
+                         f"with --fresh")
+    if found := first_difference(before["inputs"], inputs):
+        key = found.key
         name = flags.get(key) or f"the {key} of {flags.get('model')}"
         raise InputError(f"{directory} belongs to a run that began with another content of --{key}: the "
                          f"contents of {name} changed; choose another --out, or start over with --fresh")
@@ -108,15 +107,31 @@ def disk_bytes(directory: Path) -> int:
     return sum(path.stat().st_size for path in directory.rglob("*") if path.is_file())
 
 
-def read_result(path: Path) -> dict:
-    """The scores of a finished method; InputError when the file is damaged."""
+def read_result(path: Path, trained: bool) -> dict:
+    """The scores of a finished method; InputError when the file is damaged, or the weights beside it."""
     try:
         scores = read_json(path)
     except InputError:
         scores = {}
     if not isinstance(scores.get("heldout"), dict) or "train_seconds" not in scores:
         raise InputError(f"{path} is damaged: delete it, and the same command writes it again")
+    if trained:
+        check_weights(path)
     return scores
+
+
+def check_weights(result: Path) -> None:
+    """InputError when the adapter or model that was written beside a result is gone, or a file of it cut."""
+    written = [*result.parent.glob("adapter/*.safetensors"), *result.parent.glob("model/*.safetensors")]
+    try:
+        for file in written:
+            with safe_open(file, "pt"):         # reads the header, and compares its sizes with the file's
+                pass
+    except (OSError, SafetensorError):
+        written = []
+    if not written:
+        raise InputError(f"{result.parent} has lost what was trained (adapter/ or model/ is gone or "
+                         f"damaged): delete {result}, and the same command writes all of it again")
 
 
 class StopSignal:
@@ -155,9 +170,10 @@ def say_stopped(number: int, step: int) -> int:
 def load_reference(path: Path, sizes: list[int]) -> list[Tensor] | None:
     """Summed log-probs (S,) per micro-batch; None when there is no whole file: then they are made again."""
     try:
-        return list(load_file(path)["logp"].split(sizes))
+        logp = load_file(path)["logp"]
     except (OSError, SafetensorError):
         return None
+    return list(logp.split(sizes)) if len(logp) == sum(sizes) else None
 
 
 def save_reference(path: Path, sums: list[Tensor]) -> None:

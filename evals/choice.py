@@ -36,10 +36,11 @@ CMMLU_DESCRIPTION = "以下是关于{subject}的单项选择题，请直接给�
 LETTERED = "{question}\nA. {A}\nB. {B}\nC. {C}\nD. {D}\nAnswer:"
 CMMLU_TEXT = "{question}\nA. {A}\nB. {B}\nC. {C}\nD. {D}\n答案："
 BELEBELE_TEXT = "P: {passage}\nQ: {question}\nA: {A}\nB: {B}\nC: {C}\nD: {D}\nAnswer:"
-# Categories of subjects (CMMLU's are those of its src/categories.py, and some subjects count in a fifth, too),
+# Categories of subjects (CMMLU's are those of its src/categories.py; some subjects count in a fifth, too),
 # the names of CMMLU's subjects in the harness, and the languages of MMMLU.
 TABLES = read_json(Path(__file__).with_name("subjects.json"))
 CMMLU_NAMES, MMMLU_LANGUAGES = TABLES["cmmlu names"], TABLES["mmmlu languages"]
+SHARD = re.compile(r"-of-\d+\.")                 # in the name of a part of a file
 FIELDS = ("question", *LETTERS, "answer")
 CAPITALS = ("Question", *LETTERS, "Answer")
 
@@ -142,6 +143,8 @@ def make_question(task: Task, row: dict, where: str, subject: str) -> Question:
     if answer not in task.answers:
         raise InputError(f"{where}: the answer is {answer!r:.80}, one of {', '.join(task.answers)} is wanted")
     texts["passage"] = need(row, "flores_passage", where) if task.name == "belebele" else ""
+    if row.get("dialect", subject) != subject:
+        raise InputError(f"{where}: the row is in {row['dialect']}, --lang asked for {subject}")
     for text in texts.values():
         as_kind(text, str, where)
     texts["question"] = texts["question"].strip()
@@ -157,6 +160,13 @@ def mmmlu_code(language: str) -> str:
             return code
     near = suggestion(language, map(normal, MMMLU_LANGUAGES))
     raise InputError(f"--lang {language}: MMMLU has {', '.join(MMMLU_LANGUAGES)}{near}")
+
+
+def check_language(path: Path, language: str) -> None:
+    """InputError for a file of MMMLU whose name says another language; its rows say none."""
+    named = {code for code in MMMLU_LANGUAGES if code in path.name.replace("_", "-")}
+    if named and mmmlu_code(language) not in named:
+        raise InputError(f"{path} is in {', '.join(sorted(named))}, --lang asked for {mmmlu_code(language)}")
 
 
 def file_names(task: Task, language: str, split: str) -> list[str]:
@@ -190,6 +200,8 @@ def read_questions(task: Task, root: Path, language: str, split: str) -> dict[Pa
     """Questions of each file of a split."""
     questions = {}
     for path in find_files(root, file_names(task, language, split)):
+        if task.name == "mmmlu":
+            check_language(path, language)
         name = nllb_code(language) if task.name == "belebele" else path.stem.removesuffix(f"_{split}")
         questions[path] = read_file(task, path, name)
     return questions
@@ -223,9 +235,14 @@ def header_of(task: Task, question: Question, pool: list[Question], shots: int, 
 
 
 def by_subject(files: dict[Path, list[Question]]) -> dict[str, list[Question]]:
-    """{subject: questions}, in the order of the files."""
-    groups = {}
-    for questions in files.values():
+    """{subject: questions}, in the order of the files. InputError when two files hold a subject and are no
+    parts of one: its questions would be asked twice."""
+    groups, found = {}, {}
+    for path, questions in files.items():
+        for subject in {question.subject: None for question in questions}:
+            other = found.setdefault(subject, path)
+            if other != path and (other.parent != path.parent or not SHARD.search(path.name)):
+                raise InputError(f"{subject} is in {other} and in {path}: name a directory with one of them")
         for question in questions:
             groups.setdefault(question.subject, []).append(question)
     return groups
@@ -244,6 +261,8 @@ def read_benchmark(name: str, path, shots: int = 0, language: str = "", subjects
     if name in ("mmlu", "cmmlu") and language:
         raise InputError(f"{name} is in one language, {language!r} would choose nothing: leave --lang out")
     task, root = TASKS[name], Path(path)
+    if not task.examples and split != "test":
+        raise InputError(f"--split {split}: {name} has one split, test")
     if hub.is_id(path):
         names = file_names(task, language, split)
         if task.examples:
@@ -258,6 +277,9 @@ def read_benchmark(name: str, path, shots: int = 0, language: str = "", subjects
         raise InputError(f"{root} has no subject {', '.join(sorted(unknown))}; "
                          f"it has {', '.join(sorted(groups))}")
     examples = read_questions(task, root, language, task.examples) if shots and task.examples else files
+    if task.examples and shots and files.keys() & examples.keys():
+        raise InputError(f"{root}: --shots takes examples from the split {task.examples}, which here is what "
+                         f"is asked, answers and all: name a directory with both, or leave out --shots")
     pools = by_subject(examples)
     asked = []
     for subject in subjects or groups:

@@ -17,7 +17,7 @@ from pathlib import Path
 
 from engine.files import InputError, need, read_json
 from evals.answers import read_lines
-from evals.figures import ANSWER_KEYS, RESAMPLES, SCORE, SHARE, Sample, measure, paired_difference
+from evals.figures import ANSWER_KEYS, FEW, RESAMPLES, SCORE, SHARE, Sample, measure, paired_difference
 from evals.report import in_language, shown, shown_difference, side, table
 
 # ------------------------------------------------------------------------------------------ results on disk
@@ -344,6 +344,7 @@ def differences(rows: Rows, baseline: str) -> tuple[list[list[str]], int]:
                 digits = own[0].figure.digits
                 interval = f"{found.low:+.{digits}f} to {found.high:+.{digits}f}"
                 chance = f"{found.p:.4f}" if found.p else f"<{2 / RESAMPLES:.4f}"
+                chance = chance if found.questions >= FEW else "-"
                 difference = shown_difference(found, digits)
                 cells = [difference, interval, chance, str(found.questions)]
                 lines.append([language, size, method, name, *cells])

@@ -15,6 +15,9 @@ language of that script may look like. A text is in the language of the largest 
 and else in none of them: OTHER. Words are weighted by the root of how often they are said, since one word
 over and over tells little. Names (words with a capital) do not count.
 
+It knows the run's languages and no other: a text in a close relative of one (Spanish where Portuguese is
+learned, Malay for Indonesian, traditional characters for simplified ones) is mostly taken for that one.
+
 P and Q are smoothed as by Witten and Bell (1991); the path behind MIXED is Viterbi's (1967).
 """
 

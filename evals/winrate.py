@@ -68,7 +68,7 @@ def win_rate(annotations: list[dict]) -> dict:
     (0 in old files). Pairs without a preference are left out. Mean lengths in characters."""
     kept = [line for line in annotations if is_preference(line["preference"])]
     if not kept:
-        raise InputError("no pair has a preference: nothing to average")
+        raise InputError("no pair in the annotations has a preference: nothing to average")
     wins = [(line["preference"] or 1.5) - 1 for line in kept]
     rate = Sample(MEAN, {i: (100 * win, 1) for i, win in enumerate(wins)}).summary()
     n, won, lost = len(wins), sum(win > 0.5 for win in wins), sum(win < 0.5 for win in wins)

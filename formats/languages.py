@@ -47,8 +47,10 @@ TRADITIONAL = ("TW", "HK", "MO")                               # regions whose C
 
 
 def fold(spelling: str) -> str:
-    """Small letters, one "_" for everything between them: "Chinese (Simplified)" -> "chinese_simplified"."""
-    return "_".join(re.findall(r"[^\W_]+", spelling.casefold()))
+    """Small letters without accents, one "_" for everything between them: "Chinese (Simplified)" ->
+    "chinese_simplified", "Bokmål" -> "bokmal"."""
+    bare = re.sub("[\u0300-\u036f]", "", unicodedata.normalize("NFD", spelling.casefold()))
+    return "_".join(re.findall(r"[^\W_]+", bare))
 
 
 @lru_cache(maxsize=1)

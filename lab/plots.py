@@ -25,6 +25,11 @@ def can_plot() -> bool:
     return importlib.util.find_spec("matplotlib") is not None
 
 
+def has_panels(compared: list) -> bool:
+    """Whether there is a difference to draw: questions may have been too few for all of them."""
+    return any(name in one.told[side] for one in compared for side, name in PANELS)
+
+
 def plot_differences(compared: list, path: Path) -> None:
     """A dot for each difference, its interval, its seeds. compared: report.Comparison, from the top."""
     plt = import_pyplot()

@@ -252,7 +252,8 @@ def section(name: str, compared: list[Comparison]) -> str:
         text.append(f"### {plan}")
         text.append("\n".join(one.sentence for one in own))
         text.append(comparison_table(own, SHOWN_IN_ANSWERS))
-        text.append(f"![Differences and their intervals, {plan}]({plot_name(name, plan)})")
+        if plots.has_panels(own):
+            text.append(f"![Differences and their intervals, {plan}]({plot_name(name, plan)})")
     if aside := [plan for plan in by_plan(compared) if plan not in shown]:
         text.append(f"Figures of {', '.join(aside)}: [{TABLES}]({TABLES}).")
     return "\n\n".join(text)
@@ -365,9 +366,10 @@ comparisons without any effect some five may still be called one, and there are 
 under "In short" are those that decide, the rest explains and explores. Tables here show those and confusion;
 every figure of every comparison, and each seed's value, is in [replication-tables.md](replication-tables.md).
 
-Figures, on the test questions. *in language*: % of replies in the language of the question; *usable*: % that
-are in it, end by themselves and do not begin by repeating the question (made-up words pass
-here; chrF and bits notice them); *correct*: % equal to the expected answer, where all expected answers are short; *chrF* of all
+Figures, on the test questions. *in language*: % of replies in the language of the question, as a classifier
+of the run's languages has it (a reply in a close relative, Spanish for Portuguese, mostly passes); *usable*: %
+that are in it, end by themselves and do not begin by repeating the question (made-up words pass here; chrF and
+bits notice them); *correct*: % equal to the expected answer, where all expected answers are short; *chrF* of all
 replies together against the expected answers, to which a reply caught in a loop counts by its length;
 *chrF/question*: the mean of each reply's own;
 *bits/byte*: what the expected answers cost the model (less is better); *confused*: % of questions whose
@@ -577,8 +579,9 @@ def write(lines: list[dict], directory: Path) -> None:
     drawn = {SHOWN_PLOT}
     for name, own in compared.items():
         for plan, of_plan in by_plan(answering(own)).items():
-            drawn.add(plot_name(name, plan))
-            plots.plot_differences(of_plan, directory / plot_name(name, plan))
+            if plots.has_panels(of_plan):
+                drawn.add(plot_name(name, plan))
+                plots.plot_differences(of_plan, directory / plot_name(name, plan))
     for key, told in curves(lines).items():
         drawn.add(curves_name(key))
         plots.plot_curves(told, CURVES, directory / curves_name(key))

@@ -295,6 +295,45 @@ def test_lines_are_counted_through_quoted_newlines(tmp_path):
         "1", "2", "4", "5", "6", "7", "8"]
 
 
+@pytest.mark.parametrize("name, part, split", [("mmlu", "", "dev"), ("cmmlu", "", "dev"),
+                                               ("cmmlu", "test/arts.csv", "test")])
+def test_no_question_is_an_example_of_itself_and_what_would_make_it_one_is_refused(tmp_path, name, part, split):
+    root = WRITERS[name](tmp_path) / part
+    with pytest.raises(InputError, match="--shots takes examples from the split dev, which here is what is asked"):
+        choice.read_benchmark(name, root, shots=2, split=split)
+    assert choice.read_benchmark(name, root, split=split).questions
+
+
+def test_a_file_of_one_language_is_not_asked_as_another(tmp_path):
+    german = write_belebele(tmp_path) / "data" / "deu_Latn.jsonl"
+    assert choice.read_benchmark("belebele", german, language="de").questions
+    with pytest.raises(InputError, match="deu_Latn.jsonl:1: the row is in deu_Latn, --lang asked for por_Latn"):
+        choice.read_benchmark("belebele", german, language="pt")
+    swahili = write_mmmlu(tmp_path) / "test" / "mmlu_SW-KE.csv"
+    assert choice.read_benchmark("mmmlu", swahili, language="sw").questions
+    with pytest.raises(InputError, match="mmlu_SW-KE.csv is in SW-KE, --lang asked for PT-BR"):
+        choice.read_benchmark("mmmlu", swahili, language="pt")
+
+
+def test_a_subject_that_two_files_hold_is_refused_unless_they_are_parts_of_one(tmp_path):
+    lines = [{"question": question, "subject": "anatomy", "choices": list(options), "answer": gold}
+             for question, options, gold in QUESTIONS]
+    for part, own in enumerate((lines[:2], lines[2:])):
+        (tmp_path / "all").mkdir(exist_ok=True)
+        write_lines(tmp_path / "all" / f"test-0000{part}-of-00002.jsonl", own)
+    assert len(choice.read_benchmark("mmlu", tmp_path).questions) == len(lines)
+    (tmp_path / "anatomy").mkdir()
+    write_lines(tmp_path / "anatomy" / "test-00000-of-00001.jsonl", lines)
+    with pytest.raises(InputError, match="anatomy is in .*all.* and in .*anatomy.*: name a directory"):
+        choice.read_benchmark("mmlu", tmp_path)
+
+
+@pytest.mark.parametrize("name, language", [("mmmlu", "sw"), ("belebele", "de")])
+def test_a_split_that_a_benchmark_lacks_is_no_label(tmp_path, name, language):
+    with pytest.raises(InputError, match=f"--split train: {name} has one split, test"):
+        choice.read_benchmark(name, WRITERS[name](tmp_path), language=language, split="train")
+
+
 def test_maps_hold_every_subject_once():
     mmlu = [subject for part in choice.TABLES["mmlu"].values() for subject in part]
     *parts, china = choice.TABLES["cmmlu"].values()

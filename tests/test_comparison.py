@@ -61,6 +61,14 @@ def test_seeds_are_averaged_with_their_standard_error(tmp_path):
     assert [cell.strip() for cell in line.split("|")[4:6]] == ["3", wanted]
 
 
+def test_no_chance_is_told_of_a_difference_on_a_few_questions(tmp_path):
+    for n, told in ((6, {"-"}), (60, {"<0.0010"})):
+        run = write_run(tmp_path, f"r{n}", n=n, right={"sft": 0.0, "clo": 1.0})
+        lines, _ = comparison.differences(comparison.by_row(comparison.read_results([run])), "sft")
+        exact = [line for line in lines if line[3] == "target correct"]
+        assert {line[6] for line in exact} == told and exact[0][7] == str(n)
+
+
 def test_one_seed_has_the_figures_and_errors_of_its_report(tmp_path):
     run = write_run(tmp_path, "a")
     answers = {name: [line for _, line in read_records(run / name / "answers.jsonl")]

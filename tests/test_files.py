@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from engine.files import InputError, directory_fingerprint, locked
+from engine.files import InputError, Journal, directory_fingerprint, first_difference, locked
 from formats.hub import MODEL_FILES
 
 ROOT = Path(__file__).parents[1]
@@ -76,3 +76,14 @@ def test_a_reader_who_has_read_enough_ends_the_program_without_a_word():
     assert process.stdout.readline() == b"line\n"
     process.stdout.close()
     assert process.stderr.read() == b"" and process.wait() == 128 + signal.SIGPIPE
+
+
+def test_answers_begun_with_other_files_are_refused_by_the_file_and_not_by_all_of_them(tmp_path):
+    before = {"benchmark": "mmlu", "files": {f"{i}.csv": "a" * 16 for i in range(57)}}
+    now = before | {"files": before["files"] | {"3.csv": "b" * 16}}
+    with Journal(tmp_path / "answers.jsonl", before, ("question",)) as journal:
+        journal.add({"question": "1"})
+    with pytest.raises(InputError) as error:
+        Journal(tmp_path / "answers.jsonl", now, ("question",))
+    assert "begun with files 3.csv = 'aaaaaaaaaaaaaaaa', now it is 'bbbbbbbbbbbbbbbb': choose" in str(error.value)
+    assert len(str(error.value)) < 300 and first_difference(before, dict(before)) is None

@@ -1,5 +1,6 @@
 """engine/flags.py: numbers of the command line are checked at the boundary, in one line."""
 
+import argparse
 import math
 
 import pytest
@@ -35,6 +36,15 @@ def test_a_single_number_stays_a_number_and_several_are_read_back():
     assert flags.positives("1e-4") == 1e-4 and flags.numbers(1e-4) == [1e-4]
     assert flags.numbers(flags.positives("3e-3, 1e-5")) == [3e-3, 1e-5]
     assert flags.numbers(None) == []
+
+
+def test_a_directory_to_write_is_refused_where_a_file_is(tmp_path):
+    file = tmp_path / "file"
+    file.write_text("")
+    assert flags.directory(str(tmp_path)) == tmp_path and flags.directory("not/there").name == "there"
+    for path in (file, "/dev/null"):
+        with pytest.raises(argparse.ArgumentTypeError, match="is a file, a directory was expected"):
+            flags.directory(str(path))
 
 
 def test_help_is_one_line_a_flag_without_empty_defaults_and_keeps_the_example(capsys):

@@ -205,7 +205,9 @@ def test_a_preference_is_the_share_of_the_two_letters_probabilities():
     ("The bridge is 300 m long, so M", 2), ('{"reason": "m is short", "answer": "M"}', 2),
     ('{"answer": "M"}', 2), ("\\boxed{M}", 2), ("答案是M。", 2), ("答案：m", 1),
     ("M is better than m", None), ("Either m or M.", None), ("both are fine", None), ("", None),
-    ("I'm", None),
+    ("I'm", None), ("'M'", 2), ("The better answer is _m_.", 1), ("M is right. It is not short.", 2),
+    ("Not M.", None), ("M is worse.", None), ("The worse answer is M.", None), ("It's not m.", None),
+    ("m is wrong, mixes languages.", None), ("M loses", None), ("m isn't in Swahili", None),
     ("<think>m is", None), ("[THINK]M", None), ("<|channel|>analysis<|message|>m", None),
     ("m/M", None), ("more", None), ("Mm", None), ("M&M's", None), ("em tudo ém", None)])
 def test_a_text_names_a_letter_after_its_reasoning_or_none(text, letter):

@@ -139,6 +139,11 @@ def test_a_language_nobody_holds_comes_with_the_nearest():
         require_languages([{"row_id": "1", "en": SIDE, "sw": SIDE}], "swahilli")
 
 
+def test_names_are_known_with_and_without_accents():
+    assert normal("Norwegian Bokmål") == normal("norwegian bokmal") == normal("nb")
+    assert normal("Serbian (Latin)") == "sr_Latn"
+
+
 def test_the_demos_translator_knows_any_spelling():
     languages = load_tokenizer(translate.Path("demo/m2m100")).languages
     assert languages[normal("swh_Latn")] == languages["sw"] and languages[normal("ns")] == languages["nso"]

@@ -256,9 +256,30 @@ def test_a_damaged_result_is_refused_with_the_way_out(tmp_path, text):
     path = tmp_path / "result.json"
     path.write_text(text)
     with refused("result.json is damaged", "delete it"):
-        runs.read_result(path)
+        runs.read_result(path, trained=False)
     write_json(path, {"heldout": {}, "train_seconds": 0.0})
-    assert runs.read_result(path) == {"heldout": {}, "train_seconds": 0.0}
+    assert runs.read_result(path, trained=False) == {"heldout": {}, "train_seconds": 0.0}
+
+
+@pytest.mark.parametrize("place", ["adapter", "model"])
+def test_a_result_whose_weights_are_gone_or_cut_is_refused_with_the_way_out(tmp_path, place):
+    path, weights = tmp_path / "result.json", tmp_path / place / "x.safetensors"
+    write_json(path, {"heldout": {}, "train_seconds": 0.0})
+    with refused("has lost what was trained", "delete"):
+        runs.read_result(path, trained=True)
+    weights.parent.mkdir()
+    save_file({"a": torch.zeros(9)}, weights)
+    assert runs.read_result(path, trained=True)["train_seconds"] == 0
+    weights.write_bytes(weights.read_bytes()[:-20])
+    with refused("has lost what was trained", "delete"):
+        runs.read_result(path, trained=True)
+
+
+def test_reference_log_probs_of_another_number_of_sequences_are_made_again(tmp_path):
+    path = tmp_path / "key.safetensors"
+    runs.save_reference(path, [torch.zeros(2), torch.zeros(1)])
+    assert [len(part) for part in runs.load_reference(path, [2, 1])] == [2, 1]
+    assert runs.load_reference(path, [2, 2]) is None and runs.load_reference(path, [1]) is None
 
 
 def test_a_reference_is_kept_and_a_damaged_one_computed_again(tmp_path):
