@@ -123,6 +123,8 @@ def mc(args) -> None:
     parts = {**summary["subjects"], **categories, "all": summary["all"]}
     cells = [[part, shown(found), str(found["n"])] for part, found in parts.items()]
     print(table([figure, "accuracy %", "questions"], cells))
+    if absent := benchmark.absent():
+        print(f"{len(absent)} subjects of {args.benchmark} were not asked: {absent[0]} to {absent[-1]}")
     finish(out, settings, {figure: summary["all"]}, **summary, cut=count_cut(journal))
 
 

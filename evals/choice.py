@@ -17,6 +17,7 @@ import math
 import os
 import re
 from dataclasses import dataclass, field, replace
+from itertools import chain
 from pathlib import Path
 
 import torch
@@ -87,6 +88,11 @@ class Benchmark:
     questions: list[Question]
     settings: dict
     categories: dict[str, list[str]]   # subjects of each; {} where a benchmark has none
+
+    def absent(self) -> list[str]:
+        """The benchmark's subjects that no question is of."""
+        asked = {question.subject for question in self.questions}
+        return sorted({*chain.from_iterable(self.categories.values())} - asked)
 
 
 # ---------------------------------------------------------------------------------------------- files -> rows

@@ -328,6 +328,12 @@ def test_a_subject_that_two_files_hold_is_refused_unless_they_are_parts_of_one(t
         choice.read_benchmark("mmlu", tmp_path)
 
 
+def test_subjects_that_were_not_asked_are_known(tmp_path):
+    mmlu = choice.read_benchmark("mmlu", write_mmlu(tmp_path / "mmlu"))
+    assert len(mmlu.absent()) == 55 and not {"anatomy", "world_religions"} & {*mmlu.absent()}
+    assert choice.read_benchmark("belebele", write_belebele(tmp_path / "b"), language="de").absent() == []
+
+
 @pytest.mark.parametrize("name, language", [("mmmlu", "sw"), ("belebele", "de")])
 def test_a_split_that_a_benchmark_lacks_is_no_label(tmp_path, name, language):
     with pytest.raises(InputError, match=f"--split train: {name} has one split, test"):
