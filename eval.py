@@ -123,9 +123,11 @@ def mc(args) -> None:
     parts = {**summary["subjects"], **categories, "all": summary["all"]}
     cells = [[part, shown(found), str(found["n"])] for part, found in parts.items()]
     print(table([figure, "accuracy %", "questions"], cells))
-    if absent := benchmark.absent():
-        print(f"{len(absent)} subjects of {args.benchmark} were not asked: {absent[0]} to {absent[-1]}")
-    finish(out, settings, {figure: summary["all"]}, **summary, cut=count_cut(journal))
+    absent = [] if subjects else benchmark.absent()
+    if absent:
+        more = f" and {len(absent) - 3} more" if len(absent) > 3 else ""
+        print(f"not asked, the files lack them: {', '.join(absent[:3])}{more}")
+    finish(out, settings, {figure: summary["all"]}, **summary, absent=absent, cut=count_cut(journal))
 
 
 # ------------------------------------------------------------------------------------------------- perplexity

@@ -57,9 +57,13 @@ def numbers(value) -> list[float]:
 
 def directory(text: str) -> Path:
     """An argparse `type`: where a directory is or can be made."""
-    if Path(text).exists() and not Path(text).is_dir():
-        raise argparse.ArgumentTypeError(f"{text[:400]} is a file, a directory was expected")
-    return Path(text)
+    if not text:
+        raise argparse.ArgumentTypeError("'': a directory was expected")
+    path = Path(text)
+    nearest = next((place for place in (path, *path.parents) if place.exists()), path)
+    if nearest.exists() and not nearest.is_dir():
+        raise argparse.ArgumentTypeError(f"{nearest} is a file, a directory was expected")
+    return path
 
 
 class Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):

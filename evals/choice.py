@@ -41,7 +41,6 @@ BELEBELE_TEXT = "P: {passage}\nQ: {question}\nA: {A}\nB: {B}\nC: {C}\nD: {D}\nAn
 # the names of CMMLU's subjects in the harness, and the languages of MMMLU.
 TABLES = read_json(Path(__file__).with_name("subjects.json"))
 CMMLU_NAMES, MMMLU_LANGUAGES = TABLES["cmmlu names"], TABLES["mmmlu languages"]
-SHARD = re.compile(r"-of-\d+\.")                 # in the name of a part of a file
 FIELDS = ("question", *LETTERS, "answer")
 CAPITALS = ("Question", *LETTERS, "Answer")
 
@@ -149,8 +148,9 @@ def make_question(task: Task, row: dict, where: str, subject: str) -> Question:
     if answer not in task.answers:
         raise InputError(f"{where}: the answer is {answer!r:.80}, one of {', '.join(task.answers)} is wanted")
     texts["passage"] = need(row, "flores_passage", where) if task.name == "belebele" else ""
-    if row.get("dialect", subject) != subject:
-        raise InputError(f"{where}: the row is in {row['dialect']}, --lang asked for {subject}")
+    dialect = str(row.get("dialect") or subject)
+    if task.name == "belebele" and normal(dialect) != normal(subject):
+        raise InputError(f"{where}: the row is in {dialect}, --lang asked for {subject}")
     for text in texts.values():
         as_kind(text, str, where)
     texts["question"] = texts["question"].strip()
@@ -169,8 +169,9 @@ def mmmlu_code(language: str) -> str:
 
 
 def check_language(path: Path, language: str) -> None:
-    """InputError for a file of MMMLU whose name says another language; its rows say none."""
-    named = {code for code in MMMLU_LANGUAGES if code in path.name.replace("_", "-")}
+    """InputError for a file of MMMLU whose name or directory says another language; its rows say none."""
+    names = "/".join(path.parts[-2:]).replace("_", "-")
+    named = {code for code in MMMLU_LANGUAGES if code in names}
     if named and mmmlu_code(language) not in named:
         raise InputError(f"{path} is in {', '.join(sorted(named))}, --lang asked for {mmmlu_code(language)}")
 
@@ -189,17 +190,22 @@ def file_names(task: Task, language: str, split: str) -> list[str]:
 
 
 def find_files(root: Path, names: list[str]) -> list[Path]:
-    """Files below a directory that match the first name pattern with any match; a file is itself."""
+    """Files below a directory that match the first name pattern with any match; a file is itself. Not what a
+    download or an archive leaves beside them, nor MMLU's questions from elsewhere."""
     if root.is_file():
         return [root]
     for name in names:
-        found = sorted(root.rglob(name))
+        found = [path for path in sorted(root.rglob(name)) if not is_aside(path.relative_to(root))]
         if found:
             return found
     if any(root.rglob("*.parquet")):
         raise InputError(f"{root} holds {PARQUET}")
     raise InputError(f"{root}: found no {' or '.join(names)} there "
                      f"(of data sets on the hub some hold only {PARQUET})")
+
+
+def is_aside(path: Path) -> bool:
+    return any(part.startswith(".") or part in ("__MACOSX", "auxiliary_train") for part in path.parts)
 
 
 def read_questions(task: Task, root: Path, language: str, split: str) -> dict[Path, list[Question]]:
@@ -241,13 +247,13 @@ def header_of(task: Task, question: Question, pool: list[Question], shots: int, 
 
 
 def by_subject(files: dict[Path, list[Question]]) -> dict[str, list[Question]]:
-    """{subject: questions}, in the order of the files. InputError when two files hold a subject and are no
-    parts of one: its questions would be asked twice."""
+    """{subject: questions}, in the order of the files. InputError when two files hold a subject that are no
+    parts of one, side by side and of one kind: its questions would be asked twice."""
     groups, found = {}, {}
     for path, questions in files.items():
         for subject in {question.subject: None for question in questions}:
             other = found.setdefault(subject, path)
-            if other != path and (other.parent != path.parent or not SHARD.search(path.name)):
+            if (other.parent, other.suffix) != (path.parent, path.suffix):
                 raise InputError(f"{subject} is in {other} and in {path}: name a directory with one of them")
         for question in questions:
             groups.setdefault(question.subject, []).append(question)

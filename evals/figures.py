@@ -25,7 +25,7 @@ CHRF_ORDER = 6          # longest character n-gram
 CHRF_BETA = 2           # recall weighs as much as this many precisions
 RESAMPLES = 2000        # bootstrap draws of questions
 CERTAINTY = 0.95        # of an interval
-FEW = 10                # with fewer questions no difference is called one: draws of so few are too much alike
+FEW = 10                # with fewer questions no difference is called one: their intervals are too narrow
 SHORT_REPLY = 20        # letters below which the language of a reply says little
 SHORT_ANSWER = 60       # widest expected answer that a reply can be asked to equal
 # A reply loops if it ends in three times the same text (is_loop) and these three are long enough:

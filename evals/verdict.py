@@ -15,9 +15,11 @@ UNFINISHED = re.compile(r"<[\w:]*(think|thought|reason)\w*>|\[THINK]|START_THINK
 PART = "0-9A-Za-z_\u00c0-\u024f\u0300-\u036f\u1e00-\u1eff'’&/-"         # of a word, for a letter beside it
 LETTER = rf"(?:(?<![{PART}])(?<!\d )|(?<=answer_))([mM])(?![{PART}])"       # alone, and no unit of measure
 LONGER_WORD = re.compile(rf"\W*[mM][{PART}]")          # "Maybe": its first token may well be an M
-# in the sentence of a letter it may mean the other one
-NEGATION = re.compile(r"\b(?:no|not|never|neither|nor|cannot|worse|worst|weaker|inferior|wrong|incorrect|bad"
-                      r"|los(?:es?|t)|fail(?:s|ed)?|reject(?:s|ed)?)\b|n['’]t\b", re.I)
+# in the clause of a letter they may mean the other one
+NEGATION = re.compile(r"\b(?:not|never|neither|nor|cannot|worse|worst|weaker|inferior|wrong|incorrect"
+                      r"|inaccurate|bad|avoid|anything but|los(?:es?|t)|fail(?:s|ed)?|reject(?:s|ed)?)\b"
+                      r"|n['’]t\b", re.I)
+BORDER = re.compile(r"[.!?。\n,;:(){}\"–—]|\b(?:because|since|as|which|so|while|(?<!anything )but)\b", re.I)
 QUOTED = re.compile(r"(['_])([mM])\1")
 # all of a sentence, or announced as the end of one
 FINAL = re.compile(rf"(?:^|[.!?:=。：]|\bis)\W*(?i:answer[_ ])?{LETTER}[^\w.!?。\n]*(?=[.!?。]|$)", re.M)
@@ -81,20 +83,20 @@ def letter_mass(logprobs) -> dict[str, float] | None:
 def named_letter(text: str) -> str | None:
     """The m or M that stands alone behind the reasoning. Where both do, the last that is announced
     ("Answer: M") or a sentence of its own; None where there is none ("M is as good as m"), or where its
-    sentence may mean the other one ("M is worse")."""
+    clause may mean the other one ("M is worse")."""
     text = QUOTED.sub(r"\2", REASONING.sub("", text))
     if UNFINISHED.search(text):
         return None
     letters = [*re.finditer(LETTER, text)]
     if len({letter[1] for letter in letters}) > 1:
         letters = [*FINAL.finditer(text)]
-    if not letters or NEGATION.search(sentence_at(text, letters[-1].start(1))):
+    if not letters or NEGATION.search(clause_at(text, letters[-1].start(1))):
         return None
     return letters[-1][1]
 
 
-def sentence_at(text: str, place: int) -> str:
-    """The sentence that holds this place."""
-    before = re.split(r"[.!?。\n]", text[:place])[-1]
-    behind = re.split(r"[.!?。\n]", text[place:])[0]
+def clause_at(text: str, place: int) -> str:
+    """The clause that holds this place."""
+    before = BORDER.split(text[:place])[-1]
+    behind = BORDER.split(text[place:])[0]
     return before + behind

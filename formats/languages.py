@@ -50,7 +50,7 @@ def fold(spelling: str) -> str:
     """Small letters without accents, one "_" for everything between them: "Chinese (Simplified)" ->
     "chinese_simplified", "Bokmål" -> "bokmal"."""
     bare = re.sub("[\u0300-\u036f]", "", unicodedata.normalize("NFD", spelling.casefold()))
-    return "_".join(re.findall(r"[^\W_]+", bare))
+    return "_".join(re.findall(r"[^\W_]+", unicodedata.normalize("NFC", bare)))
 
 
 @lru_cache(maxsize=1)

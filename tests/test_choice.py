@@ -313,6 +313,12 @@ def test_a_file_of_one_language_is_not_asked_as_another(tmp_path):
     assert choice.read_benchmark("mmmlu", swahili, language="sw").questions
     with pytest.raises(InputError, match="mmlu_SW-KE.csv is in SW-KE, --lang asked for PT-BR"):
         choice.read_benchmark("mmmlu", swahili, language="pt")
+    folder = tmp_path / "SW_KE" / "test-00000-of-00001.csv"
+    folder.parent.mkdir()
+    swahili.rename(folder)
+    assert choice.read_benchmark("mmmlu", folder, language="sw").questions
+    with pytest.raises(InputError, match="is in SW-KE, --lang asked for PT-BR"):
+        choice.read_benchmark("mmmlu", folder, language="pt")
 
 
 def test_a_subject_that_two_files_hold_is_refused_unless_they_are_parts_of_one(tmp_path):
@@ -321,6 +327,10 @@ def test_a_subject_that_two_files_hold_is_refused_unless_they_are_parts_of_one(t
     for part, own in enumerate((lines[:2], lines[2:])):
         (tmp_path / "all").mkdir(exist_ok=True)
         write_lines(tmp_path / "all" / f"test-0000{part}-of-00002.jsonl", own)
+    assert len(choice.read_benchmark("mmlu", tmp_path).questions) == len(lines)
+    for aside in (".cache", "__MACOSX", "auxiliary_train"):
+        (tmp_path / aside).mkdir()
+        write_lines(tmp_path / aside / "test-00000-of-00001.jsonl", lines)
     assert len(choice.read_benchmark("mmlu", tmp_path).questions) == len(lines)
     (tmp_path / "anatomy").mkdir()
     write_lines(tmp_path / "anatomy" / "test-00000-of-00001.jsonl", lines)

@@ -169,7 +169,7 @@ def test_the_error_of_paired_shares_is_agresti_and_mins(better, worse, same):
 
 
 @pytest.mark.parametrize("values, verdict", [
-    ([1] * 4, "too few questions to tell"), ([1] * 40, ""), ([1, 0] * 20, ""), ([1] + [0] * 39, "a tie"),
+    ([1] * 9, "too few questions to tell"), ([1] * 10, ""), ([1] * 40, ""), ([1, 0] * 20, ""), ([1] + [0] * 39, "a tie"),
     ([0] * 40, "a tie")])
 def test_a_difference_whose_interval_holds_0_is_a_tie(values, verdict):
     assert paired_difference([shares(values)], [shares([0] * len(values))]).verdict == verdict

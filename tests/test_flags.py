@@ -42,7 +42,9 @@ def test_a_directory_to_write_is_refused_where_a_file_is(tmp_path):
     file = tmp_path / "file"
     file.write_text("")
     assert flags.directory(str(tmp_path)) == tmp_path and flags.directory("not/there").name == "there"
-    for path in (file, "/dev/null"):
+    with pytest.raises(argparse.ArgumentTypeError, match="a directory was expected"):
+        flags.directory("")
+    for path in (file, file / "below", "/dev/null"):
         with pytest.raises(argparse.ArgumentTypeError, match="is a file, a directory was expected"):
             flags.directory(str(path))
 

@@ -208,6 +208,12 @@ def test_a_preference_is_the_share_of_the_two_letters_probabilities():
     ("I'm", None), ("'M'", 2), ("The better answer is _m_.", 1), ("M is right. It is not short.", 2),
     ("Not M.", None), ("M is worse.", None), ("The worse answer is M.", None), ("It's not m.", None),
     ("m is wrong, mixes languages.", None), ("M loses", None), ("m isn't in Swahili", None),
+    ("anything but M", None), ("Avoid M.", None), ("Answer: not M", None),
+    ("m does not answer in Swahili, so the answer is M.", 2), ("Answer: M, since it isn't mixing languages.", 2),
+    ('{"reason": "m is not in Swahili", "answer": "M"}', 2), ("Answer: M (no errors)", 2), ("m is wrong: M", 2),
+    ("Since m is incorrect, the best output is M", 2), ("A resposta no idioma certo é M.", 2),
+    ("M is better because the other one does not answer the question.", 2), ("M, no doubt.", 2),
+    ("Neither is perfect, but the better one is M.", 2),
     ("<think>m is", None), ("[THINK]M", None), ("<|channel|>analysis<|message|>m", None),
     ("m/M", None), ("more", None), ("Mm", None), ("M&M's", None), ("em tudo ém", None)])
 def test_a_text_names_a_letter_after_its_reasoning_or_none(text, letter):

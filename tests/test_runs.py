@@ -275,6 +275,20 @@ def test_a_result_whose_weights_are_gone_or_cut_is_refused_with_the_way_out(tmp_
         runs.read_result(path, trained=True)
 
 
+def test_a_result_whose_model_lost_a_shard_is_refused_with_the_way_out(tmp_path):
+    path, model = tmp_path / "result.json", tmp_path / "model"
+    model.mkdir()
+    write_json(path, {"heldout": {}, "train_seconds": 0.0})
+    for name in ("one", "two"):
+        save_file({name: torch.zeros(9)}, model / f"{name}.safetensors")
+    write_json(model / "model.safetensors.index.json",
+               {"weight_map": {"one": "one.safetensors", "two": "two.safetensors"}})
+    assert runs.read_result(path, trained=True)["train_seconds"] == 0
+    (model / "two.safetensors").unlink()
+    with refused("has lost what was trained", "delete"):
+        runs.read_result(path, trained=True)
+
+
 def test_reference_log_probs_of_another_number_of_sequences_are_made_again(tmp_path):
     path = tmp_path / "key.safetensors"
     runs.save_reference(path, [torch.zeros(2), torch.zeros(1)])
