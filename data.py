@@ -20,7 +20,7 @@ import numpy as np
 import torch
 
 from engine import flags
-from engine.files import InputError, run
+from engine.files import InputError, check_overwrite, run
 from engine.progress import progress
 from formats.chat import load_tokenizer
 from formats.languages import language_list, normal
@@ -76,7 +76,11 @@ def training_rows(path, source, targets, turns="first"):
     """The rows of a file with the source and every target that any row holds; a target that none holds is
     left to the translator. InputError when no row is left."""
     rows = read_counted(path, source, turns, targets)
-    wanted = [source, *(target for target in targets if holders(rows, target))]
+    return complete_rows(path, rows, source, *(target for target in targets if holders(rows, target)))
+
+
+def complete_rows(path, rows, *wanted):
+    """The rows of a file that hold all wanted languages; others are counted. InputError when none does."""
     with naming(path):
         usable = require_languages(rows, *wanted)
     if len(usable) < len(rows):
@@ -87,8 +91,7 @@ def training_rows(path, source, targets, turns="first"):
 def evaluation_rows(path, source, targets, trained):
     """The rows of a file that hold every language. trained: the training rows; questions that are among them
     are counted and said. InputError when all are the same, or two rows have one identifier."""
-    with naming(path):
-        rows = require_languages(read_counted(path, source, "first", targets, unique=True), source, *targets)
+    rows = complete_rows(path, read_counted(path, source, "first", targets, unique=True), source, *targets)
     known = {row[source]["prompt"] for row in trained}
     asked = [row[source]["prompt"] for row in rows]
     shared = sum(question in known for question in asked)
@@ -126,7 +129,7 @@ def split_rows(rows, evaluated, samples, holdout, eval_split, seed):
     eval_split: the rows that are answered; those that name no split are. InputError when there is none.
     """
     heldout = [row for row in evaluated if row.get("split") == "validation"][:holdout]
-    answered = [row for row in evaluated if row.get("split", eval_split) == eval_split]
+    answered = [row for row in evaluated if (row.get("split") or eval_split) == eval_split]
     if evaluated and not answered:
         raise InputError(f"no row of split {eval_split!r}: see --eval-split")
     apart = 0 if heldout else min(holdout, len(rows) // 5)
@@ -463,6 +466,8 @@ def main(argv=None):
         raise InputError("--show and --template-args need --model DIR")
     if args.trl and not args.lang:
         raise InputError("--trl needs --lang CODE")
+    if args.trl:
+        check_overwrite("--trl", args.trl, args.file)
     targets = language_list(args.lang) if args.lang else []
     rows = read_counted(args.file, args.source, args.turns, targets)
     held = Counter(language for row in rows for language in languages_of(row))

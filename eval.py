@@ -42,6 +42,8 @@ JUDGE = "gpt-4o"
 
 def ask(args) -> None:
     """Answer one question, or questions typed one at a time until an empty line. Each stands alone."""
+    if args.question is not None and not args.question.strip():
+        raise InputError("the question is empty")
     found = [locate(args.model, adapter) for adapter in args.adapter or [None]]
     (base, first), *others = found
     for own, adapter in others:

@@ -25,7 +25,8 @@ from tqdm import tqdm
 
 from data import read_counted
 from engine import flags, ranks
-from engine.files import InputError, append_jsonl, check_unicode, fingerprint, locked, writing
+from engine.files import (InputError, append_jsonl, check_overwrite, check_unicode, fingerprint, locked,
+                          writing)
 from engine.progress import progress
 from formats import hub
 from formats.languages import DENSE, UNSPACED, language_list, normal, script_of, suggestion
@@ -384,10 +385,7 @@ def check_out(out: Path, data: Path) -> None:
     """InputError if it is no file, or writing it or what lies beside it would overwrite the data."""
     if out.exists() and not out.is_file():
         raise InputError(f"--out {out} is no file: give the name of one")
-    for suffix in ("", ".tmp", ".lock"):
-        name = out.with_name(out.name + suffix)
-        if name.exists() and data.exists() and name.samefile(data):
-            raise InputError(f"--out {out} would overwrite --data {data}: choose another name")
+    check_overwrite("--out", out, data)
 
 
 def main():

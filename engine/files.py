@@ -271,6 +271,15 @@ def read_journal(path: Path, remedy: str) -> Iterator[tuple[str, dict]]:
         yield where, record
 
 
+def check_overwrite(flag: str, out, data) -> None:
+    """InputError if writing `out`, or what lies beside it meanwhile, would overwrite the data."""
+    out, data = Path(out), Path(data)
+    for suffix in ("", ".tmp", ".lock"):
+        name = out.with_name(out.name + suffix)
+        if name.exists() and data.exists() and name.samefile(data):
+            raise InputError(f"{flag} {out} would overwrite {data}, which is read: choose another name")
+
+
 def free_name(path: Path) -> Path:
     """A name beside it that nothing has yet, for what is kept when the path is written anew."""
     names = (path.with_name(f"{path.name}.old-{number}") for number in itertools.count(1))
@@ -308,16 +317,28 @@ def fingerprint(*parts) -> str:
 
 
 class Journal:
-    """A file of answers, one JSON line each behind one line of settings. `done` holds the answers of
-    an earlier, perhaps killed, run with the same settings; other settings are refused, and so are lines
-    without the `keys` of an answer."""
+    """A file of answers, one JSON line each behind one line of settings, of one process at a time. `done`
+    holds the answers of an earlier, perhaps killed, run with the same settings; other settings are refused,
+    and so are lines without the `keys` of an answer. fresh: what is there gets another name, as its result."""
 
     def __init__(self, path: Path, settings: dict, keys: tuple[str, ...], fresh: bool = False):
         self.path, self.keys = path, keys
-        going_on = path.exists() and not fresh
-        self.done = self.read(json.loads(json.dumps(settings))) if going_on else []
-        write_jsonl(path, [{"settings": settings}, *self.done])
-        self.file = open(path, "a", encoding="utf-8", newline="\n", buffering=1)     # written line by line
+        with contextlib.ExitStack() as held:
+            held.enter_context(locked(path))
+            if fresh:
+                self.move_aside()
+            self.done = self.read(json.loads(json.dumps(settings))) if path.exists() else []
+            write_jsonl(path, [{"settings": settings}, *self.done])
+            # written line by line
+            self.file = held.enter_context(open(path, "a", encoding="utf-8", newline="\n", buffering=1))
+            self.held = held.pop_all()
+
+    def move_aside(self) -> None:
+        for old in (self.path, self.path.with_name("result.json")):
+            if old.exists():
+                aside = free_name(old)
+                old.rename(aside)
+                print(f"{old} is now {aside}: delete it when nobody needs it")
 
     def read(self, settings: dict) -> list[dict]:
         lines = [*read_journal(self.path, "delete the file, or start over with --fresh")]
@@ -343,7 +364,7 @@ class Journal:
         return self
 
     def __exit__(self, *_):
-        self.file.close()
+        self.held.close()
 
 
 @dataclass(frozen=True)

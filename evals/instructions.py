@@ -8,6 +8,7 @@ from pathlib import Path
 from engine.files import InputError, Journal, as_kind, check_unicode, fingerprint, need, read_records
 from evals.answers import Decoding
 from evals.systems import keep
+from formats.conversations import NO_INPUT
 from formats.languages import normal
 from formats.records import refuse_duplicates
 
@@ -17,15 +18,23 @@ TRANSLATED_AT_ONCE = 16     # instructions between two writes
 def read_instructions(path, language: str) -> list[dict]:
     """[{"dataset", "instruction"}] of a file in alpaca_eval's format,
     or of parallel rows that hold the language."""
-    found = []
+    found, empty = [], 0
     for where, record in read_records(path):
         own = None
         for key, side in as_kind(record, dict, where).items():
             if normal(key) == language and isinstance(side, dict):
                 own = side.get("prompt")
         text = need(record, "instruction", where) if own is None else own
-        item = {"dataset": record.get("dataset"), "instruction": as_kind(text, str, where)}
-        found.append((where, check_unicode(item, where)))
+        about = as_kind(record.get("input") or "", str, where) if own is None else ""
+        if about and about.lower() not in NO_INPUT:     # Alpaca's
+            text = f"{as_kind(text, str, where)}\n\n{about}"
+        if as_kind(text, str, where).strip():
+            item = {"dataset": record.get("dataset"), "instruction": text}
+            found.append((where, check_unicode(item, where)))
+        else:
+            empty += 1
+    if empty:
+        print(f"{empty} empty instructions are left out")
     refuse_duplicates([(where, item["instruction"]) for where, item in found])
     if not found:
         raise InputError(f"{path}: the file holds no instruction")

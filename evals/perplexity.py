@@ -14,12 +14,13 @@ BITS = replace(NATS, of_sums=lambda sums: ratio(sums) / math.log(2))
 
 
 def scored_rows(path: Path, source: str, target: str, split: str) -> list[dict]:
-    """The rows of a file in both languages and of a split."""
-    rows = data.evaluation_rows(path, source, [target], trained=())
-    if split:
-        rows = [row for row in rows if row.get("split", split) == split]
+    """The rows of a file in both languages, and of a split or of none; how many are of others is said."""
+    found = data.evaluation_rows(path, source, [target], trained=())
+    rows = [row for row in found if not split or (row.get("split") or split) == split]
     if not rows:
         raise InputError(f"{path} has no row of split {split!r}: see --split")
+    if len(rows) < len(found):
+        print(f"{len(found) - len(rows)} rows of other splits than {split} are left out")
     return rows
 
 

@@ -211,6 +211,16 @@ def test_an_evaluation_with_the_questions_of_the_training_rows_is_refused_and_so
     assert "1 of its 4 questions are among the training rows, too" in capsys.readouterr().out
 
 
+def test_preference_rows_never_overwrite_the_data_they_come_from(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_text(json.dumps({"id": "1", "en": {"prompt": "a", "response": "b"},
+                                "sw": {"prompt": "c", "response": "d"}}) + "\n")
+    before = path.read_bytes()
+    with pytest.raises(InputError, match="--trl .* would overwrite .*rows.jsonl"):
+        data.main([str(path), "--lang", "sw", "--trl", str(tmp_path / "." / "rows.jsonl")])
+    assert path.read_bytes() == before
+
+
 def test_the_command_takes_several_languages_in_any_spelling(tmp_path, capsys):
     rows = [{"row_id": "1", "en": sides("q", "r"), "zh-CN": sides("问", "答"), "swh_Latn": sides("s", "j")}]
     write_rows(tmp_path / "rows.jsonl", rows)

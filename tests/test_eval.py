@@ -14,8 +14,10 @@ import pytest
 import eval as evaluation
 from conftest import with_lora, write_adapter, write_checkpoint
 from engine import files
-from engine.files import InputError, Journal
+from engine.files import InputError, Journal, write_json, write_jsonl
 from evals import instructions
+from evals.instructions import read_instructions
+from evals.perplexity import scored_rows
 from formats import records
 from formats.chat import load_tokenizer
 from formats.records import read_rows
@@ -227,6 +229,28 @@ def test_answers_for_alpaca_eval_have_its_format_and_resume(tmp_path):
     assert json.loads((tmp_path / "out" / "model_outputs.json").read_text()) == outputs
     settings = json.loads((tmp_path / "out" / "result.json").read_text())["settings"]
     assert (settings["temperature"], settings["max_tokens"], settings["seed"]) == (0.7, 6, 0)
+
+
+def test_an_instruction_comes_with_its_input_and_an_empty_one_is_left_out_and_counted(tmp_path, capsys):
+    write_json(tmp_path / "i.json", [
+        {"instruction": "Summarise the text.", "input": "The tiger is a mammal."}, {"instruction": " "},
+        {"instruction": "Summarise the text.", "input": "The lion is one."}, {"instruction": "Go.", "input": ""},
+        {"instruction": "Say yes.", "input": "<noinput>"}])
+    items = read_instructions(tmp_path / "i.json", "en")
+    assert [item["instruction"] for item in items] == [
+        "Summarise the text.\n\nThe tiger is a mammal.", "Summarise the text.\n\nThe lion is one.", "Go.", "Say yes."]
+    assert "1 empty instructions are left out" in capsys.readouterr().out
+
+
+def test_rows_that_perplexity_does_not_score_are_counted(tmp_path, capsys):
+    both = {language: {"prompt": f"{language}?", "response": "x"} for language in ("en", "sw")}
+    rows = [both | {"id": "1", "split": None}, both | {"id": "2", "split": "train"}, both | {"id": "3"},
+            {"id": "4", "en": both["en"]}]
+    write_jsonl(tmp_path / "rows.jsonl", rows)
+    kept = scored_rows(tmp_path / "rows.jsonl", "en", "sw", "test")
+    assert [row["row_id"] for row in kept] == ["1", "3"]
+    told = capsys.readouterr().out
+    assert "1 rows without en or sw are left out" in told and "1 rows of other splits than test are left out" in told
 
 
 def test_translated_instructions_are_the_same_for_every_system_and_what_failed_a_check_is_left_out(

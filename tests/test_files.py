@@ -87,3 +87,23 @@ def test_answers_begun_with_other_files_are_refused_by_the_file_and_not_by_all_o
         Journal(tmp_path / "answers.jsonl", now, ("question",))
     assert "begun with files 3.csv = 'aaaaaaaaaaaaaaaa', now it is 'bbbbbbbbbbbbbbbb': choose" in str(error.value)
     assert len(str(error.value)) < 300 and first_difference(before, dict(before)) is None
+
+
+def test_a_fresh_start_keeps_the_old_answers_and_their_result_under_other_names(tmp_path):
+    path = tmp_path / "answers.jsonl"
+    with Journal(path, {"shots": 0}, ("question",)) as journal:
+        journal.add({"question": "1"})
+    (tmp_path / "result.json").write_text("{}")
+    old = path.read_bytes()
+    with Journal(path, {"shots": 5}, ("question",), fresh=True) as journal:
+        assert journal.done == []
+    assert (tmp_path / "answers.jsonl.old-1").read_bytes() == old
+    assert not (tmp_path / "result.json").exists() and (tmp_path / "result.json.old-1").exists()
+
+
+def test_answers_are_written_by_one_process_at_a_time(tmp_path):
+    with Journal(tmp_path / "answers.jsonl", {}, ("question",)):
+        with pytest.raises(InputError, match="is being written by process"):
+            Journal(tmp_path / "answers.jsonl", {}, ("question",))
+    with Journal(tmp_path / "answers.jsonl", {}, ("question",)) as again:
+        assert again.done == []
