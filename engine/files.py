@@ -319,7 +319,7 @@ def fingerprint(*parts) -> str:
 class Journal:
     """A file of answers, one JSON line each behind one line of settings, of one process at a time. `done`
     holds the answers of an earlier, perhaps killed, run with the same settings; other settings are refused,
-    and so are lines without the `keys` of an answer. fresh: what is there gets another name, as its result."""
+    and so are lines without the `keys` of an answer. fresh: what is there is kept under other names."""
 
     def __init__(self, path: Path, settings: dict, keys: tuple[str, ...], fresh: bool = False):
         self.path, self.keys = path, keys
