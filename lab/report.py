@@ -252,7 +252,7 @@ def section(name: str, compared: list[Comparison]) -> str:
         text.append(f"### {plan}")
         text.append("\n".join(one.sentence for one in own))
         text.append(comparison_table(own, SHOWN_IN_ANSWERS))
-        if plots.has_panels(own):
+        if plots.has_panels(drawn_of(own)):
             text.append(f"![Differences and their intervals, {plan}]({plot_name(name, plan)})")
     if aside := [plan for plan in by_plan(compared) if plan not in shown]:
         text.append(f"Figures of {', '.join(aside)}: [{TABLES}]({TABLES}).")
@@ -262,6 +262,11 @@ def section(name: str, compared: list[Comparison]) -> str:
 def answering(compared: list[Comparison]) -> list[Comparison]:
     """Those of the plans that answer a question."""
     return [one for one in compared if one.plan not in ASIDE] or compared
+
+
+def drawn_of(compared: list[Comparison]) -> list[Comparison]:
+    """Those that a plot shows. DPO at SFT's own rate is so far off that no other difference could be seen."""
+    return [one for one in compared if ONE_RATE_DPO not in (one.method, one.other)]
 
 
 def comparison_table(compared: list[Comparison], keys: tuple, several_plans: bool = False) -> str:
@@ -579,9 +584,9 @@ def write(lines: list[dict], directory: Path) -> None:
     drawn = {SHOWN_PLOT}
     for name, own in compared.items():
         for plan, of_plan in by_plan(answering(own)).items():
-            if plots.has_panels(of_plan):
+            if plots.has_panels(drawn_of(of_plan)):
                 drawn.add(plot_name(name, plan))
-                plots.plot_differences(of_plan, directory / plot_name(name, plan))
+                plots.plot_differences(drawn_of(of_plan), directory / plot_name(name, plan))
     for key, told in curves(lines).items():
         drawn.add(curves_name(key))
         plots.plot_curves(told, CURVES, directory / curves_name(key))
