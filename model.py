@@ -148,8 +148,9 @@ class Block(nn.Module):
 def rope_frequencies(config: Config, device=None):
     """Angle per position of each pair of channels, (D/2,) fp32: theta^(-2i/D), stretched by rope_scaling.
 
-    llama3 leaves wavelengths short against the original context alone, divides the long ones by `factor`, and
-    interpolates between (transformers' `_compute_llama3_parameters`, from Meta's llama-models).
+    llama3 keeps the frequency of a pair that turns often in the original context, divides that of one that
+    turns rarely by `factor`, and interpolates between (transformers' `_compute_llama3_parameters`, from
+    Meta's llama-models).
     """
     D = config.head_dim
     scaling = config.rope_scaling
@@ -185,7 +186,8 @@ def rotation(c: Config, positions, dtype: torch.dtype):
 
 def sdpa(q, k, v, mask=None, causal: bool = False):
     """Scaled dot-product attention; G kv heads serve Q/G query heads each.
-    mask (B or 1, 1, T, K): True where a query may see, or what is added to its scores."""
+    mask (B or 1, 1, T, K): True where a query may see, or what is added to its scores. causal: for as many
+    queries as keys, or for one, the last, which sees them all."""
     B, T, Q, D = q.shape
     k = k.transpose(1, 2)                                                        # (B, G, K, D)
     v = v.transpose(1, 2)
@@ -345,7 +347,8 @@ class Header:
     v: Tensor
 
     def append_(self, k, v):
-        """k and v (B, T, G, D) behind the header's, (B, header + T, G, D)."""
+        """k and v (B, T, G, D) behind the header's, (B, header + T, G, D). Nothing is overwritten: it has its
+        name from LayerCache's, in whose place it is called."""
         B = len(k)
         shared_k = self.k.expand(B, -1, -1, -1)
         shared_v = self.v.expand(B, -1, -1, -1)
@@ -398,8 +401,9 @@ class Llama(nn.Module):
     def forward(self, tokens, positions=None, fork=None, branch=None, spans=None, cache=None, prefix=None):
         """Hidden states (B, T, H) of tokens (B, T) int64. Alone: causal. With fork and branch: eq. 1, by way
         of `spans` (a data.Batch's) if given, else by a mask. With cache: T new tokens after what it holds.
-        positions (B, T) default to 0, 1, ..., T-1 in every row. prefix, only with fork and branch:
-        `keys_and_values` of the header every fork continues; positions count from its end."""
+        positions (B, T) default to 0, 1, ..., T-1 in every row: give them behind a filled cache. prefix, only
+        with fork and branch: `keys_and_values` of the header that all forks continue; positions count from
+        its end."""
         B, T = tokens.shape
         c = self.config
         run = run_block
@@ -480,7 +484,7 @@ def load(path, device="cpu", dtype=torch.float32, adapter=None, recompute=False,
     added if given; recompute and compiler as in `Llama`.
 
     What is on the CPU in the dtype of the files stays memory-mapped, privately: changing it changes no file,
-    but a file must not be overwritten in place meanwhile (renaming another one over it, as `save` does, is
+    but a file must not be overwritten in place meanwhile (renaming another one over it, as formats/ does, is
     fine). Peak host memory is the model's and one shard. InputError when anything is missing, surplus,
     damaged or of another shape.
     """
