@@ -65,8 +65,8 @@ def accumulation_dtype(dtype):
 def chunk_rows(n_rows, n_vocab, dtype, device, chunk_bytes):
     """Rows C of a chunk: logits (C, V) would fit `chunk_bytes` (0: the device's default), chunks are even.
 
-    Where tiles are narrower there are not more rows: C decides the bits of a row's log-prob, and these must
-    not depend on what is computed beside it (only a trainable head needs all tiles of a chunk at once).
+    Narrower tiles would leave room for more rows, but C decides the last bits of a row's log-prob, and these
+    must not depend on which gradients are wanted (a trainable head's alone needs all tiles at once).
     """
     row_bytes = n_vocab * accumulation_dtype(dtype).itemsize
     default = GPU_CHUNK_BYTES // row_bytes if device.type == "cuda" else CPU_CHUNK_ROWS

@@ -28,7 +28,7 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
-SHORT = 320              # tokens of forks that are one piece of attention
+SHORT = 320              # most tokens of forks that are one piece of attention
 flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
 
@@ -143,7 +143,7 @@ def heads_first(x: Tensor) -> Tensor:
 
 
 class ForkAttention(Function):
-    """q (B T, Q, D) over k and v (B S, G, D) in pieces; G kv heads serve Q / G query heads each. Returns
+    """q (B T, Q, D) over k and v (B K, G, D) in pieces; G kv heads serve Q / G query heads each. Returns
     (B T, Q, D), zeros where no piece has the query (padding)."""
 
     @staticmethod

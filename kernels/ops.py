@@ -93,7 +93,7 @@ def walk(hidden, weight, targets, hidden_grad, weight_grad, chunk_bytes, backend
 
 def direction_into(out, scale, weight, targets, product):
     """out (C, H) <- scale (C,) * (weight[y] - product), eq. 5 where scale = 1 - p_y; rounded once."""
-    torch.sub(weight[targets], product, out=product)
+    torch.sub(weight[targets], product, out=product)  # product is used up
     torch.mul(product, scale[:, None], out=out)
 
 
