@@ -11,10 +11,10 @@ chosen, y_l the rejected response to x, log-probs summed over their tokens, and 
     L_SFT  = -(sum of log pi(y_t|x_t)) / (number of tokens), t: the target language's                  (eq. 3)
     L_CLO  = lambda * L_SFT + (1 - lambda) * L_CL                                                      (eq. 4)
 
-Means are over an optimiser step, however it is cut into micro-batches. By default an anchor is added, which
-is not the paper's, T being the step's tokens of English responses, and only attention is trained, as LoRA:
+Means are over an optimiser step, however it is cut into micro-batches. Only attention is trained. Two
+defaults are not the paper's: an anchor (its mean is per token), and LoRA in the place of attention's own W:
 
-    L      = L_CLO + anchor * sum of max(0, log ref(y_en|x_en) - log pi(y_en|x_en)) / T                (eq. 5)
+    L      = L_CLO + anchor * sum of max(0, log ref(y_en|x_en) - log pi(y_en|x_en)) / (their tokens)   (eq. 5)
     W'     = W + (alpha / R) B A                                                                       (eq. 6)
 
 References: CLO (ACL 2025, arXiv 2505.14297), DPO (arXiv 2305.18290), LoRA (arXiv 2106.09685).
@@ -136,7 +136,7 @@ class Objective:
 
     def loss(self, logp: Tensor, batch: data.Batch, step: "Counts") -> Tensor:
         """A micro-batch's part of the step's loss, from the summed log-probs (S,) of its continuations."""
-        # None: lambda is 1, or the policy is its own reference, as it is before the first step.
+        # None: lambda is 1, or a dry run times a step. The policy then stands in, and margins are 0.
         ref = logp.detach() if batch.ref_logp is None else batch.ref_logp
         scores, base = logp, ref
         if self.kind == "simpo":
@@ -170,7 +170,7 @@ def train_step(model: llama.Llama, batches: list[data.Batch], objective: Objecti
                clip: float) -> dict[str, Tensor]:
     """One optimiser step; its loss, NLL, rewards and log-probs (2, P) and gradient norm, as tensors. Nothing
     waits for the device here, unless there are several ranks."""
-    step = Counts.of(batches)                                          # eq. 2, 3: means over the whole step
+    step = Counts.of(batches)                                          # eq. 2, 3, 5: means over all of it
     figures = []
     for i, counted in ranks.deal(len(batches)):                        # gradient accumulation
         batch = batches[i].to(model.head.device)
@@ -236,7 +236,7 @@ def train(model: llama.Llama, parameters: dict, stage: Stage, packed: list, vali
             if i == 0 and stage.objective.prefers:
                 check_first_rewards(result["rewards"])
             if last or (i + 1) % (stage.eval_every or len(packed)) == 0:
-                metrics |= validate(i + 1)
+                metrics |= validate(i + 1)                # held-out rewards, logps replace the batch's own
             log.write(metrics)
             bar.set_postfix_str(f"loss {metrics['loss']:.3f}", refresh=False)
             bar.update()
@@ -362,7 +362,7 @@ def trainable(model: llama.Llama) -> dict[str, nn.Parameter]:
 def stages_of(method: str, asked: Stage, anchor: float, baseline_epochs: float, rates=()) -> list[Stage]:
     """The stages of a method; none for the untrained base. asked: clo's own stage, as the flags describe it.
     anchor: of methods whose lambda stands in METHODS. baseline_epochs: of stages without a preference.
-    rates: of each stage, the last one of those that follow, too; without any they go by that of `asked`."""
+    rates: one a stage, the last for those that follow, too; empty: that of `asked`, for dpo a part of it."""
     stages = []
     for number, (name, (lam, nll)) in enumerate(zip(method.split("+"), METHODS.get(method, []))):
         objective = asked.objective
@@ -494,7 +494,7 @@ def dry_run(args, device, config, plan: scale.Plan, methods: dict[str, list[Stag
             passes = per_epoch * stage.objective.prefers
             tokens = job.rows / per_epoch * data.mean_tokens(packed, len(job.groups))
             took = scale.step_seconds(config, job.plan, tokens)
-            if packed and not elsewhere:               # no pair among the rows looked at: a guess on paper
+            if packed and not elsewhere:               # else a guess on paper: no row looked at has a pair
                 took = scale.measured_seconds(config, job.plan, packed, tokens, device, partial(begin, stage))
             seconds = steps * took["step"] + passes * took["reference"]
             total += seconds

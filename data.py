@@ -224,9 +224,9 @@ PASS_ROWS = 1       # what a forward and backward pass costs beside its rows, in
 
 @dataclass(frozen=True)
 class Packing:
-    """How samples become micro-batches. micro_rows: the most rows of one; ranks: processes that share a
-    step's. trim: drop padding that all rows of one share; on CUDA rows keep one length, since its attention
-    is compiled for a shape."""
+    """How samples become micro-batches. micro_rows: the most rows of one; ranks: processes that share
+    those of a step. trim: drop padding that all its rows share; on CUDA rows keep one length, since attention
+    there is compiled for a shape."""
     batch_size: int = 8
     row_tokens: int = 1024
     micro_rows: int = 1
@@ -255,7 +255,7 @@ def packing_for(device, batch_size, row_tokens, micro_rows, ranks=1):
 class Batch:
     """B packed rows of T tokens, their N predictions, and what is known of their S continuations and P pairs.
 
-    Token q sees token k iff fork[q] == fork[k] and k <= q and (branch[k] == 0 or branch[k] == branch[q]).
+    Which token sees which: eq. 1 of model.py.
     """
     tokens: torch.Tensor     # (B, T)
     positions: torch.Tensor  # (B, T), each continuation goes on at its prompt's length
@@ -267,7 +267,7 @@ class Batch:
     spans: list | None       # of layers.Span, where each fork lies; None on a GPU, where a mask says it
     length: torch.Tensor     # (S,), tokens of every continuation
     side: torch.Tensor       # (S,), language of its prompt: 0 the source, i the i-th target
-    right: torch.Tensor      # (F,), the right continuation of each fork
+    right: torch.Tensor      # the right continuation of each fork
     chosen: torch.Tensor     # (P,), the right continuation of each pair
     rejected: torch.Tensor   # (P,), the wrong one
     nll: torch.Tensor        # the continuations under the NLL term

@@ -5,9 +5,9 @@
     python eval.py mc mmlu DIR --shots 5 --adapter runs/sw/clo/adapter
     python eval.py COMMAND --help
 
-Each command keeps its answers in a file as they come, so that a killed one goes on behind them, and writes
-its figures beside everything they depend on; `compare` puts them into one table. A notebook may rely on
-multiple_choice, fit_languages, reply_language and answer_and_score.
+mc, perplexity, alpaca and judge keep their answers in a file as they come, so that a killed one goes on
+behind them, and write their figures beside all that they depend on; `compare` puts them into one table. A
+notebook may rely on multiple_choice, fit_languages, reply_language and answer_and_score.
 """
 
 import argparse

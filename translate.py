@@ -115,8 +115,8 @@ def translate_sentences(texts: list[str], direction: Direction, beams: int,
 
 
 def translate_twice(texts: list[str], direction: Direction) -> list[Draft]:
-    """What fails is tried again, greedily and without repeats; not a source whose words the translator does
-    not know, which it will not know then."""
+    """The drafts of some texts. What fails is tried again, greedily and without repeats, unless its words are
+    unknown to the translator, which they would stay."""
     drafts = translate_sentences(texts, direction, direction.beams)
     again = [i for i, (_, fault) in enumerate(drafts) if fault not in (None, "unknown words")]
     asked = [texts[i] for i in again]
