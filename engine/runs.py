@@ -308,7 +308,7 @@ def stop_unless_finite(metrics: dict, stage: str, rate: float) -> None:
         return
     remedy = f"the last checkpoint is kept; try a lower --lr than {rate:.2g}"
     if metrics["step"] == 1:                        # before any update: no rate had a part in it
-        remedy = "the model itself gives that in this compute type: try another --dtype"
+        remedy = "no update had a part in it: try another --dtype, and a smaller --lora-alpha if it is large"
     raise InputError(f"{stage}: loss {metrics['loss']}, gradient norm {metrics['grad_norm']} at step "
                      f"{metrics['step']}: stopped; {remedy}")
 

@@ -24,27 +24,36 @@ def scored_rows(path: Path, source: str, target: str, split: str) -> list[dict]:
     return rows
 
 
+def forks_and_lines(tokenizer, rows: list[dict], place: str, language: str, system_prompt: str | None,
+                    longest: int) -> tuple[list[data.Fork], list[dict]]:
+    """The rows' responses in a language, to be scored, and the line of each, which lacks its NLL. InputError
+    for a response of more tokens than `longest`."""
+    forks, lines = [], []
+    for row in rows:
+        name, texts = row["row_id"], row[language]
+        prompt = tokenizer.prompt_ids(texts["prompt"], system_prompt)
+        reply = tokenizer.response_ids(texts["response"])
+        fork, = choice.fitting_forks(f"row {name} in {language}", prompt, [reply], longest)
+        forks.append(fork)
+        lines.append({
+            "question": name,
+            "place": place,
+            "cut": len(fork.prompt) < len(prompt),
+            "bytes": len(texts["response"].encode()),
+            "tokens": len(reply)})
+    return forks, lines
+
+
 def response_lines(model, tokenizer, rows: list[dict], places: dict[str, str], done: set,
                    system_prompt: str | None, batch_tokens: int):
     """Yields a line with the NLL of each row's response in the languages of `places`, but for those that are
-    done: (place, row_id)."""
+    done: (place, row_id). A response that is too long is refused before any is scored."""
     longest = model.config.max_position_embeddings
+    todo = []
     for place, language in places.items():
         left = [row for row in rows if (place, row["row_id"]) not in done]
-        forks, lines = [], []
-        for row in left:
-            name, texts = row["row_id"], row[language]
-            prompt = tokenizer.prompt_ids(texts["prompt"], system_prompt)
-            reply = tokenizer.response_ids(texts["response"])
-            where = f"row {name} in {language}"
-            fork, = choice.fitting_forks(where, prompt, [reply], longest)
-            forks.append(fork)
-            lines.append({
-                "question": name,
-                "place": place,
-                "cut": len(fork.prompt) < len(prompt),
-                "bytes": len(texts["response"].encode()),
-                "tokens": len(reply)})
+        todo.append(forks_and_lines(tokenizer, left, place, language, system_prompt, longest))
+    for forks, lines in todo:
         for i, (logp,) in choice.fork_logps(model, forks, batch_tokens):
             yield lines[i] | {"nll": -logp}
 

@@ -17,7 +17,7 @@ from engine import files
 from engine.files import InputError, Journal, write_json, write_jsonl
 from evals import instructions
 from evals.instructions import read_instructions
-from evals.perplexity import scored_rows
+from evals.perplexity import response_lines, scored_rows
 from formats import records
 from formats.chat import load_tokenizer
 from formats.records import read_rows
@@ -251,6 +251,15 @@ def test_rows_that_perplexity_does_not_score_are_counted(tmp_path, capsys):
     assert [row["row_id"] for row in kept] == ["1", "3"]
     told = capsys.readouterr().out
     assert "1 rows without en or sw are left out" in told and "1 rows of other splits than test are left out" in told
+
+
+def test_perplexity_refuses_a_response_that_is_too_long_before_it_scores_any():
+    tokenizer = SimpleNamespace(prompt_ids=lambda text, _: [1], response_ids=lambda text: [2] * len(text))
+    model = SimpleNamespace(config=SimpleNamespace(max_position_embeddings=8))       # it scores nothing
+    rows = [{"row_id": "7", "en": {"prompt": "a", "response": "short"}, "sw": {"prompt": "a", "response": 9 * "x"}}]
+    places = {"source": "en", "target": "sw"}
+    with pytest.raises(files.InputError, match="row 7 in sw: 9 tokens to be scored, the model reads 8"):
+        next(response_lines(model, tokenizer, rows, places, set(), None, 1))
 
 
 def test_translated_instructions_are_the_same_for_every_system_and_what_failed_a_check_is_left_out(
