@@ -236,7 +236,7 @@ def train(model: llama.Llama, parameters: dict, stage: Stage, packed: list, vali
             if i == 0 and stage.objective.prefers:
                 check_first_rewards(result["rewards"])
             if last or (i + 1) % (stage.eval_every or len(packed)) == 0:
-                metrics |= validate(i + 1)                # held-out rewards, logps replace the batch's own
+                metrics |= validate(i + 1)
             log.write(metrics)
             bar.set_postfix_str(f"loss {metrics['loss']:.3f}", refresh=False)
             bar.update()

@@ -161,8 +161,9 @@ class Fork:
 
     @property
     def equal(self):
-        """Another continuation has the right one's ids: such a pair says nothing about language."""
-        return self.continuations[0] in self.continuations[1:]
+        """All other continuations have the right one's ids: they say nothing about language."""
+        right, others = self.continuations[0], self.continuations[1:]
+        return bool(others) and all(ids == right for ids in others)
 
 
 def cut_to_fit(fork, row_tokens):
@@ -197,7 +198,8 @@ def make_forks(rows, tokenizer, source="en", target="sw", row_tokens=1024, syste
         counts[f"forks cut to {row_tokens} tokens"] += sum(fork != long for fork, long in zip(group, uncut))
         counts["forks with equal continuations (no preference to learn)"] += sum(fork.equal for fork in group)
     if not groups:
-        raise InputError(f"no row fits into {row_tokens} tokens: give a larger --row-tokens")
+        raise InputError(f"no row fits into {row_tokens} tokens: give a larger --row-tokens, if the model reads "
+                         f"more, or shorter prompts")
     return groups, counts
 
 

@@ -405,7 +405,7 @@ def main():
     translator = load(args.translator, device, dtype)
     translate_rows(rows, translator, args.source, targets, out,
                    args.beams, args.batch_tokens, args.keep_failed)
-    print(f"{out} is written; next: python clo.py --lang {targets[0]} --data {out}")
+    print(f"{out} is written; next: python clo.py --lang {','.join(targets)} --data {out}")
     ranks.stop()
 
 

@@ -1,7 +1,8 @@
 """Held-out pairs during training: rewards, margins, accuracies by direction, and the NLL of right responses.
 
 TRL's metric names, with a side behind each: `en` the source, `tgt` all targets, and where there are several
-targets each of them as `tgt_sw`. Watch nll_en: a preference loss alone lets it rise.
+targets each of them as `tgt_sw`. In metrics.jsonl what a step says of its own pairs, too, is `eval_...` of the
+held-out ones. Watch nll_en: a preference loss alone lets it rise.
 """
 
 import time
@@ -143,13 +144,18 @@ class Validation:
             self.untrained = answers
         figures = pair_figures(self.batches, self.policy, before, self.beta, self.targets)
         tqdm.write(validation_text(step, figures, answers))
-        return figures | {"answers": answers}
+        return {logged_name(key): value for key, value in figures.items()} | {"answers": answers}
 
     def score(self, model) -> Metrics:
         """Against the untrained model."""
         if self.policy is None:                                    # trained before this command began
             self.policy = summed_logps(model, self.batches, "held-out")
         return pair_figures(self.batches, self.policy, self.base, self.beta, self.targets)
+
+
+def logged_name(figure: str) -> str:
+    """How metrics.jsonl names a held-out figure, beside those of the step's own pairs."""
+    return figure if figure.startswith("nll_") else f"eval_{figure}"
 
 
 def pair_figures(batches: list, policy: Sums, reference: Sums, beta: float,

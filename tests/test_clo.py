@@ -383,6 +383,8 @@ def test_a_run_leaves_the_report_the_adapters_and_the_metrics(world, capsys):
     assert [line["step"] for line in lines] == list(range(5))
     assert lines[1]["rewards/margins_tgt"] == 0 and lines[-1]["rewards/margins_tgt"] > 0
     assert {"nll_en", "nll_tgt", "rewards/accuracies_en", "logps/chosen_tgt"} <= lines[-1].keys()
+    held_out = report["methods"]["clo"]["heldout"]["rewards/margins_tgt"]                  # and the last step's own
+    assert lines[-1]["eval_rewards/margins_tgt"] == pytest.approx(held_out) != lines[-1]["rewards/margins_tgt"]
     assert load_file(path / "run" / "clo" / "adapter" / "adapter_model.safetensors")
     out = capsys.readouterr().out
     assert "python eval.py ask --adapter" in out and "±" in out

@@ -65,6 +65,15 @@ def test_each_row_gives_one_fork_a_language_with_its_own_response_first(chatml):
                       "forks with equal continuations (no preference to learn)": 2}
 
 
+def test_a_fork_of_which_one_wrong_continuation_differs_still_has_a_preference(chatml):
+    row = {"row_id": "a", "en": sides("What?", "Paris"), "de": sides("Was?", "Paris"), "sw": sides("Nini?", "Ni Paris.")}
+    (forks,), counts = data.make_forks([row], chatml, "en", ["de", "sw"])
+    assert not any(fork.equal for fork in forks)
+    assert counts["forks with equal continuations (no preference to learn)"] == 0
+    (alone,), _ = data.make_forks([row], chatml, "en", [])
+    assert not alone[0].equal                                                    # it has no other at all
+
+
 def test_more_targets_mean_more_continuations(chatml):
     groups, _ = data.make_forks(ROWS, chatml, "en", ["sw", "de"])
     texts = [[chatml.decode(ids) for ids in fork.continuations] for fork in groups[0]]
