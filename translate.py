@@ -25,8 +25,7 @@ from tqdm import tqdm
 
 from data import read_counted
 from engine import flags, ranks
-from engine.files import (InputError, append_jsonl, check_overwrite, check_unicode, fingerprint, locked,
-                          writing)
+from engine.files import InputError, append_jsonl, check_overwrite, check_unicode, fingerprint, locked
 from engine.progress import progress
 from formats import hub
 from formats.languages import DENSE, UNSPACED, language_list, normal, script_of, suggestion
@@ -297,8 +296,7 @@ def complete_file(path: Path, records: list[dict], targets: list[str], direction
                 for record in found:
                     file_failed_(record, keep_failed)
                 if ranks.rank() == 0:
-                    with writing(path):
-                        append_jsonl(path, found)
+                    append_jsonl(path, found)
                 made += found
                 bar.update(len(found))
     done |= zip(todo, made)

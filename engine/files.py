@@ -152,10 +152,11 @@ def json_line(record) -> str:
 
 def write_text(path: Path, text: str) -> None:
     """To a temporary name first, so there is never half a file."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary.write_text(text, encoding="utf-8")
+        os.replace(temporary, path)
 
 
 def write_json(path: Path, value) -> None:
@@ -219,12 +220,13 @@ def locked(path: Path, wait: bool = False):
         path.parent.mkdir(parents=True, exist_ok=True)
         lock = claim(path, wait)
     with lock as file:
-        file.truncate(0)
         command = " ".join([Path(sys.argv[0]).name, *sys.argv[1:]])
         since = time.strftime("%d %b %H:%M:%S")
-        file.write(f"process {os.getpid()} on {socket.gethostname()} since {since}: {command}")
-        file.flush()
+        holder = f"process {os.getpid()} on {socket.gethostname()} since {since}: {command}"
         try:
+            with writing(path):
+                file.truncate(0)
+                os.write(file.fileno(), holder.encode(errors="replace"))   # unbuffered: closing tries no more
             yield
         finally:
             os.unlink(file.name)
@@ -254,7 +256,7 @@ def claim(path: Path, wait: bool):
 
 
 def append_jsonl(path: Path, records) -> None:
-    with open(path, "a", encoding="utf-8", newline="\n") as file:
+    with writing(path), open(path, "a", encoding="utf-8", newline="\n") as file:
         file.writelines(map(json_line, records))
 
 
@@ -329,8 +331,6 @@ class Journal:
                 self.move_aside()
             self.done = self.read(json.loads(json.dumps(settings))) if path.exists() else []
             write_jsonl(path, [{"settings": settings}, *self.done])
-            # written line by line
-            self.file = held.enter_context(open(path, "a", encoding="utf-8", newline="\n", buffering=1))
             self.held = held.pop_all()
 
     def move_aside(self) -> None:
@@ -357,8 +357,8 @@ class Journal:
         return [answer for _, answer in answers]
 
     def add(self, line: dict) -> None:
+        append_jsonl(self.path, [line])
         self.done.append(line)
-        self.file.write(json_line(line))
 
     def __enter__(self):
         return self

@@ -7,6 +7,8 @@ import torch
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
+import contextlib  # noqa: E402
+import resource  # noqa: E402
 from pathlib import Path  # noqa: E402
 
 import pytest  # noqa: E402
@@ -83,6 +85,20 @@ class Recorder:
 @pytest.fixture
 def checkpoint(tmp_path) -> Path:
     return write_checkpoint(tmp_path / "base")
+
+
+@pytest.fixture
+def full_disk():
+    """full_disk(size): within it no file can grow beyond so many bytes."""
+    @contextlib.contextmanager
+    def limit(size: int):
+        limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
+        try:
+            yield
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    return limit
 
 
 @pytest.fixture(scope="session")

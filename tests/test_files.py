@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from engine.files import InputError, Journal, directory_fingerprint, first_difference, locked
+from engine.files import InputError, Journal, directory_fingerprint, first_difference, locked, write_json
 from formats.hub import MODEL_FILES
 
 ROOT = Path(__file__).parents[1]
@@ -48,6 +48,32 @@ def test_a_place_where_nothing_can_be_written_is_refused_in_one_line(tmp_path):
     with pytest.raises(InputError, match="file/run cannot be written .*choose another --out"):
         with locked(tmp_path / "file" / "run"):
             raise AssertionError("there is no such place")
+
+
+def test_a_full_disk_is_one_line_that_names_the_file(tmp_path, full_disk):
+    path = tmp_path / "result.json"
+    write_json(path, {"whole": True})
+    with full_disk(5), pytest.raises(InputError, match="result.json cannot be written .*: make room"):
+        write_json(path, {"whole": False})
+    assert path.read_text() == '{\n  "whole": true\n}\n'
+
+
+def test_a_lock_that_finds_no_room_is_one_line_and_leaves_nothing(tmp_path, full_disk):
+    with full_disk(0), pytest.raises(InputError, match="run cannot be written .*: make room"):
+        with locked(tmp_path / "run"):
+            raise AssertionError("nobody could be told who holds it")
+    assert not any(tmp_path.iterdir())
+
+
+def test_answers_that_find_no_room_are_one_line_and_those_before_are_kept(tmp_path, full_disk):
+    path = tmp_path / "answers.jsonl"
+    with Journal(path, {}, ("question",)) as journal:
+        journal.add({"question": "1"})
+        with full_disk(path.stat().st_size + 5):
+            with pytest.raises(InputError, match="answers.jsonl cannot be written .*: make room"):
+                journal.add({"question": "2"})
+    with Journal(path, {}, ("question",)) as again:
+        assert again.done == [{"question": "1"}]
 
 
 def test_a_lock_is_let_go_after_an_error(tmp_path):

@@ -2,7 +2,6 @@
 
 import json
 import os
-import resource
 import shutil
 import signal
 from pathlib import Path
@@ -203,21 +202,23 @@ def test_a_checkpoint_passed_over_does_not_outlive_the_next_one(tmp_path):
     assert names(tmp_path) == ["step-000002", "step-000004"]
 
 
-def test_a_full_disk_is_one_line_and_keeps_the_checkpoint_before(tmp_path):
+def test_a_full_disk_is_one_line_and_keeps_the_checkpoint_before(tmp_path, full_disk):
     saved(tmp_path, 2)
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    try:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (100, limits[1]))
-        with refused("step-000004 cannot be written", "make room"):
-            saved(tmp_path, 4)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    with full_disk(100), refused("step-000004 cannot be written", "make room"):
+        saved(tmp_path, 4)
     assert runs.load_checkpoint(tmp_path, *trained()) == 2
     saved(tmp_path, 4)
     assert runs.load_checkpoint(tmp_path, *trained()) == 4
 
 
 # ---- other files
+
+def test_a_step_whose_line_finds_no_room_names_the_file(tmp_path, full_disk):
+    log = runs.MetricsLog(tmp_path, 0)
+    log.write({"step": 0})
+    with full_disk(20), refused("metrics.jsonl cannot be written", "make room"):
+        log.write({"step": 1})
+
 
 WHOLE = [b'{"step": 0}', b'{"step": 1}', b'{"step": 2}']
 

@@ -442,12 +442,8 @@ def test_what_is_left_out_of_the_data_is_said_and_a_language_named_twice_is_one(
     assert {*map(str, (json.loads(line)["clo"]["into"] for line in open(out)))} == {"['sw']"}
 
 
-def test_a_full_disk_is_one_line_that_names_the_file(translator, tmp_path, monkeypatch, shout):
-    def append_jsonl(path, records):
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(translate, "append_jsonl", append_jsonl)
-    with pytest.raises(InputError, match="out.jsonl cannot be written .*No space.*: make room"):
+def test_a_full_disk_is_one_line_that_names_the_file(translator, tmp_path, full_disk, shout):
+    with full_disk(300), pytest.raises(InputError, match="out.jsonl cannot be written .*: make room"):
         translate.translate_rows(make_rows(3), translator, "en", "sw", tmp_path / "out.jsonl")
 
 
