@@ -333,6 +333,15 @@ class MetricsLog:
                 self.board.add_scalar(name, value, metrics["step"])
 
 
+def step_seconds(directory: Path) -> float:
+    """Of all steps of a method, whichever commands ran them: a clock would know this command alone."""
+    seconds = 0.0
+    for path in sorted(directory.rglob("metrics.jsonl")):              # one for each stage
+        for _, metrics in read_journal(path, "start over with --fresh, or choose another --out"):
+            seconds += metrics.get("seconds", 0.0)                     # step 0 is a validation alone
+    return round(seconds, 2)
+
+
 def truncate_metrics(path: Path, done: int) -> None:
     """Keep the lines of steps 0 to `done`, none where none is done: a killed run wrote further than its
     checkpoint, perhaps half a line. InputError when one of those is missing or damaged: nothing writes it

@@ -23,7 +23,7 @@ import data
 import model as llama
 from conftest import Recorder, write_checkpoint
 from engine import ranks, runs
-from engine.files import InputError
+from engine.files import InputError, read_json
 from formats.checkpoints import save
 from formats.configs import Config
 from formats.records import write_rows
@@ -361,9 +361,11 @@ def test_the_same_command_goes_on_and_says_its_step(world, capsys):
     path, flags = world
     flags = [*flags, "--epochs", "1"]
     clo.main(flags)
+    seconds = read_json(path / "run" / "clo" / "result.json")["train_seconds"]
     forget_the_end(path / "run")
     clo.main(flags)
     assert "clo: resuming at step 4 of 4" in capsys.readouterr().out
+    assert read_json(path / "run" / "clo" / "result.json")["train_seconds"] == seconds > 0
     fails(capsys, changed(flags, "--lr", "0.5"), "lr = 0.01", "0.5")
 
 
