@@ -257,11 +257,13 @@ def load_checkpoint(directory: Path, parameters: dict[str, Tensor], optimizer) -
     """Restore the newest whole checkpoint into parameters and optimiser; the number of steps done
     (0 without one). One that any rank finds damaged is named and passed over."""
     device = next(iter(parameters.values())).device
-    for path in reversed(checkpoints(directory)):
+    found = checkpoints(directory)
+    for path in reversed(found):
         ranks.on_first(lambda: refuse_other_ranks(path, parameters))
         tensors = read_checkpoint(path, parameters)
         if ranks.largest(int(tensors is None), device):
-            print(f"checkpoint passed over, going back to the one before: {path} is damaged")
+            left = "the training begins anew" if path == found[0] else "going back to the one before"
+            print(f"checkpoint passed over, {left}: {path} is damaged")
             continue
         restore_(parameters, optimizer, tensors)
         ranks.on_first(lambda: prune(directory, step_of(path)))

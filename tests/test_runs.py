@@ -165,6 +165,16 @@ def test_a_checkpoint_without_all_of_its_tensors_is_passed_over(tmp_path, capsys
     assert "passed over" in capsys.readouterr().out
 
 
+def test_when_every_checkpoint_is_damaged_the_beginning_is_said(tmp_path, capsys):
+    for step in (2, 4):
+        saved(tmp_path, step)
+        (tmp_path / f"step-{step:06d}" / "state-0-of-1.safetensors").write_bytes(b"cut short")
+    assert runs.load_checkpoint(tmp_path, *trained()) == 0
+    newer, older = capsys.readouterr().out.splitlines()
+    assert "going back to the one before: " in newer and "step-000004 is damaged" in newer
+    assert "the training begins anew: " in older and "step-000002 is damaged" in older
+
+
 def test_what_is_named_almost_like_a_checkpoint_is_left_alone(tmp_path):
     saved(tmp_path, 2)
     for name in ("step-abc9", "step-1e9", "step-000002-mine"):
