@@ -346,10 +346,11 @@ def step_seconds(directory: Path) -> float:
 
 def truncate_metrics(path: Path, done: int) -> None:
     """Keep the lines of steps 0 to `done`, none where none is done: a killed run wrote further than its
-    checkpoint, perhaps half a line. InputError when one of those is missing or damaged: nothing writes it
-    again."""
+    checkpoint, perhaps half a line. InputError when one of those is missing or damaged (a power failure may
+    take lines and spare the checkpoint): only steps behind an earlier checkpoint write theirs again."""
     steps = [*range(done + 1)] if done else []
-    remedy = "start over with --fresh, or choose another --out"
+    remedy = (f"delete {path.parent}/checkpoint/step-{done:06d} to go on from the checkpoint before it, or "
+              f"start over with --fresh")
     lines = itertools.islice(read_journal(path, remedy), len(steps))
     kept = [metrics for _, metrics in lines]
     if [metrics.get("step") for metrics in kept] != steps:

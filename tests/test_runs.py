@@ -256,7 +256,7 @@ def test_a_damaged_line_up_to_the_checkpoint_is_refused(tmp_path, line, number):
 
 
 def test_metrics_that_are_not_there_are_refused_after_a_checkpoint_alone(tmp_path):
-    with refused("metrics.jsonl", "--fresh"):
+    with refused("metrics.jsonl", f"delete {tmp_path}/checkpoint/step-000002", "--fresh"):
         runs.truncate_metrics(tmp_path / "metrics.jsonl", 2)
     runs.truncate_metrics(tmp_path / "metrics.jsonl", 0)
 
