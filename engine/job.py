@@ -168,12 +168,12 @@ def read_split(path: str, eval_data: str | None, languages: tuple[str, ...], tur
 def translated(split: data.Split, translator, source: str, missing: list[str], beams: int, keep_failed: bool,
                run: Path | None) -> list[dict]:
     """The rows of a split with the languages they lack; without a run directory the first few."""
-    rows, path = split.rows, None
-    if run is None:
-        rows = rows[:split.apart + LOOK]
-    else:
-        path = run / f"translated-{','.join(missing)}.jsonl"
-    return translate.translate_rows(rows, translator, source, missing, path, beams, keep_failed=keep_failed)
+    rows = split.rows if run else split.rows[:split.apart + LOOK]
+    path = run and run / f"translated-{','.join(missing)}.jsonl"
+    rows = translate.translate_rows(rows, translator, source, missing, path, beams, keep_failed=keep_failed)
+    if run:
+        ranks.on_first(lambda: runs.hold_translation(run, path, fingerprint(rows)))
+    return rows
 
 
 def check_pairs(groups: list[list[data.Fork]], path: str, methods: dict[str, list]) -> None:

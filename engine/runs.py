@@ -90,6 +90,17 @@ def compare_runs(directory: Path, before: dict, flags: dict, inputs: dict) -> No
                          f"contents of {name} changed; choose another --out, or start over with --fresh")
 
 
+def hold_translation(directory: Path, path: Path, rows: str) -> None:
+    """Note in config.json a hash of the rows as they are translated. InputError when something rests on other
+    ones: the file was edited since, or another translator made it anew."""
+    config = read_json(directory / "config.json")
+    worked = any(directory.glob("*/answers.jsonl"))         # base's come before all training
+    if worked and config.get("translation", rows) != rows:
+        raise InputError(f"{path} has changed since {directory} began with it (an edited line, another "
+                         f"translator): put the old lines back, or give --data {path} and another --out")
+    write_json(directory / "config.json", config | {"translation": rows})
+
+
 def move_aside(directory: Path, needed: list[Path]) -> None:
     """Give the directory of a run, and no other one, a name of its own, so that nothing is lost."""
     if read_run_config(directory / "config.json") is None:

@@ -601,6 +601,29 @@ def test_a_run_directory_of_another_run_is_refused_by_its_first_difference(world
     assert (path / "run" / "report.json").read_bytes() == report
 
 
+def test_translations_that_change_before_a_run_goes_on_are_refused_once_something_rests_on_them(
+        world, capsys, monkeypatch):
+    path, flags = world
+    flags, reply, run = [*flags, "--baseline", "none", "--epochs", "1"], ["ndiyo"], path / "run"
+    write_rows(path / "rows.jsonl", [{key: row[key] for key in ("row_id", "en")} for row in parallel_rows(8)])
+
+    def translate_rows(rows, *_, **__):
+        return [{"sw": {"prompt": "nini?", "response": reply[0]}} | row for row in rows]
+    monkeypatch.setattr(job.translate, "translator_for", lambda *_: None)
+    monkeypatch.setattr(job.translate, "translate_rows", translate_rows)
+    clo.main(flags)
+    (run / "clo" / "result.json").unlink()
+    clo.main(flags)
+    reply[0] = "hapana"
+    (run / "clo" / "result.json").unlink()
+    before = {file: file.read_bytes() for file in run.rglob("*") if file.is_file()}
+    fails(capsys, flags, "translated-sw.jsonl has changed", f"--data {run}/translated-sw.jsonl", "--out")
+    assert {file: file.read_bytes() for file in run.rglob("*") if file.is_file()} == before
+    (run / "base" / "answers.jsonl").unlink()
+    (run / "clo" / "answers.jsonl").unlink()
+    runs.hold_translation(run, path, "others")                     # nothing has been done with the old ones
+
+
 def test_a_loss_that_is_not_a_number_stops_and_names_the_step(world, capsys):
     path, flags = world
     fails(capsys, changed(flags, "--lr", "1e30") + ["--baseline", "none", "--epochs", "30"],
