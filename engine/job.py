@@ -34,6 +34,7 @@ IDENTITY = """
     eval_split answers max_new_tokens eval_every merge save_every device dtype shard
 """.split()
 CLASSIFIER_ROWS = 400           # rows that the classifier of reply language learns from
+SIMPO_BETA = 2.0                # the least that its authors take (arXiv 2405.14734, section 3)
 LOOK = 4                        # rows that a dry run translates
 
 
@@ -119,12 +120,16 @@ def refuse_unused(anchor: float | None, tensorboard: bool, stages: list) -> None
 
 
 def print_choices(plan: scale.Plan, stages: list) -> None:
-    """What was chosen where the flags leave it open."""
+    """What was chosen where the flags leave it open, and what is left weak."""
     print(f"compute type {plan.dtype} ({plan.dtype_why}), at most {plan.micro_rows} packed rows a pass")
     for stage in stages:
-        if stage.objective.prefers and stage.objective.anchor:
-            print(f"{stage.name}: --anchor {stage.objective.anchor:g} holds English answers up; "
+        objective = stage.objective
+        if objective.prefers and objective.anchor:
+            print(f"{stage.name}: --anchor {objective.anchor:g} holds English answers up; "
                   f"the paper's loss is --anchor 0")
+        if objective.prefers and objective.kind == "simpo" and objective.beta < SIMPO_BETA:
+            print(f"{stage.name}: --beta {objective.beta:g} hardly makes simpo prefer anything: its margins "
+                  f"are of mean log-probs, not of sums; its authors take --beta {SIMPO_BETA:g} to 10")
 
 
 def plan_of(args, config: Config, device: torch.device) -> scale.Plan:

@@ -581,6 +581,15 @@ def test_fewer_rows_than_were_asked_for_are_told(world, capsys):
     assert "--samples" not in capsys.readouterr().out
 
 
+def test_a_beta_too_weak_for_simpo_is_told(world, capsys):
+    flags = [*world[1], "--preference", "simpo", "--baseline", "none", "--dry-run"]
+    clo.main(flags)
+    assert f"clo: --beta {clo.BETA:g} hardly makes simpo prefer anything" in capsys.readouterr().out
+    for quiet in (["--beta", "2"], ["--method", "sft"]):
+        clo.main([*flags, *quiet])
+        assert "makes simpo" not in capsys.readouterr().out
+
+
 def test_a_dry_run_whose_first_rows_have_no_pair_ends_with_a_guess(world, capsys, monkeypatch):
     path, flags = world
     rows = [row | {"sw": row["sw"] | {"response": row["en"]["response"]}} for row in parallel_rows(3)]
