@@ -29,7 +29,8 @@ from evals.instructions import answer_lines, model_outputs, read_instructions, t
 from evals.language import fit_languages, reply_language    # noqa: F401
 from evals.perplexity import byte_figures, response_lines, scored_rows
 from evals.report import shown, table
-from evals.systems import check_system, count_cut, finish, keep, locate, open_model, out_directory, unusual
+from evals.systems import (check_system, count_cut, finish, is_same, keep, locate, open_model, out_directory,
+                           unusual)
 from evals.verdict import VERDICT
 from formats import hub
 from formats.languages import normal, split_commas
@@ -47,7 +48,7 @@ def ask(args) -> None:
     found = [locate(args.model, adapter) for adapter in args.adapter or [None]]
     (base, first), *others = found
     for own, adapter in others:
-        if own != base:
+        if not is_same(own, base):
             raise InputError(f"{adapter} belongs to {own}, {first} to {base}: "
                              f"ask them one after the other, or name one base with --model")
     systems = [(base, None)] if args.beside and first else []

@@ -6,7 +6,8 @@ from pathlib import Path
 import torch
 
 import model as llama
-from engine.files import InputError, Journal, directory_fingerprint, fingerprint, say_once, write_json
+from engine.files import (InputError, Journal, directory_fingerprint, fingerprint, read_json, say_once,
+                          write_json)
 from engine.progress import progress
 from engine.ranks import pick_dtype
 from formats import hub
@@ -24,6 +25,20 @@ def locate(model: str | None, adapter: str | None) -> tuple[str, str | None]:
         return model or DEFAULT_MODEL, None
     adapter = str(hub.adapter_directory(adapter))
     return model or adapter_base(adapter), adapter
+
+
+def is_same(one: str, other: str) -> bool:
+    """Whether two names of a checkpoint, paths or hub ids, mean one."""
+    return hub.find(one).resolve() == hub.find(other).resolve()
+
+
+def say_other_base(model: str | None, adapter: str | None) -> None:
+    """--model may name the adapter's base where it lies now; the weights of another one of its shape would
+    give numbers, too."""
+    if model and adapter:
+        own = read_json(Path(adapter) / ADAPTER_CONFIG).get("base_model_name_or_path")
+        if own and not is_same(str(own), model):
+            say_once(f"{adapter} was trained on {own}, --model {model} is taken: is that the same model?")
 
 
 def base_directory(base: str, model: str | None, adapter: str | None) -> Path:
@@ -63,6 +78,7 @@ def open_model(model: str | None, adapter: str | None, device: str, dtype: str,
     """The model that --model and --adapter name, its tokenizer,
     and the settings that stand beside its numbers."""
     base, adapter = locate(model, adapter)
+    say_other_base(model, adapter)
     dtype = pick_dtype(dtype, device)
     directory = base_directory(base, model, adapter)   # once: on the hub a branch may move meanwhile
     tokenizer = tokenizer_for(directory, adapter, template_args)

@@ -77,6 +77,22 @@ def test_ask_shows_the_base_and_adapters_side_by_side_each_as_it_answers_alone(t
         f"{adapters[0]}:"):]
 
 
+def test_an_adapter_on_another_base_than_its_own_is_told_and_two_names_of_one_base_are_one(
+        tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    bases = [write_checkpoint(tmp_path / f"base{seed}", seed) for seed in range(2)]
+    adapters = [write_adapter(with_lora(bases[0]), name, tmp_path / f"adapter{i}")
+                for i, name in enumerate((bases[0], "base0", bases[1]))]
+    one, same, other = (["--adapter", adapter] for adapter in adapters)
+    asked = run("ask", *one, *same, "--max-tokens", 5, "Who?")
+    assert asked.returncode == 0 and "trained on" not in asked.stderr
+    refused = run("ask", *one, *other, "Who?")
+    assert refused.returncode == 2 and f"{adapters[2]} belongs to {bases[1]}" in refused.stderr
+    asked = run("ask", "--model", "base0", *one, *other, "--max-tokens", 5, "Who?")
+    told, = [line for line in asked.stderr.splitlines() if "trained on" in line]
+    assert told.startswith(f"{adapters[2]} was trained on {bases[1]}, --model base0 is taken")
+
+
 @pytest.mark.parametrize("arguments", [
     ["ask", "--top-p", "0", "Who?"], ["ask", "--temperature", "-1", "Who?"],
     ["ask", "--max-tokens", "0", "Who?"], ["ask", "--seed", "-1", "Who?"],
