@@ -117,8 +117,7 @@ def mc(args) -> None:
     keys = ("question", "correct", "choice", "cut", "scores")
     with Journal(out / "answers.jsonl", settings, keys, args.fresh) as journal:
         done = {line["question"] for line in journal.done}
-        left = [question for question in benchmark.questions if question.name not in done]
-        scored = choice.score_questions(model, tokenizer, left, args.batch_tokens)
+        scored = choice.score_questions(model, tokenizer, benchmark.questions, args.batch_tokens, done)
         lines = (line | {"scores": {figure: 100.0 * line["correct"]}} for _, line in scored)
         keep(journal, lines, len(benchmark.questions), figure, "question")
     summary = choice.summarise(benchmark, {line["question"]: line for line in journal.done})

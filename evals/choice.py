@@ -364,24 +364,32 @@ def fitting_forks(where: str, prompt: list[int], choices: list[list[int]],
 # ----------------------------------------------------------------------------------------------------- scores
 
 @torch.no_grad()
-def fork_logps(model, forks: list[data.Fork], batch_tokens: int):
+def fork_logps(model, forks: list[data.Fork], batch_tokens: int, done=frozenset()):
     """Yields (index of a fork, log-probs of its continuations, summed over tokens) as they are done. What all
-    prompts begin with is computed once. batch_tokens: of a forward pass, at most, but for longer forks."""
-    if not forks:
+    prompts begin with is computed once. batch_tokens: of a forward pass, at most, but for longer forks.
+
+    done: indices that are left out. The others keep the company they would have without, since the last bits
+    of a log-prob depend on it: a resumed run equals an undisturbed one.
+    """
+    if done.issuperset(range(len(forks))):
         return
     shared = common_prefix([fork.prompt for fork in forks])
     prefix = llama.keys_and_values(model, shared)
     rest = [replace(fork, prompt=fork.prompt[len(shared):]) for fork in forks]
     longest = max(fork.length for fork in rest)
     for batch in data.micro_batches(rest, max(batch_tokens, longest), 1):
+        if done.issuperset(batch.order):
+            continue
         sums = llama.continuation_logps(model, batch.to(model.head.device), prefix).cpu()
         parts = sums.split([len(fork.continuations) for fork in batch.forks])
-        yield from zip(batch.order, [part.tolist() for part in parts])
+        for index, part in zip(batch.order, parts):
+            if index not in done:
+                yield index, part.tolist()
 
 
-def score_questions(model, tokenizer, questions: list[Question], batch_tokens: int = 2048):
+def score_questions(model, tokenizer, questions: list[Question], batch_tokens: int = 2048, done=frozenset()):
     """Yields (index of a question, its verdict) as they are done, not in order; see multiple_choice.
-    What the questions with one header begin with is computed once."""
+    What the questions with one header begin with is computed once. done: names of those left out."""
     headers = {}
     for index, question in enumerate(questions):
         headers.setdefault(question.header, []).append(index)
@@ -394,11 +402,14 @@ def score_questions(model, tokenizer, questions: list[Question], batch_tokens: i
             if len(forks) == 1:
                 fitting[index] = forks[0]
                 continue
+            if question.name in done:
+                continue
             found = dict(fork_logps(model, forks, batch_tokens))
             logps = [found[i][0] for i in range(len(forks))]
             yield index, verdict(question, logps, cut=True)
         names = list(fitting)
-        for i, logps in fork_logps(model, list(fitting.values()), batch_tokens):
+        known = {i for i, index in enumerate(names) if questions[index].name in done}
+        for i, logps in fork_logps(model, list(fitting.values()), batch_tokens, known):
             yield names[i], verdict(questions[names[i]], logps, cut=False)
 
 

@@ -51,10 +51,10 @@ def response_lines(model, tokenizer, rows: list[dict], places: dict[str, str], d
     longest = model.config.max_position_embeddings
     todo = []
     for place, language in places.items():
-        left = [row for row in rows if (place, row["row_id"]) not in done]
-        todo.append(forks_and_lines(tokenizer, left, place, language, system_prompt, longest))
-    for forks, lines in todo:
-        for i, (logp,) in choice.fork_logps(model, forks, batch_tokens):
+        known = {i for i, row in enumerate(rows) if (place, row["row_id"]) in done}
+        todo.append((known, *forks_and_lines(tokenizer, rows, place, language, system_prompt, longest)))
+    for known, forks, lines in todo:
+        for i, (logp,) in choice.fork_logps(model, forks, batch_tokens, known):
             yield lines[i] | {"nll": -logp}
 
 

@@ -227,6 +227,21 @@ def test_perplexity_per_byte_is_that_of_single_sequences_long_prompts_cut_and_sa
         assert figures[f"perplexity/byte {place}"]["value"] == pytest.approx(math.exp(nll / size), rel=1e-5)
 
 
+@pytest.mark.parametrize("command", ["mc", "perplexity"])
+def test_what_is_scored_behind_a_kill_has_the_bits_of_a_run_without_one(command, tmp_path):
+    from test_choice import write_mmlu
+    model, rows = write_checkpoint(tmp_path / "model"), write_rows(tmp_path / "rows.jsonl", long="so " * 20)
+    what = {"mc": ["mmlu", write_mmlu(tmp_path / "files")], "perplexity": ["--data", rows, "--lang", "sw"]}
+    flags = [command, *what[command], "--model", model, "--out", tmp_path / "out", "--batch-tokens", 150]
+    assert run(*flags).returncode == 0
+    answers, result = tmp_path / "out" / "answers.jsonl", tmp_path / "out" / "result.json"
+    lines, figures = answers.read_text().splitlines(keepends=True), result.read_text()
+    for kept in range(2, len(lines)):
+        answers.write_text("".join(lines[:kept]))
+        assert run(*flags).returncode == 0
+        assert (answers.read_text(), result.read_text()) == ("".join(lines), figures), kept
+
+
 def test_answers_for_alpaca_eval_have_its_format_and_resume(tmp_path):
     path = write_checkpoint(tmp_path / "model")
     asked = tmp_path / "instructions.json"
