@@ -150,7 +150,8 @@ def check_weights(result: Path) -> None:
 
 class StopSignal:
     """SIGINT and SIGTERM ask for a stop after the running step, which is saved; `number` is the signal, or 0.
-    A second Ctrl-C stops at once; not under torchrun, which passes one on that every process has had."""
+    A second Ctrl-C stops at once; not under torchrun, which passes one on that every process has had, and
+    kills those that have not ended in time."""
 
     def __enter__(self):
         self.number, self.before = 0, {}
@@ -163,9 +164,11 @@ class StopSignal:
         if self.number and number == signal.SIGINT and alone:
             raise KeyboardInterrupt
         if not self.number and os.environ.get("RANK", "0") == "0":
-            again = "; Ctrl-C again stops at once, back at the last checkpoint" * alone
+            more = "Ctrl-C again stops at once, back at the last checkpoint"
+            if not alone:
+                more = "torchrun kills what has not saved within its --shutdown-timeout (without it 30 s)"
             # Not print: the signal may have come inside of one.
-            os.write(2, f"signal {number}: stopping after the running step{again}\n".encode())
+            os.write(2, f"signal {number}: stopping after the running step; {more}\n".encode())
         self.number = number
 
     def __exit__(self, *_):

@@ -34,7 +34,7 @@ def tree(directory: Path) -> dict:
 
 # ---- signals
 
-def test_a_second_ctrl_c_stops_at_once_and_a_second_of_another_kind_does_not(monkeypatch):
+def test_a_second_ctrl_c_stops_at_once_and_a_second_of_another_kind_does_not(monkeypatch, capfd):
     monkeypatch.delenv("RANK", raising=False)
     with runs.StopSignal() as stop:
         os.kill(os.getpid(), signal.SIGTERM)
@@ -45,6 +45,10 @@ def test_a_second_ctrl_c_stops_at_once_and_a_second_of_another_kind_does_not(mon
         monkeypatch.setenv("RANK", "0")                            # torchrun passes on what a terminal sent to all
         os.kill(os.getpid(), signal.SIGINT)
         assert stop.number == signal.SIGINT
+    assert "Ctrl-C again stops at once" in capfd.readouterr().err
+    with runs.StopSignal():
+        os.kill(os.getpid(), signal.SIGTERM)
+    assert "torchrun kills what has not saved within its --shutdown-timeout" in capfd.readouterr().err
 
 
 # ---- the directory
