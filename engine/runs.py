@@ -29,7 +29,7 @@ from torch import Tensor
 from engine import ranks
 from engine.files import (InputError, append_jsonl, empty_directory, first_difference, free_name,
                           put_in_place, read_journal, read_json, remove, write_json, write_jsonl, writing)
-from formats.weights import INDEX, read_index, save_tensors
+from formats.weights import ADAPTER_CONFIG, INDEX, read_index, save_tensors
 
 CHECKPOINTS_KEPT = 2
 STATE = ("weight", "step", "exp_avg", "exp_avg_sq")     # of a parameter: itself, and what AdamW knows of it
@@ -132,16 +132,18 @@ def read_result(path: Path, trained: bool) -> dict:
 
 
 def check_weights(result: Path) -> None:
-    """InputError when the adapter or model that was written beside a result is gone, or a file of it cut."""
+    """InputError when the adapter or model that was written beside a result is gone, or a file of it gone or
+    cut."""
     written = [*result.parent.glob("adapter/*.safetensors"), *result.parent.glob("model/*.safetensors")]
     index = result.parent / "model" / INDEX
     if index.exists():
         written += [index.with_name(name) for name in read_index(index).values()]
     try:
         for file in {*written}:
+            read_json(file.with_name(ADAPTER_CONFIG if file.parent.name == "adapter" else "config.json"))
             with safe_open(file, "pt"):         # reads the header, and compares its sizes with the file's
                 pass
-    except (OSError, SafetensorError):
+    except (OSError, InputError, SafetensorError):
         written = []
     if not written:
         raise InputError(f"{result.parent} has lost what was trained (adapter/ or model/ is gone or "

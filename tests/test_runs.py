@@ -276,14 +276,17 @@ def test_a_damaged_result_is_refused_with_the_way_out(tmp_path, text):
     assert runs.read_result(path, trained=False) == {"heldout": {}, "train_seconds": 0.0}
 
 
-@pytest.mark.parametrize("place", ["adapter", "model"])
-def test_a_result_whose_weights_are_gone_or_cut_is_refused_with_the_way_out(tmp_path, place):
+@pytest.mark.parametrize("place, config", [("adapter", "adapter_config.json"), ("model", "config.json")])
+def test_a_result_whose_weights_are_gone_or_cut_is_refused_with_the_way_out(tmp_path, place, config):
     path, weights = tmp_path / "result.json", tmp_path / place / "x.safetensors"
     write_json(path, {"heldout": {}, "train_seconds": 0.0})
     with refused("has lost what was trained", "delete"):
         runs.read_result(path, trained=True)
     weights.parent.mkdir()
     save_file({"a": torch.zeros(9)}, weights)
+    with refused("has lost what was trained", "delete"):
+        runs.read_result(path, trained=True)
+    write_json(weights.with_name(config), {})
     assert runs.read_result(path, trained=True)["train_seconds"] == 0
     weights.write_bytes(weights.read_bytes()[:-20])
     with refused("has lost what was trained", "delete"):
@@ -296,6 +299,7 @@ def test_a_result_whose_model_lost_a_shard_is_refused_with_the_way_out(tmp_path)
     write_json(path, {"heldout": {}, "train_seconds": 0.0})
     for name in ("one", "two"):
         save_file({name: torch.zeros(9)}, model / f"{name}.safetensors")
+    write_json(model / "config.json", {})
     write_json(model / "model.safetensors.index.json",
                {"weight_map": {"one": "one.safetensors", "two": "two.safetensors"}})
     assert runs.read_result(path, trained=True)["train_seconds"] == 0
