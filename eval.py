@@ -45,6 +45,8 @@ def ask(args) -> None:
     """Answer one question, or questions typed one at a time until an empty line. Each stands alone."""
     if args.question is not None and not args.question.strip():
         raise InputError("the question is empty")
+    if args.beside and not args.adapter:
+        raise InputError("--beside shows what an adapter's base answers: give --adapter, or leave it out")
     found = [locate(args.model, adapter) for adapter in args.adapter or [None]]
     (base, first), *others = found
     for own, adapter in others:

@@ -142,6 +142,8 @@ def test_ask_refuses_what_is_not_there_in_one_line(tmp_path):
         result = run("ask", *arguments, "hello")
         assert (result.returncode == 2 and result.stderr.startswith("error: ")
                 and result.stderr.count("\n") == 1)
+    result = run("ask", "--model", write_checkpoint(tmp_path / "base"), "--beside", "hello")
+    assert result.returncode == 2 and result.stderr.startswith("error: --beside shows what an adapter's base")
 
 
 # --------------------------------------------------------------------------------------- commands, end to end
