@@ -391,6 +391,8 @@ def run_method(name: str, stages: list[Stage], args, job: Job, validation: heldo
     model = ranks.load(args.model, job.device, DTYPES[job.plan.dtype], args.shard, prepare, args.recompute,
                        compiler)
     parameters = trainable(model)
+    earlier = ranks.on_first(lambda: runs.logged_seconds(directory))
+    started = time.perf_counter()
     validation.begin(reference_logps(model, validation.batches, job, "", "reference held-out"))
     for number, stage in enumerate(stages):
         history = fingerprint(name, number) if number else ""      # of the training that came before
@@ -405,6 +407,7 @@ def run_method(name: str, stages: list[Stage], args, job: Job, validation: heldo
             before = reference_logps(model, validation.batches, job, history, "reference held-out")
         train(model, parameters, stage, packed, validation.of_stage(model, stage.name, before), args.targets,
               directory if len(stages) == 1 else directory / f"{number + 1}-{stage.name}", args.tensorboard)
+    seconds = earlier + time.perf_counter() - started if stages else 0.0
     asked = job.answered[:args.answers]
     languages = (args.source, *args.targets)
     nats = expected_nll(model, job.tokenizer, asked, languages, job.packing, args.system_prompt)
@@ -412,7 +415,7 @@ def run_method(name: str, stages: list[Stage], args, job: Job, validation: heldo
                               args.max_new_tokens, args.system_prompt, directory / "answers.jsonl",
                               args.answers, nats)
     scores["heldout"] = validation.score(model)
-    scores["train_seconds"] = ranks.on_first(lambda: runs.step_seconds(directory))
+    scores["train_seconds"] = round(seconds, 2)
     if stages:
         lora = (ATTENTION, args.lora_rank, args.lora_alpha) if args.train == "lora" else None
         export(model, parameters, directory, args.model, args.base, job.tokenizer, job.groups[0][0].prompt,

@@ -198,8 +198,8 @@ def make_forks(rows, tokenizer, source="en", target="sw", row_tokens=1024, syste
         counts[f"forks cut to {row_tokens} tokens"] += sum(fork != long for fork, long in zip(group, uncut))
         counts["forks with equal continuations (no preference to learn)"] += sum(fork.equal for fork in group)
     if not groups:
-        raise InputError(f"no row fits into {row_tokens} tokens: give a larger --row-tokens, if the model reads "
-                         f"more, or shorter prompts")
+        raise InputError(f"no row fits into {row_tokens} tokens: give shorter prompts, or a larger "
+                         f"--row-tokens where the model reads more")
     return groups, counts
 
 

@@ -34,7 +34,7 @@ IDENTITY = """
     eval_split answers max_new_tokens eval_every merge save_every device dtype shard
 """.split()
 CLASSIFIER_ROWS = 400           # rows that the classifier of reply language learns from
-SIMPO_BETA = 2.0                # the least that its authors take (arXiv 2405.14734, section 3)
+SIMPO_BETA = 2.0                # the least that its authors take (arXiv 2405.14734)
 LOOK = 4                        # rows that a dry run translates
 
 

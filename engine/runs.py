@@ -351,13 +351,13 @@ class MetricsLog:
                 self.board.add_scalar(name, value, metrics["step"])
 
 
-def step_seconds(directory: Path) -> float:
-    """Of all steps of a method, whichever commands ran them: a clock would know this command alone."""
+def logged_seconds(directory: Path) -> float:
+    """Of the steps of a method that earlier commands ran; what else they did is not known."""
     seconds = 0.0
-    for path in sorted(directory.rglob("metrics.jsonl")):              # one for each stage
+    for path in directory.rglob("metrics.jsonl"):                      # one for each stage
         for _, metrics in read_journal(path, "start over with --fresh, or choose another --out"):
             seconds += metrics.get("seconds", 0.0)                     # step 0 is a validation alone
-    return round(seconds, 2)
+    return seconds
 
 
 def truncate_metrics(path: Path, done: int) -> None:

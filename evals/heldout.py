@@ -1,8 +1,8 @@
 """Held-out pairs during training: rewards, margins, accuracies by direction, and the NLL of right responses.
 
 TRL's metric names, with a side behind each: `en` the source, `tgt` all targets, and where there are several
-targets each of them as `tgt_sw`. In metrics.jsonl what a step says of its own pairs, too, is `eval_...` of the
-held-out ones. Watch nll_en: a preference loss alone lets it rise.
+targets each of them as `tgt_sw`. In metrics.jsonl what a step tells of its own pairs, too, is `eval_...` of
+the held-out ones. Watch nll_en: a preference loss alone lets it rise.
 """
 
 import time

@@ -80,8 +80,9 @@ def report_text(report: dict, answers: Answers, source: str) -> str:
         *cut_section(rows),
         *language_section(rows),
         *heldout_section(methods, languages, lang),
-        f"Training steps took {', '.join(training) or 'no time'}; reference passes and validations come on "
-        f"top. Decoding: {json.dumps(any_method.get('decoding'))}; hashes of model and data: config.json.",
+        f"Training took {', '.join(training) or 'no time'}, reference passes and validations included (not "
+        f"those of a command that was stopped). Decoding: {json.dumps(any_method.get('decoding'))}; hashes "
+        f"of model and data: config.json.",
         *example_sections(rows)]
     return "\n\n".join(sections) + "\n"
 
