@@ -71,8 +71,8 @@ def as_text(value, key, counts):
         return json.dumps(value)
     if not isinstance(value, list):
         raise OddRecord(f'"{key}" holds an object where text is wanted')
-    if sum(isinstance(part, str) for part in value) > 1:
-        raise OddRecord(f'"{key}" holds {len(value)} texts where one is wanted')
+    if sum(part is not None and not isinstance(part, dict) for part in value) > 1:
+        raise OddRecord(f'"{key}" holds {len(value)} values where one text is wanted')
     return "".join(part_text(part, key, counts) for part in value)
 
 

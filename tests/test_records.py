@@ -364,7 +364,9 @@ ODD = [
     ([1], "no object"), (None, "no object"), ({"text": "x"}, "unknown format (keys: 'text')"),
     ({"prompt": "q"}, "unknown format (keys: 'prompt')"),
     ({"prompt": "q", "response": {"a": 1}}, '"response" holds an object where text is wanted'),
-    ({"question": "q", "answer": ["a", "b"]}, '"answer" holds 2 texts where one is wanted'),
+    ({"question": "q", "answer": ["a", "b"]}, '"answer" holds 2 values where one text is wanted'),
+    ({"inputs": [12, 3], "targets": [45]}, '"inputs" holds 2 values where one text is wanted'),       # P3's ids
+    ({"question": "q", "answer": [["a"], ["b"]]}, '"answer" holds 2 values where one text is wanted'),
     ({"question": "q", "choices": ["a", "b"], "answer": 0},
      "a multiple-choice question, which is for a benchmark"),
     ({"question": "q", "option_a": "a", "option_b": "b", "answer": "B"},                   # Global-MMLU
