@@ -25,6 +25,7 @@ from safetensors import SafetensorError
 
 SAMPLES = 256                         # blocks of a large file that its hash is made from
 SAMPLE_BYTES = 1 << 14
+LFS = b"version https://git-lfs"       # how a pointer of Git LFS begins
 HALF_A_CHARACTER = "[\ud800-\udfff]"  # JSON can spell a surrogate on its own
 
 
@@ -63,9 +64,18 @@ def say_once(line: str) -> None:
     print(line)
 
 
+def refuse_pointer(path) -> None:
+    """InputError for what `git clone` leaves of a large file without Git LFS."""
+    with open(path, "rb") as file:
+        is_pointer = file.read(len(LFS)) == LFS
+    if is_pointer:
+        raise InputError(f"{path} only tells Git LFS where the file is: run `git lfs pull` there")
+
+
 def read_text(path) -> str:
     """The text of a UTF-8 file, plain or gzip (told by its first bytes)."""
     try:
+        refuse_pointer(path)
         raw = Path(path).read_bytes()
         raw = gzip.decompress(raw) if raw[:2] == b"\x1f\x8b" else raw
         return raw.decode("utf-8-sig")

@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from engine.progress import progress
-from engine.files import InputError, as_kind, read_json, say_once, write_json
+from engine.files import InputError, as_kind, read_json, refuse_pointer, say_once, write_json
 from formats.configs import positive
 
 # what flags call the dtypes of tensors and sums, and what checkpoints call them
@@ -90,9 +90,8 @@ def open_safetensors(path: Path):
     try:
         return safe_open(path, framework="pt", device="cpu")
     except (SafetensorError, OSError) as error:
-        if path.is_file() and path.open("rb").read(len(LFS)) == LFS:
-            raise InputError(f"{path} only tells Git LFS where the file is: "
-                             f"run `git lfs pull` there") from None
+        if path.is_file():
+            refuse_pointer(path)
         raise InputError(f"{path} is missing, damaged or not a safetensors file ({error}): "
                          f"download it again; {CONVERT}") from None
 
@@ -176,7 +175,6 @@ def save_tensors(path: Path, tensors: dict[str, Tensor], **metadata: str) -> Non
 # --------------------------------------------------------------------------------------------------- adapters
 
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
-LFS = b"version https://git-lfs"       # how a pointer of Git LFS begins
 PREFIX, LORA_A, LORA_B = "base_model.model.", ".lora_A.weight", ".lora_B.weight"
 # Keys of adapter_config.json with all they may say.
 # Anything else means more, or another base, than W + scale B A.

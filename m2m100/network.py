@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from engine.files import InputError, as_kind, first_line, need, read_json
+from engine.files import InputError, as_kind, first_line, need, read_json, refuse_pointer
 from formats.weights import Weights
 
 TIED = ("model.shared.weight", "lm_head.weight", "model.encoder.embed_tokens.weight",
@@ -211,6 +211,7 @@ def read_weights(path: Path):
     old = path / "pytorch_model.bin"
     if not old.exists() or any(path.glob("model*.safetensors*")):
         return Weights(path)
+    refuse_pointer(old)
     try:
         return torch.load(old, map_location="cpu", weights_only=True, mmap=True)
     except (RuntimeError, ValueError, pickle.UnpicklingError) as error:

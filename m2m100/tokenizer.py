@@ -19,7 +19,7 @@ from pathlib import Path
 import tokenizers
 from tokenizers import decoders, models
 
-from engine.files import InputError, read_json
+from engine.files import InputError, read_json, refuse_pointer
 from formats.languages import M2M100_LANGUAGES, normal
 from formats.tokens import read_tokenizer, read_tokenizer_config
 
@@ -138,6 +138,7 @@ def read_sentencepiece(path: Path) -> tuple[tokenizers.Tokenizer, list[str], Nor
     """
     pieces, scores, kinds = [], [], []
     trainer, rules = {}, {}
+    refuse_pointer(path)
     try:
         for number, value in wire_fields(path.read_bytes()):
             if number == 1:

@@ -336,6 +336,8 @@ def test_a_pickle_that_runs_code_is_refused(checkpoint, tmp_path):
     (lambda d: (d / "model.safetensors").unlink(), "neither model.safetensors"),
     (lambda d: (d / "vocab.json").unlink(), "has no tokenizer"),
     (lambda d: (d / "sentencepiece.bpe.model").write_bytes(b"\x0a\xffrubbish"), "no SentencePiece model"),
+    (lambda d: (d / "sentencepiece.bpe.model").write_bytes(b"version https://git-lfs.github.com/spec/v1\n"),
+     "git lfs pull"),
     (lambda d: (d / "sentencepiece.bpe.model").write_bytes(
         spm_bytes(extra=wire(1, wire(1, b"x") + wire(3, 4)))), "user-defined"),
     (lambda d: edit_json(d / "config.json", encoder_ffn_dim=41), r"size mismatch for .*\[40, 24\]"),

@@ -419,6 +419,7 @@ def test_no_half_of_a_character_gets_into_a_row(tmp_path, record):
     (b"[" * 100_000, "f:1: not valid JSON: lists or objects nested too deeply"),
     (b'{"prompt": "q"}\n{"a": ' + b"[" * 100_000, "f:2: not valid JSON: lists or objects nested too deeply"),
     (b'{"prompt": ' + b"1" * 5000 + b"}\n", "f:1: not valid JSON: Exceeds the limit"),
+    (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "f only tells Git LFS where the file is: run"),
     (b"\x1f\x8b\x08\x00broken", "f: damaged gzip"), (b" \n", "f: the file is empty"), (b"[]", "f: the file is empty"),
     (b'{"prompt": "q", "response": " "}\n', "f: no usable row (1 read, 1 skipped: empty response (first: f:1))")])
 def test_a_bad_file_is_named_with_its_place(tmp_path, content, told):
