@@ -176,13 +176,7 @@ def conversation_rows(record, where, asked, counts):
     record = known_spelling(record)
     messages = read_conversation(record, counts)
     asked.unread.update(dict.fromkeys(key for key in unread(record) if key not in NAMES))
-    roles = Counter(role for role, _ in messages)
-    counts["system prompts left out"] += roles["system"]
-    counts["messages of tools left out"] += roles["tool"]
-    counts["replies marked as not for training left out"] += roles["untrained"]
-    pairs, opens = exchanges([message for message in messages if message[0] != "system"])
-    said = roles["user"] + roles["assistant"]
-    counts["messages without a question or a reply beside them left out"] += said - 2 * len(pairs)
+    pairs, opens = counted_exchanges(messages, counts)
     if asked.turns == "first":
         counts["later turns left out"] += len(pairs) - opens
         pairs = pairs[:opens]
@@ -191,6 +185,18 @@ def conversation_rows(record, where, asked, counts):
     name = identifier(record, where)
     return [{"row_id": f"{name}#{turn}" if turn > 1 else name, asked.language: dict(zip(PARTS, pair))}
             for turn, pair in enumerate(pairs, 1)]
+
+
+def counted_exchanges(messages, counts):
+    """The exchanges of a conversation; what is left out of it is counted."""
+    roles = Counter(role for role, _ in messages)
+    counts["system prompts left out"] += roles["system"]
+    counts["messages of tools left out"] += roles["tool"]
+    counts["replies marked as not for training left out"] += roles["untrained"]
+    pairs, opens = exchanges([message for message in messages if message[0] != "system"])
+    said = roles["user"] + roles["assistant"]
+    counts["messages without a question or a reply beside them left out"] += said - 2 * len(pairs)
+    return pairs, opens
 
 
 def exchanges(messages):
@@ -317,23 +323,27 @@ def language_side(value, language, counts):
     return value | {part: as_text(value[part], part, counts) for part in PARTS}
 
 
-def with_our_parts(record):
+def with_our_parts(record, counts):
     """The record; sides that name their parts otherwise, as in {"en": {"question": ..., "answer": ...}}, get
     our names. One that cannot be read stays as it is."""
     if not isinstance(record, dict):
         return record
-    return {key: our_parts(value) if isinstance(value, dict) and script_of(key) else value
+    return {key: our_parts(value, counts) if isinstance(value, dict) and script_of(key) else value
             for key, value in record.items()}
 
 
-def our_parts(side):
+def our_parts(side, counts):
     if not side.keys().isdisjoint(PARTS) or not find_format(side):
         return side
+    left_out = Counter()
     try:
-        pairs, _ = exchanges(read_conversation(side, Counter()))
+        pairs, _ = counted_exchanges(read_conversation(side, left_out), left_out)
     except Skip:
         return side
-    return side | dict(zip(PARTS, pairs[0])) if len(pairs) == 1 else side
+    if len(pairs) != 1:
+        return side
+    counts.update(left_out)
+    return side | dict(zip(PARTS, pairs[0]))
 
 
 # ---- records -> rows ----
@@ -379,10 +389,11 @@ def read_rows(path, language="en", turns="first", counts=None, targets=(), uniqu
     Raises InputError with file and line.
     """
     counts = Counter() if counts is None else counts
-    records = [(where, with_our_parts(record)) for where, record in read_data(path)]
+    records = read_data(path)
+    counts.update({"read": len(records), "kept": 0})
+    records = [(where, with_our_parts(record, counts)) for where, record in records]
     codes = {*targets}.union(*(languages_of(record) for _, record in records if isinstance(record, dict)))
     asked = Asked(language, turns, codes, {normal(code): code for code in (language, *targets)})
-    counts.update({"read": len(records), "kept": 0})
     found, skipped, odd = [], defaultdict(list), defaultdict(list)    # the last two: {reason: [where]}
     for where, record in hang_messages(records, skipped):
         try:

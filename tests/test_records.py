@@ -321,6 +321,17 @@ def test_sides_that_name_their_parts_otherwise_are_parallel_rows(tmp_path):
     assert sum("language 'sw' (prompt and response, or null)" in reason for reason in counts) == 1
 
 
+def test_what_such_a_side_holds_beside_question_and_reply_is_counted(tmp_path):
+    asked = say([{"type": "image"}, {"type": "text", "text": "q"}], "r")
+    path = write_lines(tmp_path / "f", {"en": {"messages": [CHAT[0], *asked]}, "sw": {"messages": say("s", "j")}},
+                       {"en": {"system": "be kind", "question": "q", "answer": "r"}, "sw": sides("s", "j")})
+    counts = Counter()
+    assert len(read_rows(path, targets=["sw"], counts=counts)) == 2
+    assert +counts == {"read": 2, "kept": 2, "system prompts left out": 2,
+                       "parts without text left out (images, calls)": 1}
+    assert describe_counts(counts).startswith("2 read, 2 kept, ")
+
+
 @pytest.mark.parametrize("mark", [{"weight": 0}, {"weight": 0.0}, {"train": False}, {"training": False}, {"loss": False}])
 def test_a_reply_marked_as_not_for_training_is_none(tmp_path, mark):
     """OpenAI's fine-tuning files, Axolotl's."""
