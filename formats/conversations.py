@@ -10,6 +10,7 @@ no text are counted.
 """
 
 import contextlib
+import itertools
 import json
 import os
 import re
@@ -24,6 +25,7 @@ ROLES = {name: role for role, names in {
 ROLE_KEYS = ("role", "from")
 TEXT_KEYS = ("content", "value", "text")
 MARKS = ("weight", "train", "training", "loss")     # 0 or false: no reply to learn from (OpenAI, Axolotl)
+MESSAGE_KEYS = (*ROLE_KEYS, *TEXT_KEYS, *MARKS, "tool_calls", "function_call")
 SIDES = ("user", "assistant")
 TURN_KEYS = (("input", "output"), ("human", "assistant"))     # of an object that holds a whole turn
 CASES = ("inputs", "input", "question", "query", "problem")   # prompts that may be a case of a task
@@ -280,13 +282,23 @@ def find_format(record):
 
 
 def unread(record):
-    """The columns of a record of a known format that hold something and that its reader does not look at. A
-    reader of one's own is taken to look at what `columns` does."""
+    """The columns of a record of a known format, and the keys of its messages (a reply's "thinking"), that
+    hold something and that its reader does not look at. A reader of one's own is taken to look at what
+    `columns` does."""
     keys, reader = find_format(record)
     read = {*keys, "rejected", *labels_of(keys)}
     if reader not in (listed, implicit_prompt):
         read |= {*BESIDE, *(TASKS if keys[0] in CASES else ())}
-    return [key for key, value in record.items() if value not in (None, "", [], {}) and key not in read]
+    found = [key for key in held_keys(record) if key not in read]
+    lists = [value for value in map(record.get, keys) if isinstance(value, list)]
+    for message in filter(has_role, itertools.chain.from_iterable(lists)):
+        found += [key for key in held_keys(message) if key not in MESSAGE_KEYS]
+    return found
+
+
+def held_keys(record):
+    """The keys of a record that hold something."""
+    return [key for key, value in record.items() if value not in (None, "", [], {})]
 
 
 def labels_of(keys):

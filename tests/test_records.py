@@ -615,6 +615,15 @@ def test_columns_that_are_not_read_are_named(tmp_path):
     assert counts["columns not read ('source', 'category', 'instruction_en', 'rank', 'references', 'instruction')"] == 6
 
 
+def test_what_stands_beside_the_text_of_a_message_is_told(tmp_path):
+    """Thoughts, as DeepSeek's and OpenAI's open models write them; null ones and marks that are read are not."""
+    asked, reply = say("q", "r")
+    path = write_lines(tmp_path / "f", {"messages": [asked, reply | {"reasoning_content": "hm"}]},
+                       {"prompt": [asked | {"thinking": None}], "completion": [reply | {"thinking": "hm", "weight": 1}]})
+    pairs, counts = read_pairs(path)
+    assert pairs == [("q", "r")] * 2 and counts["columns not read ('reasoning_content', 'thinking')"] == 2
+
+
 def test_the_public_files_are_read_and_explained(shared):
     counts = Counter()
     rows = read_rows(shared / "pairs" / "alpaca_en_zh.jsonl", counts=counts)
