@@ -101,6 +101,11 @@ def is_false(value):
     return str(value).strip().lower() in ("false", "0", "0.0")
 
 
+def is_true(value):
+    """Neither empty nor false, as a table writes it."""
+    return bool(value) and not is_false(value)
+
+
 def named(keys):
     """Keys or other words out of a file, safe to print in one line."""
     return ", ".join(f"{key!r:.40}" for key in list(keys)[:12])

@@ -33,7 +33,8 @@ from pathlib import Path
 from engine.files import InputError, is_unicode, parse_json, read_records, read_text, write_jsonl
 from formats import hub
 from formats.conversations import (BESIDE, CASES, FORMATS, SIDES, TASKS, UNKNOWN, OddRecord, Skip, as_text,
-                                   find_format, is_blank, named, read_conversation, unread)
+                                   find_format, is_blank, is_false, is_true, named, read_conversation,
+                                   unread)
 from formats.languages import normal, script_of, suggestion
 
 PARTS = ("prompt", "response")
@@ -237,7 +238,7 @@ def hang_messages(records, skipped):
         kept.append((where, record))
     for where, record in kept:
         parent = record.get("parent_id") if is_message(record) else None
-        if parent is None:
+        if parent in (None, ""):                                            # a table has no null
             roots.append((where, record))
         elif str(parent) in messages:
             messages[str(parent)]["replies"].append(record)
@@ -248,7 +249,7 @@ def hang_messages(records, skipped):
 
 def unusable(message):
     """Deleted, or written by a model."""
-    return message.get("deleted") or message.get("synthetic")
+    return is_true(message.get("deleted")) or is_true(message.get("synthetic"))
 
 
 def replies_to(message):
@@ -262,7 +263,8 @@ def best_replies(prompt, turns, counts):
     """(prompt, best reply) of the first turn or of every turn below it, by Open-Assistant's top-1 rule."""
     replies = replies_to(prompt)
     for reply in replies:
-        best = len(replies) == 1 if reply.get("rank") is None else reply["rank"] == 0
+        rank = reply.get("rank")
+        best = len(replies) == 1 if rank in (None, "") else is_false(rank)       # is 0
         if not best or unusable(reply):
             continue
         yield prompt, reply
@@ -275,7 +277,8 @@ def best_replies(prompt, turns, counts):
 def tree_rows(record, asked, counts):
     """Rows of one OpenAssistant tree, or of a message with its replies, in the language asked for."""
     root = record if is_message(record) else record["prompt"]
-    if record.get("tree_state") not in (None, "ready_for_export") or not root.get("review_result", True):
+    ready = record.get("tree_state") in (None, "", "ready_for_export")
+    if not ready or not is_true(root.get("review_result", True)):
         raise Skip("tree not reviewed")
     refuse_other_language(root, asked.language, counts)
     if unusable(root):

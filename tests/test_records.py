@@ -1,5 +1,6 @@
 """formats/records.py and conversations.py: public data files -> rows, against written-out answers."""
 
+import csv
 import gzip
 import json
 from collections import Counter
@@ -20,6 +21,14 @@ def write_json(path, value):
 
 def write_lines(path, *records):
     path.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
+    return path
+
+
+def write_table(path, records):
+    with path.open("w", encoding="utf-8", newline="") as file:
+        writer = csv.DictWriter(file, records[0])
+        writer.writeheader()
+        writer.writerows(records)
     return path
 
 
@@ -550,7 +559,7 @@ def flat(node, parent=None):
         yield from flat(reply, node["message_id"])
 
 
-@pytest.mark.parametrize("form", ["trees", "nested messages", "flat messages", "flat, replies first", "NaN"])
+@pytest.mark.parametrize("form", ["trees", "nested messages", "flat messages", "flat, replies first", "NaN", "table"])
 def test_openassistant_rows_follow_the_top_1_rule(tmp_path, form):
     if form == "trees":
         records = [{"message_tree_id": root["message_id"], "tree_state": "ready_for_export", "prompt": root}
@@ -565,6 +574,9 @@ def test_openassistant_rows_follow_the_top_1_rule(tmp_path, form):
     if "first" in form:
         records.sort(key=lambda record: record["parent_id"] is None)
     path, counts = write_lines(tmp_path / "oasst.jsonl", *records), Counter()
+    if form == "table":                                     # as pandas writes it: ranks among nulls are floats
+        path = write_table(tmp_path / "oasst.csv", [
+            record | {"rank": None if record["rank"] is None else float(record["rank"])} for record in records])
     first = read_rows(path, counts=counts)
     assert [row["row_id"] for row in first] == ["a2", "a5"]
     assert first[0]["en"] == sides("q1", "best")
