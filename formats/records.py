@@ -53,9 +53,9 @@ csv.field_size_limit(2 ** 31 - 1)       # the default, 131,072, is less than a l
 def read_data(path):
     """[(where, record)] of a data file; InputError with file and line, or when there is nothing."""
     path = hub.data_file(path)
-    if path.suffix == ".parquet":
+    if kind_of(path) == ".parquet":
         raise InputError(f"{path} is one of the {PARQUET}")
-    if path.name.removesuffix(".gz").endswith((".csv", ".tsv")):
+    if kind_of(path) in (".csv", ".tsv"):
         records = read_table(path)
     else:
         single = single_object(path)
@@ -66,6 +66,11 @@ def read_data(path):
         return [(where, without_nan(record)) for where, record in records]
     except RecursionError:
         raise InputError(f"{path}: lists or objects nested too deeply") from None
+
+
+def kind_of(path):
+    """What a file's name says that it is, in small letters: ".csv" of "F.CSV.gz"."""
+    return Path(path.name.lower().removesuffix(".gz")).suffix
 
 
 def single_object(path):
@@ -129,8 +134,7 @@ def table_cells(path):
     text, line = read_text(path), 1
     first = text.lstrip().partition("\n")[0]
     semicolons = ";" in first and "," not in first and first.count('"') % 2 == 0      # a cell may go on below
-    tabs = path.name.removesuffix(".gz").endswith(".tsv")
-    delimiter = "\t" if tabs else ";" if semicolons else ","
+    delimiter = "\t" if kind_of(path) == ".tsv" else ";" if semicolons else ","
     reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
     try:
         for cells in reader:

@@ -192,8 +192,8 @@ def test_a_cell_may_be_as_long_as_a_document(tmp_path):
 def test_tables_with_a_header_are_read(tmp_path, name, text):
     (tmp_path / name).write_bytes(text.encode())
     assert read_pairs(tmp_path / name)[0] == [('q, "a"\nline', "r"), ("q2", "r2")]
-    (tmp_path / f"{name}.gz").write_bytes(gzip.compress(text.encode()))
-    assert read_pairs(tmp_path / f"{name}.gz")[0] == [('q, "a"\nline', "r"), ("q2", "r2")]
+    (tmp_path / f"{name.upper()}.gz").write_bytes(gzip.compress(text.encode()))
+    assert read_pairs(tmp_path / f"{name.upper()}.gz")[0] == [('q, "a"\nline', "r"), ("q2", "r2")]
 
 
 @pytest.mark.parametrize("record", [{"instruction": "Add.", "input": "1, 2", "output": "3"},
