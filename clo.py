@@ -41,7 +41,7 @@ import model as llama                           # the module: a model is `model`
 from engine import flags, ranks, runs, scale
 from engine.adamw import make_optimizer
 from engine.files import InputError, fingerprint, locked, write_json, write_text
-from engine.job import Job, ending_lines, make_job, plan_of, reference_logps
+from engine.job import Job, ending_lines, make_job, plan_of, read_back, reference_logps
 from engine.progress import progress
 from evals import heldout
 from evals.answers import answer_and_score, expected_nll, read_answers
@@ -378,10 +378,10 @@ def stages_of(method: str, asked: Stage, anchor: float, baseline_epochs: float, 
 def run_method(name: str, stages: list[Stage], args, job: Job, validation: heldout.Validation) -> dict:
     """Load the base model, train it by one method (or not at all: 'base'), score it and export it. A finished
     method is read back from its result.json."""
-    directory, result = job.run / name, job.run / name / "result.json"
+    directory = job.run / name
+    result = directory / "result.json"
     if ranks.on_first(result.exists):
-        print(f"{name}: done before, read from {result}")
-        return ranks.on_first(lambda: runs.read_result(result, trained=bool(stages)))
+        return ranks.on_first(lambda: read_back(job, result, stages, args.model, args.merge))
 
     def prepare(model):
         if stages:
@@ -391,8 +391,7 @@ def run_method(name: str, stages: list[Stage], args, job: Job, validation: heldo
     model = ranks.load(args.model, job.device, DTYPES[job.plan.dtype], args.shard, prepare, args.recompute,
                        compiler)
     parameters = trainable(model)
-    earlier = ranks.on_first(lambda: runs.logged_seconds(directory))
-    started = time.perf_counter()
+    started = time.perf_counter() - ranks.on_first(lambda: runs.logged_seconds(directory))
     validation.begin(reference_logps(model, validation.batches, job, "", "reference held-out"))
     for number, stage in enumerate(stages):
         history = fingerprint(name, number) if number else ""      # of the training that came before
@@ -407,7 +406,7 @@ def run_method(name: str, stages: list[Stage], args, job: Job, validation: heldo
             before = reference_logps(model, validation.batches, job, history, "reference held-out")
         train(model, parameters, stage, packed, validation.of_stage(model, stage.name, before), args.targets,
               directory if len(stages) == 1 else directory / f"{number + 1}-{stage.name}", args.tensorboard)
-    seconds = earlier + time.perf_counter() - started if stages else 0.0
+    seconds = time.perf_counter() - started if stages else 0.0
     asked = job.answered[:args.answers]
     languages = (args.source, *args.targets)
     nats = expected_nll(model, job.tokenizer, asked, languages, job.packing, args.system_prompt)
@@ -418,8 +417,8 @@ def run_method(name: str, stages: list[Stage], args, job: Job, validation: heldo
     scores["train_seconds"] = round(seconds, 2)
     if stages:
         lora = (ATTENTION, args.lora_rank, args.lora_alpha) if args.train == "lora" else None
-        export(model, parameters, directory, args.model, args.base, job.tokenizer, job.groups[0][0].prompt,
-               lora, args.merge, args.shard)
+        export(model, parameters, directory, args.model, args.base, job.tokenizer, job.prompt, lora,
+               args.merge, args.shard)
     ranks.on_first(lambda: write_json(result, scores))
     return scores
 

@@ -23,6 +23,7 @@ from evals import heldout
 from evals.language import LanguageModel, fit_languages, texts_by_language
 from formats import hub
 from formats.chat import Tokenizer
+from formats.checkpoints import merge_later
 from formats.configs import Config, read_config
 from formats.records import describe_counts
 
@@ -31,7 +32,7 @@ IDENTITY = """
     lang model data eval_data translator method baseline lam nll preference beta anchor train
     lora_rank lora_alpha source samples holdout turns system_prompt template_args beams keep_failed
     row_tokens lr epochs baseline_epochs batch_size micro_rows warmup weight_decay clip seed
-    eval_split answers max_new_tokens eval_every merge save_every device dtype shard
+    eval_split answers max_new_tokens eval_every device dtype shard
 """.split()
 CLASSIFIER_ROWS = 400           # rows that the classifier of reply language learns from
 SIMPO_BETA = 2.0                # the least that its authors take (arXiv 2405.14734)
@@ -51,6 +52,11 @@ class Job:
     heldout: list[list[data.Fork]]      # and for every held-out one
     answered: list[dict]                # rows that are answered at the end
     classifier: LanguageModel | None
+
+    @property
+    def prompt(self) -> list[int]:
+        """A text to compare the model with what is written of it by."""
+        return self.groups[0][0].prompt
 
 
 def make_job(args, device: torch.device, plan: scale.Plan, methods: dict[str, list]) -> Job:
@@ -216,6 +222,16 @@ def reference_logps(model: llama.Llama, batches: list[data.Batch], job: Job, his
                       torch.get_num_threads(), *code)
     sizes = [len(batch.length) for batch in batches]
     return runs.cached_reference(job.run, key, sizes, lambda: heldout.summed_logps(model, batches, label))
+
+
+def read_back(job: Job, result: Path, stages: list, model: str, merge: bool) -> dict:
+    """The scores of a method that an earlier command finished. merge: its whole model is written now, if that
+    command did not."""
+    print(f"{result.parent.name}: done before, read from {result}")
+    scores = runs.read_result(result, trained=bool(stages))
+    if merge and stages:
+        merge_later(result.parent, model, job.tokenizer, job.prompt)
+    return scores
 
 
 def ending_lines(args, job: Job, seconds: float) -> list[str]:

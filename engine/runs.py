@@ -79,8 +79,10 @@ def read_run_config(path: Path) -> dict | None:
 
 
 def compare_runs(directory: Path, before: dict, flags: dict, inputs: dict) -> None:
-    """InputError that names the first difference between two runs."""
-    if found := first_difference(before["flags"], flags):
+    """InputError that names the first difference between two runs. What only an older version held for a part
+    of a run's identity is no difference."""
+    known = {flag: value for flag, value in before["flags"].items() if flag in flags}
+    if found := first_difference(known, flags):
         raise InputError(f"{directory} belongs to a run with {found}: choose another --out, or start over "
                          f"with --fresh")
     if found := first_difference(before["inputs"], inputs):

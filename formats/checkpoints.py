@@ -86,6 +86,17 @@ def save_merged(directory: Path, base, adapter: Path, tokenizer) -> None:
     save_model(directory, base, tokenizer, change)
 
 
+def merge_later(directory: Path, path: str, tokenizer, ids: list[int]) -> None:
+    """What `export` with `merge` would have left of a method that ended without it: the whole model beside
+    the adapter, loaded again and compared. Nothing where a model is."""
+    merged, adapter = directory / "model", directory / "adapter"
+    if merged.exists():
+        return
+    print(f"writing {merged}")
+    fill_directory(merged, lambda at: save_merged(at, path, adapter, tokenizer))
+    check_outputs(load(path, adapter=adapter), {merged: {"path": merged}}, ids)
+
+
 def copy_settings(base: Path, directory: Path) -> None:
     """All of a checkpoint but its weights: config, tokenizer, every chat template, licence."""
     for path in sorted([*base.iterdir(), *base.glob(f"{MORE_TEMPLATES}/*.jinja")]):

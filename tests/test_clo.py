@@ -742,5 +742,5 @@ def test_running_out_of_memory_names_the_flags_that_help():
 
 def test_every_flag_decides_the_result_or_is_known_not_to():
     args = clo.parse_args(["--lang", "sw"])
-    free = {"out", "dry_run", "gpus", "fresh", "tensorboard", "recompute", "targets"}
+    free = {"out", "dry_run", "gpus", "fresh", "tensorboard", "recompute", "targets", "merge", "save_every"}
     assert set(vars(args)) == {*job.IDENTITY} | free

@@ -379,11 +379,26 @@ def test_the_same_command_goes_on_and_says_its_step(world, capsys):
     flags = [*flags, "--epochs", "1"]
     clo.main(flags)
     forget_the_end(path / "run")
-    clo.main(flags)
+    clo.main([*flags, "--save-every", "1"])                                  # which decides nothing
     assert "clo: resuming at step 4 of 4" in capsys.readouterr().out
     steps = [line.get("seconds", 0) for line in map(json.loads, open(path / "run" / "clo" / "metrics.jsonl"))]
     assert read_json(path / "run" / "clo" / "result.json")["train_seconds"] > sum(steps) > 0
     fails(capsys, changed(flags, "--lr", "0.5"), "lr = 0.01", "0.5")
+
+
+def test_a_finished_run_is_merged_without_training_again(world, capsys):
+    path, flags = world
+    flags = [*flags, "--epochs", "1"]
+    clo.main(flags)
+    shutil.rmtree(path / "run" / "clo" / "checkpoint")                       # as the run says that one may
+    clo.main([*flags, "--merge"])
+    told, merged = capsys.readouterr().out, path / "run" / "clo" / "model"
+    assert "clo: done before" in told and f"{merged}: written, loaded again" in told
+    clo.main(changed([*flags, "--merge"], "--out", path / "at once"))
+    for name, weight in load_file(path / "at once" / "clo" / "model" / "model.safetensors").items():
+        assert torch.equal(weight, load_file(merged / "model.safetensors")[name])
+    clo.main([*flags, "--merge"])
+    assert capsys.readouterr().out.count("loaded again") == 2                # of "at once", and no other
 
 
 # ---- nothing but seed and data decides
