@@ -13,6 +13,7 @@ What is appended to (.jsonl) may end in half a line after a kill, which is dropp
 a temporary name and renamed: a file that is there is whole.
 """
 
+import contextlib
 import itertools
 import math
 import os
@@ -354,11 +355,13 @@ class MetricsLog:
 
 
 def logged_seconds(directory: Path) -> float:
-    """Of the steps of a method that earlier commands ran; what else they did is not known."""
+    """Of the steps of a method that earlier commands ran, up to a damaged line: whether there may be one,
+    truncate_metrics says. What else they did is not known."""
     seconds = 0.0
     for path in directory.rglob("metrics.jsonl"):                      # one for each stage
-        for _, metrics in read_journal(path, "start over with --fresh, or choose another --out"):
-            seconds += metrics.get("seconds", 0.0)                     # step 0 is a validation alone
+        with contextlib.suppress(InputError):
+            for _, metrics in read_journal(path, ""):
+                seconds += metrics.get("seconds", 0.0)                 # step 0 is a validation alone
     return seconds
 
 

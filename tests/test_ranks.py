@@ -358,13 +358,14 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_gives_the_same_end(wor
     assert results(path / "run") == expected
 
 
-def test_lines_that_a_power_failure_took_are_written_again_from_the_checkpoint_before(world, capsys):
+@pytest.mark.parametrize("left", ["", "\0" * 9 + "\n"])
+def test_lines_that_a_power_failure_took_are_written_again_from_the_checkpoint_before(world, capsys, left):
     path, flags = world
     flags = [*flags, "--save-every", "2", "--epochs", "1"]
     clo.main(flags)
     expected, metrics = results(path / "run"), path / "run" / "clo" / "metrics.jsonl"
     forget_the_end(path / "run")
-    metrics.write_text("".join(metrics.read_text().splitlines(True)[:4]))
+    metrics.write_text("".join(metrics.read_text().splitlines(True)[:4]) + left)
     capsys.readouterr()
     with pytest.raises(InputError) as error:
         clo.main(flags)
