@@ -15,7 +15,7 @@ Of every language, lists with an entry for each question:
 """
 
 import math
-from itertools import islice
+from itertools import compress, islice
 from pathlib import Path
 
 import numpy as np
@@ -57,10 +57,11 @@ def answer_columns(model: llama.Llama, tokenizer, rows: list[dict], languages: l
         bits, sizes, confused = [], [], []
         for row, fork, logps in zip(rows, forks, log_probs(model, forks), strict=True):
             lengths = [len(row[language]["response"].encode()) for language in order]
-            right, *wrong = [logp / length for logp, length in zip(logps, lengths)]
+            right, *others = [logp / length for logp, length in zip(logps, lengths)]
+            wrong = [*compress(others, [ids != fork.continuations[0] for ids in fork.continuations[1:]])]
             bits.append(round(-logps[0] / math.log(2), 3))
             sizes.append(lengths[0])
-            confused.append(None if fork.equal else int(max(wrong) > right))
+            confused.append(int(max(wrong) > right) if wrong else None)
         columns[own] = {"bits": bits, "bytes": sizes, "confused": confused}
     return columns
 

@@ -246,6 +246,15 @@ def test_confusion_and_bits_are_those_of_each_sequence_alone(checkpoint):
         assert columns[own]["confused"][-1] is None
 
 
+def test_a_response_with_the_ids_of_the_right_one_is_no_wrong_one(checkpoint, monkeypatch):
+    """Its log-prob may be higher in the last bits, which depend on its place in a packed row."""
+    row = {"row_id": "x"} | {language: {"prompt": "1+1?", "response": response}
+                             for language, response in (("en", "2"), ("de", "2"), ("sw", "mbili"))}
+    monkeypatch.setattr(measure, "log_probs", lambda _, forks: [[-5.0, -4.999, -90.0]] * len(forks))
+    columns = measure.answer_columns(None, data.load_tokenizer(checkpoint), [row], ["en", "de", "sw"])
+    assert [column["confused"] for column in columns.values()] == [[0], [0], [0]]
+
+
 @pytest.mark.parametrize("reply, expected", [
     ("Paris", "Paris"), ("a b", "abc defg hijk"), ("", "abc"), ("abc", ""), ("abcdefgh", "ab"),
     ("新加坡", "新加坡共和国的首都")])
