@@ -1,8 +1,8 @@
 """Held-out pairs during training: rewards, margins, accuracies by direction, and the NLL of right responses.
 
 TRL's metric names, with a side behind each: `en` the source, `tgt` all targets, and where there are several
-targets each of them as `tgt_sw`. In metrics.jsonl what a step tells of its own pairs, too, is `eval_...` of
-the held-out ones. Watch nll_en: a preference loss alone lets it rise.
+targets each of them as `tgt_sw`. In metrics.jsonl held-out rewards and log-probs are called `eval_...`: the
+names without it are of a step's own pairs. Watch nll_en: a preference loss alone lets it rise.
 """
 
 import time
@@ -154,7 +154,7 @@ class Validation:
 
 
 def logged_name(figure: str) -> str:
-    """How metrics.jsonl names a held-out figure, beside those of the step's own pairs."""
+    """How metrics.jsonl names a held-out figure. Of its own pairs a step tells no `nll_...`."""
     return figure if figure.startswith("nll_") else f"eval_{figure}"
 
 
