@@ -64,19 +64,17 @@ def say_once(line: str) -> None:
     print(line)
 
 
-def refuse_pointer(path) -> None:
-    """InputError for what `git clone` leaves of a large file without Git LFS."""
-    with open(path, "rb") as file:
-        is_pointer = file.read(len(LFS)) == LFS
-    if is_pointer:
+def refuse_pointer(path, raw: bytes) -> None:
+    """InputError for what `git clone` leaves of a large file without Git LFS. raw: the file, or its start."""
+    if raw.startswith(LFS):
         raise InputError(f"{path} only tells Git LFS where the file is: run `git lfs pull` there")
 
 
 def read_text(path) -> str:
     """The text of a UTF-8 file, plain or gzip (told by its first bytes)."""
     try:
-        refuse_pointer(path)
         raw = Path(path).read_bytes()
+        refuse_pointer(path, raw)
         raw = gzip.decompress(raw) if raw[:2] == b"\x1f\x8b" else raw
         return raw.decode("utf-8-sig")
     except FileNotFoundError:

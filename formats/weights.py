@@ -91,7 +91,7 @@ def open_safetensors(path: Path):
         return safe_open(path, framework="pt", device="cpu")
     except (SafetensorError, OSError) as error:
         if path.is_file():
-            refuse_pointer(path)
+            refuse_pointer(path, path.open("rb").read(1024))
         raise InputError(f"{path} is missing, damaged or not a safetensors file ({error}): "
                          f"download it again; {CONVERT}") from None
 

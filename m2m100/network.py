@@ -211,7 +211,7 @@ def read_weights(path: Path):
     old = path / "pytorch_model.bin"
     if not old.exists() or any(path.glob("model*.safetensors*")):
         return Weights(path)
-    refuse_pointer(old)
+    refuse_pointer(old, old.open("rb").read(1024))
     try:
         return torch.load(old, map_location="cpu", weights_only=True, mmap=True)
     except (RuntimeError, ValueError, pickle.UnpicklingError) as error:

@@ -138,9 +138,10 @@ def read_sentencepiece(path: Path) -> tuple[tokenizers.Tokenizer, list[str], Nor
     """
     pieces, scores, kinds = [], [], []
     trainer, rules = {}, {}
-    refuse_pointer(path)
+    raw = path.read_bytes()
+    refuse_pointer(path, raw)
     try:
-        for number, value in wire_fields(path.read_bytes()):
+        for number, value in wire_fields(raw):
             if number == 1:
                 piece = {3: NORMAL} | dict(wire_fields(value))
                 pieces.append(piece[1].decode("utf-8"))

@@ -631,6 +631,7 @@ def test_translations_that_change_before_a_run_goes_on_are_refused_once_somethin
     (run / "base" / "answers.jsonl").unlink()
     (run / "clo" / "answers.jsonl").unlink()
     runs.hold_translation(run, path, "others")                     # nothing has been done with the old ones
+    assert json.loads((run / "config.json").read_text())["translation"] == "others"
 
 
 def test_a_loss_that_is_not_a_number_stops_and_names_the_step(world, capsys):
