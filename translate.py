@@ -193,7 +193,7 @@ def put_together(parts: list[tuple[str, str]], known: dict[str, Draft], directio
     out = []
     faults = Counter()
     before = KEEP
-    for kind, string in parts:
+    for (kind, string), (behind, _) in zip(parts, [*parts[1:], (KEEP, "")]):
         if kind == TEXT:
             text, fault = known[string]
             if before == TEXT and apart:
@@ -201,7 +201,7 @@ def put_together(parts: list[tuple[str, str]], known: dict[str, Draft], directio
             out.append(text)
             if fault:
                 faults[fault] += 1
-        elif kind == KEEP or not dense:
+        elif not dense or KEEP in (before, kind, behind):
             out.append(string)
         before = kind
     translation = Translation("".join(out))

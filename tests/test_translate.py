@@ -153,6 +153,8 @@ def test_languages_without_spaces_get_none_between_sentences(translator, echo):
     assert translate.translate(["One. Two.\nThree. Four."], "en", "zh", translator) == [
         "One.Two.\nThree.Four."]
     assert translate.translate(["一。二。\n三。"], "zh", "de", translator) == ["一。 二。\n三。"]
+    kept = "Run these. `ls`. `cd`! https://a.example. https://b.example! Then go."
+    assert translate.translate([kept], "en", "zh", translator) == [kept], "two links would be one"
 
 
 # ---- checks ----
