@@ -88,10 +88,13 @@ CODE_HEADS = set("def class for while if elif with switch catch except function 
 CALL, COMMENT = re.compile(r"[A-Za-z_][\w.]*\("), re.compile(r"\s*(?:#|//|--|/\*|\*/)")
 MOSTLY_CODE = 0.7
 
-LINE_END, HIDDEN = re.compile(rf"(\r?\n|{BLOCK})"), re.compile(rf"[{SPAN}{BLOCK}]")
+# All that Unicode has for the end of a line, none of which a translator gives back.
+LINE_END = re.compile(rf"(\r?\n|[\r\v\f\x85\u2028\u2029]|{BLOCK})")
+HIDDEN = re.compile(rf"[{SPAN}{BLOCK}]")
 QUOTE = " \t\r>"
 WORD, LETTER_OR_DIGIT = re.compile(r"[^\W\d_]"), re.compile(rf"[\w{SPAN}]")
 SOME_WORD = re.compile(r"[^\W\d_]{2}|[^\W\d_A-Za-z]")          # not "B" alone, nor "f(x) = 2x"
+CELL_END, TAB = re.compile(r"([|\t])"), re.compile(r"(\t)")
 TABLE_RULE = re.compile(r"[ \t>]*\|?[ \t]*:?-+:?[ \t]*(?:\|[ \t]*:?-+:?[ \t]*)*\|?[ \t\r]*")
 # Kept at the start of a line: indentation, quote marks, headings, list markers, check boxes, numbers.
 MARKER = re.compile(r"\s*(?:(?:[-*+•·‣–>]|#{1,6}|\(?(?:\d{1,3}[.):]|[A-Za-z][.)]|[IVX]{1,5}[.)])|\[[ xX]\])"
@@ -343,10 +346,10 @@ def pieces(flat: str, fits: Fits) -> Iterator[Piece]:
     lines, ends = parts[::2], [*parts[1::2], ""]
     rows = find_rows(lines, ends)
     for i, line in enumerate(lines):
-        cells = line.split("|") if i in rows else [line]
-        for number, cell in enumerate(cells):
-            yield KEEP, "|" if number else ""
+        cells = (CELL_END if i in rows else TAB).split(line)
+        for cell, end in zip(cells[::2], [*cells[1::2], ""]):
             yield from pieces_of_line(cell, fits)
+            yield KEEP, end
         yield KEEP, ends[i]
 
 
@@ -384,5 +387,5 @@ def prose(text: str) -> str:
         if kind == TEXT:
             parts.append(HIDDEN.sub(" ", part))
         elif part:
-            parts.append("\n" if LINE_END.search(part) else " ")
+            parts.append("\n" if "\n" in part or BLOCK in part else " ")
     return "".join(parts)

@@ -157,6 +157,14 @@ def test_tables_are_split_into_cells(table, cells):
     assert "".join(string for _, string in parse(table, always)) == table
 
 
+@pytest.mark.parametrize("between", ["\t", "\r", "\r\n", "\v", "\f", "\x85", "\u2028", "\u2029", "\t\t "])
+def test_what_a_translator_would_lose_between_texts_cuts_them(between):
+    text = f"The lion{between}is a mammal.{between}- It eats{between}"
+    assert texts(text) == ["The lion", "is a mammal.", "It eats"]
+    assert "".join(string for _, string in parse(text, always)) == text
+    assert texts("| the\tlion | big |\n|---|---|") == ["the", "lion", "big"]
+
+
 # ---- sentences ----
 
 @pytest.mark.parametrize("text, expected", [
