@@ -97,7 +97,7 @@ SOME_WORD = re.compile(r"[^\W\d_]{2}|[^\W\d_A-Za-z]")          # not "B" alone, 
 CELL_END, TAB = re.compile(r"([|\t])"), re.compile(r"(\t)")
 TABLE_RULE = re.compile(r"[ \t>]*\|?[ \t]*:?-+:?[ \t]*(?:\|[ \t]*:?-+:?[ \t]*)*\|?[ \t\r]*")
 # Kept at the start of a line: indentation, quote marks, headings, list markers, check boxes, numbers.
-MARKER = re.compile(r"\s*(?:(?:[-*+•·‣–>]|#{1,6}|\(?(?:\d{1,3}[.):]|[A-Za-z][.)]|[IVX]{1,5}[.)])|\[[ xX]\])"
+MARKER = re.compile(r"\s*(?:>\s*|(?:[-*+•·‣–]|#{1,6}|\(?(?:\d{1,3}[.):]|[A-Za-z][.)]|[IVX]{1,5}[.)])|\[[ xX]\])"
                     r"(?:\s+|$)|\d{1,3}、\s*|（\d{1,3}）\s*)*")
 # A run of stops is tried at its first one alone; the last stops need no space after them.
 SENTENCE_END = re.compile(r"(?:(?<![.!?…؟।۔።])[.!?…؟।۔።]+[\"'”’»)\]*_]*(?=\s)"

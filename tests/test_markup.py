@@ -173,6 +173,7 @@ def test_what_a_translator_would_lose_between_texts_cuts_them(between):
      ["By J.R.R. Tolkien of the U.S. Navy at 9 a.m. EST.", "Then Gen. Lee"]),
     ("Am 3. Oktober 1990. Danach", ["Am 3. Oktober 1990.", "Danach"]),
     ("1. Werewolf 2. Who Am I? 3. Charades", ["Werewolf 2. Who Am I?", "3. Charades"]),
+    (">Mine is a lion.", ["Mine is a lion."]), (">>> - a lion\n>one", ["a lion", "one"]),
     ("IV. Four", ["Four"]), ("· one", ["one"]), ("1、一个", ["一个"]), ("（2）两个", ["两个"]),
     ("B", []), ("f(x) = 2x", []), ("是", ["是"]),
     ("Dr. Smith met J. Doe in the U.S. army, e.g. here. Then left.",
