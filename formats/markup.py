@@ -16,7 +16,9 @@ Documents are written by strangers, so every step takes time linear in the text:
 stretch from many starts, and the places where a span may end are listed once, before any span begins.
 """
 
+import contextlib
 import itertools
+import json
 import re
 import string
 from bisect import bisect_right
@@ -97,8 +99,8 @@ SOME_WORD = re.compile(r"[^\W\d_]{2}|[^\W\d_A-Za-z]")          # not "B" alone, 
 CELL_END, TAB = re.compile(r"([|\t])"), re.compile(r"(\t)")
 TABLE_RULE = re.compile(r"[ \t>]*\|?[ \t]*:?-+:?[ \t]*(?:\|[ \t]*:?-+:?[ \t]*)*\|?[ \t\r]*")
 # Kept at the start of a line: indentation, quote marks, headings, list markers, check boxes, numbers.
-MARKER = re.compile(r"\s*(?:>\s*|(?:[-*+•·‣–]|#{1,6}|\(?(?:\d{1,3}[.):]|[A-Za-z][.)]|[IVX]{1,5}[.)])|\[[ xX]\])"
-                    r"(?:\s+|$)|\d{1,3}、\s*|（\d{1,3}）\s*)*")
+MARKER = re.compile(r"\s*(?:>\s*|(?:[-*+•·‣–]|#{1,6}|\(?(?:\d{1,3}[.):]|[A-Za-z][.)]|[IVX]{1,5}[.)])"
+                    r"|\[[ xX]\])(?:\s+|$)|\d{1,3}、\s*|（\d{1,3}）\s*)*")
 # A run of stops is tried at its first one alone; the last stops need no space after them.
 SENTENCE_END = re.compile(r"(?:(?<![.!?…؟।۔።])[.!?…؟।۔።]+[\"'”’»)\]*_]*(?=\s)"
                           r"|[。！？။។](?![。！？။។])[”’」』）]*)\s*(?=\S)")
@@ -196,10 +198,19 @@ def is_code(line: str) -> bool:
     return head in CODE_HEADS and (bool(symbols) or line.endswith(":"))
 
 
+def is_object(line: str) -> bool:
+    """Whether a line is an object of JSON, whole."""
+    if line.strip()[:1] == "{":
+        with contextlib.suppress(ValueError, RecursionError):
+            return bool(json.loads(line))
+    return False
+
+
 def code_lines(lines: list[str]) -> tuple[int, int] | None:
     """From which to which line a paragraph is code, where two lines at least look like code, and most between
-    the first and the last one do or are comments."""
+    the first and the last one do or are comments; a line that is_object counts as two."""
     code = [number for number, line in enumerate(lines) if is_code(line)]
+    code += [number for number, line in enumerate(lines) if is_object(line)] * 2
     comments = [number for number, line in enumerate(lines) if COMMENT.match(line)]
     both = {*code, *comments}
     if len(code) < 2 or len(both) < MOSTLY_CODE * (max(both) - min(both) + 1):

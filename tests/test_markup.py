@@ -108,6 +108,7 @@ CODE = """def add(a, b):
 
 
 @pytest.mark.parametrize("code", [
+    '{"text": "How are you? Fine."}', '{"a b": [1]}\n{"c d": {}}\r',
     CODE, "SELECT name\nFROM users\nWHERE id = 1;", 'x = 2\nprint(x)', '{\n  "name": "Ada",\n  "age": 36\n}',
     "if (a) {\n  go();\n} else {\n  stop();\n}", "import os\nfrom a import b", "int x = 1;\nfor (i = 0; i < 2; i++) {\n}"])
 def test_code_without_a_fence_is_kept_and_prose_around_it_is_not(code):
@@ -116,6 +117,7 @@ def test_code_without_a_fence_is_kept_and_prose_around_it_is_not(code):
 
 
 @pytest.mark.parametrize("text", [
+    '{"the lion', '{"the": "lion"} is JSON',
     "If you want to know more:\nask for it (or read on);\nthen go home", "Buy these:\napples;\npears;\nplums.",
     "Roses are red,\nviolets are blue;\nsugar is sweet,\nand so are you.", "Dear Ms Lee,\nThank you (very much)!\nYours,\nAda",
     '"Abate": to become less\n"Benign": kind', "Price = what you pay\nis what they say", "# Title\n# Another", "From Nairobi\nto Mombasa", "x = 2"])
