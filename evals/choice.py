@@ -27,7 +27,7 @@ import model as llama
 from engine.files import InputError, as_kind, fingerprint, need, read_json, read_records
 from formats import hub
 from formats.languages import nllb_code, normal, suggestion
-from formats.records import PARQUET, read_table, refuse_duplicates, table_cells
+from formats.records import PARQUET, kind_of, read_table, refuse_duplicates, table_cells
 
 LETTERS = ("A", "B", "C", "D")
 MMLU_DESCRIPTION = "The following are multiple choice questions (with answers) about {subject}.\n\n"
@@ -97,8 +97,11 @@ class Benchmark:
 # ---------------------------------------------------------------------------------------------- files -> rows
 
 def rows_of(task: Task, path: Path) -> list[tuple[str, dict]]:
-    """[("file:line", row)] of a csv as distributed, MMLU's without a header, or of a jsonl file."""
-    if path.suffix == ".jsonl":
+    """[("file:line", row)] of a csv as distributed, MMLU's without a header, or of a json or jsonl file."""
+    kind = kind_of(path)
+    if kind == ".parquet":
+        raise InputError(f"{path} is one of the {PARQUET}")
+    if kind in (".json", ".jsonl"):
         rows = read_records(path)
         return [(where, with_letters(row, where)) for where, row in rows] if task.name == "mmlu" else rows
     if task.name != "mmlu":
@@ -170,7 +173,7 @@ def mmmlu_code(language: str) -> str:
 
 def check_language(path: Path, language: str) -> None:
     """InputError for a file of MMMLU whose name or directory says another language; its rows say none."""
-    names = "/".join(path.parts[-2:]).replace("_", "-")
+    names = "/".join(path.parts[-2:]).replace("_", "-").upper()
     named = {code for code in MMMLU_LANGUAGES if code in names}
     if named and mmmlu_code(language) not in named:
         raise InputError(f"{path} is in {', '.join(sorted(named))}, --lang asked for {mmmlu_code(language)}")
@@ -194,14 +197,21 @@ def find_files(root: Path, names: list[str]) -> list[Path]:
     download or an archive leaves beside them, nor MMLU's questions from elsewhere."""
     if root.is_file():
         return [root]
+    there = sorted(path for path in root.rglob("*") if path.is_file())
+    there = [path for path in there if not is_aside(path.relative_to(root))]
     for name in names:
-        found = [path for path in sorted(root.rglob(name)) if not is_aside(path.relative_to(root))]
+        found = [path for path in there if unpacked(path).match(name.lower())]
         if found:
             return found
     if any(root.rglob("*.parquet")):
         raise InputError(f"{root} holds {PARQUET}")
     raise InputError(f"{root}: found no {' or '.join(names)} there "
                      f"(of data sets on the hub some hold only {PARQUET})")
+
+
+def unpacked(path: Path) -> Path:
+    """The path in small letters and without .gz."""
+    return Path(str(path).lower().removesuffix(".gz"))
 
 
 def is_aside(path: Path) -> bool:
@@ -214,7 +224,8 @@ def read_questions(task: Task, root: Path, language: str, split: str) -> dict[Pa
     for path in find_files(root, file_names(task, language, split)):
         if task.name == "mmmlu":
             check_language(path, language)
-        name = nllb_code(language) if task.name == "belebele" else path.stem.removesuffix(f"_{split}")
+        stem = path.name[:len(unpacked(path).stem)]
+        name = nllb_code(language) if task.name == "belebele" else stem.removesuffix(f"_{split}")
         questions[path] = read_file(task, path, name)
     return questions
 

@@ -2,6 +2,7 @@
 lm-evaluation-harness."""
 
 import csv
+import gzip
 import json
 import shutil
 from pathlib import Path
@@ -406,6 +407,22 @@ def test_what_parquet_files_are_converted_to_is_read_and_a_question_asked_twice_
     assert choice.read_benchmark("cmmlu", tmp_path / "cmmlu").questions[0].gold == 2
 
 
+@pytest.mark.parametrize("name", WRITERS)
+def test_a_file_that_is_packed_or_named_in_capitals_is_the_same_file(name, tmp_path):
+    root, language = WRITERS[name](tmp_path), LANGUAGE.get(name, "")
+    plain = choice.read_benchmark(name, root, 2, language).questions
+    for path in list(filter(Path.is_file, root.rglob("*"))):
+        path.with_suffix(path.suffix.upper() + ".gz").write_bytes(gzip.compress(path.read_bytes()))
+        path.unlink()
+    assert choice.read_benchmark(name, root, 2, language).questions == plain
+
+
+def test_a_list_in_a_json_file_is_read(tmp_path):
+    row = {"Question": "q", **dict(zip("ABCD", "1234")), "Answer": "C", "Subject": "anatomy"}
+    (tmp_path / "mmlu_SW-KE.json").write_text(json.dumps([row, row | {"Question": "r"}], indent=1))
+    assert len(choice.read_benchmark("mmmlu", tmp_path, language="sw").questions) == 2
+
+
 # --------------------------------------------------------------------------------------------------- refusals
 
 BELEBELE_ROW = ('{"flores_passage": "p", "question": "q", "question_number": 1, "mc_answer1": "a", '
@@ -449,6 +466,7 @@ BELEBELE_ROW = ('{"flores_passage": "p", "question": "q", "question_number": 1, 
     ("cmmlu", "test/alchemy.csv", ",Question,A,B,C,D,Answer\n0,q,1,2,3,4,A\n", "no subject 'alchemy'"),
     ("belebele", "deu_Latn.jsonl", BELEBELE_ROW % 5, "deu_Latn.jsonl:1: the answer is '5', one of 1, 2, 3"),
     ("belebele", "test.parquet", "PAR1", "pandas.read_parquet"),
+    ("mmmlu", "mmlu_SW-KE.parquet", "PAR1", "mmlu_SW-KE.parquet is one of the parquet files"),
     ("mmmlu", "mmlu_DE-DE.csv", "", "found no mmlu_SW-KE")])
 def test_a_bad_file_is_one_clear_line(name, file, text, wanted, tmp_path):
     path = tmp_path / file
