@@ -129,9 +129,16 @@ def mc(args) -> None:
     print(table([figure, "accuracy %", "questions"], cells))
     absent = [] if subjects else benchmark.absent()
     if absent:
-        more = f" and {len(absent) - 3} more" if len(absent) > 3 else ""
-        print(f"not asked, the files lack them: {', '.join(absent[:3])}{more}")
-    finish(out, settings, {figure: summary["all"]}, **summary, absent=absent, cut=count_cut(journal))
+        print(f"not asked, the files lack them: {first_three(absent)}")
+    if strange := benchmark.strange():
+        print(f"no subjects of {args.benchmark}, in none of its categories: {first_three(strange)}")
+    finish(out, settings, {figure: summary["all"]}, **summary, absent=absent, strange=strange,
+           cut=count_cut(journal))
+
+
+def first_three(names: list[str]) -> str:
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return f"{', '.join(names[:3])}{more}"
 
 
 # ------------------------------------------------------------------------------------------------- perplexity

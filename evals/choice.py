@@ -93,6 +93,11 @@ class Benchmark:
         asked = {question.subject for question in self.questions}
         return sorted({*chain.from_iterable(self.categories.values())} - asked)
 
+    def strange(self) -> list[str]:
+        """The subjects asked that are none of the benchmark's: they count in no category."""
+        asked = {question.subject for question in self.questions}
+        return sorted(asked - {*chain.from_iterable(self.categories.values())}) if self.categories else []
+
 
 # ---------------------------------------------------------------------------------------------- files -> rows
 
@@ -134,7 +139,7 @@ def read_file(task: Task, path: Path, name: str) -> list[Question]:
         if task.name == "mmmlu" or "Subject" in row:        # it may carry the rest of a file's name
             subject = as_kind(need(row, "Subject", where), str, where)
             subject = re.split("_test[.-]", subject)[0]
-        question = make_question(task, row, where, subject)
+        question = make_question(task, row, where, known_subject(task, subject))
         number = row.get("", row.get("question_number"))
         if number is not None:
             numbered.append((where, (subject, question.texts["passage"], number)))
@@ -143,6 +148,12 @@ def read_file(task: Task, path: Path, name: str) -> list[Question]:
     if not questions:
         raise InputError(f"{path}: the file holds no question")
     return questions
+
+
+def known_subject(task: Task, subject: str) -> str:
+    """The benchmark's own name of a subject, for "High School Biology", too; any other stays as it is."""
+    folded = re.sub(r"[\s_-]+", "_", subject.strip().lower())
+    return folded if folded in chain.from_iterable(task.categories.values()) else subject
 
 
 def make_question(task: Task, row: dict, where: str, subject: str) -> Question:

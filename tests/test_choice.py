@@ -345,6 +345,21 @@ def test_subjects_that_were_not_asked_are_known(tmp_path):
     assert choice.read_benchmark("belebele", write_belebele(tmp_path / "b"), language="de").absent() == []
 
 
+def test_a_subject_counts_in_its_category_however_it_is_spelt_and_others_are_known(tmp_path):
+    row = ["q", *"1234", "A"]
+    for subject in ("High School Biology", "anatomy", "anatomy (1)"):
+        write_csv(tmp_path / f"{subject}_test.csv", [row])
+    found = choice.read_benchmark("mmlu", tmp_path)
+    assert {question.subject for question in found.questions} == {
+        "high_school_biology", "anatomy", "anatomy (1)"}
+    assert found.strange() == ["anatomy (1)"] and "anatomy (1)" not in found.absent()
+    verdicts = {question.name: {"correct": True} for question in found.questions}
+    assert choice.summarise(found, verdicts)["categories"]["stem"]["n"] == 2
+    write_csv(tmp_path / "c" / "test" / "college mathematics.csv", [row], ["Question", *"ABCD", "Answer"])
+    assert choice.read_benchmark("cmmlu", tmp_path / "c").strange() == []
+    assert choice.read_benchmark("belebele", write_belebele(tmp_path / "b"), language="de").strange() == []
+
+
 @pytest.mark.parametrize("name, language", [("mmmlu", "sw"), ("belebele", "de")])
 def test_a_split_that_a_benchmark_lacks_is_no_label(tmp_path, name, language):
     with pytest.raises(InputError, match=f"--split train: {name} has one split, test"):
