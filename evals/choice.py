@@ -43,6 +43,7 @@ TABLES = read_json(Path(__file__).with_name("subjects.json"))
 CMMLU_NAMES, MMMLU_LANGUAGES = TABLES["cmmlu names"], TABLES["mmmlu languages"]
 FIELDS = ("question", *LETTERS, "answer")
 CAPITALS = ("Question", *LETTERS, "Answer")
+NUMBERS = ("", "Unnamed: 0", "question_number")      # pandas and the hub have a name for the unnamed column
 
 
 @dataclass(frozen=True)
@@ -140,9 +141,9 @@ def read_file(task: Task, path: Path, name: str) -> list[Question]:
             subject = as_kind(need(row, "Subject", where), str, where)
             subject = re.split("_test[.-]", subject)[0]
         question = make_question(task, row, where, known_subject(task, subject))
-        number = row.get("", row.get("question_number"))
+        number = next((row[key] for key in NUMBERS if key in row), None)
         if number is not None:
-            numbered.append((where, (subject, question.texts["passage"], number)))
+            numbered.append((where, (subject, question.texts["passage"], str(number))))
         questions.append(question)
     refuse_duplicates(numbered)
     if not questions:
