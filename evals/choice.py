@@ -24,7 +24,7 @@ import torch
 
 import data
 import model as llama
-from engine.files import InputError, as_kind, fingerprint, need, read_json, read_records
+from engine.files import InputError, as_kind, check_unicode, fingerprint, need, read_json, read_records
 from formats import hub
 from formats.languages import nllb_code, normal, suggestion
 from formats.records import PARQUET, kind_of, read_table, refuse_duplicates, table_cells
@@ -166,8 +166,8 @@ def make_question(task: Task, row: dict, where: str, subject: str) -> Question:
     dialect = str(row.get("dialect") or subject)
     if task.name == "belebele" and normal(dialect) != normal(subject):
         raise InputError(f"{where}: the row is in {dialect}, --lang asked for {subject}")
-    for text in texts.values():
-        as_kind(text, str, where)
+    for name, text in texts.items():
+        check_unicode(as_kind(text, str, f"{where}: {name}"), where)
     texts["question"] = texts["question"].strip()
     if not texts["question"]:
         raise InputError(f"{where}: the question is empty")
@@ -183,12 +183,18 @@ def mmmlu_code(language: str) -> str:
     raise InputError(f"--lang {language}: MMMLU has {', '.join(MMMLU_LANGUAGES)}{near}")
 
 
-def check_language(path: Path, language: str) -> None:
-    """InputError for a file of MMMLU whose name or directory says another language; its rows say none."""
-    names = "/".join(path.parts[-2:]).replace("_", "-").upper()
-    named = {code for code in MMMLU_LANGUAGES if code in names}
-    if named and mmmlu_code(language) not in named:
-        raise InputError(f"{path} is in {', '.join(sorted(named))}, --lang asked for {mmmlu_code(language)}")
+def check_language(task: Task, path: Path, language: str) -> None:
+    """InputError for a file whose name or directory says another language of MMMLU or BELEBELE, whose rows
+    may say none."""
+    names = "/".join(path.parts[-2:])
+    if task.name == "belebele":
+        wanted, codes = nllb_code(language), re.findall(r"\b[a-z]{3}_[A-Z][a-z]{3}(?![a-z])", names)
+        named = {code for code in codes if normal(code) != code}
+    else:
+        wanted, names = mmmlu_code(language), names.replace("_", "-").upper()
+        named = {code for code in MMMLU_LANGUAGES if code in names}
+    if named and wanted not in named:
+        raise InputError(f"{path} is in {', '.join(sorted(named))}, --lang asked for {wanted}")
 
 
 def file_names(task: Task, language: str, split: str) -> list[str]:
@@ -234,8 +240,8 @@ def read_questions(task: Task, root: Path, language: str, split: str) -> dict[Pa
     """Questions of each file of a split."""
     questions = {}
     for path in find_files(root, file_names(task, language, split)):
-        if task.name == "mmmlu":
-            check_language(path, language)
+        if language:
+            check_language(task, path, language)
         stem = path.name[:len(unpacked(path).stem)]
         name = nllb_code(language) if task.name == "belebele" else stem.removesuffix(f"_{split}")
         questions[path] = read_file(task, path, name)

@@ -308,7 +308,12 @@ def test_no_question_is_an_example_of_itself_and_what_would_make_it_one_is_refus
 def test_a_file_of_one_language_is_not_asked_as_another(tmp_path):
     german = write_belebele(tmp_path) / "data" / "deu_Latn.jsonl"
     assert choice.read_benchmark("belebele", german, language="de").questions
-    with pytest.raises(InputError, match="deu_Latn.jsonl:1: the row is in deu_Latn, --lang asked for por_Latn"):
+    other = german.rename(german.with_name("test.jsonl"))
+    with pytest.raises(InputError, match="test.jsonl:1: the row is in deu_Latn, --lang asked for por_Latn"):
+        choice.read_benchmark("belebele", other, language="pt")
+    german.write_text((BELEBELE_ROW % 1) + "\n")                    # rows that do not say their language
+    assert choice.read_benchmark("belebele", german, language="de").questions
+    with pytest.raises(InputError, match="deu_Latn.jsonl is in deu_Latn, --lang asked for por_Latn"):
         choice.read_benchmark("belebele", german, language="pt")
     swahili = write_mmmlu(tmp_path) / "test" / "mmlu_SW-KE.csv"
     assert choice.read_benchmark("mmmlu", swahili, language="sw").questions
@@ -460,6 +465,10 @@ BELEBELE_ROW = ('{"flores_passage": "p", "question": "q", "question_number": 1, 
     ("mmlu", "other/x.csv", "", r"found no \*_test.csv"),
     ("mmlu", "test.jsonl", '{"question": "q", "subject": "x", "choices": ["a", "b", "c", "d"], "answer": 4}',
      "test.jsonl:1: the answer is '4'"),
+    ("mmlu", "test.jsonl", '{"question": "q", "subject": "x", "choices": ["a", 2, "c", "d"], "answer": 3}',
+     "test.jsonl:1: B: str expected, found int"),
+    ("mmlu", "test.jsonl", r'{"question": "\ud800", "subject": "x", "choices": ["a", "", "c", "d"], "answer": 3}',
+     "test.jsonl:1: broken Unicode"),
     ("mmlu", "test.jsonl", '{"question": "q", "choices": ["a", "b", "c", "d"], "answer": 3}',
      'test.jsonl:1: "subject" is missing'),
     ("mmlu", "test.jsonl", '{"question": "q", "subject": "anatomy", "choices": ["a"], "answer": 1}',
