@@ -87,8 +87,9 @@ def win_rate(annotations: list[dict]) -> dict:
 
 def read_annotations(path) -> list[dict]:
     """The annotations of a file in alpaca_eval's format, some perhaps without a preference (null, NaN).
-    InputError for a text or preference that is none."""
-    annotations = read_records(path)
+    InputError for a text or preference that is none, and for a question that is there twice, as in a file of
+    several systems or judges."""
+    annotations, asked = read_records(path), []
     for where, line in annotations:
         value = need(line, "preference", where)
         if value is not None and value == value and not is_preference(value):
@@ -96,6 +97,9 @@ def read_annotations(path) -> list[dict]:
                              f"from 1 (output_1 wins) to 2 is wanted")
         for key in ("output_1", "output_2"):
             as_kind(need(line, key, where), str, f"{where}: {key}")
+        if "instruction" in line:
+            asked.append((where, str(line["instruction"])))
+    refuse_duplicates(asked)
     return [line for _, line in annotations]
 
 

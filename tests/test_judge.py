@@ -159,6 +159,13 @@ def test_a_preference_that_is_none_is_refused(value, tmp_path):
         winrate.read_annotations(path)
 
 
+def test_a_file_that_holds_a_question_twice_is_of_two_systems(tmp_path):
+    line = {"instruction": "i", "preference": 2, "output_1": "", "output_2": "", "generator_2": "a"}
+    write_jsonl(tmp_path / "x.jsonl", [line, line | {"generator_2": "b", "preference": 1}])
+    with pytest.raises(InputError, match="x.jsonl:2: the same identifier as in .*x.jsonl:1: 'i'"):
+        winrate.read_annotations(tmp_path / "x.jsonl")
+
+
 def test_the_coin_is_alpaca_evals():
     coins = [judge.is_switched(f"instruction {i}", 0) for i in range(200)]
     assert 70 < sum(coins) < 130 and coins == [judge.is_switched(f"instruction {i}", 0) for i in range(200)]
