@@ -10,7 +10,7 @@ from evals.answers import Decoding
 from evals.systems import keep
 from formats.conversations import NO_INPUT
 from formats.languages import normal
-from formats.records import refuse_duplicates
+from formats.records import refuse_duplicates, without_nan
 
 TRANSLATED_AT_ONCE = 16     # instructions between two writes
 
@@ -20,15 +20,15 @@ def read_instructions(path, language: str) -> list[dict]:
     or of parallel rows that hold the language."""
     found, empty = [], 0
     for where, record in read_records(path):
-        own = None
-        for key, side in as_kind(record, dict, where).items():
+        own, record = None, without_nan(as_kind(record, dict, where))
+        for key, side in record.items():
             if normal(key) == language and isinstance(side, dict):
                 own = side.get("prompt")
         text = need(record, "instruction", where) if own is None else own
-        about = as_kind(record.get("input") or "", str, where) if own is None else ""
+        about = as_kind(record.get("input") or "", str, f"{where}: input") if own is None else ""
         if about and about.lower() not in NO_INPUT:     # Alpaca's
             text = f"{as_kind(text, str, where)}\n\n{about}"
-        if as_kind(text, str, where).strip():
+        if as_kind(text, str, f"{where}: instruction").strip():
             item = {"dataset": record.get("dataset"), "instruction": text}
             found.append((where, check_unicode(item, where)))
         else:

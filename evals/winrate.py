@@ -10,7 +10,7 @@ docs of the outputs format).
 from collections import Counter
 from pathlib import Path
 
-from engine.files import InputError, as_kind, fingerprint, need, read_json, read_records
+from engine.files import InputError, as_kind, check_unicode, fingerprint, need, read_json, read_records
 from evals.figures import MEAN, Sample
 from evals.report import shown
 from evals.systems import directory_name, unusual
@@ -26,7 +26,7 @@ def read_outputs(path) -> dict[str, dict]:
     outputs, places = {}, []
     for where, record in read_records(path):
         for key in ("instruction", "output"):
-            as_kind(need(record, key, where), str, f"{where}: {key}")
+            check_unicode(as_kind(need(record, key, where), str, f"{where}: {key}"), where)
         outputs[record["instruction"]] = record
         places.append((where, record["instruction"]))
     refuse_duplicates(places)
@@ -127,7 +127,7 @@ def answer_settings(outputs: str, reference: str) -> dict:
     """What made the answers, from the result.json beside them if there is one, and their hashes."""
     beside = Path(outputs).with_name("result.json")
     settings = need(read_json(beside, {"settings": {"model": outputs}}), "settings", beside)
-    return settings | {
+    return as_kind(settings, dict, f"{beside}: settings") | {
         "outputs hash": fingerprint(Path(outputs)),
         "reference": reference,
         "reference hash": fingerprint(Path(reference))}

@@ -268,10 +268,13 @@ def test_an_instruction_comes_with_its_input_and_an_empty_one_is_left_out_and_co
     write_json(tmp_path / "i.json", [
         {"instruction": "Summarise the text.", "input": "The tiger is a mammal."}, {"instruction": " "},
         {"instruction": "Summarise the text.", "input": "The lion is one."}, {"instruction": "Go.", "input": ""},
-        {"instruction": "Say yes.", "input": "<noinput>"}])
+        {"instruction": "Say yes.", "input": "<noinput>"},
+        {"instruction": "Say no.", "input": float("nan"), "dataset": float("nan")}])
     items = read_instructions(tmp_path / "i.json", "en")
     assert [item["instruction"] for item in items] == [
-        "Summarise the text.\n\nThe tiger is a mammal.", "Summarise the text.\n\nThe lion is one.", "Go.", "Say yes."]
+        "Summarise the text.\n\nThe tiger is a mammal.", "Summarise the text.\n\nThe lion is one.", "Go.", "Say yes.",
+        "Say no."]
+    assert items[-1]["dataset"] is None
     assert "1 empty instructions are left out" in capsys.readouterr().out
 
 

@@ -516,11 +516,19 @@ def test_answers_are_joined_on_the_exact_instruction(tmp_path, capsys):
     ("[]", "holds no answers"), ("{", "a.json:1: not valid JSON"),
     ('[{"instruction": "x", "output": "1"}, {"instruction": "x", "output": "2"}]',
      r"a.json\[1\]: the same identifier as in .*a.json\[0\]"),
+    (r'[{"instruction": "x", "output": "\ud800"}]', r"a.json\[0\]: broken Unicode"),
     ('[{"instruction": "x", "output": null}]', r"a.json\[0\]: output: str expected")])
 def test_a_bad_file_of_answers_is_one_clear_line(tmp_path, text, wanted):
     (tmp_path / "a.json").write_text(text)
     with pytest.raises(InputError, match=wanted):
         winrate.read_outputs(tmp_path / "a.json")
+
+
+def test_settings_beside_the_answers_that_are_none_are_one_clear_line(tmp_path):
+    path = write_outputs(tmp_path / "a.json", {"x": "1"}, "clo")
+    (tmp_path / "result.json").write_text('{"settings": 5}')
+    with pytest.raises(InputError, match="result.json: settings: dict expected, found int"):
+        winrate.answer_settings(path, path)
 
 
 def call(server, tmp_path, *arguments):
