@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path
 
-from engine.files import InputError, need, read_json
+from engine.files import InputError, as_kind, need, read_json
 from evals.answers import read_lines
 from evals.figures import ANSWER_KEYS, FEW, RESAMPLES, SCORE, SHARE, Sample, measure, paired_difference
 from evals.report import in_language, shown, shown_difference, side, table
@@ -120,9 +120,11 @@ def read_report(directory: Path) -> Run:
     path = directory / "report.json"
     report = read_json(path)
     known = [need(report, key, path) for key in ("lang", "samples", "seed", "methods")]
+    as_kind(known[0], str, f"{path}: lang")
+    as_kind(known[3], dict, f"{path}: methods")
     known[1] = report.get("rows", known[1])         # before a translation's checks: the same for all seeds
     path = directory / "config.json"
-    flags = need(read_json(path), "flags", path)
+    flags = as_kind(need(read_json(path), "flags", path), dict, f"{path}: flags")
     return Run(directory, *known, flags)
 
 
@@ -214,9 +216,8 @@ def origins(settings: dict, runs: list[Run]) -> list[tuple[Run, str]]:
 def evaluation_results(directory: Path, runs: list[Run]) -> Results:
     """What `eval.py mc`, `perplexity` or `judge` wrote:
     the figures of one model, in the rows of the run it came from."""
-    path = directory / "result.json"
-    written = read_json(path)
-    settings, results = need(written, "settings", path), []
+    settings, figures = read_result(directory / "result.json")
+    results = []
     language = settings.get("language") or "-"
     for run, method in origins(settings, runs):
         targets = run.lang.split(",")
@@ -226,19 +227,38 @@ def evaluation_results(directory: Path, runs: list[Run]) -> Results:
         results += [run.result(method, target) for target in targets]
     model = settings.get("adapter") or settings.get("model") or directory.name
     results = results or [Result(language, "-", str(model), "-")]
-    samples = scored_samples(read_lines(directory / "answers.jsonl"))
+    samples = scored_samples(read_lines(directory / "answers.jsonl"), directory / "answers.jsonl")
     for result in results:
-        result.figures |= written["figures"]
+        result.figures |= figures
         result.samples |= samples
     return results
 
 
-def scored_samples(lines: list[dict]) -> dict[str, Sample]:
+def read_result(path: Path) -> tuple[dict, dict]:
+    """(settings, figures) of a result.json. InputError for another program's, which may have figures, too."""
+    written = read_json(path)
+    settings, figures = (as_kind(need(written, key, path), dict, f"{path}: {key}")
+                         for key in ("settings", "figures"))
+    for key in ("model", "adapter"):
+        as_kind(settings.get(key) or "", str, f"{path}: {key}")
+    for name, figure in figures.items():
+        as_number(need(figure, "value", f"{path}: {name}"), f"{path}: {name}: value")
+    return settings, figures
+
+
+def as_number(value, where) -> float:
+    if type(value) not in (int, float):
+        raise InputError(f"{where}: a number expected, found {value!r:.80}")
+    return value
+
+
+def scored_samples(lines: list[dict], path: Path) -> dict[str, Sample]:
     """{figure: its sample} of lines with "scores" in %."""
     scores = {}
     for line in lines:
-        for name, score in line.get("scores", {}).items():
-            scores.setdefault(name, {})[line["question"]] = score
+        for name, score in as_kind(line.get("scores", {}), dict, f"{path}: scores").items():
+            question = need(line, "question", path)
+            scores.setdefault(name, {})[question] = as_number(score, f"{path}: {question}: {name}")
     samples = {}
     for name, found in scores.items():
         kind = SHARE if set(found.values()) <= {0, 100} else SCORE

@@ -211,6 +211,20 @@ def write_evaluation(out, **settings):
     return out
 
 
+@pytest.mark.parametrize("result, score, wanted", [
+    ({"figures": ["a.png"], "settings": {}}, 1, "result.json: figures: dict expected, found list"),
+    ({"figures": {"f": 3}, "settings": {}}, 1, "result.json: f: dict expected, found int"),
+    ({"figures": {"f": {"value": None}}, "settings": {}}, 1, "f: value: a number expected, found None"),
+    ({"figures": {}, "settings": 3}, 1, "result.json: settings: dict expected, found int"),
+    ({"figures": {}, "settings": {"adapter": 5}}, 1, "result.json: adapter: str expected, found int"),
+    ({"figures": {}, "settings": {}}, "x", "answers.jsonl: 1: figure: a number expected, found 'x'")])
+def test_a_result_of_another_program_is_one_clear_line(tmp_path, result, score, wanted):
+    write_jsonl(tmp_path / "answers.jsonl", [{"question": "1", "scores": {"figure": score}}])
+    write_json(tmp_path / "result.json", result)
+    with pytest.raises(InputError, match=wanted):
+        comparison.read_results([tmp_path])
+
+
 def names(paths):
     return [path.name for path in paths]
 
