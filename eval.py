@@ -146,6 +146,8 @@ def first_three(names: list[str]) -> str:
 def perplexity(args) -> None:
     """NLL of held-out responses per UTF-8 byte (the stop token's too), in nats and in bits, which models with
     other tokenizers can be compared with, and its exponential."""
+    if args.source == args.lang:
+        raise InputError(f"--source and --lang are both {args.lang}: give two languages")
     path = hub.data_file(args.data)
     rows = scored_rows(path, args.source, args.lang, args.split)
     model, tokenizer, settings = open_model(

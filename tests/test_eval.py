@@ -332,6 +332,7 @@ def test_translated_instructions_are_the_same_for_every_system_and_what_failed_a
      r"twice.json[1]: the same identifier as in twice.json[0]"),
     (["alpaca", "--instructions", "empty.json", "--lang", "en"], "holds no instruction"),
     (["alpaca", "--instructions", "half.json", "--lang", "en"], "half.json[0]: broken Unicode"),
+    (["perplexity", "--lang", "swh", "--source", "sw"], "--source and --lang are both sw: give two languages"),
     (["winrate", "rows.jsonl"], 'rows.jsonl:1: "preference" is missing'),
     (["compare", "none"], "none: no such file or directory"),
     (["mc", "mmlu", "none"], "none: no such file or directory"),
