@@ -70,6 +70,7 @@ def spans(segment):
     ("<!-- a\n\nb --> c <!-- d", ["<!-- a\n\nb -->", "<!-- d"]),
     ("<?php echo 'the words';", ["<?php echo 'the words';"]),
     ("Hello {name}, {{ user.name }}, %s, [1] and [12]", ["{name}", "{{ user.name }}", "%s", "[1]", "[12]"]),
+    ("见【1】、［ 2 ］和 [ 3 ]", ["【1】", "［ 2 ］", "[ 3 ]"]),           # would pass for the marks of spans
     ("$$\n\nis slang, so is $$", []), ("\\[\nx\n\\] y", ["\\[\nx\n\\]"]),
     ("[The guide][guide] says[^1] [so][].\n\n[guide]: /x\n[^1]: Indeed.\n[Note]: is a word, [a] too",
      ["][guide]", "[^1]", "][]", "[guide]:", "[^1]:"]),
